@@ -1,0 +1,59 @@
+# Each target makes its own environment in .venv first; nothing else needs to be installed.
+SHELL := bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+LOCK ?= cluster/locks/cpu.lock
+TORCH := torch==2.13.0+cpu
+TORCH_INDEX := https://download.pytorch.org/whl/cpu
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: help install quickstart test test-fast lint format type lock clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
+
+install: $(READY)  ## the environment in .venv, from the CPU lock
+
+$(READY): $(LOCK) pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "rdpo needs Python 3.11 or newer; set PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install $(TORCH) || $(PIP) install $(TORCH) --extra-index-url $(TORCH_INDEX)
+	$(PIP) install --no-deps -r $(LOCK)
+	$(PIP) install --no-deps -e .
+	@touch $@
+
+quickstart: $(READY)  ## from prompts to an aligned model and a report, in minutes, on the CPU
+	$(BIN)/rdpo run jobs/quickstart.toml
+
+test: $(READY) lint type  ## lint, types and all tests that this machine can run
+	$(BIN)/python -m pytest -q
+
+test-fast: $(READY)  ## the tests of the pure core: seconds
+	$(BIN)/python -m pytest -q tests/unit -m 'not ray'
+
+lint: $(READY)  ## ruff and codespell
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/codespell
+
+format: $(READY)  ## let ruff put the code in order
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+type: $(READY)  ## mypy on the package
+	$(BIN)/mypy
+
+lock: $(READY)  ## resolve both locks anew
+	$(PIP) install uv
+	$(BIN)/uv pip compile cluster/locks/cpu.in --override cluster/locks/cpu-leave-out.txt \
+		--python-version 3.11 --no-header --no-annotate -q -o cluster/locks/cpu.lock \
+		--extra-index-url $(TORCH_INDEX) --index-strategy unsafe-best-match
+	$(BIN)/uv pip compile cluster/locks/gpu.in --python-version 3.11 \
+		--python-platform x86_64-manylinux_2_28 --no-header --no-annotate -q -o cluster/locks/gpu.lock
+
+clean:  ## remove the environment and caches; runs stay
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build

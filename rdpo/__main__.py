@@ -1,0 +1,5 @@
+"""Lets `python -m rdpo` do what the `rdpo` command does."""
+
+from rdpo.cli import main
+
+raise SystemExit(main())

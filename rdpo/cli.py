@@ -1,0 +1,201 @@
+"""The command line: one command from prompts to a published model, and one for each stage.
+
+Exit codes: 0 done; 2 the job file or the input is wrong (one message, no traceback); 1 something
+broke, and the same command goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rdpo import __version__
+from rdpo.errors import InputError
+
+if TYPE_CHECKING:
+    from rdpo.config import Job
+    from rdpo.pipeline import Run
+
+STAGE_COMMANDS = {
+    "synthesize": "synthesis",
+    "score": "rewards",
+    "pair": "pairs",
+    "reference": "reference",
+    "train": "training",
+    "evaluate": "evaluation",
+    "publish": "model",
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point of the `rdpo` command; the exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.function(options)
+    except InputError as error:
+        print(f"rdpo: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 0
+    except KeyboardInterrupt:
+        print("rdpo: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        return 1
+    except Exception as error:
+        return _broken(options, error)
+
+
+def _broken(options: argparse.Namespace, error: Exception) -> int:
+    cause = _input_error_within(error)
+    if cause:
+        print(f"rdpo: {cause}", file=sys.stderr)
+        return 2
+    run_dir = getattr(options, "run_dir", None)
+    where = Path(run_dir) / "logs" / "error.log" if run_dir and Path(run_dir).is_dir() else None
+    if where:
+        where.parent.mkdir(exist_ok=True)
+        where.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+    else:
+        traceback.print_exception(error)
+    print(f"rdpo: {type(error).__name__}: {str(error).strip().splitlines()[-1:]}", file=sys.stderr)
+    print(f"rdpo: the same command goes on where it stopped; details in {where}", file=sys.stderr)
+    return 1
+
+
+def _input_error_within(error: BaseException | None) -> InputError | None:
+    """The bad input behind an error that a worker raised, if there is one."""
+    while error is not None:
+        cause = getattr(error, "cause", None)
+        if isinstance(error, InputError):
+            return error
+        if isinstance(cause, InputError):
+            return cause
+        error = cause if isinstance(cause, BaseException) else error.__cause__
+    return None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="rdpo",
+        description="Refined Direct Preference Optimization: prompts, a student, a teacher and a reward in, "
+        "an aligned model out.",
+    )
+    parser.add_argument("--version", action="version", version=f"rdpo {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_run(commands)
+    for command, stage in STAGE_COMMANDS.items():
+        one = commands.add_parser(command, help=f"bring the {stage} stage of an existing run up to date")
+        one.add_argument("run_dir", metavar="RUN_DIR")
+        one.set_defaults(function=_stage, stage=stage)
+    report = commands.add_parser("report", help="write RUN_DIR/report.html")
+    report.add_argument("run_dir", metavar="RUN_DIR")
+    report.set_defaults(function=_report)
+    _add_show(commands)
+    env = commands.add_parser("env", help="versions and devices, for bug reports")
+    env.set_defaults(function=_env)
+    return parser
+
+
+def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    run = commands.add_parser("run", help="run a job file from prompts to the published model; resumes by itself")
+    run.add_argument("job", metavar="JOB.toml")
+    run.add_argument("--set", metavar="section.key=value", action="append", default=[], dest="overrides")
+    run.add_argument("--run-dir", metavar="DIR", help="where the run lives (default: runs/NAME)")
+    run.add_argument("--until", metavar="STAGE", help="stop after this stage")
+    run.add_argument("--dry-run", action="store_true", help="print the resolved job and what would run")
+    run.add_argument("--fresh", action="store_true", help="start over: remove the run directory first")
+    run.set_defaults(function=_run)
+
+
+def _add_show(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    show = commands.add_parser("show", help="look at the rows of a stage")
+    show.add_argument("run_dir", metavar="RUN_DIR")
+    show.add_argument("stage", metavar="STAGE")
+    show.add_argument("--row", metavar="ID", help="one row, by (the beginning of) its id")
+    show.add_argument("--limit", type=int, default=3, help="how many rows (default 3)")
+    show.add_argument("--dropped", action="store_true", help="the dropped rows, with their reasons")
+    show.set_defaults(function=_show)
+
+
+def _run(options: argparse.Namespace) -> int:
+    from rdpo.config import load_job
+    from rdpo.stages import STAGES
+
+    job = load_job(options.job, options.overrides)
+    options.run_dir = options.run_dir or os.path.join("runs", job.name)
+    names = [stage.name for stage in STAGES]
+    if options.until and options.until not in names:
+        raise InputError(f"--until {options.until}: the stages are {', '.join(names)}")
+    if options.dry_run:
+        return _dry_run(job, options.run_dir)
+    return _execute(job, options.run_dir, fresh=options.fresh, until=options.until)
+
+
+def _dry_run(job: Job, run_dir: str) -> int:
+    from rdpo.config import to_toml
+    from rdpo.pipeline import planned
+    from rdpo.stages import STAGES
+
+    print(to_toml(job))
+    for name, state in planned(job, run_dir, STAGES).items():
+        print(f"# {name:<11}{state}")
+    return 0
+
+
+def _stage(options: argparse.Namespace) -> int:
+    from rdpo.config import load_job
+    from rdpo.pipeline import JOB_FILE
+
+    job = load_job(Path(options.run_dir) / JOB_FILE)
+    return _execute(job, options.run_dir, only=options.stage)
+
+
+def _execute(job, run_dir: str, fresh: bool = False, until: str | None = None, only: str | None = None) -> int:  # type: ignore[no-untyped-def]
+    from rdpo.pipeline import Run, locked, run_stages
+    from rdpo.stages import STAGES, prepare
+    from rdpo.tracking import quiet_console
+
+    names = [stage.name for stage in STAGES]
+    last = names.index(until or only or names[-1])
+    with locked(job, run_dir, fresh), quiet_console(Path(run_dir) / "logs") as console:
+        run = Run(job, os.path.abspath(run_dir), console, prepare)
+        run_stages(run, STAGES[last if only else 0 : last + 1])
+        if not only and not until:
+            _finish(run)
+    return 0
+
+
+def _finish(run: Run) -> None:
+    from rdpo.evaluation.report import headline, write_report
+
+    path = write_report(run.dir)
+    for line in headline(run.dir):
+        run.console.say(line)
+    run.console.say(f"model      {run.folder('model').local()}")
+    run.console.say(f"report     {path}")
+
+
+def _report(options: argparse.Namespace) -> int:
+    from rdpo.evaluation.report import write_report
+
+    print(write_report(options.run_dir))
+    return 0
+
+
+def _show(options: argparse.Namespace) -> int:
+    from rdpo.evaluation.show import show_rows
+
+    show_rows(options.run_dir, options.stage, options.row, options.limit, options.dropped)
+    return 0
+
+
+def _env(options: argparse.Namespace) -> int:
+    from rdpo.lineage import environment
+
+    for name, value in environment().items():
+        print(f"{name:<14}{value}")
+    return 0

@@ -1,0 +1,434 @@
+"""The whole configuration of a run: a TOML job file becomes one validated `Job`.
+
+The sections are named after the stages and stand in the order in which data passes them. Unknown
+keys are refused, and relations between fields are checked here, before any model is loaded.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from rdpo.errors import InputError
+
+
+class Section(BaseModel):
+    """A table of the job file: unknown keys are errors, and values are not changed after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Student(Section):
+    """The model to align. It is also the reference, and its tokenizer renders the training data."""
+
+    model: str
+    """Folder, hub id (`owner/name`), `.gguf` file, or `package:NAME/FILE` inside an installed package."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Precision of the reference, of training's forward, and of the published weights."""
+    trust_remote_code: bool = False
+    """Run Python code that ships with the model. Off unless the job file says so."""
+
+
+class Prompts(Section):
+    """Where the prompts come from and how they are split."""
+
+    source: str
+    """A JSONL, Parquet or CSV file or folder, or `hf:DATASET` for a Hugging Face dataset."""
+    subset: str | None = None
+    """Configuration name of a Hugging Face dataset."""
+    dataset_split: str = "train"
+    """Which split of a Hugging Face dataset is read."""
+    column: str = "prompt"
+    """Column with the prompt: text (one user turn) or a list of `{role, content}` messages."""
+    system: str | None = None
+    """System message put before each prompt that has none."""
+    limit: int | None = Field(default=None, ge=1)
+    """Use only the first so many rows of the source."""
+    heldout_fraction: float = Field(default=0.1, gt=0, lt=1)
+    """Share of prompts held out for evaluation, where the source has no `split` column."""
+    max_prompt_tokens: int = Field(default=1024, ge=1)
+    """Longer prompts (student's tokenizer, chat template included) are dropped, never cut."""
+
+
+class Sampling(Section):
+    """How answers are drawn from a model."""
+
+    temperature: float = Field(default=0.7, ge=0)
+    """0 is greedy decoding."""
+    top_p: float = Field(default=0.95, gt=0, le=1)
+    """Nucleus sampling: keep the smallest set of tokens with this total probability."""
+    max_tokens: int = Field(default=512, ge=1)
+    """An answer that reaches this many tokens is cut off and marked `finish_reason = "length"`."""
+
+
+class Engine(Section):
+    """The vLLM engines of one stage."""
+
+    concurrency: int = Field(default=1, ge=1)
+    """Number of engine actors."""
+    gpus: int = Field(default=0, ge=0)
+    """GPUs of one engine; 0 runs it on the CPU."""
+    cpus: int | None = Field(default=None, ge=1)
+    """CPU cores of one engine; by default all cores of the machine without GPUs, one with them."""
+    max_model_len: int = Field(default=2048, ge=16)
+    """Context length of the engine, in tokens."""
+    kv_cache_gib: float = Field(default=2.0, gt=0)
+    """Memory for the key-value cache of an engine on the CPU, in GiB."""
+    batch_rows: int = Field(default=16, ge=1)
+    """Rows in one block of work; the rows of `batches_in_flight` blocks are in the engine at once."""
+    batches_in_flight: int = Field(default=4, ge=1)
+    """Blocks that one engine works on at the same time."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments of vLLM's `AsyncEngineArgs`, passed on as they are."""
+
+
+class Synthesis(Section):
+    """Who answers, critiques and revises, and in which words."""
+
+    task: str
+    """Task file with the templates of the turns; a path, or the name of one that ships with rdpo."""
+    teacher: str | None = None
+    """The teacher's model, named as in `student.model`; by default the student itself."""
+    sampling: Sampling = Sampling()
+    """How the teacher's turns are sampled."""
+    engine: Engine = Engine()
+    """The teacher's engines."""
+
+
+class RewardSection(Section):
+    """What every reward has in common."""
+
+    name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
+    """Name of its score in tables, metrics and the report."""
+    weight: float = 1.0
+    """Its weight in the score that is optimised; 0 measures without optimising."""
+
+
+class ClassifierReward(RewardSection):
+    """A reward model with a classification head, run through transformers."""
+
+    kind: Literal["classifier"]
+    model: str
+    """A sequence-classification model with one output, named as in `student.model`."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Precision of its forward."""
+    max_length: int = Field(default=1024, ge=8)
+    """Longer conversations keep their last tokens."""
+    answer_only: bool = False
+    """Score the answer by itself, without the prompt (for style and sentiment models)."""
+    batch_size: int = Field(default=16, ge=1)
+    """Conversations in one forward."""
+    concurrency: int = Field(default=1, ge=1)
+    """Number of reward actors."""
+    gpus: float = Field(default=0, ge=0)
+    """GPUs of one actor; a fraction shares a GPU."""
+
+
+class JudgeReward(RewardSection):
+    """A language model that rates an answer by a rubric; the score is the expected rating."""
+
+    kind: Literal["judge"]
+    model: str | None = None
+    """The judge's model, named as in `student.model`; by default the student."""
+    rubric: str
+    """Template of the question put to the judge; it may use `prompt` and `answer`."""
+    ratings: list[str] = Field(default=["1", "2", "3", "4", "5"], min_length=2)
+    """The words the judge chooses from, each one token; numbers count as their value."""
+    prefill: str = ""
+    """Text put into the judge's mouth before the rating, for example `Rating: `."""
+    engine: Engine = Engine()
+    """The judge's engines."""
+
+
+class FunctionReward(RewardSection):
+    """A Python function `f(prompt: list[dict], answer: str, row: dict) -> float`."""
+
+    kind: Literal["function"]
+    function: str = Field(pattern=r"^[\w.]+:\w+$")
+    """Where it is: `package.module:name`, importable from the working directory."""
+
+
+Reward = Annotated[ClassifierReward | JudgeReward | FunctionReward, Field(discriminator="kind")]
+
+
+class Pairs(Section):
+    """How scored answers become preference pairs."""
+
+    chosen: str = "revision"
+    """The turn whose answer is preferred."""
+    rejected: str = "response"
+    """The turn whose answer is not."""
+    direction: Literal["teacher", "reward"] = "teacher"
+    """`teacher`: chosen is as named above; `reward`: the answer with the higher score is chosen."""
+    min_gap: float | None = None
+    """Drop pairs with `score_chosen - score_rejected` below this."""
+    min_answer_chars: int = Field(default=1, ge=1)
+    """Drop pairs with a shorter answer."""
+    drop_truncated: bool = False
+    """Drop pairs with an answer that was cut off at the token limit."""
+
+
+class Reference(Section):
+    """The cached log-probs of the reference, computed by the forward that training uses."""
+
+    concurrency: int = Field(default=1, ge=1)
+    """Number of reference actors."""
+    gpus: float = Field(default=0, ge=0)
+    """GPUs of one actor."""
+    cpus: int | None = Field(default=None, ge=1)
+    """CPU cores of one actor; by default all cores of the machine without GPUs, one with them."""
+    max_length: int = Field(default=1024, ge=16)
+    """Pairs with a longer prompt and completion together (tokens) are dropped, never cut."""
+    tokens_per_batch: int = Field(default=4096, ge=32)
+    """Token budget of one forward, padding included."""
+
+
+class Lora(Section):
+    """Low-rank adapters; the reference is the model with the adapter switched off."""
+
+    rank: int = Field(default=16, ge=1)
+    """Rank of the update matrices."""
+    alpha: float = Field(default=32.0, gt=0)
+    """The update is scaled by alpha / rank."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout on the adapter's input; above 0 the log-probs of training become random."""
+    target_modules: str | list[str] = "all-linear"
+    """Modules that get an adapter, as in peft."""
+
+
+class Loss(Section):
+    """The preference loss: `weight * phi(beta * delta - offset)`, see `rdpo.training.losses`."""
+
+    beta: float = Field(default=0.1, gt=0)
+    """Strength of the pull towards the reference."""
+    offset_coef: float = Field(default=1.0, ge=0)
+    """Lambda: weight of the external reward gap in the loss; 0 is DPO."""
+    offset_norm: Literal["none", "zscore", "range01"] = "none"
+    """Scale of the reward gap: as it is, divided by its standard deviation, or by its largest size."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
+    """Assumed share of flipped pairs (conservative DPO)."""
+    sft_coef: float = Field(default=0.0, ge=0)
+    """Weight of the mean negative log-likelihood of the chosen tokens, added to the loss."""
+
+
+class Training(Loss):
+    """The rDPO training by Ray Train and DeepSpeed."""
+
+    epochs: int = Field(default=1, ge=1)
+    """Passes over the pairs."""
+    max_steps: int | None = Field(default=None, ge=1)
+    """Stop after so many optimizer steps."""
+    batch_size: int = Field(default=32, ge=1)
+    """Pairs in one optimizer step, over all workers."""
+    tokens_per_batch: int = Field(default=4096, ge=16)
+    """Token budget of one forward on one worker, padding included; a pair is never split."""
+    learning_rate: float = Field(default=5e-6, gt=0)
+    """Peak learning rate of AdamW; LoRA wants about 10 times that of full fine-tuning."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Decay after the warm-up."""
+    warmup_ratio: float = Field(default=0.1, ge=0, lt=1)
+    """Share of the steps in which the rate rises from 0."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """AdamW's decoupled weight decay."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradients are clipped to this global norm."""
+    lora: Lora | None = None
+    """Train adapters (a `[training.lora]` table) instead of all weights."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    zero_stage: Literal[0, 1, 2, 3] = 3
+    """DeepSpeed ZeRO stage: what is partitioned over the workers."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """Keep optimizer state (and parameters) in CPU memory; for GPU training."""
+    num_workers: int = Field(default=1, ge=1)
+    """Training processes; on GPUs one for each."""
+    gpus_per_worker: int = Field(default=0, ge=0, le=1)
+    """1 trains on GPUs over NCCL, 0 on the CPU over gloo."""
+    cpus_per_worker: int = Field(default=1, ge=1)
+    """CPU cores of one worker."""
+    checkpoint_every: int = Field(default=50, ge=1)
+    """Optimizer steps between two checkpoints."""
+    keep_checkpoints: int = Field(default=2, ge=1)
+    """How many of the last checkpoints are kept."""
+    max_failures: int = Field(default=3, ge=-1)
+    """Worker failures that are repaired from the last checkpoint; -1 is without limit."""
+    logprob_chunk: int = Field(default=1024, ge=1)
+    """Completion tokens whose logits exist at the same time."""
+
+
+class Evaluation(Section):
+    """Held-out prompts answered by the start model and the trained one, and compared."""
+
+    limit: int | None = Field(default=None, ge=1)
+    """At most so many held-out prompts, the first by id."""
+    sampling: Sampling = Sampling()
+    """How both models answer."""
+    engine: Engine = Engine()
+    """The engines of both models."""
+    samples: int = Field(default=20, ge=0)
+    """Prompts whose answers are shown side by side in the report."""
+
+
+class Publish(Section):
+    """The Hugging Face folder that leaves the run."""
+
+    merge: bool = True
+    """Merge a LoRA adapter into the weights; the adapter is kept in `model/adapter` in any case."""
+    max_shard_gb: float = Field(default=4.0, gt=0)
+    """Size of one safetensors file."""
+    license: str | None = None
+    """Licence named on the model card."""
+
+
+class Cluster(Section):
+    """The Ray cluster the run uses."""
+
+    address: str | None = None
+    """Address of a running cluster; by default the one in RAY_ADDRESS, else a local one is started."""
+    object_store_gib: float = Field(default=1.0, gt=0)
+    """Memory of the object store of a local cluster, in GiB."""
+
+
+class Job(Section):
+    """One job file."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the run; its directory is `runs/NAME` unless `--run-dir` says otherwise."""
+    seed: int = Field(default=0, ge=0)
+    """All random draws are functions of this seed and of what they are for."""
+    student: Student
+    prompts: Prompts
+    synthesis: Synthesis
+    rewards: list[Reward] = Field(min_length=1)
+    pairs: Pairs = Pairs()
+    reference: Reference = Reference()
+    training: Training = Training()
+    evaluation: Evaluation = Evaluation()
+    publish: Publish = Publish()
+    cluster: Cluster = Cluster()
+
+    @model_validator(mode="after")
+    def _check_relations(self) -> Job:
+        names = [reward.name for reward in self.rewards]
+        if len(set(names)) < len(names):
+            raise ValueError("rewards: two rewards have the same name; give each its own `name`")
+        if not any(reward.weight for reward in self.rewards):
+            raise ValueError("rewards: every weight is 0; give the optimised reward a weight above 0")
+        if self.pairs.chosen == self.pairs.rejected:
+            raise ValueError("pairs: chosen and rejected name the same turn; name two turns of the task")
+        for section in ("reference", "training"):
+            if getattr(self, section).tokens_per_batch < 2 * self.reference.max_length:
+                raise ValueError(
+                    f"{section}: tokens_per_batch must hold one pair, so at least twice "
+                    f"reference.max_length = {2 * self.reference.max_length}"
+                )
+        if self.training.batch_size < self.training.num_workers:
+            raise ValueError(
+                f"training: batch_size {self.training.batch_size} is below num_workers "
+                f"{self.training.num_workers}; each worker needs at least one pair in a step"
+            )
+        return self
+
+
+def load_job(path: str | Path, overrides: list[str] | None = None) -> Job:
+    """Read a job file, apply `section.key=value` overrides, validate.
+
+    Raises:
+        InputError: the file is missing, not TOML, or a key or value is wrong; names file and field.
+    """
+    path = Path(path)
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such job file") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not valid TOML: {error}") from None
+    for override in overrides or []:
+        _apply_override(table, override)
+    try:
+        return Job.model_validate(table)
+    except ValidationError as error:
+        raise InputError(_explain(path, error)) from None
+
+
+def to_toml(job: Job) -> str:
+    """The resolved job as TOML; `load_job` reads it back."""
+    import tomli_w
+
+    return tomli_w.dumps(job.model_dump(mode="json", exclude_none=True))
+
+
+def _apply_override(table: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise InputError(f"--set {override}: write it as section.key=value")
+    *sections, last = key.strip().split(".")
+    target: Any = table
+    for section in sections:
+        target = _descend(target, section, override)
+    if isinstance(target, list):
+        raise InputError(f"--set {override}: name an entry of the list, as in rewards.0.weight=1")
+    target[last] = _toml_value(text)
+
+
+def _descend(target: Any, section: str, override: str) -> Any:
+    if isinstance(target, list):
+        if not section.isdigit() or int(section) >= len(target):
+            raise InputError(f"--set {override}: the list has entries 0 to {len(target) - 1}")
+        return target[int(section)]
+    child = target.setdefault(section, {})
+    if not isinstance(child, dict | list):
+        raise InputError(f"--set {override}: {section} is a value, not a section")
+    return child
+
+
+def _toml_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _explain(path: Path, error: ValidationError) -> str:
+    lines = [f"{path}: {len(error.errors())} problem(s) in the job file"]
+    for problem in error.errors():
+        field = ".".join(str(part) for part in problem["loc"])
+        lines.append(f"  {field or 'job'}: {_remedy(problem, field)}")
+    return "\n".join(lines)
+
+
+def _remedy(problem: Any, field: str) -> str:
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "extra_forbidden":
+        return f"unknown key; remove it or correct its name{_suggestion(field)}"
+    if problem["type"] == "missing":
+        return "is required"
+    value = repr(problem.get("input"))
+    return f"{message} (got {value[:80]})" if len(value) < 200 else message
+
+
+def _suggestion(field: str) -> str:
+    from difflib import get_close_matches
+
+    section, _, key = field.rpartition(".")
+    known = _known_keys(section)
+    close = get_close_matches(key, known, n=1)
+    return f" (did you mean `{close[0]}`?)" if close else ""
+
+
+def _known_keys(section: str) -> list[str]:
+    model: Any = Job
+    for part in section.split(".") if section else []:
+        field = getattr(model, "model_fields", {}).get(part)
+        if field is None:
+            return []
+        options = getattr(field.annotation, "__args__", (field.annotation,))
+        model = next((o for o in options if isinstance(o, type) and issubclass(o, Section)), None)
+    return list(getattr(model, "model_fields", {}))

@@ -1,0 +1,12 @@
+"""The two ways a run can fail that are not bugs: bad input, and a broken promise about the data."""
+
+
+class InputError(Exception):
+    """Something the user wrote or pointed at is wrong; the message says where, what and the remedy.
+
+    The command line prints the message without a traceback and exits with code 2.
+    """
+
+
+class ConservationError(RuntimeError):
+    """Rows that entered a stage neither left it nor lie in its dropped table."""

@@ -1,0 +1,1 @@
+"""policy -> comparison with the start model -> published model and report."""

@@ -1,0 +1,123 @@
+"""Held-out prompts answered by a model, and how far the trained model moved from its start.
+
+For a column NAME adds the answer, `NAME_finish_reason` and `NAME_tokens`; `kl` is the log-ratio
+log pi(y|x) - log ref(y|x) of the trained model's own answer, in nats, whose mean estimates the KL
+divergence of the policy from the reference.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+
+from rdpo.config import Job
+from rdpo.policy.chat import load_chat
+from rdpo.policy.models import local_model
+from rdpo.policy.packing import collate
+from rdpo.records import Row, alive, draw_seed, drop, table_of
+from rdpo.synthesis.engine import ContextError, Engine, engine_pool, gather_rows
+
+if TYPE_CHECKING:
+    import ray.data
+
+FORWARD_ROWS = 8
+
+
+def answer_prompts(rows: ray.data.Dataset, job: Job, model: str, column: str) -> ray.data.Dataset:
+    """Add a model's answers to the prompts' rows."""
+    arguments = {"job": job, "model": model, "column": column}
+    return engine_pool(rows, Answerer, job.evaluation.engine, arguments)
+
+
+class Answerer:
+    """A Ray Data actor that answers prompts with one model; both models draw with the same seeds."""
+
+    def __init__(self, job: Job, model: str, column: str):
+        self.job, self.column = job, column
+        self.chat = load_chat(job.student.model, job.student.revision, job.student.trust_remote_code)
+        self.engine = Engine(model, job.evaluation.engine, job.seed)
+
+    async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
+        """Answer a block of rows."""
+        rows = await gather_rows([self.answer(row) for row in batch.to_pylist()])
+        yield table_of(rows)
+
+    async def answer(self, row: Row) -> Row:
+        """One row with the model's answer."""
+        row = {**row, self.column: "", f"{self.column}_finish_reason": "length"}
+        row[f"{self.column}_tokens"] = 0
+        seed = draw_seed(self.job.seed, row["prompt_id"], "evaluation")
+        prompt_ids = self.chat.prompt_ids(row["prompt"])
+        try:
+            generation = await self.engine.generate(prompt_ids, self.job.evaluation.sampling, seed, self.chat.stop_ids)
+        except ContextError as error:
+            return drop(row, str(error))
+        row[self.column] = generation.text.strip()
+        row[f"{self.column}_finish_reason"] = generation.finish_reason
+        row[f"{self.column}_tokens"] = generation.tokens
+        return row
+
+    def __del__(self) -> None:
+        if hasattr(self, "engine"):
+            self.engine.shutdown()
+
+
+def add_divergence(rows: ray.data.Dataset, job: Job, trained: str, column: str) -> ray.data.Dataset:
+    """Add `kl` of the trained model's answers in `column`."""
+    from ray.data import ActorPoolStrategy
+
+    return rows.map_batches(
+        Divergence,
+        fn_constructor_kwargs={"job": job, "trained": trained, "column": column},
+        batch_format="pyarrow",
+        batch_size=FORWARD_ROWS,
+        compute=ActorPoolStrategy(size=job.reference.concurrency),
+        num_cpus=1,
+        num_gpus=job.reference.gpus,
+    )
+
+
+class Divergence:
+    """A Ray Data actor that holds the start model and the trained one."""
+
+    def __init__(self, job: Job, trained: str, column: str):
+        import torch
+
+        from rdpo.policy.model import load_policy
+
+        settings, student = job.reference, job.student
+        if not settings.gpus:
+            torch.set_num_threads(settings.cpus or os.cpu_count() or 1)
+        self.column, self.device = column, "cuda" if settings.gpus else "cpu"
+        self.chat = load_chat(student.model, student.revision, student.trust_remote_code)
+        self.policies = [
+            load_policy(folder, student.dtype, job.training.logprob_chunk, trust_remote_code=student.trust_remote_code)
+            .eval()
+            .to(self.device)
+            for folder in (trained, local_model(student.model, student.revision))
+        ]
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Measure a block of rows."""
+        rows = batch.to_pylist()
+        for row in rows:
+            row["kl"] = None
+        self._measure([row for row in rows if alive(row) and row[self.column]])
+        return table_of(rows)
+
+    def _measure(self, rows: list[Row]) -> None:
+        import torch
+
+        if not rows:
+            return
+        prompts = [self.chat.prompt_ids(row["prompt"]) for row in rows]
+        finished = [row[f"{self.column}_finish_reason"] == "stop" for row in rows]
+        answers = [self.chat.completion_ids(row[self.column], end) for row, end in zip(rows, finished, strict=True)]
+        batch = collate(prompts, answers).to(self.device)
+        with torch.inference_mode():
+            trained, start = (policy(batch).tolist() for policy in self.policies)
+        for row, after, before in zip(rows, trained, start, strict=True):
+            row["kl"] = after - before

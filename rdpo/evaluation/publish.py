@@ -1,0 +1,138 @@
+"""From the trained policy to a Hugging Face model folder that is reloaded and compared before it counts.
+
+The folder holds the (merged) weights as safetensors, configuration, tokenizer with its chat template,
+a model card, and with LoRA the adapter in `adapter/`.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader
+
+from rdpo.config import Job
+from rdpo.policy.chat import load_chat
+from rdpo.training.checkpoint import EXPORT, MERGED
+
+PROBE = [{"role": "user", "content": "Say hello."}]
+PROBE_TOKENS = 8
+
+
+class PublishError(RuntimeError):
+    """The published folder does not give back what was trained."""
+
+
+def publish(job: Job, training: Path, target: Path, facts: dict[str, Any]) -> dict[str, Any]:
+    """Write the model folder and verify it.
+
+    Args:
+        job: the job.
+        training: the training stage's folder.
+        target: folder to write.
+        facts: what the model card tells (see `card.md.jinja`).
+
+    Raises:
+        PublishError: reloading gives other shapes, dtypes or log-probs, or no answer.
+    """
+    adapter = training / EXPORT
+    is_adapter = (adapter / "adapter_config.json").is_file()
+    if is_adapter and not job.publish.merge:
+        shutil.copytree(adapter, target, dirs_exist_ok=True)
+        _copy_tokenizer(training / MERGED, target)
+    else:
+        _save_sharded(training / MERGED, target, job.publish.max_shard_gb)
+        if is_adapter:
+            shutil.copytree(adapter, target / "adapter", dirs_exist_ok=True)
+    checks = verify(training / MERGED, target, is_adapter)
+    (target / "README.md").write_text(model_card(job, facts), encoding="utf-8")
+    return checks
+
+
+def _save_sharded(source: Path, target: Path, max_shard_gb: float) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", use_safetensors=True)
+    model.save_pretrained(target, max_shard_size=f"{max_shard_gb}GB")
+    _copy_tokenizer(source, target)
+
+
+def _copy_tokenizer(source: Path, target: Path) -> None:
+    for file in source.iterdir():
+        weights = file.suffix == ".safetensors" or file.name.endswith(".index.json")
+        if file.is_file() and not weights and file.name not in ("config.json", "manifest.json"):
+            shutil.copy(file, target / file.name)
+
+
+def verify(trained: Path, published: Path, is_adapter: bool) -> dict[str, Any]:
+    """Reload the published folder and compare it with the trained model: tensors, a forward, an answer.
+
+    Raises:
+        PublishError: they differ.
+    """
+    import torch
+
+    chat = load_chat(str(published))
+    ids = torch.tensor([chat.prompt_ids(PROBE)])
+    expected, actual = _load(trained), _load_published(published)
+    _compare_tensors(expected, actual)
+    with torch.inference_mode():
+        difference = float((expected(ids).logits - actual(ids).logits).abs().max())
+        answer = actual.generate(ids, max_new_tokens=PROBE_TOKENS, do_sample=False)[0, ids.shape[1] :]
+    if not difference < 1e-3:
+        raise PublishError(f"the published model's logits differ by {difference} from the trained one's")
+    checks = {
+        "logit_difference": difference,
+        "answer": chat.tokenizer.decode(answer, skip_special_tokens=True),
+    }
+    if is_adapter and (published / "adapter").is_dir():
+        checks["adapter_parameters"] = _adapter_size(published / "adapter")
+    return checks
+
+
+def _load(folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", use_safetensors=True).eval()
+
+
+def _load_published(folder: Path) -> Any:
+    if not (folder / "adapter_config.json").is_file():
+        return _load(folder)
+    from peft import AutoPeftModelForCausalLM
+
+    model = AutoPeftModelForCausalLM.from_pretrained(str(folder))
+    return model.merge_and_unload().eval()
+
+
+def _compare_tensors(expected: Any, actual: Any) -> None:
+    before, after = expected.state_dict(), actual.state_dict()
+    if before.keys() != after.keys():
+        raise PublishError(f"tensors are missing or new: {sorted(before.keys() ^ after.keys())[:5]}")
+    for name, tensor in before.items():
+        if tensor.shape != after[name].shape or tensor.dtype != after[name].dtype:
+            raise PublishError(f"{name}: {after[name].shape} {after[name].dtype}, trained as {tensor.shape}")
+
+
+def _adapter_size(folder: Path) -> int:
+    from safetensors import safe_open
+
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        sizes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118
+    total = 0
+    for shape in sizes:
+        count = 1
+        for side in shape:
+            count *= side
+        total += count
+    if not total:
+        raise PublishError("the adapter holds no weights")
+    return total
+
+
+def model_card(job: Job, facts: dict[str, Any]) -> str:
+    """The folder's README.md, with the metadata block of the Hugging Face hub."""
+    environment = Environment(loader=PackageLoader("rdpo.evaluation"), autoescape=False, trim_blocks=True)
+    return environment.get_template("card.md.jinja").render(job=job, json=json, **facts)

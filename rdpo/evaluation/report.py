@@ -1,0 +1,233 @@
+"""report.html: one self-contained page of what a run did, in the order of the data.
+
+Charts are SVG drawings inside the page; model text is escaped by the template engine. Nothing is
+loaded from elsewhere.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader
+from markupsafe import Markup
+
+from rdpo.config import Job, load_job
+from rdpo.errors import InputError
+from rdpo.pipeline import JOB_FILE
+from rdpo.records import Row, extra_of, text_of
+from rdpo.storage import Folder, Manifest, StageFolder
+from rdpo.training.metrics import NAMES
+
+REPORT = "report.html"
+STAGES = ("prompts", "synthesis", "rewards", "pairs", "reference", "training", "evaluation", "model")
+SHOWN_CHARS = 4000
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f\u202a-\u202e\u2066-\u2069]")
+BEFORE, AFTER = "#8a8f98", "#2f6fde"
+CURVES = {
+    "loss": ["loss"],
+    "margins and accuracy": ["rewards/margins", "rewards/accuracies"],
+    "implicit rewards": ["rewards/chosen", "rewards/rejected"],
+    "log-probs (sum, nats)": ["logps/chosen", "logps/rejected"],
+    "gradient norm": ["grad_norm"],
+    "learning rate": ["learning_rate"],
+}
+
+
+def write_report(run_dir: str) -> str:
+    """Write the report of a run, as far as the run has come; its path.
+
+    Raises:
+        InputError: there is no run in this directory.
+    """
+    if not (Path(run_dir) / JOB_FILE).is_file():
+        raise InputError(f"{run_dir}: no run here (no {JOB_FILE})")
+    job = load_job(Path(run_dir) / JOB_FILE)
+    manifests = _manifests(run_dir)
+    page = (
+        _environment()
+        .get_template("report.html.jinja")
+        .render(
+            job=job,
+            settings=json.dumps(job.model_dump(mode="json", exclude_none=True), indent=2),
+            manifests=manifests,
+            evaluation=_summary(manifests, "evaluation"),
+            training=_summary(manifests, "training"),
+            charts=_charts(run_dir, job, manifests),
+            samples=_samples(run_dir, job.evaluation.samples) if "evaluation" in manifests else [],
+            conversations=_conversations(run_dir, 3) if "synthesis" in manifests else [],
+            warnings=_warnings(manifests),
+        )
+    )
+    Folder(run_dir).write_bytes(REPORT, page.encode("utf-8", "replace"))
+    return str(Path(run_dir) / REPORT)
+
+
+def headline(run_dir: str) -> list[str]:
+    """The result of a run in a few lines of text."""
+    summary = _summary(_manifests(run_dir), "evaluation")
+    lines = []
+    for reward in summary.get("rewards", []):
+        rate, kind = reward["win_rate"], "optimised" if reward["weight"] else "independent"
+        lines.append(
+            f"win rate   {rate['mean']:.3f} (95% interval {rate['low']:.3f} to {rate['high']:.3f}) of the trained "
+            f"model by {reward['reward']}, {kind}; mean {reward['start_mean']:.3f} -> {reward['trained_mean']:.3f}"
+        )
+    if summary.get("kl"):
+        length = {side: value["mean"] for side, value in summary["length"].items()}
+        stop = {side: value["mean"] for side, value in summary["stop_rate"].items()}
+        lines.append(
+            f"on {summary['prompts']} held-out prompts: KL {summary['kl']['mean']:.1f} nats, tokens "
+            f"{length['start']:.0f} -> {length['trained']:.0f}, stop rate {stop['start']:.2f} -> {stop['trained']:.2f}"
+        )
+    return lines
+
+
+def _environment() -> Environment:
+    environment = Environment(loader=PackageLoader("rdpo.evaluation"), autoescape=True, trim_blocks=True)
+    environment.filters["shown"] = shown
+    environment.filters["clock"] = lambda seconds: f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+    return environment
+
+
+def shown(text: str) -> str:
+    """Model text fit for a page: control and direction characters made visible, very long text cut."""
+    visible = CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text or "")
+    return visible if len(visible) <= SHOWN_CHARS else f"{visible[:SHOWN_CHARS]} … ({len(visible)} characters)"
+
+
+def _manifests(run_dir: str) -> dict[str, Manifest]:
+    found = {name: StageFolder(run_dir, name).manifest() for name in STAGES}
+    return {name: manifest for name, manifest in found.items() if manifest}
+
+
+def _summary(manifests: dict[str, Manifest], stage: str) -> dict[str, Any]:
+    return manifests[stage].summary if stage in manifests else {}
+
+
+def _warnings(manifests: dict[str, Manifest]) -> list[str]:
+    training, evaluation = _summary(manifests, "training"), _summary(manifests, "evaluation")
+    found = []
+    if training and training["last"]["logps/chosen"] < training["first"]["logps/chosen"] - 10:
+        found.append(
+            "The log-probs of the chosen answers fell in training; an SFT term (training.sft_coef) holds them."
+        )
+    length = evaluation.get("length")
+    if length and length["trained"]["mean"] > 1.5 * length["start"]["mean"]:
+        found.append("Answers grew by more than half; compare rewards at equal length before believing the win rate.")
+    stop = evaluation.get("stop_rate")
+    if stop and stop["trained"]["mean"] < stop["start"]["mean"] - 0.1:
+        found.append("The trained model stops by itself less often than the start model.")
+    return found
+
+
+def _samples(run_dir: str, limit: int) -> list[dict[str, Any]]:
+    rows = StageFolder(run_dir, "evaluation").table().sort_by("prompt_id").slice(0, limit).to_pylist()
+    return [
+        {
+            "id": row["prompt_id"][:8],
+            "prompt": text_of(row["prompt"]),
+            "sides": [_side(row, "start"), _side(row, "trained")],
+        }
+        for row in rows
+    ]
+
+
+def _side(row: Row, side: str) -> dict[str, Any]:
+    return {"name": side, "text": row[side], "scores": row[f"{side}_scores"], "score": row[f"{side}_score"]}
+
+
+def _conversations(run_dir: str, limit: int) -> list[dict[str, Any]]:
+    folder = StageFolder(run_dir, "synthesis")
+    if not folder.parts():
+        return []
+    rows = folder.table().sort_by("prompt_id").slice(0, limit).to_pylist()
+    turns = [name.removesuffix("_finish_reason") for name in rows[0] if name.endswith("_finish_reason")]
+    return [
+        {
+            "id": row["prompt_id"][:8],
+            "prompt": text_of(row["prompt"]),
+            "turns": [(name, row[name]) for name in turns],
+            "extra": extra_of(row),
+        }
+        for row in rows
+    ]
+
+
+def _charts(run_dir: str, job: Job, manifests: dict[str, Manifest]) -> dict[str, Markup]:
+    charts = {}
+    if "pairs" in manifests:
+        pairs = StageFolder(run_dir, "pairs")
+        gaps = pairs.table(columns=["reward_gap"])["reward_gap"].to_pylist() if pairs.parts() else []
+        charts["gaps"] = _histogram({"reward gap": gaps}, "score of chosen minus score of rejected")
+    if "training" in manifests:
+        folder = StageFolder(run_dir, "training")
+        steps = [json.loads(line) for line in folder.read_bytes("metrics.jsonl").decode().splitlines()]
+        charts["curves"] = _curves(steps)
+    if "evaluation" in manifests:
+        rows = StageFolder(run_dir, "evaluation").table().to_pylist()
+        for reward in job.rewards:
+            before = [row["start_scores"][reward.name] for row in rows]
+            after = [row["trained_scores"][reward.name] for row in rows]
+            charts[f"reward/{reward.name}"] = _histogram({"start model": before, "trained model": after}, reward.name)
+    return charts
+
+
+def _figure(columns: int = 1, rows: int = 1, width: float = 6.4, height: float = 2.4) -> Any:
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height * rows), layout="constrained")
+    FigureCanvasSVG(figure)
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis in axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(labelsize=8)
+    return figure, axes
+
+
+def _svg(figure: Any) -> Markup:
+    """The figure as an SVG element that takes the page's text colour."""
+    from matplotlib import rc_context
+
+    buffer = io.StringIO()
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "rdpo"}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    text = buffer.getvalue()
+    return Markup(text[text.index("<svg") :].replace("#000000", "currentColor"))
+
+
+def _histogram(series: dict[str, list[float]], label: str) -> Markup:
+    figure, axes = _figure()
+    axis = axes[0][0]
+    everything = [value for values in series.values() for value in values]
+    bins = _bins(everything)
+    for (name, values), colour in zip(series.items(), (BEFORE, AFTER), strict=False):
+        axis.hist(values, bins=bins, alpha=0.65, color=colour, label=name)
+    axis.set_xlabel(label, fontsize=8)
+    axis.set_ylabel("prompts", fontsize=8)
+    if len(series) > 1:
+        axis.legend(fontsize=8, frameon=False)
+    return _svg(figure)
+
+
+def _bins(values: list[float]) -> Any:
+    import numpy as np
+
+    return np.histogram_bin_edges(values, bins=24) if values else 1
+
+
+def _curves(steps: list[dict[str, float]]) -> Markup:
+    figure, axes = _figure(columns=2, rows=3, width=7.2, height=1.9)
+    known = {*NAMES, "grad_norm", "learning_rate"}
+    for axis, (title, names) in zip(axes.flat, CURVES.items(), strict=True):
+        for name, colour in zip([name for name in names if name in known], (AFTER, "#c2573a"), strict=False):
+            label = name.rsplit("/", 1)[-1]
+            axis.plot([step["step"] for step in steps], [step[name] for step in steps], color=colour, label=label)
+        axis.set_title(title, fontsize=9)
+        if len(names) > 1:
+            axis.legend(fontsize=7, frameon=False)
+    return _svg(figure)

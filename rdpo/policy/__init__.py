@@ -1,0 +1,1 @@
+"""tokens -> log-probs: the one forward on which reference and training stand."""

@@ -1,0 +1,131 @@
+"""From a model's name to a local folder with safetensors weights, and to a fingerprint of it.
+
+A name is a folder, a hub id, a `.gguf` file, or `package:NAME/FILE` (a GGUF file or a folder inside
+an installed Python package). GGUF files are dequantised once into a cache. Pickled weights are
+never loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shutil
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from rdpo.errors import InputError
+
+WEIGHTS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
+
+
+def cache_dir() -> Path:
+    """Where converted models are kept: `RDPO_CACHE`, or `~/.cache/rdpo`."""
+    return Path(os.environ.get("RDPO_CACHE", "~/.cache/rdpo")).expanduser()
+
+
+@lru_cache(maxsize=64)
+def local_model(name: str, revision: str | None = None, weights: bool = True) -> Path:
+    """Folder of a model on this machine; downloads or converts it if need be.
+
+    Raises:
+        InputError: there is no such model, or it has no safetensors weights.
+    """
+    path = _package_file(name) if name.startswith("package:") else Path(name).expanduser()
+    if path.is_file() and path.suffix == ".gguf":
+        return _dequantised(path)
+    if path.is_dir():
+        return _checked_folder(path, weights)
+    if path.suffix == ".gguf" or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise InputError(f"model {name}: no such folder or file")
+    return _downloaded(name, revision, weights)
+
+
+def fingerprint(name: str, revision: str | None = None) -> str:
+    """A hash of the weights, configuration and tokenizer that a name stands for."""
+    folder = local_model(name, revision)
+    return _folder_fingerprint(folder, tuple(_stamps(folder)))
+
+
+def _stamps(folder: Path) -> list[tuple[str, int, int]]:
+    files = sorted(path for pattern in WEIGHTS for path in folder.glob(pattern))
+    return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+
+
+@lru_cache(maxsize=64)
+def _folder_fingerprint(folder: Path, stamps: tuple[tuple[str, int, int], ...]) -> str:
+    total = hashlib.blake2b(digest_size=16)
+    for name, _, _ in stamps:
+        total.update(name.encode())
+        with open(folder / name, "rb") as file:
+            total.update(hashlib.file_digest(file, "blake2b").digest())
+    return total.hexdigest()
+
+
+def _package_file(name: str) -> Path:
+    package, _, inside = name.removeprefix("package:").partition("/")
+    found = importlib.util.find_spec(package) if package.isidentifier() else None
+    if found is None or not found.submodule_search_locations:
+        raise InputError(f"model {name}: the Python package `{package}` is not installed")
+    root = Path(found.submodule_search_locations[0]).resolve()
+    path = (root / inside).resolve()
+    if not path.is_relative_to(root) or not path.exists():
+        raise InputError(f"model {name}: the package has no `{inside}`")
+    return path
+
+
+def _checked_folder(path: Path, weights: bool) -> Path:
+    if not (path / "config.json").is_file():
+        raise InputError(f"model {path}: the folder has no config.json, so it is no Hugging Face model")
+    if weights and not any(path.glob("*.safetensors")):
+        raise InputError(f"model {path}: no .safetensors weights; pickled weights are not loaded, convert them")
+    return path.resolve()
+
+
+def _downloaded(name: str, revision: str | None, weights: bool) -> Path:
+    from huggingface_hub import snapshot_download
+
+    patterns = WEIGHTS if weights else WEIGHTS[1:]
+    try:
+        folder = snapshot_download(name, revision=revision, allow_patterns=list(patterns))
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(
+            f"model {name}: no such folder here, and the hub does not give it ({type(error).__name__}: "
+            f"{reason}); check the name, the network, or HF_TOKEN for a gated model"
+        ) from None
+    return _checked_folder(Path(folder), weights)
+
+
+def _dequantised(file: Path) -> Path:
+    stamp = f"{file.resolve()}:{file.stat().st_size}"
+    folder = cache_dir() / "models" / f"{file.stem}-{hashlib.blake2b(stamp.encode(), digest_size=6).hexdigest()}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not folder.is_dir():
+            partial = folder.with_suffix(".partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            _convert_gguf(file, partial)
+            partial.rename(folder)
+    return folder
+
+
+def _convert_gguf(file: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    quantised = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    config = quantised.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.dtype = torch.bfloat16
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.load_state_dict(quantised.state_dict())
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    tokens: dict[str, Any] = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    model.generation_config = GenerationConfig(**tokens)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,1 @@
+"""answers -> scores -> preference pairs -> reference log-probs."""

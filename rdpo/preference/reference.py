@@ -1,0 +1,110 @@
+"""Reference log-probs of both completions, by the forward that training uses.
+
+Adds `prompt_ids`, `chosen_ids`, `rejected_ids` (the student's tokenizer) and
+`reference_chosen_logps`, `reference_rejected_logps` (sums over the completion, fp32). The stage's
+key holds the weights' fingerprint, so a cached value never outlives the weights it came from.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from rdpo.config import Job
+from rdpo.policy.chat import Chat, load_chat
+from rdpo.policy.models import local_model
+from rdpo.policy.packing import MicroBatch, collate_pairs, micro_batches
+from rdpo.records import Row, alive, drop
+
+if TYPE_CHECKING:
+    import ray.data
+
+BLOCK_ROWS = 64
+
+
+def add_reference(rows: ray.data.Dataset, job: Job) -> ray.data.Dataset:
+    """Add token ids and the reference's log-probs to the rows of pairs."""
+    from ray.data import ActorPoolStrategy
+
+    settings = job.reference
+    return rows.repartition(target_num_rows_per_block=BLOCK_ROWS).map_batches(
+        Reference,
+        fn_constructor_kwargs={"job": job},
+        batch_format="pyarrow",
+        batch_size=BLOCK_ROWS,
+        compute=ActorPoolStrategy(size=settings.concurrency),
+        num_cpus=1,
+        num_gpus=settings.gpus,
+    )
+
+
+def tokenize_pair(row: Row, chat: Chat, max_length: int) -> Row:
+    """The row with the ids of prompt and both completions, or dropped with the reason."""
+    ids: dict[str, Any] = {"prompt_ids": chat.prompt_ids(row["prompt"])}
+    for side in ("chosen", "rejected"):
+        answer = row[side][0]["content"]
+        ids[f"{side}_ids"] = chat.completion_ids(answer, row[f"{side}_finished"])
+    row = {**row, **ids, "dropped": None}
+    if not (ids["chosen_ids"] and ids["rejected_ids"]):
+        return drop(row, "a completion has no tokens")
+    if ids["chosen_ids"] == ids["rejected_ids"]:
+        return drop(row, "chosen and rejected have the same tokens")
+    longest = len(ids["prompt_ids"]) + max(len(ids["chosen_ids"]), len(ids["rejected_ids"]))
+    if longest > max_length:
+        return drop(row, "pair is longer than reference.max_length")
+    return row
+
+
+def pair_length(row: Row) -> int:
+    """Tokens of the longer of a pair's two sequences."""
+    return len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+
+
+class Reference:
+    """A Ray Data actor that holds the reference model."""
+
+    def __init__(self, job: Job):
+        import torch
+
+        from rdpo.policy.model import load_policy
+
+        self.settings, student = job.reference, job.student
+        self.device = "cuda" if self.settings.gpus else "cpu"
+        if not self.settings.gpus:
+            torch.set_num_threads(self.settings.cpus or os.cpu_count() or 1)
+        self.chat = load_chat(student.model, student.revision, student.trust_remote_code)
+        folder = local_model(student.model, student.revision)
+        policy = load_policy(
+            folder, student.dtype, job.training.logprob_chunk, trust_remote_code=student.trust_remote_code
+        )
+        self.policy = policy.eval().to(self.device)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Tokenize a block of pairs and add their log-probs."""
+        rows = [tokenize_pair(row, self.chat, self.settings.max_length) for row in batch.to_pylist()]
+        for row in rows:
+            row["reference_chosen_logps"] = row["reference_rejected_logps"] = None
+        lengths = [pair_length(row) for row in rows]
+        living = [index for index, row in enumerate(rows) if alive(row)]
+        for micro in micro_batches(living, lengths, self.settings.tokens_per_batch):
+            self._forward(rows, micro)
+        return pa.Table.from_pylist(rows, schema=_schema(batch.schema))
+
+    def _forward(self, rows: list[Row], micro: MicroBatch) -> None:
+        import torch
+
+        pairs = [rows[index] for index in micro.pairs]
+        columns = ([pair[name] for pair in pairs] for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
+        with torch.inference_mode():
+            logps = self.policy(collate_pairs(*columns).to(self.device)).cpu()
+        for pair, chosen, rejected in zip(pairs, *logps.view(2, len(pairs)).tolist(), strict=True):
+            pair["reference_chosen_logps"], pair["reference_rejected_logps"] = chosen, rejected
+
+
+def _schema(pairs: pa.Schema) -> pa.Schema:
+    ids = [pa.field(name, pa.list_(pa.int32())) for name in ("prompt_ids", "chosen_ids", "rejected_ids")]
+    logps = [pa.field(f"reference_{side}_logps", pa.float64()) for side in ("chosen", "rejected")]
+    kept = [field for field in pairs if field.name != "dropped"]
+    return pa.schema([*kept, *ids, *logps, pa.field("dropped", pa.string())])

@@ -1,0 +1,75 @@
+"""Row identity: what makes two rows the same, and which random draws belong to a row.
+
+A row is a plain dictionary. `prompt_id` is a hash of the conversation, so that a rerun, a retry or
+a resumed run meets the same ids; every random draw is a function of (seed, prompt_id, role), so
+that a row's text does not depend on its neighbours or on the order of arrival. A row that cannot
+go on carries the reason in its `dropped` column and is stored in the stage's dropped table.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+Messages = list[dict[str, str]]
+Row = dict[str, Any]
+
+ROLES = ("system", "user", "assistant", "tool")
+
+
+def digest(*parts: Any) -> str:
+    """32 hexadecimal digits that depend on every part and on their order (JSON-serialisable parts)."""
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+
+def prompt_id(messages: Messages) -> str:
+    """Identity of a prompt: a hash of its messages' roles and contents."""
+    return digest([[message["role"], message["content"]] for message in messages])
+
+
+def draw_seed(seed: int, row_id: str, role: str) -> int:
+    """Seed of a row's own random draws for one role, below 2**31."""
+    return int(digest(seed, row_id, role)[:8], 16) & 0x7FFFFFFF
+
+
+def unit_draw(seed: int, row_id: str, role: str) -> float:
+    """A uniform draw from [0, 1) that belongs to a row and a role."""
+    return int(digest(seed, row_id, role)[:13], 16) / 16**13
+
+
+def drop(row: Row, reason: str) -> Row:
+    """The row with the reason why it cannot go on; the first reason stays."""
+    return row if row.get("dropped") else {**row, "dropped": reason}
+
+
+def alive(row: Row) -> bool:
+    """Whether the row has not been dropped."""
+    return not row.get("dropped")
+
+
+def text_of(messages: Messages) -> str:
+    """The conversation as plain text for templates: the contents, or role by role if several."""
+    if len(messages) == 1:
+        return messages[0]["content"]
+    return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
+
+
+def extra_of(row: Row) -> dict[str, Any]:
+    """The source's other columns, kept as JSON text so that any source fits one schema."""
+    return json.loads(row.get("extra") or "{}")
+
+
+def table_of(rows: list[Row]) -> pa.Table:
+    """Rows as a table with every column that any row has, and always `dropped`.
+
+    (`pa.Table.from_pylist` alone would take the first row's columns for all of them.)
+    """
+    import pyarrow as pa
+
+    names = dict.fromkeys(name for row in rows for name in row) | {"dropped": None}
+    return pa.table({name: [row.get(name) for row in rows] for name in names})

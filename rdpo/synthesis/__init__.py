@@ -1,0 +1,1 @@
+"""prompts -> responses -> critiques -> revisions."""

@@ -1,0 +1,137 @@
+"""One vLLM engine in one Ray actor: token ids in, text out.
+
+The engine is given token ids, never text, so that the chat template is applied once and in one
+place. It is ended on purpose when its actor is released; a dead engine ends its process, so that
+Ray replaces the actor and does its rows again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rdpo.config import Engine as EngineSettings
+from rdpo.config import Sampling
+
+if TYPE_CHECKING:
+    import ray.data
+
+PROBE_TOKENS = 1
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One answer: its text, how it ended (`stop` or `length`), and its number of tokens."""
+
+    text: str
+    finish_reason: str
+    tokens: int
+    logprobs: dict[int, float] | None = None
+
+
+class ContextError(ValueError):
+    """The conversation leaves no room for an answer in the engine's context."""
+
+
+class Engine:
+    """An asynchronous vLLM engine for one model."""
+
+    def __init__(self, folder: str, settings: EngineSettings, seed: int, **options: Any):
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        if settings.gpus == 0:
+            os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(settings.kv_cache_gib)))
+            os.environ["OMP_NUM_THREADS"] = str(settings.cpus or os.cpu_count() or 1)
+        from vllm import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        arguments: dict[str, Any] = {
+            "model": folder,
+            "dtype": "bfloat16",
+            "max_model_len": settings.max_model_len,
+            "enforce_eager": settings.gpus == 0,
+            "tensor_parallel_size": max(1, settings.gpus),
+            "enable_prefix_caching": True,
+            "seed": seed,
+            "generation_config": "vllm",
+            "disable_log_stats": True,
+            **options,
+            **settings.options,
+        }
+        self.max_model_len = settings.max_model_len
+        self.engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+        self._requests = 0
+
+    async def generate(
+        self, prompt_ids: list[int], sampling: Sampling, seed: int, stop_ids: tuple[int, ...], **extra: Any
+    ) -> Generation:
+        """Sample one answer to a prompt of token ids.
+
+        Raises:
+            ContextError: the prompt fills the context.
+        """
+        from vllm import SamplingParams, TokensPrompt
+        from vllm.sampling_params import RequestOutputKind
+
+        room = self.max_model_len - len(prompt_ids)
+        if room < 1:
+            raise ContextError(f"conversation of {len(prompt_ids)} tokens fills engine.max_model_len")
+        parameters = SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            max_tokens=min(sampling.max_tokens, room),
+            seed=seed,
+            stop_token_ids=list(stop_ids),
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            **extra,
+        )
+        self._requests += 1
+        prompt = TokensPrompt(prompt_token_ids=prompt_ids)
+        final: Any = None
+        try:
+            async for output in self.engine.generate(prompt, parameters, request_id=str(self._requests)):
+                final = output.outputs[0]
+        except Exception:
+            self._leave_if_dead()
+            raise
+        logprobs = final.logprobs[0] if final.logprobs else None
+        return Generation(
+            final.text,
+            "length" if final.finish_reason == "length" else "stop",
+            len(final.token_ids),
+            {token: entry.logprob for token, entry in logprobs.items()} if logprobs else None,
+        )
+
+    def _leave_if_dead(self) -> None:
+        if self.engine.errored:
+            os._exit(1)
+
+    def shutdown(self) -> None:
+        """End the engine's process and give its memory back."""
+        self.engine.shutdown()
+
+
+def engine_pool(
+    rows: ray.data.Dataset, actor: type, settings: EngineSettings, arguments: dict[str, Any]
+) -> ray.data.Dataset:
+    """Stream rows through a pool of engine actors, several blocks at a time in each engine."""
+    from ray.data import ActorPoolStrategy
+
+    blocks = rows.repartition(target_num_rows_per_block=settings.batch_rows)
+    return blocks.map_batches(
+        actor,
+        fn_constructor_kwargs=arguments,
+        batch_format="pyarrow",
+        batch_size=settings.batch_rows,
+        compute=ActorPoolStrategy(size=settings.concurrency, max_tasks_in_flight_per_actor=settings.batches_in_flight),
+        num_cpus=settings.cpus or 1,
+        num_gpus=settings.gpus,
+        max_concurrency=settings.batches_in_flight,
+    )
+
+
+async def gather_rows(coroutines: list[Any]) -> list[Any]:
+    """Await all rows of a block together; they share the engine's running batch."""
+    return list(await asyncio.gather(*coroutines))

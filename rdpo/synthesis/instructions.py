@@ -1,0 +1,156 @@
+"""Task files: the wording of the teacher's turns is data, not code.
+
+A task is a TOML file with a list of `[[turns]]`. A turn either begins a conversation or goes on
+`after` an earlier one; its `user` template may use `prompt`, the answers of earlier turns by name,
+and the other columns of the prompt's row. Templates are rendered in a sandbox.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from functools import lru_cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError, meta
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from rdpo.errors import InputError
+from rdpo.records import Messages, Row, extra_of, text_of
+
+SHIPPED = files("rdpo.synthesis") / "tasks"
+_SANDBOX = ImmutableSandboxedEnvironment(undefined=StrictUndefined, autoescape=False)
+
+
+class Turn(BaseModel):
+    """One answer of the teacher."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
+    after: str | None = None
+    system: str | None = None
+    user: str | None = None
+    prefill: str = ""
+    temperature: float | None = Field(default=None, ge=0)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    max_tokens: int | None = Field(default=None, ge=1)
+
+
+class Task(BaseModel):
+    """The turns of one task, in order."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    description: str = ""
+    turns: list[Turn] = Field(min_length=2)
+
+    def turn(self, name: str) -> Turn:
+        """The turn of this name."""
+        return next(turn for turn in self.turns if turn.name == name)
+
+
+def load_task(source: str) -> Task:
+    """Read a task file, or one that ships with rdpo by its bare name.
+
+    Raises:
+        InputError: no such file, wrong keys, a turn that goes on after none, a broken template.
+    """
+    shipped = SHIPPED / f"{source}.toml"
+    path = shipped if source.isidentifier() and shipped.is_file() else Path(source)
+    try:
+        task = Task.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"synthesis.task: {source}: {error}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise InputError(f"synthesis.task: {source}: {field}: {first['msg']}") from None
+    _check_turns(task, source)
+    return task
+
+
+def _check_turns(task: Task, source: str) -> None:
+    earlier: list[str] = []
+    for turn in task.turns:
+        where = f"synthesis.task: {source}: turn `{turn.name}`"
+        if turn.name in earlier:
+            raise InputError(f"{where} stands twice; give each turn its own name")
+        if turn.after is not None and turn.after not in earlier:
+            raise InputError(f"{where}: after = {turn.after!r} is no earlier turn")
+        if turn.after is not None and turn.user is None:
+            raise InputError(f"{where} goes on after {turn.after!r}, so it needs a `user` template")
+        if turn.after is not None and turn.system is not None:
+            raise InputError(f"{where}: only a turn that begins a conversation can have `system`")
+        for template in (turn.system, turn.user, turn.prefill):
+            check_template(template or "", where)
+        earlier.append(turn.name)
+
+
+def check_template(template: str, where: str) -> set[str]:
+    """The names a template uses.
+
+    Raises:
+        InputError: it is not a valid template.
+    """
+    try:
+        return meta.find_undeclared_variables(_SANDBOX.parse(template))
+    except TemplateSyntaxError as error:
+        raise InputError(f"{where}: template: {error.message} (line {error.lineno})") from None
+
+
+def check_fields(task: Task, row: Row) -> None:
+    """Check the templates' names against the columns of the data.
+
+    Raises:
+        InputError: a template uses a name that is neither a column nor an earlier turn.
+    """
+    known = {"prompt", *extra_of(row)}
+    for turn in task.turns:
+        for template in (turn.system, turn.user, turn.prefill):
+            unknown = check_template(template or "", f"turn `{turn.name}`") - known
+            if unknown:
+                raise InputError(
+                    f"synthesis.task: turn `{turn.name}` uses {', '.join(sorted(unknown))}, but the "
+                    f"prompts have only {', '.join(sorted(known))}"
+                )
+        known.add(turn.name)
+
+
+@lru_cache(maxsize=256)
+def _compiled(template: str) -> Any:
+    return _SANDBOX.from_string(template)
+
+
+def render(template: str, values: Mapping[str, Any]) -> str:
+    """The template filled in, in the sandbox.
+
+    Raises:
+        ValueError: a name is missing or the template does what the sandbox forbids.
+    """
+    try:
+        return _compiled(template).render(values)
+    except (TemplateError, TypeError, ArithmeticError) as error:
+        raise ValueError(f"template: {error}") from None
+
+
+def template_values(row: Row) -> dict[str, Any]:
+    """What templates may use of a row before the first turn."""
+    return {**extra_of(row), "prompt": text_of(row["prompt"])}
+
+
+def turn_messages(turn: Turn, row: Row, values: Mapping[str, Any], told: Mapping[str, Messages]) -> Messages:
+    """The conversation that a turn answers; `told` has the conversations of earlier turns, answers included."""
+    if turn.after is not None:
+        return [*told[turn.after], {"role": "user", "content": render(turn.user or "", values)}]
+    if turn.user is not None:
+        begun = [{"role": "user", "content": render(turn.user, values)}]
+    else:
+        begun = [message for message in row["prompt"] if turn.system is None or message["role"] != "system"]
+    if turn.system is None:
+        return begun
+    return [{"role": "system", "content": render(turn.system, values)}, *begun]

@@ -1,0 +1,123 @@
+"""What a person watches: one live line per stage in a terminal, plain lines in a log file.
+
+While a run is in progress the output of the libraries underneath (vLLM, DeepSpeed, Ray) goes to
+the run's log file; only the console writes to the terminal.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+PLAIN_EVERY = 15.0
+
+
+class Meter:
+    """Progress of one stage: units done of a total, tokens, and the time that is left."""
+
+    def __init__(self, console: Console, stage: str, total: int | None, unit: str):
+        self.console, self.stage, self.total, self.unit = console, stage, total, unit
+        self.done = self.tokens = 0
+        self.note = ""
+        self.began = time.monotonic()
+        self._printed = self.began
+
+    def advance(self, units: int, tokens: int = 0, note: str = "") -> None:
+        """Count finished units and tokens; `note` stands at the end of the line."""
+        self.done += units
+        self.tokens += tokens
+        self.note = note or self.note
+        self.console.show(self)
+        if time.monotonic() - self._printed > PLAIN_EVERY:
+            self._printed = time.monotonic()
+            self.console.log(self.line())
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the stage began."""
+        return time.monotonic() - self.began
+
+    def line(self) -> str:
+        """The state as one line of text."""
+        of = f"/{self.total}" if self.total else ""
+        parts = [f"{self.stage:<11}{self.done}{of} {self.unit}"]
+        if self.tokens:
+            parts.append(f"{self.tokens / max(self.seconds, 1e-9):,.0f} tokens/s")
+        if self.total and 0 < self.done < self.total:
+            parts.append(f"{self.seconds / self.done * (self.total - self.done):.0f} s left")
+        parts.append(f"{self.seconds:.0f} s")
+        return "  ".join(parts + ([self.note] if self.note else []))
+
+
+class Console:
+    """Writes to the person: a live line where there is a terminal, plain lines where there is none."""
+
+    def __init__(self, stream: IO[str], log_file: Path | None = None):
+        self.stream = stream
+        self.live = stream.isatty()
+        self._status: Any = None
+        self._log = logging.getLogger("rdpo.run")
+        self._log.propagate = False
+        self._log.setLevel(logging.INFO)
+        self._log.handlers = [logging.FileHandler(log_file)] if log_file else [logging.NullHandler()]
+        self._log.handlers[0].setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+
+    def say(self, text: str) -> None:
+        """A lasting line, on the terminal and in the log."""
+        self._wipe()
+        print(text, file=self.stream, flush=True)
+        self._log.info(text)
+
+    def log(self, text: str) -> None:
+        """A line for the log file, and for the terminal if that is not live."""
+        self._log.info(text)
+        if not self.live:
+            print(text, file=self.stream, flush=True)
+
+    def show(self, meter: Meter) -> None:
+        """Redraw the live line."""
+        if self.live:
+            width = os.get_terminal_size(self.stream.fileno()).columns
+            self.stream.write("\r\x1b[2K" + meter.line()[: width - 1])
+            self.stream.flush()
+
+    def _wipe(self) -> None:
+        if self.live:
+            self.stream.write("\r\x1b[2K")
+
+    @contextmanager
+    def stage(self, name: str, total: int | None, unit: str = "rows") -> Iterator[Meter]:
+        """Watch one stage; its last state stays on the screen as a line."""
+        meter = Meter(self, name, total, unit)
+        self.show(meter)
+        yield meter
+        self.say(meter.line())
+
+
+@contextmanager
+def quiet_console(log_dir: Path) -> Iterator[Console]:
+    """Send everything that libraries print to `log_dir/libraries.log`; the console keeps the screen."""
+    log_dir.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    screen, errors = os.dup(1), os.dup(2)
+    stream = os.fdopen(os.dup(screen), "w", buffering=1, encoding="utf-8", errors="replace")
+    with open(log_dir / "libraries.log", "ab") as sink:
+        os.dup2(sink.fileno(), 1)
+        os.dup2(sink.fileno(), 2)
+    try:
+        yield Console(stream, log_dir / "run.log")
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.dup2(screen, 1)
+        os.dup2(errors, 2)
+        stream.close()
+        os.close(screen)
+        os.close(errors)

@@ -1,0 +1,100 @@
+"""Checkpoints of a training run, and the weights that leave it.
+
+A checkpoint holds each worker's ZeRO shards; Ray Train merges the workers' files into one directory.
+The policy that leaves is safetensors only: the adapter, or the whole model.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import torch
+
+from rdpo.policy.models import WEIGHTS
+
+EXPORT = "policy"
+MERGED = "merged"
+TAG = "state"
+
+
+def save_checkpoint(engine: Any, step: int, metrics: dict[str, float], policy: Any = None) -> None:
+    """Report a checkpoint of all workers; with `policy` given, the last one, with the weights to leave."""
+    with tempfile.TemporaryDirectory() as directory:
+        engine.save_checkpoint(
+            directory,
+            tag=TAG,
+            client_state={"step": step},
+            exclude_frozen_parameters=_is_adapter(engine.module),
+        )
+        if policy is not None:
+            export_policy(policy, Path(directory) / EXPORT)
+        checkpoint = ray.train.Checkpoint.from_directory(directory)
+        ray.train.report({"step": step, **metrics}, checkpoint=checkpoint)
+
+
+def restore_checkpoint(engine: Any) -> int:
+    """Load the last checkpoint, if there is one; the number of optimizer steps it has behind it."""
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        return 0
+    with checkpoint.as_directory() as directory:
+        strict = not _is_adapter(engine.module)
+        _, state = engine.load_checkpoint(directory, tag=TAG, load_module_strict=strict)
+    return int(state["step"])
+
+
+def export_policy(policy: Any, folder: Path) -> None:
+    """Gather the trained weights over all workers; rank 0 writes them as safetensors."""
+    model = policy.model
+    state = gathered_state(model, adapter_only=_is_adapter(policy))
+    if torch.distributed.get_rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        model.save_pretrained(folder, state_dict=state)
+    torch.distributed.barrier()
+
+
+def gathered_state(model: Any, adapter_only: bool) -> dict[str, torch.Tensor]:
+    """Full tensors of the (trained) parameters on rank 0's CPU, whatever ZeRO partitioned; empty elsewhere.
+
+    One parameter is gathered at a time, so that no worker ever holds two whole ones.
+    """
+    import deepspeed
+
+    state = {}
+    for name, parameter in model.named_parameters():
+        if adapter_only and not parameter.requires_grad:
+            continue
+        with deepspeed.zero.GatheredParameters([parameter]):
+            if torch.distributed.get_rank() == 0:
+                state[name] = parameter.detach().cpu().clone()
+    return state
+
+
+def finish_policy(exported: Path, base: Path, merged: Path, dtype: str) -> None:
+    """Make a complete model folder of what training exported: merge an adapter, add the tokenizer's files."""
+    shutil.rmtree(merged, ignore_errors=True)
+    if (exported / "adapter_config.json").is_file():
+        _merge_adapter(exported, base, merged, dtype)
+    else:
+        shutil.copytree(exported, merged)
+    for pattern in WEIGHTS[1:]:
+        for file in base.glob(pattern):
+            if not (merged / file.name).exists() and not file.name.endswith(".index.json"):
+                shutil.copy(file, merged / file.name)
+
+
+def _merge_adapter(adapter: Path, base: Path, merged: Path, dtype: str) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, use_safetensors=True)
+    whole = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+    whole.to(getattr(torch, dtype)).save_pretrained(merged)
+
+
+def _is_adapter(policy: Any) -> bool:
+    return hasattr(policy.model, "peft_config")

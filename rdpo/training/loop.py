@@ -1,0 +1,216 @@
+"""What one training worker does: its share of every optimizer step, on a DeepSpeed engine.
+
+In: the rows of the reference stage. All workers hold the same plan (see `rdpo.policy.packing`), so
+they make equally many forwards. The loss of a step is the mean over all its pairs, whatever the
+number of workers and micro-batches: each micro-batch is scaled by workers / pairs of the step, and
+DeepSpeed averages over the workers.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import ray.train
+import torch
+from ray.train.torch import get_device
+
+from rdpo.config import Job
+from rdpo.policy.model import load_policy
+from rdpo.policy.models import local_model
+from rdpo.policy.packing import MicroBatch, collate_pairs, epoch_order, epoch_steps, plan_step
+from rdpo.storage import StageFolder
+from rdpo.training.checkpoint import restore_checkpoint, save_checkpoint
+from rdpo.training.losses import (
+    Offset,
+    implicit_rewards,
+    learning_rate,
+    log_ratio_gap,
+    preference_loss,
+    sft_loss,
+)
+from rdpo.training.metrics import PairOutcome, StepMetrics
+from rdpo.training.zero import zero_config
+
+COLUMNS = [
+    "prompt_id",
+    "prompt_ids",
+    "chosen_ids",
+    "rejected_ids",
+    "reference_chosen_logps",
+    "reference_rejected_logps",
+    "reward_gap",
+]
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss is not a number; the message names the rows of the batch."""
+
+
+@dataclass(frozen=True)
+class PairTable:
+    """The training pairs in a fixed order (by id), whatever parts they were stored in."""
+
+    table: pa.Table
+    lengths: list[int]
+
+    @classmethod
+    def load(cls, run_dir: str) -> PairTable:
+        """The pairs of a run's reference stage."""
+        table = StageFolder(run_dir, "reference").table(columns=COLUMNS).sort_by("prompt_id").combine_chunks()
+        sizes = [pa.compute.list_value_length(table[name]).to_pylist() for name in COLUMNS[1:4]]
+        lengths = [prompt + max(chosen, rejected) for prompt, chosen, rejected in zip(*sizes, strict=True)]
+        return cls(table, lengths)
+
+    def __len__(self) -> int:
+        return self.table.num_rows
+
+    def rows(self, pairs: tuple[int, ...]) -> dict[str, list[Any]]:
+        """The columns of some pairs."""
+        return self.table.take(list(pairs)).to_pydict()
+
+
+def total_steps(num_pairs: int, job: Job) -> int:
+    """Optimizer steps of the whole training."""
+    training = job.training
+    steps = training.epochs * epoch_steps(num_pairs, training.batch_size, training.num_workers)
+    return min(steps, training.max_steps or steps)
+
+
+def step_pairs(num_pairs: int, job: Job) -> Iterator[list[int]]:
+    """The pairs of every optimizer step, in order."""
+    size = job.training.batch_size
+    for epoch in range(job.training.epochs):
+        order = epoch_order(num_pairs, job.seed, epoch)
+        for step in range(epoch_steps(num_pairs, size, job.training.num_workers)):
+            yield order[step * size : (step + 1) * size]
+
+
+def build_engine(job: Job, seed: int) -> Any:
+    """The policy on a DeepSpeed engine; under ZeRO-3 the weights are partitioned while they load."""
+    import deepspeed
+    from transformers.integrations import HfDeepSpeedConfig
+
+    training, student = job.training, job.student
+    config = zero_config(training, student)
+    deepspeed.init_distributed(auto_mpi_discovery=False)
+    partitioned_load = HfDeepSpeedConfig(config) if training.zero_stage == 3 else None
+    folder = local_model(student.model, student.revision)
+    policy = load_policy(
+        folder,
+        student.dtype,
+        training.logprob_chunk,
+        training.lora,
+        training.gradient_checkpointing,
+        student.trust_remote_code,
+        seed,
+    )
+    del partitioned_load
+    policy.train()
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    return deepspeed.initialize(model=policy, model_parameters=trained, config=config)[0]
+
+
+class Trainer:
+    """One worker's engine, data and position."""
+
+    def __init__(self, job: Job, data: PairTable):
+        self.job, self.data = job, data
+        self.rank = torch.distributed.get_rank()
+        self.workers = torch.distributed.get_world_size()
+        self.device = get_device()
+        torch.manual_seed(job.seed)
+        self.engine = build_engine(job, job.seed)
+        gaps = data.table["reward_gap"].to_pylist()
+        self.offset = Offset.fitted(gaps, job.training.offset_coef, job.training.offset_norm)
+
+    def step(self, index: int, total: int, pairs: list[int]) -> dict[str, float]:
+        """One optimizer step over the pairs of all workers; its metrics.
+
+        Raises:
+            NonFiniteLoss: before the weights are touched, if the loss is not a finite number.
+        """
+        training, began = self.job.training, time.perf_counter()
+        rate = learning_rate(index, total, training.learning_rate, training.warmup_ratio, training.schedule)
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = rate
+        metrics = StepMetrics(self.device)
+        share = plan_step(pairs, self.data.lengths, self.workers, training.tokens_per_batch)[self.rank]
+        for number, micro in enumerate(share, start=1):
+            self.engine.set_gradient_accumulation_boundary(number == len(share))
+            self._accumulate(micro, self.workers / len(pairs), metrics)
+        reduced = metrics.reduced()
+        self._check_finite(reduced["loss"], pairs)
+        self.engine.step()
+        seconds = time.perf_counter() - began
+        norm = self.engine.get_global_grad_norm()
+        return {
+            "step": index + 1,
+            **reduced,
+            "grad_norm": float(norm) if norm is not None else 0.0,
+            "learning_rate": rate,
+            "seconds": seconds,
+            "tokens_per_second": reduced["tokens"] / seconds,
+        }
+
+    def _accumulate(self, micro: MicroBatch, scale: float, metrics: StepMetrics) -> None:
+        outcome, tokens = self.outcome(micro)
+        per_pair = outcome.loss + self.job.training.sft_coef * outcome.sft_loss
+        self.engine.backward(per_pair.sum() * (0.0 if micro.idle else scale), scale_wrt_gas=False)
+        if not micro.idle:
+            metrics.add(outcome, tokens)
+
+    def outcome(self, micro: MicroBatch) -> tuple[PairOutcome, int]:
+        """Forward of one micro-batch: losses and what is reported; and its number of real tokens."""
+        training, rows = self.job.training, self.data.rows(micro.pairs)
+        batch = collate_pairs(rows["prompt_ids"], rows["chosen_ids"], rows["rejected_ids"]).to(self.device)
+        chosen, rejected = self.engine(batch).chunk(2)
+        reference_chosen = chosen.new_tensor(rows["reference_chosen_logps"])
+        reference_rejected = chosen.new_tensor(rows["reference_rejected_logps"])
+        delta = log_ratio_gap(chosen, rejected, reference_chosen, reference_rejected)
+        offset = self.offset(chosen.new_tensor(rows["reward_gap"]))
+        outcome = PairOutcome(
+            loss=preference_loss(delta, offset, training.beta, training.label_smoothing),
+            sft_loss=sft_loss(chosen, batch.lengths[: len(chosen)]),
+            chosen_rewards=implicit_rewards(chosen, reference_chosen, training.beta),
+            rejected_rewards=implicit_rewards(rejected, reference_rejected, training.beta),
+            chosen_logps=chosen,
+            rejected_logps=rejected,
+            delta=delta,
+            offset=offset,
+        )
+        return outcome, int(batch.attention_mask.sum())
+
+    def _check_finite(self, loss: float, pairs: list[int]) -> None:
+        if not torch.isfinite(torch.tensor(loss)):
+            ids = ", ".join(self.data.rows(tuple(pairs))["prompt_id"])
+            raise NonFiniteLoss(f"the loss is {loss}; rows of the batch: {ids}")
+
+
+def train_worker(config: dict[str, Any]) -> None:
+    """Entry point of a Ray Train worker.
+
+    Args:
+        config: `job` (Job), `run_dir`, and `sink`, an actor whose `record` takes a step's metrics.
+    """
+    job: Job = config["job"]
+    if not job.training.gpus_per_worker:
+        torch.set_num_threads(job.training.cpus_per_worker)
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    data = PairTable.load(config["run_dir"])
+    trainer = Trainer(job, data)
+    total, done = total_steps(len(data), job), restore_checkpoint(trainer.engine)
+    metrics: dict[str, float] = {}
+    for index, pairs in enumerate(step_pairs(len(data), job)):
+        if not done <= index < total:
+            continue
+        metrics = trainer.step(index, total, pairs)
+        if trainer.rank == 0:
+            ray.get(config["sink"].record.remote(metrics))
+        if (index + 1) % job.training.checkpoint_every == 0 and index + 1 < total:
+            save_checkpoint(trainer.engine, index + 1, metrics)
+    save_checkpoint(trainer.engine, total, metrics, policy=trainer.engine.module)

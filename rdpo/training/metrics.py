@@ -1,0 +1,81 @@
+"""Metrics of one optimizer step: sums on each worker, means over all pairs of the step.
+
+Names are the field's: `loss`, `rewards/{chosen,rejected,margins,accuracies}`, `logps/{chosen,rejected}`
+(sums per completion, nats), `grad_norm`, `learning_rate`. Ours: `offset/mean`, `offset/negative_share`,
+`offset/zero_share`, `delta/mean`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+NAMES = (
+    "loss",
+    "sft_loss",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margins",
+    "rewards/accuracies",
+    "logps/chosen",
+    "logps/rejected",
+    "delta/mean",
+    "offset/mean",
+    "offset/negative_share",
+    "offset/zero_share",
+)
+
+
+@dataclass
+class PairOutcome:
+    """What one micro-batch yields: each (P,), detached where it is only reported."""
+
+    loss: Tensor
+    sft_loss: Tensor
+    chosen_rewards: Tensor
+    rejected_rewards: Tensor
+    chosen_logps: Tensor
+    rejected_logps: Tensor
+    delta: Tensor
+    offset: Tensor
+
+    def sums(self) -> Tensor:
+        """Sums over the pairs, in the order of NAMES, in fp64."""
+        margins = self.chosen_rewards - self.rejected_rewards
+        columns = (
+            self.loss,
+            self.sft_loss,
+            self.chosen_rewards,
+            self.rejected_rewards,
+            margins,
+            margins > 0,
+            self.chosen_logps,
+            self.rejected_logps,
+            self.delta,
+            self.offset,
+            self.offset < 0,
+            self.offset == 0,
+        )
+        return torch.stack([column.detach().double().sum() for column in columns])
+
+
+class StepMetrics:
+    """Adds up the micro-batches of a step on one worker, then over all workers."""
+
+    def __init__(self, device: torch.device):
+        self.sums = torch.zeros(len(NAMES) + 2, dtype=torch.float64, device=device)
+
+    def add(self, outcome: PairOutcome, tokens: int) -> None:
+        """Count one micro-batch of `tokens` real tokens."""
+        counts = self.sums.new_tensor([len(outcome.loss), tokens])
+        self.sums += torch.cat([outcome.sums(), counts])
+
+    def reduced(self) -> dict[str, float]:
+        """Means over the pairs of all workers, and the step's `pairs` and `tokens`."""
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(self.sums)
+        *sums, pairs, tokens = self.sums.tolist()
+        means = {name: total / max(pairs, 1) for name, total in zip(NAMES, sums, strict=True)}
+        return {**means, "pairs": pairs, "tokens": tokens}

@@ -1,0 +1,135 @@
+"""Ray Train wiring: workers, placement, failure and checkpoint policy, and the metrics on the driver."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import ray
+import ray.train
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from rdpo.config import Job
+from rdpo.storage import StageFolder
+from rdpo.training.checkpoint import EXPORT
+from rdpo.training.loop import train_worker
+
+METRICS = "metrics.jsonl"
+CHECKPOINTS = "checkpoints"
+POLL_SECONDS = 0.5
+
+StepMetrics = dict[str, float]
+
+
+class MetricsSink:
+    """An actor that collects each step's metrics from rank 0 until the driver takes them."""
+
+    def __init__(self) -> None:
+        self.pending: list[StepMetrics] = []
+
+    def record(self, metrics: StepMetrics) -> None:
+        """Add a step."""
+        self.pending.append(metrics)
+
+    def take(self) -> list[StepMetrics]:
+        """The steps since the last call."""
+        taken, self.pending = self.pending, []
+        return taken
+
+
+def train(job: Job, run_dir: str, folder: StageFolder, on_step: Callable[[StepMetrics], None]) -> list[StepMetrics]:
+    """Train on the run's reference rows; leaves the policy in `training/policy`; metrics of all steps.
+
+    A run that was interrupted goes on from its last checkpoint in `training/checkpoints`.
+    """
+    history = _History(folder, on_step)
+    sink = ray.remote(num_cpus=0)(MetricsSink).remote()
+    trainer = _torch_trainer(job, run_dir, folder, sink)
+    with history.following(sink):
+        result = trainer.fit()
+    if result.checkpoint is None:
+        raise RuntimeError("training ended without a checkpoint")
+    with result.checkpoint.as_directory() as directory:
+        _copy_policy(f"{directory}/{EXPORT}", folder.local(EXPORT))
+    return history.close()
+
+
+def _copy_policy(source: str, target: str) -> None:
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(source, target)
+
+
+def _torch_trainer(job: Job, run_dir: str, folder: StageFolder, sink: Any) -> TorchTrainer:
+    training = job.training
+    resources: dict[str, float] = {"CPU": training.cpus_per_worker}
+    if training.gpus_per_worker:
+        resources["GPU"] = training.gpus_per_worker
+    return TorchTrainer(
+        train_worker,
+        train_loop_config={"job": job, "run_dir": run_dir, "sink": sink},
+        torch_config=TorchConfig(backend="nccl" if training.gpus_per_worker else "gloo"),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=training.num_workers,
+            use_gpu=training.gpus_per_worker > 0,
+            resources_per_worker=resources,
+        ),
+        run_config=ray.train.RunConfig(
+            name=CHECKPOINTS,
+            storage_path=folder.local(),
+            failure_config=ray.train.FailureConfig(max_failures=training.max_failures),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=training.keep_checkpoints),
+        ),
+    )
+
+
+class _History:
+    """Metrics of all steps, on disk as they come; a step that is done again replaces its line."""
+
+    def __init__(self, folder: StageFolder, on_step: Callable[[StepMetrics], None]):
+        self.folder, self.on_step = folder, on_step
+        stored = folder.read_bytes(METRICS).decode().splitlines() if folder.exists(METRICS) else []
+        self.steps: dict[int, StepMetrics] = {}
+        for line in stored:
+            metrics = json.loads(line)
+            self.steps[int(metrics["step"])] = metrics
+
+    def following(self, sink: Any) -> _Follower:
+        """Take the metrics from the sink while the context lasts."""
+        return _Follower(self, sink)
+
+    def take(self, sink: Any) -> None:
+        """Store what the sink has."""
+        taken = ray.get(sink.take.remote())
+        for metrics in taken:
+            self.steps[int(metrics["step"])] = metrics
+            self.on_step(metrics)
+        if taken:
+            self.close()
+
+    def close(self) -> list[StepMetrics]:
+        """Write all steps in order; they are the return value."""
+        ordered = [self.steps[step] for step in sorted(self.steps)]
+        self.folder.write_bytes(METRICS, "".join(json.dumps(step) + "\n" for step in ordered).encode())
+        return ordered
+
+
+class _Follower:
+    def __init__(self, history: _History, sink: Any):
+        self.history, self.sink = history, sink
+        self.stop = threading.Event()
+        self.thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> None:
+        self.thread.start()
+
+    def __exit__(self, *error: object) -> None:
+        self.stop.set()
+        self.thread.join()
+        self.history.take(self.sink)
+
+    def _run(self) -> None:
+        while not self.stop.wait(POLL_SECONDS):
+            self.history.take(self.sink)

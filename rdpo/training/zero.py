@@ -1,0 +1,37 @@
+"""The DeepSpeed configuration, from ours."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rdpo.config import Student, Training
+
+
+def zero_config(training: Training, student: Student) -> dict[str, Any]:
+    """DeepSpeed's configuration dictionary.
+
+    The accumulation boundary is set by hand in the loop, since steps differ in their number of
+    micro-batches; the schedule and the scaling of the loss are the loop's too.
+    """
+    zero: dict[str, Any] = {"stage": training.zero_stage}
+    if training.zero_stage == 3:
+        zero["stage3_gather_16bit_weights_on_model_save"] = False
+    if training.offload != "none" and training.zero_stage >= 1:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": training.gpus_per_worker > 0}
+    if training.offload == "all" and training.zero_stage == 3:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": training.gpus_per_worker > 0}
+    adamw = {
+        "lr": training.learning_rate,
+        "weight_decay": training.weight_decay,
+        "torch_adam": True,
+    }
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": training.max_grad_norm,
+        "bf16": {"enabled": student.dtype == "bfloat16"},
+        "optimizer": {"type": "AdamW", "params": adamw},
+        "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 1 << 30,
+    }

@@ -1,0 +1,81 @@
+"""The command line: light to start, and its exit codes."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+from rdpo.cli import main
+from tests.conftest import write_job
+
+HEAVY = ("torch", "ray", "vllm", "deepspeed", "transformers")
+
+
+def run(*arguments, **options):
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, **options)
+
+
+def test_import_and_help_are_light():
+    code = f"import sys, rdpo, rdpo.cli, rdpo.config; print([m for m in {HEAVY} if m in sys.modules])"
+    assert run("-c", code).stdout.strip() == "[]"
+    fastest = []
+    for _ in range(3):
+        began = time.perf_counter()
+        result = run("-X", "importtime", "-m", "rdpo", "--help")
+        fastest.append(time.perf_counter() - began)
+    assert result.returncode == 0
+    assert "synthesize" in result.stdout
+    assert not any(f" {name}\n" in result.stderr for name in HEAVY)
+    assert min(fastest) < 1.0
+
+
+def exit_code(capsys, *arguments):
+    code = main(list(arguments))
+    return code, capsys.readouterr().err
+
+
+def test_bad_input_is_exit_code_2_and_one_message(capsys, tmp_path, job_table):
+    code, said = exit_code(capsys, "run", str(tmp_path / "none.toml"))
+    assert (code, "no such job file" in said) == (2, True)
+    job_table["student"]["model"] = "no/such-model"
+    path = write_job(tmp_path / "job.toml", job_table)
+    code, said = exit_code(capsys, "run", path, "--run-dir", str(tmp_path / "run"))
+    assert code == 2
+    assert "no/such-model" in said
+    assert "Traceback" not in said
+
+
+def test_run_directory_that_cannot_be_written(capsys, tmp_path, job_table):
+    (tmp_path / "file").write_text("")
+    path = write_job(tmp_path / "job.toml", job_table)
+    code, said = exit_code(capsys, "run", path, "--run-dir", str(tmp_path / "file" / "run"))
+    assert code == 2
+    assert "cannot be written" in said
+
+
+def test_second_driver_is_refused(capsys, tmp_path, job_table):
+    from filelock import FileLock
+
+    (tmp_path / "run").mkdir()
+    path = write_job(tmp_path / "job.toml", job_table)
+    with FileLock(tmp_path / "run" / ".lock"):
+        code, said = exit_code(capsys, "run", path, "--run-dir", str(tmp_path / "run"))
+    assert code == 2
+    assert "another rdpo command" in said
+
+
+def test_dry_run_prints_the_resolved_job_and_the_plan(capsys, tmp_path, job_table):
+    path = write_job(tmp_path / "job.toml", job_table)
+    assert main(["run", path, "--dry-run", "--set", "training.beta=0.3", "--run-dir", str(tmp_path / "r")]) == 0
+    printed = capsys.readouterr().out
+    assert "beta = 0.3" in printed
+    assert "# synthesis  would run" in printed
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize("command", ["synthesize", "train", "report"])
+def test_stage_commands_need_a_run(capsys, tmp_path, command):
+    code, said = exit_code(capsys, command, str(tmp_path))
+    assert code == 2
+    assert "config.toml" in said

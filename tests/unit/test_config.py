@@ -1,0 +1,107 @@
+"""Job files: every one in the repository loads; a wrong one is explained, field by field."""
+
+from pathlib import Path
+
+import pytest
+
+from rdpo.config import Job, load_job, to_toml
+from rdpo.errors import InputError
+from tests.conftest import write_job
+
+ROOT = Path(__file__).parents[2]
+JOBS = sorted(path for path in (ROOT / "jobs").rglob("*.toml") if "tasks" not in path.parts)
+
+
+@pytest.mark.parametrize("path", JOBS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_job_loads(path):
+    assert load_job(path).name
+
+
+def test_there_are_jobs():
+    assert JOBS
+
+
+def test_resolved_job_reads_back_the_same(job_table, tmp_path):
+    job = Job.model_validate(job_table)
+    (tmp_path / "resolved.toml").write_text(to_toml(job))
+    assert load_job(tmp_path / "resolved.toml") == job
+
+
+def explained(tmp_path, table, *overrides):
+    with pytest.raises(InputError) as caught:
+        load_job(write_job(tmp_path / "job.toml", table), list(overrides))
+    return str(caught.value)
+
+
+def test_unknown_key_is_refused_with_a_suggestion(tmp_path, job_table):
+    job_table["training"]["learning_rte"] = 1e-4
+    message = explained(tmp_path, job_table)
+    assert "training.learning_rte: unknown key" in message
+    assert "did you mean `learning_rate`?" in message
+    assert "job.toml" in message
+
+
+def test_wrong_type_names_field_and_value(tmp_path, job_table):
+    job_table["training"]["epochs"] = "many"
+    message = explained(tmp_path, job_table)
+    assert "training.epochs" in message
+    assert "many" in message
+
+
+def test_missing_section_is_named(tmp_path, job_table):
+    del job_table["student"]
+    assert "student: is required" in explained(tmp_path, job_table)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("training.batch_size=1", "num_workers"),
+        ("training.tokens_per_batch=100", "reference.max_length"),
+        ("pairs.chosen=response", "same turn"),
+        ("rewards.0.weight=0", "every weight is 0"),
+        ("rewards.3.weight=0", "entries 0 to 0"),
+        ("training", "section.key=value"),
+        ("name.x=1", "not a section"),
+    ],
+)
+def test_relations_and_overrides(tmp_path, job_table, override, said):
+    job_table["training"]["num_workers"] = 2
+    assert said in explained(tmp_path, job_table, override)
+
+
+def test_override_values_are_toml_or_text(tmp_path, job_table):
+    path = write_job(tmp_path / "job.toml", job_table)
+    job = load_job(path, ["training.beta=0.2", "name=other", "training.lora.rank=4"])
+    assert (job.training.beta, job.name, job.training.lora.rank) == (0.2, "other", 4)
+
+
+def test_no_file_and_no_toml(tmp_path):
+    with pytest.raises(InputError, match="no such job file"):
+        load_job(tmp_path / "none.toml")
+    (tmp_path / "broken.toml").write_text("name = ")
+    with pytest.raises(InputError, match="not valid TOML"):
+        load_job(tmp_path / "broken.toml")
+    (tmp_path / "latin.toml").write_bytes(b"name = '\xff'")
+    with pytest.raises(InputError, match="not valid TOML"):
+        load_job(tmp_path / "latin.toml")
+
+
+def test_every_field_is_documented():
+    def undocumented(model, seen):
+        for name, field in model.model_fields.items():
+            inner = [arg for arg in _models(field.annotation) if arg not in seen]
+            if not field.description and not _models(field.annotation):
+                yield f"{model.__name__}.{name}"
+            for arg in inner:
+                yield from undocumented(arg, {*seen, arg})
+
+    assert [name for name in undocumented(Job, {Job}) if not name.endswith(".kind")] == []
+
+
+def _models(annotation):
+    from pydantic import BaseModel
+
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for arg in getattr(annotation, "__args__", ()) for model in _models(arg)]

@@ -1,0 +1,61 @@
+"""Task files: checked when they are loaded, rendered in a sandbox."""
+
+import pytest
+
+from rdpo.errors import InputError
+from rdpo.synthesis.instructions import SHIPPED, check_fields, load_task, render, turn_messages
+
+ROW = {"prompt": [{"role": "user", "content": "why?"}], "extra": '{"topic": "rain"}'}
+SHIPPED_TASKS = sorted(path.name.removesuffix(".toml") for path in SHIPPED.iterdir())
+
+
+@pytest.mark.parametrize("name", SHIPPED_TASKS)
+def test_shipped_tasks_load_and_fit_plain_prompts(name):
+    task = load_task(name)
+    assert [turn.name for turn in task.turns][:3] == ["response", "critique", "revision"]
+
+
+def test_turns_build_their_conversations():
+    task = load_task("safety")
+    told = {}
+    values = {"prompt": "why?"}
+    for turn in task.turns:
+        messages = turn_messages(turn, ROW, values, told)
+        told[turn.name] = [*messages, {"role": "assistant", "content": turn.name}]
+    assert [message["role"] for message in told["revision"]] == ["user", "assistant"] * 3
+    assert told["revision"][0]["content"] == "why?"
+    assert told["revision"][3]["content"] == "critique"
+
+
+TURNS = '[[turns]]\nname = "response"\n{first}\n[[turns]]\nname = "revision"\n{second}\n'
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "said"),
+    [
+        ("", 'after = "other"', "no earlier turn"),
+        ("", 'after = "response"', "needs a `user` template"),
+        ("", 'after = "response"\nuser = "x"\nsystem = "y"', "begins a conversation"),
+        ('user = "{{ open"', 'user = "x"', "template"),
+        ("colour = 1", 'user = "x"', "Extra inputs"),
+    ],
+)
+def test_wrong_tasks_are_explained(tmp_path, first, second, said):
+    path = tmp_path / "task.toml"
+    path.write_text('name = "t"\n' + TURNS.format(first=first, second=second))
+    with pytest.raises(InputError, match=said):
+        load_task(str(path))
+
+
+def test_unknown_field_is_named_with_those_that_exist(tmp_path):
+    path = tmp_path / "task.toml"
+    path.write_text('name = "t"\n' + TURNS.format(first="", second='user = "{{ topic }} {{ mood }} {{ response }}"'))
+    with pytest.raises(InputError, match="uses mood, but the prompts have only prompt, response, topic"):
+        check_fields(load_task(str(path)), ROW)
+
+
+def test_sandbox_refuses_python_internals():
+    with pytest.raises(ValueError, match="template"):
+        render("{{ x.__class__.__mro__[1].__subclasses__() }}", {"x": "a"})
+    with pytest.raises(ValueError, match="missing"):
+        render("{{ missing }}", {})

@@ -1,0 +1,65 @@
+"""Pairs: sides, gaps, and the reasons for which a pair is no use."""
+
+import pytest
+
+from rdpo.config import Pairs
+from rdpo.policy.chat import make_chat
+from rdpo.preference.pairs import filtered, pair_row
+from rdpo.preference.reference import tokenize_pair
+
+
+def scored(response=1.0, revision=3.0, **changes):
+    row = {
+        "prompt_id": "p",
+        "prompt": [{"role": "user", "content": "why?"}],
+        "response": "a pirate says",
+        "revision": "plainly",
+        "response_score": response,
+        "revision_score": revision,
+        "response_scores": {"r": response},
+        "revision_scores": {"r": revision},
+        "response_finish_reason": "stop",
+        "revision_finish_reason": "length",
+    }
+    return {**row, **changes}
+
+
+def test_teacher_direction_keeps_a_pair_that_the_reward_contradicts():
+    pair = pair_row(scored(response=3.0, revision=1.0), Pairs())
+    assert pair["chosen"][0]["content"] == "plainly"
+    assert pair["reward_gap"] == -2.0
+    assert (pair["chosen_finished"], pair["rejected_finished"]) == (False, True)
+
+
+def test_reward_direction_swaps_the_sides():
+    pair = pair_row(scored(response=3.0, revision=1.0), Pairs(direction="reward"))
+    assert pair["chosen"][0]["content"] == "a pirate says"
+    assert (pair["chosen_from"], pair["reward_gap"]) == ("response", 2.0)
+    assert (pair["chosen_finished"], pair["rejected_finished"]) == (True, False)
+
+
+@pytest.mark.parametrize(
+    ("row", "settings", "reason"),
+    [
+        ({**scored(), "revision": "a pirate says"}, Pairs(), None),
+        (scored(), Pairs(min_answer_chars=10), "shorter"),
+        (scored(), Pairs(drop_truncated=True), "cut off"),
+        (scored(), Pairs(min_gap=2.5), "below pairs.min_gap"),
+        (scored(), Pairs(min_gap=2.0), None),
+    ],
+)
+def test_filters(row, settings, reason):
+    if row["revision"] == row["response"]:
+        reason = "the same"
+    dropped = filtered(pair_row(row, settings), settings)["dropped"]
+    assert dropped is None if reason is None else reason in dropped
+
+
+def test_tokens_of_a_pair(tokenizer):
+    chat = make_chat(tokenizer, [], "x")
+    row = tokenize_pair(pair_row(scored(), Pairs()), chat, 256)
+    assert row["rejected_ids"][-1] == chat.end_id
+    assert row["chosen_ids"][-1] != chat.end_id
+    assert tokenize_pair(row, chat, 20)["dropped"] == "pair is longer than reference.max_length"
+    row["chosen"][0]["content"] = ""
+    assert tokenize_pair(row, chat, 256)["dropped"] == "a completion has no tokens"

@@ -1,0 +1,108 @@
+"""Prompts: usable rows get an id and a split, bad ones a reason with file and line."""
+
+import json
+
+import pytest
+
+from rdpo.config import Job
+from rdpo.errors import InputError
+from rdpo.synthesis.prompts import parse_messages, prompt_row, read_prompts, read_rows, source_files
+
+
+@pytest.fixture
+def job(job_table):
+    return Job.model_validate(job_table)
+
+
+def test_text_becomes_one_user_turn():
+    messages, reason = parse_messages("hello", system="be brief")
+    assert reason is None
+    assert messages == [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hello"}]
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ("  ", "empty"),
+        (None, "neither text"),
+        (7, "neither text"),
+        ([], "neither text"),
+        ([{"role": "wizard", "content": "x"}], "role out of"),
+        ([{"role": "user", "content": 3}], "empty"),
+        ([{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "ends with an assistant"),
+    ],
+)
+def test_unusable_prompts_have_a_reason(value, reason):
+    assert reason in parse_messages(value)[1]
+
+
+def test_same_prompt_same_id_whatever_its_other_columns(job):
+    first = prompt_row("a.jsonl", 1, {"prompt": "hello", "n": 1}, job)
+    second = prompt_row("b.jsonl", 9, {"prompt": [{"role": "user", "content": "hello"}]}, job)
+    assert first["prompt_id"] == second["prompt_id"]
+    assert json.loads(first["extra"]) == {"n": 1}
+
+
+def test_split_comes_from_the_source_or_from_the_id(job):
+    assert prompt_row("a", 1, {"prompt": "hello", "split": "test"}, job)["split"] == "heldout"
+    drawn = [prompt_row("a", i, {"prompt": f"hello {i}"}, job)["split"] for i in range(400)]
+    assert 20 <= drawn.count("heldout") <= 60
+    assert drawn == [prompt_row("b", 0, {"prompt": f"hello {i}"}, job)["split"] for i in range(400)]
+
+
+def test_long_prompt_is_dropped_not_cut(job):
+    row = prompt_row("a", 1, {"prompt": "x" * 500}, job)
+    assert row["dropped"] == "prompt is longer than prompts.max_prompt_tokens"
+    assert row["prompt"][0]["content"] == "x" * 500
+
+
+def test_every_format_gives_the_same_rows(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [{"prompt": "one"}, {"prompt": "two, with comma"}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "b.csv").write_text('prompt\none\n"two, with comma"\n')
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "c.parquet")
+    for name in ("a.jsonl", "b.csv", "c.parquet"):
+        assert [row for _, row in read_rows(str(tmp_path / name))] == rows
+
+
+def test_missing_source_wrong_format_and_wrong_column_are_explained(tmp_path, job_table):
+    with pytest.raises(InputError, match="does not exist"):
+        source_files(str(tmp_path / "none.jsonl"))
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(InputError, match="known format"):
+        source_files(str(tmp_path / "notes.txt"))
+    job_table["prompts"]["column"] = "question"
+    with pytest.raises(InputError, match="no column `question`; it has 'prompt', 'split'"):
+        read_prompts(Job.model_validate(job_table))
+
+
+@pytest.mark.ray
+def test_bad_lines_are_dropped_with_their_reasons(ray_cluster, job_table, tmp_path):
+    lines = [
+        b'{"prompt": "good", "split": "train"}',
+        b"not json",
+        b'{"prompt": "\xff\xfe"}',
+        b'["a list"]',
+        b'{"prompt": ""}',
+        b'{"other": "column"}',
+        b'{"prompt": "good", "split": "heldout"}',
+        b"",
+        b'{"prompt": "\\ud800 lone"}',
+    ]
+    (tmp_path / "bad.jsonl").write_bytes(b"\n".join(lines))
+    job_table["prompts"]["source"] = str(tmp_path / "bad.jsonl")
+    rows = sorted(read_prompts(Job.model_validate(job_table)).take_all(), key=lambda row: row["line"])
+    assert [(row["line"], row["dropped"]) for row in rows] == [
+        (1, None),
+        (2, "line is not JSON"),
+        (3, "line is not UTF-8"),
+        (4, "line is not a JSON object"),
+        (5, "prompt: empty"),
+        (6, "prompt: neither text nor a list of messages"),
+        (7, "duplicate of an earlier prompt"),
+        (9, None),
+    ]
+    assert len({row["prompt_id"] for row in rows}) == len(rows)

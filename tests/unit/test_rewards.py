@@ -1,0 +1,98 @@
+"""Rewards: expected ratings, a classifier equal to plain transformers, functions that fail."""
+
+import math
+
+import pyarrow as pa
+import pytest
+
+from rdpo.config import ClassifierReward, FunctionReward, JudgeReward
+from rdpo.errors import InputError
+from rdpo.policy.chat import make_chat
+from rdpo.preference.rewards import (
+    Classifier,
+    checked_classifier,
+    combine_table,
+    expected_rating,
+    load_function,
+    rating_values,
+    score_by_function,
+)
+
+PROMPT = [{"role": "user", "content": "why?"}]
+ANSWERS = ["because", "I do not know, and nobody else does either.", "x", "rain " * 9]
+
+
+def classifier(folder, **changes):
+    return ClassifierReward(kind="classifier", name="rm", model=folder, dtype="float32", **changes)
+
+
+def test_expected_rating_weighs_values_by_probability():
+    values = {1: 1.0, 5: 5.0}
+    assert expected_rating(values, {1: math.log(0.3), 5: math.log(0.1), 9: 0.0}) == pytest.approx(2.0)
+    assert math.isnan(expected_rating(values, {9: 0.0}))
+
+
+def test_ratings_are_single_tokens_and_numbers_keep_their_sign(tokenizer):
+    chat = make_chat(tokenizer, [], "x")
+    judge = JudgeReward(kind="judge", name="j", rubric="{{ prompt }} {{ answer }}", ratings=["1", "5"])
+    assert list(rating_values(chat, judge).values()) == [1.0, 5.0]
+    letters = judge.model_copy(update={"ratings": ["A", "B", "C"]})
+    assert list(rating_values(chat, letters).values()) == [0.0, 1.0, 2.0]
+    with pytest.raises(InputError, match="'-5' is 2 tokens"):
+        rating_values(chat, judge.model_copy(update={"ratings": ["-5", "5"]}))
+    with pytest.raises(InputError, match="uses question"):
+        rating_values(chat, judge.model_copy(update={"rubric": "{{ question }}"}))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+def test_classifier_equals_a_plain_loop_whatever_the_batching(tiny_classifier, batch_size):
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    scored = Classifier(classifier(tiny_classifier, batch_size=batch_size), ["a"]).score([PROMPT] * 4, ANSWERS)
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_classifier).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tiny_classifier)
+    for answer, score in zip(ANSWERS, scored, strict=True):
+        ids = tokenizer.apply_chat_template(
+            [*PROMPT, {"role": "assistant", "content": answer}], tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        with torch.no_grad():
+            assert score == pytest.approx(model(**ids).logits.item(), abs=1e-5)
+
+
+def test_models_without_one_output_are_refused(tiny_model, tmp_path, tokenizer):
+    from transformers import LlamaForSequenceClassification
+
+    from tests.conftest import save_model, tiny_config
+
+    with pytest.raises(InputError, match="no classification head"):
+        checked_classifier(classifier(tiny_model))
+    several = LlamaForSequenceClassification(tiny_config(tokenizer, num_labels=3))
+    with pytest.raises(InputError, match="3 outputs"):
+        checked_classifier(classifier(save_model(tmp_path, several, tokenizer)))
+
+
+def score_table(name, prompts):
+    rows = [{"prompt": [{"role": "user", "content": text}], "answer": "a" * 3} for text in prompts]
+    reward = FunctionReward(kind="function", name="f", function=f"tests.rewards:{name}")
+    return score_by_function(pa.Table.from_pylist(rows), reward, ["answer"], ".").to_pylist()
+
+
+def test_function_reward_scores_and_drops_what_it_cannot():
+    rows = score_table("fails_on_seven", ["1", "7"])
+    assert [row.get("dropped") for row in rows] == [None, "reward f: RuntimeError: seven"]
+    assert rows[0]["answer_scores"] == {"f": 1.0}
+    assert "not a finite number" in score_table("not_a_number", ["1"])[0]["dropped"]
+
+
+def test_missing_functions_are_explained():
+    with pytest.raises(InputError, match="No module named"):
+        load_function("no_such_module:f")
+    with pytest.raises(InputError, match="has no attribute"):
+        load_function("tests.rewards:nothing")
+
+
+def test_combined_score_is_the_weighted_sum_without_the_independent_one():
+    table = pa.Table.from_pylist([{"a_scores": {"one": 2.0, "two": 10.0, "three": 1.0}}])
+    combined = combine_table(table, {"one": 0.5, "two": 0.0, "three": -1.0}, ["a"])
+    assert combined["a_score"].to_pylist() == [0.0]
