@@ -23,6 +23,7 @@ def start_ray(job: Job) -> Any:
         ray.init(address=address, log_to_driver=True)
     else:
         ray.init(
+            address="local",
             num_cpus=(os.cpu_count() or 1) + HEADROOM_CPUS,
             object_store_memory=max(int(job.cluster.object_store_gib * (1 << 30)), MIN_STORE_BYTES),
             dashboard_host="127.0.0.1",

@@ -289,7 +289,8 @@ class Cluster(Section):
     """The Ray cluster the run uses."""
 
     address: str | None = None
-    """Address of a running cluster; by default the one in RAY_ADDRESS, else a local one is started."""
+    """Address of a running cluster; by default the one in RAY_ADDRESS, else a local one is started.
+    `auto` finds the one that `ray start` began on this machine."""
     object_store_gib: float = Field(default=1.0, gt=0)
     """Memory of the object store of a local cluster, in GiB."""
 

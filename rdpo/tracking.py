@@ -34,7 +34,7 @@ class Meter:
         self.tokens += tokens
         self.note = note or self.note
         self.console.show(self)
-        if time.monotonic() - self._printed > PLAIN_EVERY:
+        if self.done != self.total and time.monotonic() - self._printed > PLAIN_EVERY:
             self._printed = time.monotonic()
             self.console.log(self.line())
 

@@ -18,33 +18,38 @@ from rdpo.policy.models import WEIGHTS
 
 EXPORT = "policy"
 MERGED = "merged"
+
+StepMetrics = dict[str, float]
 TAG = "state"
 
 
-def save_checkpoint(engine: Any, step: int, metrics: dict[str, float], policy: Any = None) -> None:
-    """Report a checkpoint of all workers; with `policy` given, the last one, with the weights to leave."""
+def save_checkpoint(engine: Any, history: list[StepMetrics], policy: Any = None) -> None:
+    """Report a checkpoint of all workers; with `policy` given, the last one, with the weights to leave.
+
+    `history`, the metrics of every step so far, is part of it, so that none is missing after a restart.
+    """
     with tempfile.TemporaryDirectory() as directory:
         engine.save_checkpoint(
             directory,
             tag=TAG,
-            client_state={"step": step},
+            client_state={"history": history},
             exclude_frozen_parameters=_is_adapter(engine.module),
         )
         if policy is not None:
             export_policy(policy, Path(directory) / EXPORT)
         checkpoint = ray.train.Checkpoint.from_directory(directory)
-        ray.train.report({"step": step, **metrics}, checkpoint=checkpoint)
+        ray.train.report(history[-1] if history else {}, checkpoint=checkpoint)
 
 
-def restore_checkpoint(engine: Any) -> int:
-    """Load the last checkpoint, if there is one; the number of optimizer steps it has behind it."""
+def restore_checkpoint(engine: Any) -> list[StepMetrics]:
+    """Load the last checkpoint, if there is one; the metrics of the optimizer steps it has behind it."""
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
-        return 0
+        return []
     with checkpoint.as_directory() as directory:
         strict = not _is_adapter(engine.module)
         _, state = engine.load_checkpoint(directory, tag=TAG, load_module_strict=strict)
-    return int(state["step"])
+    return list(state["history"])
 
 
 def export_policy(policy: Any, folder: Path) -> None:

@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import pyarrow as pa
@@ -195,7 +196,7 @@ def train_worker(config: dict[str, Any]) -> None:
     """Entry point of a Ray Train worker.
 
     Args:
-        config: `job` (Job), `run_dir`, and `sink`, an actor whose `record` takes a step's metrics.
+        config: `job` (Job), `run_dir`, and `sink`, an actor whose `record` takes steps' metrics.
     """
     job: Job = config["job"]
     if not job.training.gpus_per_worker:
@@ -203,14 +204,13 @@ def train_worker(config: dict[str, Any]) -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     data = PairTable.load(config["run_dir"])
     trainer = Trainer(job, data)
-    total, done = total_steps(len(data), job), restore_checkpoint(trainer.engine)
-    metrics: dict[str, float] = {}
-    for index, pairs in enumerate(step_pairs(len(data), job)):
-        if not done <= index < total:
-            continue
-        metrics = trainer.step(index, total, pairs)
+    history, total = restore_checkpoint(trainer.engine), total_steps(len(data), job)
+    if trainer.rank == 0:
+        ray.get(config["sink"].record.remote(history))
+    for index, pairs in islice(enumerate(step_pairs(len(data), job)), len(history), total):
+        history.append(trainer.step(index, total, pairs))
         if trainer.rank == 0:
-            ray.get(config["sink"].record.remote(metrics))
+            ray.get(config["sink"].record.remote(history[-1:]))
         if (index + 1) % job.training.checkpoint_every == 0 and index + 1 < total:
-            save_checkpoint(trainer.engine, index + 1, metrics)
-    save_checkpoint(trainer.engine, total, metrics, policy=trainer.engine.module)
+            save_checkpoint(trainer.engine, history)
+    save_checkpoint(trainer.engine, history, policy=trainer.engine.module)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,7 @@ from rdpo.training.loop import train_worker
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 POLL_SECONDS = 0.5
+WRITE_SECONDS = 10.0
 
 StepMetrics = dict[str, float]
 
@@ -30,9 +32,9 @@ class MetricsSink:
     def __init__(self) -> None:
         self.pending: list[StepMetrics] = []
 
-    def record(self, metrics: StepMetrics) -> None:
-        """Add a step."""
-        self.pending.append(metrics)
+    def record(self, steps: list[StepMetrics]) -> None:
+        """Add steps."""
+        self.pending.extend(steps)
 
     def take(self) -> list[StepMetrics]:
         """The steps since the last call."""
@@ -54,7 +56,7 @@ def train(job: Job, run_dir: str, folder: StageFolder, on_step: Callable[[StepMe
         raise RuntimeError("training ended without a checkpoint")
     with result.checkpoint.as_directory() as directory:
         _copy_policy(f"{directory}/{EXPORT}", folder.local(EXPORT))
-    return history.close()
+    return history.write()
 
 
 def _copy_policy(source: str, target: str) -> None:
@@ -91,28 +93,26 @@ class _History:
     def __init__(self, folder: StageFolder, on_step: Callable[[StepMetrics], None]):
         self.folder, self.on_step = folder, on_step
         stored = folder.read_bytes(METRICS).decode().splitlines() if folder.exists(METRICS) else []
-        self.steps: dict[int, StepMetrics] = {}
-        for line in stored:
-            metrics = json.loads(line)
-            self.steps[int(metrics["step"])] = metrics
+        self.steps = {int(metrics["step"]): metrics for metrics in map(json.loads, stored)}
+        self.written = time.monotonic()
 
     def following(self, sink: Any) -> _Follower:
         """Take the metrics from the sink while the context lasts."""
         return _Follower(self, sink)
 
     def take(self, sink: Any) -> None:
-        """Store what the sink has."""
-        taken = ray.get(sink.take.remote())
-        for metrics in taken:
+        """Keep what the sink has, and write it down now and then."""
+        for metrics in ray.get(sink.take.remote()):
             self.steps[int(metrics["step"])] = metrics
             self.on_step(metrics)
-        if taken:
-            self.close()
+        if time.monotonic() - self.written > WRITE_SECONDS:
+            self.write()
 
-    def close(self) -> list[StepMetrics]:
+    def write(self) -> list[StepMetrics]:
         """Write all steps in order; they are the return value."""
         ordered = [self.steps[step] for step in sorted(self.steps)]
         self.folder.write_bytes(METRICS, "".join(json.dumps(step) + "\n" for step in ordered).encode())
+        self.written = time.monotonic()
         return ordered
 
 

@@ -1,0 +1,81 @@
+"""Rows of a stage in the terminal: messages, scores, and the tokens that training sees."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group
+from rich.panel import Panel
+from rich.text import Text
+
+from rdpo.config import load_job
+from rdpo.errors import InputError
+from rdpo.evaluation.report import STAGES, shown
+from rdpo.pipeline import JOB_FILE
+from rdpo.policy.chat import load_chat
+from rdpo.records import Row
+from rdpo.storage import StageFolder
+
+TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+TOKEN_STYLES = {"prompt_ids": ("grey50", "grey70"), "chosen_ids": ("green", "bright_green")}
+COMPLETION_STYLES = ("red", "bright_red")
+
+
+def show_rows(run_dir: str, stage: str, row_id: str | None, limit: int, dropped: bool) -> None:
+    """Print rows of a stage, or of its dropped table.
+
+    Raises:
+        InputError: there is no such stage or row.
+    """
+    if stage not in STAGES:
+        raise InputError(f"stage {stage}: the stages are {', '.join(STAGES)}")
+    table = StageFolder(run_dir, stage).table("dropped" if dropped else "")
+    if not table.num_rows:
+        raise InputError(f"{run_dir}: the {stage} stage holds no {'dropped ' if dropped else ''}rows")
+    rows = table.sort_by("prompt_id").to_pylist()
+    if row_id is not None:
+        rows = [row for row in rows if row["prompt_id"].startswith(row_id)]
+        if not rows:
+            raise InputError(f"{run_dir}: no row of the {stage} stage has an id that begins with {row_id}")
+    console = Console()
+    decode = _decoder(run_dir, rows[0])
+    for row in rows[:limit]:
+        console.print(_panel(row, decode))
+    console.print(f"{min(limit, len(rows))} of {len(rows)} rows")
+
+
+def _decoder(run_dir: str, row: Row) -> Any:
+    if "prompt_ids" not in row:
+        return None
+    student = load_job(Path(run_dir) / JOB_FILE).student
+    return load_chat(student.model, student.revision, student.trust_remote_code).tokenizer.decode
+
+
+def _panel(row: Row, decode: Any) -> Panel:
+    parts = [_field(name, value, decode) for name, value in row.items() if name != "prompt_id" and value is not None]
+    return Panel(Group(*parts), title=row["prompt_id"], title_align="left")
+
+
+def _field(name: str, value: Any, decode: Any) -> Text:
+    text = Text(f"{name}  ", style="bold")
+    if name in TOKEN_COLUMNS and decode:
+        return text.append_text(_tokens(name, value, decode))
+    if isinstance(value, list):
+        for message in value:
+            text.append(f"\n[{message['role']}] ", style="cyan").append(shown(message["content"]), style="not bold")
+        return text
+    if isinstance(value, dict):
+        value = "  ".join(f"{key} {score:.3f}" for key, score in value.items() if score is not None)
+    if isinstance(value, float):
+        value = f"{value:.4f}"
+    return text.append(shown(str(value)), style="not bold")
+
+
+def _tokens(name: str, ids: list[int], decode: Any) -> Text:
+    """Token texts in two alternating shades; completions, which count in the loss, in colour."""
+    shades = TOKEN_STYLES.get(name, COMPLETION_STYLES)
+    text = Text(f"{len(ids)} tokens\n", style="not bold")
+    for index, token in enumerate(ids):
+        text.append(shown(decode([token])), style=f"not bold {shades[index % 2]}")
+    return text

@@ -1,0 +1,177 @@
+"""The whole pipeline through the command line: real vLLM, Ray, DeepSpeed; a tiny model; real kills."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from rdpo.storage import StageFolder
+from tests.conftest import write_job
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+STAGES = ("prompts", "synthesis", "rewards", "pairs", "reference", "training", "evaluation", "model")
+ROOT = Path(__file__).parents[2]
+PATIENCE = 600
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp("e2e")
+
+
+@pytest.fixture(scope="module")
+def job_path(place, tiny_model, tiny_classifier):
+    lines = [json.dumps({"prompt": f"question {i}", "split": "heldout" if i % 4 == 0 else "train"}) for i in range(20)]
+    lines += ["not json", json.dumps({"prompt": " "}), lines[1]]
+    (place / "prompts.jsonl").write_text("\n".join(lines) + "\n")
+    engine = {"max_model_len": 1024, "kv_cache_gib": 1, "batch_rows": 4, "batches_in_flight": 1}
+    table = {
+        "name": "tiny",
+        "student": {"model": tiny_model, "dtype": "float32"},
+        "prompts": {"source": str(place / "prompts.jsonl"), "max_prompt_tokens": 128},
+        "synthesis": {"task": "roleplay", "sampling": {"max_tokens": 8, "temperature": 0.0}, "engine": engine},
+        "rewards": [
+            {"kind": "classifier", "name": "rm", "model": tiny_classifier, "dtype": "float32"},
+            {"kind": "function", "name": "length", "function": "tests.rewards:length", "weight": 0.0},
+        ],
+        "pairs": {"direction": "reward"},
+        "reference": {"max_length": 256, "tokens_per_batch": 1024},
+        "training": {
+            "batch_size": 4,
+            "tokens_per_batch": 1024,
+            "num_workers": 2,
+            "learning_rate": 1e-3,
+            "epochs": 4,
+            "checkpoint_every": 2,
+            "lora": {"rank": 4},
+        },
+        "evaluation": {"sampling": {"max_tokens": 8, "temperature": 0.0}, "engine": engine},
+    }
+    return write_job(place / "job.toml", table)
+
+
+def command(job_path, run_dir, *more):
+    return [sys.executable, "-m", "rdpo", "run", job_path, "--run-dir", str(run_dir), *more]
+
+
+def run(job_path, run_dir, *more):
+    result = subprocess.run(
+        command(job_path, run_dir, *more), cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE
+    )
+    log = Path(run_dir) / "logs" / "libraries.log"
+    assert result.returncode == 0, result.stdout + result.stderr + (log.read_text()[-3000:] if log.exists() else "")
+    return result.stdout
+
+
+def manifests(run_dir):
+    return {stage: StageFolder(str(run_dir), stage).manifest() for stage in STAGES}
+
+
+@pytest.fixture(scope="module")
+def finished(job_path, place):
+    """A run that nothing disturbed; its directory and what it printed."""
+    return place / "whole", run(job_path, place / "whole")
+
+
+def test_run_ends_with_every_stage_and_says_the_result(finished):
+    run_dir, printed = finished
+    done = manifests(run_dir)
+    assert all(done.values())
+    assert (done["prompts"].rows_in, done["prompts"].rows_out) == (23, 20)
+    assert sum(done["prompts"].dropped.values()) == 3
+    for name in ("synthesis", "rewards", "pairs", "reference", "evaluation"):
+        assert done[name].rows_in == done[name].rows_out + sum(done[name].dropped.values())
+    assert done["training"].summary["steps"] == 4 * (-(-done["reference"].rows_out // 4))
+    assert "win rate" in printed
+    assert "report.html" in printed
+    assert not any(noise in printed for noise in ("WARNING", "INFO", "pid="))
+
+
+def test_published_model_loads_in_transformers_and_peft(finished):
+    from peft import AutoPeftModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model_dir = finished[0] / "model"
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    merged = AutoModelForCausalLM.from_pretrained(model_dir)
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "hi"}], add_generation_prompt=True, return_dict=True, return_tensors="pt"
+    )
+    expected = merged(**ids).logits
+    adapter = AutoPeftModelForCausalLM.from_pretrained(str(model_dir / "adapter"))
+    assert (adapter(**ids).logits - expected).abs().max() < 1e-3
+    assert "held-out prompts" in (model_dir / "README.md").read_text()
+    assert not [path for path in model_dir.rglob("*") if path.suffix in (".bin", ".pt", ".pkl")]
+
+
+def test_report_is_one_self_contained_page(finished):
+    page = (finished[0] / "report.html").read_text()
+    for heading in ("What ran", "Dropped rows", "Pairs", "Training", "Evaluation", "Answers, before and after"):
+        assert f"<h2>{heading}</h2>" in page
+    assert "line is not JSON" in page
+    assert page.count("<svg") >= 3
+    assert "src=" not in page
+    assert "<script" not in page
+
+
+def test_same_command_again_does_nothing(job_path, finished):
+    before = manifests(finished[0])
+    began = time.monotonic()
+    printed = run(job_path, finished[0])
+    assert time.monotonic() - began < 20
+    assert printed.count("up to date") == len(STAGES)
+    assert manifests(finished[0]) == before
+
+
+def test_a_changed_setting_runs_again_what_depends_on_it(job_path, finished):
+    printed = run(job_path, finished[0], "--dry-run", "--set", "training.beta=0.2")
+    plan = {line.split()[1]: " ".join(line.split()[2:]) for line in printed.splitlines() if line.startswith("# ")}
+    assert plan == {stage: "up to date" for stage in STAGES[:5]} | {stage: "would run again" for stage in STAGES[5:]}
+    placed = run(job_path, finished[0], "--dry-run", "--set", "synthesis.engine.batch_rows=2")
+    assert placed.count("up to date") == len(STAGES)
+
+
+def kill_when(job_path, run_dir, condition):
+    """Start the run, and kill -9 its driver as soon as the condition holds."""
+    process = subprocess.Popen(
+        command(job_path, run_dir), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+    )
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert process.poll() is None, process.stdout.read().decode()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def test_killed_in_synthesis_and_in_training_the_same_command_goes_on(job_path, finished, place):
+    run_dir = place / "killed"
+    synthesis, training = StageFolder(str(run_dir), "synthesis"), StageFolder(str(run_dir), "training")
+    kill_when(job_path, run_dir, lambda: synthesis.parts())
+    assert synthesis.manifest() is None
+    kept = set(synthesis.parts())
+    checkpoints = run_dir / "training" / "checkpoints"
+    kill_when(job_path, run_dir, lambda: list(checkpoints.glob("checkpoint_*")))
+    assert training.manifest() is None
+    assert kept <= set(synthesis.parts())
+    run(job_path, run_dir)
+    for stage in ("synthesis", "rewards", "pairs", "reference"):
+        assert rows(run_dir, stage) == rows(finished[0], stage)
+    assert losses(run_dir) == pytest.approx(losses(finished[0]), abs=1e-6)
+
+
+def rows(run_dir, stage):
+    table = StageFolder(str(run_dir), stage).table().sort_by("prompt_id").to_pylist()
+    return [{name: value for name, value in row.items() if not name.startswith("reference_")} for row in table]
+
+
+def losses(run_dir):
+    lines = (run_dir / "training" / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
