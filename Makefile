@@ -11,7 +11,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help install quickstart test test-fast lint format type lock clean
+# The quickstart's models come inside Python packages: nothing is asked of the Hugging Face hub.
+.PHONY: help install quickstart reward-pairs test test-fast lint format type lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -26,8 +27,17 @@ $(READY): $(LOCK) pyproject.toml
 	$(PIP) install --no-deps -e .
 	@touch $@
 
-quickstart: $(READY)  ## from prompts to an aligned model and a report, in minutes, on the CPU
+quickstart: $(READY) models/plain-answer/config.json  ## from prompts to an aligned model and a report, on the CPU
 	$(BIN)/rdpo run jobs/quickstart.toml
+
+models/plain-answer/config.json: jobs/quickstart/fit_reward.py jobs/quickstart/reward_pairs.jsonl | $(READY)
+	$(BIN)/python jobs/quickstart/fit_reward.py models/plain-answer
+
+reward-pairs: $(READY)  ## write anew the pairs that the quickstart's reward model is fitted on
+	$(BIN)/rdpo run jobs/quickstart.toml --until pairs --run-dir runs/reward-pairs --set synthesis.split=reward \
+		--set 'rewards=[{kind="function", name="plainness", function="jobs.quickstart.rewards:plainness"}]' \
+		--set pairs.min_gap=-9
+	$(BIN)/python jobs/quickstart/fit_reward.py --export runs/reward-pairs jobs/quickstart/reward_pairs.jsonl
 
 test: $(READY) lint type  ## lint, types and all tests that this machine can run
 	$(BIN)/python -m pytest -q

@@ -50,19 +50,20 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _broken(options: argparse.Namespace, error: Exception) -> int:
+    """Say what broke in one line, keep the details in a file, and return the exit code."""
     cause = _input_error_within(error)
     if cause:
         print(f"rdpo: {cause}", file=sys.stderr)
         return 2
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    print(f"rdpo: {type(error).__name__}: {lines[-1].strip() if lines else ''}", file=sys.stderr)
     run_dir = getattr(options, "run_dir", None)
-    where = Path(run_dir) / "logs" / "error.log" if run_dir and Path(run_dir).is_dir() else None
-    if where:
-        where.parent.mkdir(exist_ok=True)
-        where.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+    if run_dir and (Path(run_dir) / "logs").is_dir():
+        details = Path(run_dir) / "logs" / "error.log"
+        details.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+        print(f"rdpo: the same command goes on where it stopped; details in {details}", file=sys.stderr)
     else:
         traceback.print_exception(error)
-    print(f"rdpo: {type(error).__name__}: {str(error).strip().splitlines()[-1:]}", file=sys.stderr)
-    print(f"rdpo: the same command goes on where it stopped; details in {where}", file=sys.stderr)
     return 1
 
 

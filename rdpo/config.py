@@ -92,6 +92,8 @@ class Synthesis(Section):
 
     task: str
     """Task file with the templates of the turns; a path, or the name of one that ships with rdpo."""
+    split: str = "train"
+    """Which split of the prompts the teacher answers."""
     teacher: str | None = None
     """The teacher's model, named as in `student.model`; by default the student itself."""
     sampling: Sampling = Sampling()

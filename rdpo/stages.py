@@ -50,8 +50,12 @@ def _rows_stage(
     meter: Meter,
     source: Source,
     make: Callable[[ray.data.Dataset, Job], ray.data.Dataset],
+    generates: bool = False,
 ) -> dict[str, Any]:
-    """Run a stage that maps rows to rows, leaving out those that an interrupted run has stored."""
+    """Run a stage that maps rows to rows, leaving out those that an interrupted run has stored.
+
+    `generates`: the rows' `*_tokens` are this stage's work and count for its rate.
+    """
     done = folder.done_ids("prompt_id")
     meter.total = len(source.ids)
     meter.advance(len(done))
@@ -59,7 +63,7 @@ def _rows_stage(
     if done:
         rows = rows.filter(lambda row: row["prompt_id"] not in done)
     if len(done) < len(source.ids):
-        write_rows(make(rows, run.job), folder, "prompt_id", lambda block: _count(meter, block))
+        write_rows(make(rows, run.job), folder, "prompt_id", lambda block: _count(meter, block, generates))
     return {"rows_in": len(source.ids)}
 
 
@@ -92,8 +96,8 @@ def _from_arrow(table: pa.Table) -> ray.data.Dataset:
     return ray.data.from_arrow(table)
 
 
-def _count(meter: Meter, block: WriteProgress) -> None:
-    meter.advance(block.rows + block.dropped, block.tokens)
+def _count(meter: Meter, block: WriteProgress, generates: bool) -> None:
+    meter.advance(block.rows + block.dropped, block.tokens if generates else 0)
 
 
 def _prompts(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:
@@ -103,10 +107,10 @@ def _prompts(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:
     rows = read_prompts(run.job)
     count = rows.count()
     meter.total = count
-    write_rows(rows, folder, "prompt_id", lambda block: _count(meter, block))
+    write_rows(rows, folder, "prompt_id", lambda block: meter.advance(block.rows + block.dropped))
     kept = folder.table(columns=["split"]) if folder.parts() else None
     splits = kept["split"].to_pylist() if kept else []
-    for split in ("train", "heldout"):
+    for split in (run.job.synthesis.split, "heldout"):
         if split not in splits:
             reasons = folder.table("dropped")
             why = f"; {reasons['dropped'][0]}" if reasons.num_rows else ""
@@ -118,9 +122,9 @@ def _synthesis(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:
     from rdpo.synthesis.instructions import check_fields, load_task
     from rdpo.synthesis.teacher import synthesize
 
-    source = _split_source(run, "train")
+    source = _split_source(run, run.job.synthesis.split)
     check_fields(load_task(run.job.synthesis.task), source.rows().take(1)[0])
-    return _rows_stage(run, folder, meter, source, synthesize)
+    return _rows_stage(run, folder, meter, source, synthesize, generates=True)
 
 
 def _rewards(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:
@@ -178,7 +182,7 @@ def _evaluation(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:
     from rdpo.evaluation.compare import summarize
 
     source = _split_source(run, "heldout", run.job.evaluation.limit)
-    counted = _rows_stage(run, folder, meter, source, lambda rows, job: _evaluated(run, rows))
+    counted = _rows_stage(run, folder, meter, source, lambda rows, job: _evaluated(run, rows), generates=True)
     weights = {reward.name: reward.weight for reward in run.job.rewards}
     evaluated = folder.table().sort_by("prompt_id").to_pylist() if folder.parts() else []
     return {**counted, **summarize(evaluated, weights, run.job.seed)}

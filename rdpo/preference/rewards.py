@@ -198,7 +198,7 @@ class Judge:
                 Sampling(temperature=0.0, top_p=1.0, max_tokens=1),
                 seed,
                 (),
-                logprobs=0,
+                logprobs=len(ids),
                 logprob_token_ids=ids,
             )
         except ContextError:

@@ -18,7 +18,7 @@ from rdpo.config import Sampling
 if TYPE_CHECKING:
     import ray.data
 
-PROBE_TOKENS = 1
+CPU_BATCHED_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,12 @@ class Engine:
             "model": folder,
             "dtype": "bfloat16",
             "max_model_len": settings.max_model_len,
-            "enforce_eager": settings.gpus == 0,
             "tensor_parallel_size": max(1, settings.gpus),
             "enable_prefix_caching": True,
             "seed": seed,
             "generation_config": "vllm",
             "disable_log_stats": True,
+            **({} if settings.gpus else _cpu_arguments(settings)),
             **options,
             **settings.options,
         }
@@ -111,6 +111,19 @@ class Engine:
     def shutdown(self) -> None:
         """End the engine's process and give its memory back."""
         self.engine.shutdown()
+
+
+def _cpu_arguments(settings: EngineSettings) -> dict[str, Any]:
+    """What vLLM's CPU build needs.
+
+    A prompt is never prefilled in pieces: vLLM 0.32 rewinds the random generator of a piece, which
+    a CPU generator cannot do ("CPU Generator does not use offset"), and the engine would die.
+    """
+    return {
+        "enforce_eager": True,
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(settings.max_model_len, CPU_BATCHED_TOKENS),
+    }
 
 
 def engine_pool(
