@@ -21,6 +21,10 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
+Dtype = Literal["auto", "bfloat16", "float32"]
+"""`auto`: bfloat16 on GPUs and on CPUs that multiply in it, else float32."""
+
+
 class Student(Section):
     """The model to align. It is also the reference, and its tokenizer renders the training data."""
 
@@ -28,8 +32,8 @@ class Student(Section):
     """Folder, hub id (`owner/name`), `.gguf` file, or `package:NAME/FILE` inside an installed package."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Precision of the reference, of training's forward, and of the published weights."""
+    dtype: Dtype = "auto"
+    """Precision of the forward of reference and training; the published weights keep the model's own."""
     trust_remote_code: bool = False
     """Run Python code that ships with the model. Off unless the job file says so."""
 
@@ -60,8 +64,9 @@ class Sampling(Section):
 
     temperature: float = Field(default=0.7, ge=0)
     """0 is greedy decoding."""
-    top_p: float = Field(default=0.95, gt=0, le=1)
-    """Nucleus sampling: keep the smallest set of tokens with this total probability."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Nucleus sampling: keep the smallest set of tokens with this total probability. Below 1 the vocabulary is
+    sorted at every step, which costs a CPU about a quarter of its speed."""
     max_tokens: int = Field(default=512, ge=1)
     """An answer that reaches this many tokens is cut off and marked `finish_reason = "length"`."""
 
@@ -77,6 +82,8 @@ class Engine(Section):
     """CPU cores of one engine; by default all cores of the machine without GPUs, one with them."""
     max_model_len: int = Field(default=2048, ge=16)
     """Context length of the engine, in tokens."""
+    dtype: Dtype = "auto"
+    """Precision of the engine."""
     kv_cache_gib: float = Field(default=2.0, gt=0)
     """Memory for the key-value cache of an engine on the CPU, in GiB."""
     batch_rows: int = Field(default=16, ge=1)
@@ -117,7 +124,7 @@ class ClassifierReward(RewardSection):
     kind: Literal["classifier"]
     model: str
     """A sequence-classification model with one output, named as in `student.model`."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    dtype: Dtype = "auto"
     """Precision of its forward."""
     max_length: int = Field(default=1024, ge=8)
     """Longer conversations keep their last tokens."""
@@ -171,8 +178,8 @@ class Pairs(Section):
     """Drop pairs with `score_chosen - score_rejected` below this."""
     min_answer_chars: int = Field(default=1, ge=1)
     """Drop pairs with a shorter answer."""
-    drop_truncated: bool = False
-    """Drop pairs with an answer that was cut off at the token limit."""
+    drop_truncated: Literal["never", "chosen", "any"] = "never"
+    """Drop pairs whose chosen answer (or either) was cut off at the token limit."""
 
 
 class Reference(Section):

@@ -15,6 +15,7 @@ from typing import Any
 import fsspec
 
 from rdpo.config import FunctionReward, Job
+from rdpo.policy.hardware import compute_dtype
 from rdpo.policy.models import fingerprint
 from rdpo.records import digest
 
@@ -82,7 +83,8 @@ def _file_hash(source: str) -> str:
 
 
 def _student(job: Job) -> dict[str, Any]:
-    return {**job.student.model_dump(), "weights": fingerprint(job.student.model, job.student.revision)}
+    dtype = compute_dtype(job.student.dtype, job.training.gpus_per_worker > 0)
+    return {**job.student.model_dump(), "dtype": dtype, "weights": fingerprint(job.student.model, job.student.revision)}
 
 
 def _reward_settings(job: Job) -> list[dict[str, Any]]:

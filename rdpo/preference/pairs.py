@@ -29,6 +29,17 @@ def pairs_table(table: pa.Table, settings: Settings) -> pa.Table:
     return table_of([filtered(pair_row(row, settings), settings) for row in table.to_pylist()])
 
 
+def agreement(rows: list[Row], settings: Settings) -> dict[str, float]:
+    """How often each reward prefers the teacher's `chosen` turn to its `rejected` one; ties count half."""
+    names = rows[0][f"{settings.chosen}_scores"] if rows else {}
+    return {name: sum(_preference(row, settings, name) for row in rows) / len(rows) for name in names}
+
+
+def _preference(row: Row, settings: Settings, reward: str) -> float:
+    gap = row[f"{settings.chosen}_scores"][reward] - row[f"{settings.rejected}_scores"][reward]
+    return 1.0 if gap > 0 else 0.5 if gap == 0 else 0.0
+
+
 def pair_row(row: Row, settings: Settings) -> Row:
     """One row with its pair: sides as named in the settings, or by score with `direction = "reward"`."""
     chosen, rejected = settings.chosen, settings.rejected
@@ -57,8 +68,13 @@ def filtered(pair: Row, settings: Settings) -> Row:
         return drop(pair, "chosen and rejected are the same")
     if min(len(chosen), len(rejected)) < settings.min_answer_chars:
         return drop(pair, "an answer is shorter than pairs.min_answer_chars")
-    if settings.drop_truncated and not (pair["chosen_finished"] and pair["rejected_finished"]):
+    if _cut_off(pair, settings.drop_truncated):
         return drop(pair, "an answer was cut off at the token limit")
     if settings.min_gap is not None and pair["reward_gap"] < settings.min_gap:
         return drop(pair, "reward gap is below pairs.min_gap")
     return pair
+
+
+def _cut_off(pair: Row, which: str) -> bool:
+    sides = {"never": (), "chosen": ("chosen",), "any": ("chosen", "rejected")}[which]
+    return not all(pair[f"{side}_finished"] for side in sides)

@@ -7,13 +7,13 @@ key holds the weights' fingerprint, so a cached value never outlives the weights
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
 from rdpo.config import Job
 from rdpo.policy.chat import Chat, load_chat
+from rdpo.policy.hardware import available_cores, compute_dtype
 from rdpo.policy.models import local_model
 from rdpo.policy.packing import MicroBatch, collate_pairs, micro_batches
 from rdpo.records import Row, alive, drop
@@ -62,6 +62,11 @@ def pair_length(row: Row) -> int:
     return len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
 
 
+def student_dtype(job: Job) -> str:
+    """Precision in which training runs the student, and so its reference too."""
+    return compute_dtype(job.student.dtype, job.training.gpus_per_worker > 0)
+
+
 class Reference:
     """A Ray Data actor that holds the reference model."""
 
@@ -73,11 +78,11 @@ class Reference:
         self.settings, student = job.reference, job.student
         self.device = "cuda" if self.settings.gpus else "cpu"
         if not self.settings.gpus:
-            torch.set_num_threads(self.settings.cpus or os.cpu_count() or 1)
+            torch.set_num_threads(self.settings.cpus or len(available_cores()))
         self.chat = load_chat(student.model, student.revision, student.trust_remote_code)
         folder = local_model(student.model, student.revision)
         policy = load_policy(
-            folder, student.dtype, job.training.logprob_chunk, trust_remote_code=student.trust_remote_code
+            folder, student_dtype(job), job.training.logprob_chunk, trust_remote_code=student.trust_remote_code
         )
         self.policy = policy.eval().to(self.device)
 

@@ -19,6 +19,7 @@ import pyarrow as pa
 from rdpo.config import ClassifierReward, FunctionReward, Job, JudgeReward, Reward, Sampling
 from rdpo.errors import InputError
 from rdpo.policy.chat import load_chat
+from rdpo.policy.hardware import available_cores, compute_dtype
 from rdpo.policy.models import local_model
 from rdpo.records import Messages, Row, alive, draw_seed, drop, table_of, text_of
 from rdpo.synthesis.engine import ContextError, Engine, engine_pool, gather_rows
@@ -102,8 +103,8 @@ class Classifier:
         self.tokenizer.truncation_side, self.tokenizer.padding_side = "left", "right"
         self.device = "cuda" if reward.gpus else "cpu"
         if not reward.gpus:
-            torch.set_num_threads(os.cpu_count() or 1)
-        dtype = getattr(torch, reward.dtype)
+            torch.set_num_threads(len(available_cores()))
+        dtype = getattr(torch, compute_dtype(reward.dtype, reward.gpus > 0))
         model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype, use_safetensors=True)
         model.config.pad_token_id = self.tokenizer.pad_token_id
         self.model = model.eval().to(self.device)

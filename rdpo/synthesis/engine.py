@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from rdpo.config import Engine as EngineSettings
 from rdpo.config import Sampling
+from rdpo.policy.hardware import available_cores, compute_dtype
 
 if TYPE_CHECKING:
     import ray.data
@@ -42,14 +43,13 @@ class Engine:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         if settings.gpus == 0:
-            os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(settings.kv_cache_gib)))
-            os.environ["OMP_NUM_THREADS"] = str(settings.cpus or os.cpu_count() or 1)
+            os.environ.update(_cpu_environment(settings))
         from vllm import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
         arguments: dict[str, Any] = {
             "model": folder,
-            "dtype": "bfloat16",
+            "dtype": compute_dtype(settings.dtype, settings.gpus > 0),
             "max_model_len": settings.max_model_len,
             "tensor_parallel_size": max(1, settings.gpus),
             "enable_prefix_caching": True,
@@ -111,6 +111,18 @@ class Engine:
     def shutdown(self) -> None:
         """End the engine's process and give its memory back."""
         self.engine.shutdown()
+
+
+def _cpu_environment(settings: EngineSettings) -> dict[str, str]:
+    """Memory and cores of an engine on the CPU; a lone engine is bound to its cores, which is quicker."""
+    cores = available_cores()[: settings.cpus]
+    environment = {
+        "VLLM_CPU_KVCACHE_SPACE": str(max(1, round(settings.kv_cache_gib))),
+        "OMP_NUM_THREADS": str(len(cores)),
+    }
+    if settings.concurrency == 1:
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))
+    return environment
 
 
 def _cpu_arguments(settings: EngineSettings) -> dict[str, Any]:

@@ -79,26 +79,26 @@ def gathered_state(model: Any, adapter_only: bool) -> dict[str, torch.Tensor]:
     return state
 
 
-def finish_policy(exported: Path, base: Path, merged: Path, dtype: str) -> None:
-    """Make a complete model folder of what training exported: merge an adapter, add the tokenizer's files."""
+def finish_policy(exported: Path, base: Path, merged: Path) -> None:
+    """Make a complete model folder of what training exported, in the precision the base is stored in.
+
+    An adapter is merged, in fp32; the tokenizer's files are added.
+    """
+    from peft import PeftModel
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     shutil.rmtree(merged, ignore_errors=True)
-    if (exported / "adapter_config.json").is_file():
-        _merge_adapter(exported, base, merged, dtype)
-    else:
-        shutil.copytree(exported, merged)
+    adapter = (exported / "adapter_config.json").is_file()
+    source = base if adapter else exported
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, use_safetensors=True)
+    if adapter:
+        model = PeftModel.from_pretrained(model, str(exported)).merge_and_unload()
+    stored = AutoConfig.from_pretrained(base).dtype or torch.float32
+    model.to(stored).save_pretrained(merged)
     for pattern in WEIGHTS[1:]:
         for file in base.glob(pattern):
             if not (merged / file.name).exists() and not file.name.endswith(".index.json"):
                 shutil.copy(file, merged / file.name)
-
-
-def _merge_adapter(adapter: Path, base: Path, merged: Path, dtype: str) -> None:
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, use_safetensors=True)
-    whole = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
-    whole.to(getattr(torch, dtype)).save_pretrained(merged)
 
 
 def _is_adapter(policy: Any) -> bool:

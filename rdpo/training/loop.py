@@ -24,6 +24,7 @@ from rdpo.config import Job
 from rdpo.policy.model import load_policy
 from rdpo.policy.models import local_model
 from rdpo.policy.packing import MicroBatch, collate_pairs, epoch_order, epoch_steps, plan_step
+from rdpo.preference.reference import student_dtype
 from rdpo.storage import StageFolder
 from rdpo.training.checkpoint import restore_checkpoint, save_checkpoint
 from rdpo.training.losses import (
@@ -97,13 +98,14 @@ def build_engine(job: Job, seed: int) -> Any:
     from transformers.integrations import HfDeepSpeedConfig
 
     training, student = job.training, job.student
-    config = zero_config(training, student)
+    dtype = student_dtype(job)
+    config = zero_config(training, dtype)
     deepspeed.init_distributed(auto_mpi_discovery=False)
     partitioned_load = HfDeepSpeedConfig(config) if training.zero_stage == 3 else None
     folder = local_model(student.model, student.revision)
     policy = load_policy(
         folder,
-        student.dtype,
+        dtype,
         training.logprob_chunk,
         training.lora,
         training.gradient_checkpointing,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from rdpo.config import Student, Training
+from rdpo.config import Training
 
 
-def zero_config(training: Training, student: Student) -> dict[str, Any]:
+def zero_config(training: Training, dtype: str) -> dict[str, Any]:
     """DeepSpeed's configuration dictionary.
 
     The accumulation boundary is set by hand in the loop, since steps differ in their number of
@@ -29,7 +29,7 @@ def zero_config(training: Training, student: Student) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": training.max_grad_norm,
-        "bf16": {"enabled": student.dtype == "bfloat16"},
+        "bf16": {"enabled": dtype == "bfloat16"},
         "optimizer": {"type": "AdamW", "params": adamw},
         "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,

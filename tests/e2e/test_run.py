@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from rdpo.storage import StageFolder
-from tests.conftest import write_job
+from tests.conftest import save_model, tiny_config, write_job
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -26,16 +26,28 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def job_path(place, tiny_model, tiny_classifier):
+def wordy_model(place, tokenizer):
+    """A random Llama whose answers differ: an untied head, with weights large enough for peaked choices."""
+    import torch
+    from transformers import LlamaForCausalLM
+
+    torch.manual_seed(2)
+    config = tiny_config(tokenizer, tie_word_embeddings=False, initializer_range=0.2)
+    return save_model(place / "wordy", LlamaForCausalLM(config), tokenizer)
+
+
+@pytest.fixture(scope="module")
+def job_path(place, wordy_model, tiny_classifier):
     lines = [json.dumps({"prompt": f"question {i}", "split": "heldout" if i % 4 == 0 else "train"}) for i in range(20)]
     lines += ["not json", json.dumps({"prompt": " "}), lines[1]]
     (place / "prompts.jsonl").write_text("\n".join(lines) + "\n")
     engine = {"max_model_len": 1024, "kv_cache_gib": 1, "batch_rows": 4, "batches_in_flight": 1}
+    engine["options"] = {"dtype": "float32"}
     table = {
         "name": "tiny",
-        "student": {"model": tiny_model, "dtype": "float32"},
+        "student": {"model": wordy_model, "dtype": "float32"},
         "prompts": {"source": str(place / "prompts.jsonl"), "max_prompt_tokens": 128},
-        "synthesis": {"task": "roleplay", "sampling": {"max_tokens": 8, "temperature": 0.0}, "engine": engine},
+        "synthesis": {"task": "roleplay", "sampling": {"max_tokens": 8, "temperature": 1.0}, "engine": engine},
         "rewards": [
             {"kind": "classifier", "name": "rm", "model": tiny_classifier, "dtype": "float32"},
             {"kind": "function", "name": "length", "function": "tests.rewards:length", "weight": 0.0},
@@ -51,7 +63,7 @@ def job_path(place, tiny_model, tiny_classifier):
             "checkpoint_every": 2,
             "lora": {"rank": 4},
         },
-        "evaluation": {"sampling": {"max_tokens": 8, "temperature": 0.0}, "engine": engine},
+        "evaluation": {"sampling": {"max_tokens": 8, "temperature": 1.0}, "engine": engine},
     }
     return write_job(place / "job.toml", table)
 
@@ -161,7 +173,7 @@ def test_killed_in_synthesis_and_in_training_the_same_command_goes_on(job_path, 
     kill_when(job_path, run_dir, lambda: list(checkpoints.glob("checkpoint_*")))
     assert training.manifest() is None
     assert kept <= set(synthesis.parts())
-    run(job_path, run_dir)
+    run(job_path, run_dir, "--until", "training")
     for stage in ("synthesis", "rewards", "pairs", "reference"):
         assert rows(run_dir, stage) == rows(finished[0], stage)
     assert losses(run_dir) == pytest.approx(losses(finished[0]), abs=1e-6)

@@ -102,7 +102,7 @@ def test_adapter_trains_and_merges(run_dir, job_table):
     assert weights
     assert all(tensor.abs().sum() > 0 for name, tensor in weights.items() if "lora_B" in name)
     base = Path(job_table["student"]["model"])
-    finish_policy(adapter, base, merged, "float32")
+    finish_policy(adapter, base, merged)
     before, after = load_file(base / "model.safetensors"), load_file(merged / "model.safetensors")
     assert before.keys() == after.keys()
     changed = [name for name in before if not torch.equal(before[name], after[name])]

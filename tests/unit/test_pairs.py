@@ -4,7 +4,7 @@ import pytest
 
 from rdpo.config import Pairs
 from rdpo.policy.chat import make_chat
-from rdpo.preference.pairs import filtered, pair_row
+from rdpo.preference.pairs import agreement, filtered, pair_row
 from rdpo.preference.reference import tokenize_pair
 
 
@@ -43,7 +43,13 @@ def test_reward_direction_swaps_the_sides():
     [
         ({**scored(), "revision": "a pirate says"}, Pairs(), None),
         (scored(), Pairs(min_answer_chars=10), "shorter"),
-        (scored(), Pairs(drop_truncated=True), "cut off"),
+        (scored(), Pairs(drop_truncated="chosen"), "cut off"),
+        (scored(), Pairs(drop_truncated="any"), "cut off"),
+        (
+            {**scored(), "revision_finish_reason": "stop", "response_finish_reason": "length"},
+            Pairs(drop_truncated="chosen"),
+            None,
+        ),
         (scored(), Pairs(min_gap=2.5), "below pairs.min_gap"),
         (scored(), Pairs(min_gap=2.0), None),
     ],
@@ -63,3 +69,11 @@ def test_tokens_of_a_pair(tokenizer):
     assert tokenize_pair(row, chat, 20)["dropped"] == "pair is longer than reference.max_length"
     row["chosen"][0]["content"] = ""
     assert tokenize_pair(row, chat, 256)["dropped"] == "a completion has no tokens"
+
+
+def test_agreement_of_a_reward_with_the_teacher():
+    rows = [scored(), scored(response=4.0), scored(response=3.0)]
+    for row in rows:
+        row["response_scores"]["r"], row["revision_scores"]["r"] = row["response_score"], row["revision_score"]
+    assert agreement(rows, Pairs()) == {"r": 0.5}
+    assert agreement([], Pairs()) == {}

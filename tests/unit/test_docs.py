@@ -1,0 +1,40 @@
+"""What the documents show is true: the job in the README is a whole one, its commands exist."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from rdpo.cli import main
+from rdpo.config import Job
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_job_in_the_readme_is_whole():
+    (block,) = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
+    assert Job.model_validate(tomllib.loads(block)).name == "mine"
+
+
+def test_commands_in_the_readme_exist(capsys):
+    commands = set(re.findall(r"^rdpo (\w+)", README, re.MULTILINE))
+    assert {"run", "show", "train"} <= commands
+    for command in commands:
+        with pytest.raises(SystemExit) as ended:
+            main([command, "--help"])
+        assert ended.value.code == 0
+
+
+def test_make_targets_in_the_readme_exist():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in set(re.findall(r"make ([a-z-]+)", README)):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_links_in_the_documents_lead_somewhere():
+    for document in [ROOT / "README.md", ROOT / "jobs" / "README.md", ROOT / "CONTRIBUTING.md"]:
+        for target in re.findall(r"\]\(([^)#]+)\)", document.read_text(encoding="utf-8")):
+            if not target.startswith("http"):
+                assert (document.parent / target).exists(), f"{document.name}: {target}"
