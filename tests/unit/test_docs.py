@@ -19,7 +19,8 @@ def test_the_job_in_the_readme_is_whole():
 
 
 def test_commands_in_the_readme_exist(capsys):
-    commands = set(re.findall(r"^rdpo (\w+)", README, re.MULTILINE))
+    shell = "".join(re.findall(r"```sh\n(.*?)```", README, re.DOTALL))
+    commands = set(re.findall(r"^rdpo (\w+)", shell, re.MULTILINE))
     assert {"run", "show", "train"} <= commands
     for command in commands:
         with pytest.raises(SystemExit) as ended:
