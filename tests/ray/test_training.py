@@ -85,7 +85,8 @@ def test_two_workers_under_zero3_equal_one(run_dir, job_table):
     assert losses(two) == pytest.approx(losses(one), abs=1e-3)
     assert losses(small) == pytest.approx(losses(one), abs=1e-3)
     assert sum(step["rewards/margins"] for step in one[6:]) > 0.1
-    assert [step["grad_norm"] for step in two] == pytest.approx([step["grad_norm"] for step in one], rel=1e-2)
+    assert [step["grad_norm"] for step in two] == pytest.approx([step["grad_norm"] for step in small], rel=1e-2)
+    assert two[0]["grad_norm"] > 0
 
 
 def test_adapter_trains_and_merges(run_dir, job_table):
