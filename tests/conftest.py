@@ -107,6 +107,10 @@ def ray_cluster():
 @pytest.fixture
 def job_table(tiny_model, tmp_path):
     """The tables of a valid job over the tiny model; tests change what they are about."""
+    return valid_job(tiny_model, tmp_path)
+
+
+def valid_job(tiny_model, tmp_path):
     write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": f"question {i}", "split": split_of(i)} for i in range(12)])
     return {
         "name": "tiny",

@@ -2,140 +2,155 @@
 
 import json
 import math
+import random
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
+import torch
+from ray.train import TrainingFailedError
+from safetensors.torch import load_file
 
 from rdpo.config import Job
 from rdpo.storage import Manifest, StageFolder
+from rdpo.training.checkpoint import finish_policy
+from tests.conftest import valid_job
 
 pytestmark = pytest.mark.ray
 
 
-@pytest.fixture
-def run_dir(ray_cluster, tmp_path, job_table):
-    """A run whose reference stage is done: 24 pairs of random tokens, log-probs by the reference actor."""
-    import random
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp("training")
 
+
+@pytest.fixture(scope="module")
+def table(tiny_model, place):
+    """A job of 12 steps: 24 pairs, 4 in a step, two epochs, full fine-tuning in fp32."""
+    job = valid_job(tiny_model, place)
+    return {**job, "training": {**job["training"], "epochs": 2, "checkpoint_every": 3, "offset_coef": 0.7}}
+
+
+@pytest.fixture(scope="module")
+def run_dir(ray_cluster, place, table):
+    """A run whose reference stage is done: 24 pairs of random tokens, log-probs by the reference actor."""
     from rdpo.preference.reference import Reference
 
     draw = random.Random(0)
+    rows = Reference(Job.model_validate(table))(pa.Table.from_pylist([pair(draw, index) for index in range(24)]))
+    folder = StageFolder(str(place), "reference")
+    folder.begin("k")
+    folder.write_parts(rows, "prompt_id")
+    folder.commit(Manifest("reference", "k", {}, {}), "prompt_id", 24)
+    return str(place)
 
+
+def pair(draw, index):
     def message():
         return [{"role": "assistant", "content": "".join(draw.choices("abcdefgh ", k=draw.randint(4, 24))) + "!"}]
 
-    rows = [
-        {
-            "prompt_id": f"p{index:02d}",
-            "prompt": [{"role": "user", "content": f"question {index}"}],
-            "chosen": message(),
-            "rejected": message(),
-            "chosen_finished": True,
-            "rejected_finished": index % 3 > 0,
-            "reward_gap": draw.uniform(-1, 2),
-        }
-        for index in range(24)
-    ]
-    table = Reference(Job.model_validate(job_table))(pa.Table.from_pylist(rows))
-    folder = StageFolder(str(tmp_path), "reference")
-    folder.begin("k")
-    folder.write_parts(table, "prompt_id")
-    folder.commit(Manifest("reference", "k", {}, {}), "prompt_id", 24)
-    return str(tmp_path)
+    return {
+        "prompt_id": f"p{index:02d}",
+        "prompt": [{"role": "user", "content": f"question {index}"}],
+        "chosen": message(),
+        "rejected": message(),
+        "chosen_finished": True,
+        "rejected_finished": index % 3 > 0,
+        "reward_gap": draw.uniform(-1, 2),
+    }
 
 
-def train(run_dir, job_table, name="training", **training):
+def train(run_dir, table, name, **training):
     from rdpo.training.trainer import train
 
-    table = {**job_table, "training": {**job_table["training"], "epochs": 2, "checkpoint_every": 3, **training}}
+    job = Job.model_validate({**table, "training": {**table["training"], **training}})
     folder = StageFolder(run_dir, name)
     if not folder.exists("in_progress.json"):
         folder.begin("k")
-    return train(Job.model_validate(table), run_dir, folder, lambda metrics: None), folder
+    return train(job, run_dir, folder, lambda metrics: None), folder
 
 
-def gaps(run_dir, steps=1):
-    from rdpo.policy.packing import epoch_order
-    from rdpo.training.loop import PairTable
-
-    data = PairTable.load(run_dir)
-    order = epoch_order(len(data), 0, 0)
-    return data.rows(tuple(order[: 4 * steps]))["reward_gap"]
-
-
-def test_first_loss_is_that_of_policy_equal_to_reference(run_dir, job_table):
-    history, _ = train(run_dir, job_table, "dpo", offset_coef=0.0, max_steps=1)
-    assert history[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
-    history, _ = train(run_dir, job_table, "rdpo", offset_coef=0.7, max_steps=1)
-    expected = [math.log1p(math.exp(0.7 * gap)) for gap in gaps(run_dir)]
-    assert history[0]["loss"] == pytest.approx(sum(expected) / 4, abs=1e-4)
-    assert history[0]["offset/negative_share"] == sum(gap < 0 for gap in gaps(run_dir)) / 4
+@pytest.fixture(scope="module")
+def undisturbed(run_dir, table):
+    """Metrics and folder of ZeRO-3 on two workers from the first step to the last."""
+    return train(run_dir, table, "undisturbed", zero_stage=3, num_workers=2)
 
 
 def losses(history):
     return [step["loss"] for step in history]
 
 
-def test_two_workers_under_zero3_equal_one(run_dir, job_table):
-    one, _ = train(run_dir, job_table, "one", zero_stage=0, max_steps=10)
-    two, _ = train(run_dir, job_table, "two", zero_stage=3, num_workers=2, max_steps=10)
-    small, _ = train(run_dir, job_table, "small", zero_stage=3, num_workers=2, max_steps=10, tokens_per_batch=512)
-    assert len(one) == 10
+def first_gaps(run_dir):
+    from rdpo.policy.packing import epoch_order
+    from rdpo.training.loop import PairTable
+
+    data = PairTable.load(run_dir)
+    return data.rows(tuple(epoch_order(len(data), 0, 0)[:4]))["reward_gap"]
+
+
+def test_first_loss_is_minus_log_sigmoid_of_minus_the_offset(run_dir, undisturbed):
+    first, gaps = undisturbed[0][0], first_gaps(run_dir)
+    expected = [math.log1p(math.exp(0.7 * gap)) for gap in gaps]
+    assert first["loss"] == pytest.approx(sum(expected) / 4, abs=1e-4)
+    assert first["offset/negative_share"] == sum(gap < 0 for gap in gaps) / 4
+
+
+def test_first_loss_without_offset_is_ln2(run_dir, table):
+    history, _ = train(run_dir, table, "dpo", offset_coef=0.0, max_steps=1)
+    assert history[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
+
+
+def test_two_workers_under_zero3_equal_one(run_dir, table, undisturbed):
+    one, _ = train(run_dir, table, "one", zero_stage=0)
+    two, _ = undisturbed
+    assert len(one) == 12
     assert losses(two) == pytest.approx(losses(one), abs=1e-3)
-    assert losses(small) == pytest.approx(losses(one), abs=1e-3)
     assert sum(step["rewards/margins"] for step in one[6:]) > 0.1
-    assert [step["grad_norm"] for step in two] == pytest.approx([step["grad_norm"] for step in small], rel=1e-2)
-    assert two[0]["grad_norm"] > 0
 
 
-def test_adapter_trains_and_merges(run_dir, job_table):
-    import torch
-    from safetensors.torch import load_file
+def test_small_micro_batches_equal_large_ones(run_dir, table, undisturbed):
+    small, _ = train(run_dir, table, "small", zero_stage=3, num_workers=2, tokens_per_batch=512)
+    assert losses(small) == pytest.approx(losses(undisturbed[0]), abs=1e-3)
+    norms = [step["grad_norm"] for step in undisturbed[0]]
+    assert [step["grad_norm"] for step in small] == pytest.approx(norms, rel=1e-2)
+    assert norms[0] > 0
 
-    from rdpo.training.checkpoint import finish_policy
 
+def test_adapter_trains_and_merges(run_dir, table):
     lora = {"rank": 4, "alpha": 8}
-    history, folder = train(run_dir, job_table, num_workers=2, lora=lora, learning_rate=1e-2)
+    history, folder = train(run_dir, table, "lora", num_workers=2, lora=lora, learning_rate=1e-2)
     assert sum(step["rewards/margins"] for step in history[6:]) > 0.1
     adapter, merged = Path(folder.local("policy")), Path(folder.local("merged"))
     weights = load_file(adapter / "adapter_model.safetensors")
     assert weights
     assert all(tensor.abs().sum() > 0 for name, tensor in weights.items() if "lora_B" in name)
-    base = Path(job_table["student"]["model"])
+    base = Path(table["student"]["model"])
     finish_policy(adapter, base, merged)
     before, after = load_file(base / "model.safetensors"), load_file(merged / "model.safetensors")
     assert before.keys() == after.keys()
-    changed = [name for name in before if not torch.equal(before[name], after[name])]
-    assert len(changed) == 14
+    assert len([name for name in before if not torch.equal(before[name], after[name])]) == 14
     assert (merged / "tokenizer.json").is_file()
 
 
-def test_full_weights_are_exported_whole_from_zero3(run_dir, job_table):
-    from safetensors.torch import load_file
-
-    _, folder = train(run_dir, job_table, num_workers=2, max_steps=2)
-    base = load_file(Path(job_table["student"]["model"]) / "model.safetensors")
-    exported = load_file(Path(folder.local("policy")) / "model.safetensors")
+def test_full_weights_are_exported_whole_from_zero3(table, undisturbed):
+    policy = Path(undisturbed[1].local("policy"))
+    base, exported = (load_file(Path(folder) / "model.safetensors") for folder in (table["student"]["model"], policy))
     assert {name: tensor.shape for name, tensor in base.items()} == {n: t.shape for n, t in exported.items()}
-    assert not list(Path(folder.local("policy")).glob("*.bin"))
+    assert not list(policy.glob("*.bin"))
 
 
-def test_interrupted_training_goes_on_as_if_nothing_had_happened(run_dir, job_table):
+def test_interrupted_training_goes_on_as_if_nothing_had_happened(run_dir, table, undisturbed):
     """The run dies after its first checkpoint; the same call again gives the undisturbed losses."""
-    from ray.train import TrainingFailedError
-
-    whole, _ = train(run_dir, job_table, "whole", num_workers=2)
     with pytest.raises(TrainingFailedError):
-        _die_at(run_dir, job_table, step=5)
-    resumed, folder = train(run_dir, job_table, "broken", num_workers=2)
-    assert losses(resumed) == losses(whole)
+        _die_at(run_dir, table, step=5)
+    resumed, folder = train(run_dir, table, "broken", num_workers=2)
+    assert losses(resumed) == losses(undisturbed[0])
     stored = [json.loads(line) for line in folder.read_bytes("metrics.jsonl").decode().splitlines()]
     assert [step["step"] for step in stored] == list(range(1, 13))
 
 
-def _die_at(run_dir, job_table, step):
-    """Train into `broken` with a worker that fails when it reports a step, and no failures allowed."""
+def _die_at(run_dir, table, step):
+    """Train into `broken` with a sink that fails when it hears of a step, and no failures allowed."""
     from rdpo.training import trainer
 
     class Deadly(trainer.MetricsSink):
@@ -146,6 +161,6 @@ def _die_at(run_dir, job_table, step):
 
     original, trainer.MetricsSink = trainer.MetricsSink, Deadly
     try:
-        train(run_dir, job_table, "broken", num_workers=2, max_failures=0)
+        train(run_dir, table, "broken", num_workers=2, max_failures=0)
     finally:
         trainer.MetricsSink = original
