@@ -39,7 +39,7 @@ class ContextError(ValueError):
 class Engine:
     """An asynchronous vLLM engine for one model."""
 
-    def __init__(self, folder: str, settings: EngineSettings, seed: int, **options: Any):
+    def __init__(self, folder: str, settings: EngineSettings, seed: int):
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         if settings.gpus == 0:
@@ -57,7 +57,6 @@ class Engine:
             "generation_config": "vllm",
             "disable_log_stats": True,
             **({} if settings.gpus else _cpu_arguments(settings)),
-            **options,
             **settings.options,
         }
         self.max_model_len = settings.max_model_len

@@ -49,10 +49,6 @@ class Task(BaseModel):
     description: str = ""
     turns: list[Turn] = Field(min_length=2)
 
-    def turn(self, name: str) -> Turn:
-        """The turn of this name."""
-        return next(turn for turn in self.turns if turn.name == name)
-
 
 def load_task(source: str) -> Task:
     """Read a task file, or one that ships with rdpo by its bare name.

@@ -22,7 +22,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -105,8 +104,3 @@ def learning_rate(step: int, total: int, peak: float, warmup_ratio: float, sched
     progress = (step - warmup) / max(total - warmup, 1)
     shapes = {"linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress)), "constant": 1.0}
     return peak * shapes[schedule]
-
-
-def finite(*values: Tensor) -> bool:
-    """Whether every element of every tensor is a finite number."""
-    return all(bool(torch.isfinite(value).all()) for value in values)
