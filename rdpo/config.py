@@ -268,6 +268,9 @@ class Training(Loss):
     """Worker failures that are repaired from the last checkpoint; -1 is without limit."""
     logprob_chunk: int = Field(default=1024, ge=1)
     """Completion tokens whose logits exist at the same time."""
+    layout: Literal["auto", "packed", "padded"] = "auto"
+    """`packed`: one row without padding, each prompt once for both its answers; `padded`: a row for each
+    sequence; `auto`: packed where the architecture can."""
 
 
 class Evaluation(Section):

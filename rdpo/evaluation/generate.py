@@ -14,9 +14,8 @@ import pyarrow as pa
 
 from rdpo.config import Job
 from rdpo.policy.chat import load_chat
-from rdpo.policy.hardware import available_cores
+from rdpo.policy.hardware import available_cores, keep_freed_memory
 from rdpo.policy.models import local_model
-from rdpo.policy.packing import collate
 from rdpo.preference.reference import student_dtype
 from rdpo.records import Row, alive, draw_seed, drop, table_of
 from rdpo.synthesis.engine import ContextError, Engine, engine_pool, gather_rows
@@ -91,12 +90,17 @@ class Divergence:
 
         settings, student = job.reference, job.student
         if not settings.gpus:
+            keep_freed_memory()
             torch.set_num_threads(settings.cpus or len(available_cores()))
         self.column, self.device = column, "cuda" if settings.gpus else "cpu"
         self.chat = load_chat(student.model, student.revision, student.trust_remote_code)
         self.policies = [
             load_policy(
-                folder, student_dtype(job), job.training.logprob_chunk, trust_remote_code=student.trust_remote_code
+                folder,
+                student_dtype(job),
+                job.training.logprob_chunk,
+                trust_remote_code=student.trust_remote_code,
+                layout=job.training.layout,
             )
             .eval()
             .to(self.device)
@@ -119,7 +123,7 @@ class Divergence:
         prompts = [self.chat.prompt_ids(row["prompt"]) for row in rows]
         finished = [row[f"{self.column}_finish_reason"] == "stop" for row in rows]
         answers = [self.chat.completion_ids(row[self.column], end) for row, end in zip(rows, finished, strict=True)]
-        batch = collate(prompts, answers).to(self.device)
+        batch = self.policies[0].batch(prompts, answers).to(self.device)
         with torch.inference_mode():
             trained, start = (policy(batch).tolist() for policy in self.policies)
         for row, after, before in zip(rows, trained, start, strict=True):

@@ -1,34 +1,105 @@
-"""Log-probs of completion tokens from hidden states, in chunks.
+"""Log-probs of completion tokens from hidden states, without holding the logits.
 
 Only positions that predict a completion token pass through the head, and of those at most `chunk`
-have logits at a time, forward and backward: the head's chunks are recomputed in the backward pass.
-Logits are taken to fp32 before the softmax. The head is called as a module, so that ZeRO-3 gathers
-its partitioned (and possibly tied) weight.
+have logits at a time, forward and backward: the backward pass makes a chunk's logits again and turns
+them into their gradient in place. Beyond that only the log-sum-exp (C,) is kept. The softmax, its
+sums and the head's gradient are in fp32 whatever the model's precision.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.nn.functional import linear
 
 
-def token_logps(hidden: Tensor, labels: Tensor, head: nn.Module, chunk: int, softcap: float | None) -> Tensor:
-    """Log-probs (C,) in fp32 of `labels` (C,) under the head's softmax over `hidden` (C, H)."""
-    parts = []
-    for states, ids in zip(hidden.split(chunk), labels.split(chunk), strict=True):
-        if torch.is_grad_enabled():
-            parts.append(checkpoint(_chunk_logps, states, ids, head, softcap, use_reentrant=False))
-        else:
-            parts.append(_chunk_logps(states, ids, head, softcap))
-    return torch.cat(parts)
+class CompletionHead(nn.Module):
+    """A causal model's output layer as a function to log-probs.
+
+    It holds the same parameters as the model's own layer (tied or not), so that ZeRO-3 gathers them
+    around this module's forward and backward.
+    """
+
+    def __init__(self, output: nn.Module, chunk: int, scale: float = 1.0, softcap: float | None = None):
+        super().__init__()
+        if type(output) is not nn.Linear and getattr(output, "weight", None) is None:
+            raise TypeError(f"the output layer {type(output).__name__} has no weight of its own to multiply with")
+        self.weight, self.bias = output.weight, getattr(output, "bias", None)
+        self.chunk, self.scale, self.softcap = chunk, scale, softcap
+
+    def forward(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Log-probs (C,) in fp32 of `labels` (C,) given hidden states (C, H)."""
+        logps: Tensor = _ChunkedLogps.apply(
+            hidden, self.weight, self.bias, labels, self.chunk, self.scale, self.softcap
+        )
+        return logps
 
 
-def _chunk_logps(states: Tensor, ids: Tensor, head: nn.Module, softcap: float | None) -> Tensor:
-    logits = head(states).float()
-    if softcap:
-        logits = softcap * torch.tanh(logits / softcap)
-    return logits.gather(1, ids[:, None])[:, 0] - logits.logsumexp(1)
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Tensor:
+    logits = linear(hidden, weight, bias).float()
+    if scale != 1.0:
+        logits *= scale
+    return softcap * torch.tanh(logits / softcap) if softcap else logits
+
+
+class _ChunkedLogps(torch.autograd.Function):
+    """log softmax(scaled, capped hidden @ weight.T + bias) at the labels, chunk by chunk."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        chunk: int,
+        scale: float,
+        softcap: float | None,
+    ) -> Tensor:
+        normalisers, picked = [], []
+        for states, ids in zip(hidden.split(chunk), labels.split(chunk), strict=True):
+            logits = _logits(states, weight, bias, scale, softcap)
+            picked.append(logits.gather(1, ids[:, None])[:, 0])
+            normalisers.append(logits.logsumexp(1))
+        normaliser = torch.cat(normalisers)
+        ctx.save_for_backward(hidden, weight, bias, labels, normaliser)
+        ctx.settings = (chunk, scale, softcap)
+        return torch.cat(picked) - normaliser
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        hidden, weight, bias, labels, normaliser = ctx.saved_tensors
+        chunk, scale, softcap = ctx.settings
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if ctx.needs_input_grad[2] else None
+        for start in range(0, len(labels), chunk):
+            part = slice(start, start + chunk)
+            states = hidden[part]
+            logits = _logits(states, weight, bias, scale, softcap)
+            slope = scale * (1 - (logits / softcap).square()) if softcap else scale
+            change = _logits_gradient(logits, labels[part], normaliser[part], gradients[0][part])
+            change = (change.mul_(slope) if softcap or scale != 1.0 else change).to(hidden.dtype)
+            if grad_hidden is not None:
+                torch.mm(change, weight, out=grad_hidden[part])
+            if grad_weight is not None:
+                grad_weight += change.T @ states
+            if grad_bias is not None:
+                grad_bias += change.sum(0, dtype=torch.float32)
+        return (
+            grad_hidden,
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_bias is None else grad_bias.to(bias.dtype),
+            *(None,) * 4,
+        )
+
+
+def _logits_gradient(logits: Tensor, labels: Tensor, normaliser: Tensor, gradient: Tensor) -> Tensor:
+    """d(sum of gradient * log-probs) / d logits, in the logits' own memory."""
+    change = logits.sub_(normaliser[:, None]).exp_().mul_(-gradient[:, None])
+    return change.scatter_add_(1, labels[:, None], gradient[:, None].to(change.dtype))
 
 
 def sum_by_sequence(logps: Tensor, sequence: Tensor, num_sequences: int) -> Tensor:

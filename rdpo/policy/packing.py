@@ -1,6 +1,6 @@
-"""Which pairs go into which forward, and how a forward's sequences are laid out.
+"""Which pairs go into which forward.
 
-The plan of an optimizer step is a pure function of the pairs' lengths, the number of workers and
+The plan of an optimizer step is a pure function of the pairs' sizes, the number of workers and
 the token budget, so that every worker knows every worker's share: all make the same number of
 forwards, which ZeRO-3 needs, and none waits for a message to know it. The order of an epoch is a
 function of (seed, epoch) alone, so that a run can stop and go on with another number of workers.
@@ -10,14 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
-
-if TYPE_CHECKING:
-    import torch
-
-Tokens = Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -29,23 +23,34 @@ class MicroBatch:
 
 
 @dataclass(frozen=True)
-class Batch:
-    """S sequences as one forward reads them.
+class PairSize:
+    """Tokens of a pair's parts."""
 
-    `input_ids` and `attention_mask` are (S, T). Completion token c of all C has its hidden state at
-    `predict_at[c]` of the flattened (S * T), its id in `labels[c]`, and belongs to `sequence[c]`.
-    """
+    prompt: int
+    chosen: int
+    rejected: int
 
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor
-    predict_at: torch.Tensor
-    labels: torch.Tensor
-    sequence: torch.Tensor
-    lengths: torch.Tensor
+    @property
+    def longest(self) -> int:
+        """Tokens of the longer of its two sequences."""
+        return self.prompt + max(self.chosen, self.rejected)
 
-    def to(self, device: str | torch.device) -> Batch:
-        """The batch on another device."""
-        return Batch(**{name: value.to(device) for name, value in vars(self).items()})
+    @property
+    def packed(self) -> int:
+        """Tokens of the pair with its prompt once."""
+        return self.prompt + self.chosen + self.rejected
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of both sequences, prompt included in each: the work, however it is laid out."""
+        return self.packed + self.prompt
+
+
+def batch_tokens(sizes: Sequence[PairSize], packed: bool) -> int:
+    """Positions of a forward over pairs: packed rows have no padding, others are as wide as the longest."""
+    if packed:
+        return sum(size.packed for size in sizes)
+    return 2 * len(sizes) * max(size.longest for size in sizes)
 
 
 def epoch_order(num_pairs: int, seed: int, epoch: int) -> list[int]:
@@ -59,37 +64,39 @@ def epoch_steps(num_pairs: int, batch_size: int, num_workers: int) -> int:
     return full + (rest >= num_workers)
 
 
-def plan_step(pairs: Sequence[int], lengths: Sequence[int], num_workers: int, budget: int) -> list[list[MicroBatch]]:
+def plan_step(
+    pairs: Sequence[int], sizes: Sequence[PairSize], num_workers: int, budget: int, packed: bool
+) -> list[list[MicroBatch]]:
     """Micro-batches of each worker for one optimizer step; every worker has equally many.
 
     Args:
         pairs: indices of the step's pairs.
-        lengths: tokens of the longer sequence of every pair, by index.
+        sizes: sizes of all pairs, by index.
         num_workers: workers that share the step.
-        budget: most tokens of one forward, padding included (both sequences of each pair).
+        budget: most positions of one forward, padding included.
+        packed: whether a prompt stands once in its forward, without padding.
     """
-    shares = [micro_batches(share, lengths, budget) for share in split_evenly(pairs, lengths, num_workers)]
+    shares = [micro_batches(share, sizes, budget, packed) for share in split_evenly(pairs, sizes, num_workers)]
     most = max(len(share) for share in shares)
     return [_extend(share, most) for share in shares]
 
 
-def split_evenly(pairs: Sequence[int], lengths: Sequence[int], num_workers: int) -> list[list[int]]:
-    """Deal pairs to workers, longest first, each to the worker with the fewest tokens so far."""
+def split_evenly(pairs: Sequence[int], sizes: Sequence[PairSize], num_workers: int) -> list[list[int]]:
+    """Deal pairs to workers, largest first, each to the worker with the fewest tokens so far."""
     shares: list[list[int]] = [[] for _ in range(num_workers)]
     load = [0] * num_workers
-    for pair in sorted(pairs, key=lambda pair: (-lengths[pair], pair)):
+    for pair in sorted(pairs, key=lambda pair: (-sizes[pair].packed, pair)):
         worker = min(range(num_workers), key=lambda worker: (load[worker], len(shares[worker]), worker))
         shares[worker].append(pair)
-        load[worker] += lengths[pair]
+        load[worker] += sizes[pair].packed
     return shares
 
 
-def micro_batches(pairs: Sequence[int], lengths: Sequence[int], budget: int) -> list[MicroBatch]:
-    """Pairs, longest first, in groups whose padded size stays within the budget; a pair is never split."""
+def micro_batches(pairs: Sequence[int], sizes: Sequence[PairSize], budget: int, packed: bool) -> list[MicroBatch]:
+    """Pairs, longest first, in groups that stay within the budget; a pair is never split."""
     groups: list[list[int]] = []
-    for pair in sorted(pairs, key=lambda pair: (-lengths[pair], pair)):
-        fits = groups and 2 * lengths[groups[-1][0]] * (len(groups[-1]) + 1) <= budget
-        if fits:
+    for pair in sorted(pairs, key=lambda pair: (-sizes[pair].longest, pair)):
+        if groups and batch_tokens([sizes[index] for index in [*groups[-1], pair]], packed) <= budget:
             groups[-1].append(pair)
         else:
             groups.append([pair])
@@ -108,34 +115,3 @@ def _extend(batches: list[MicroBatch], count: int) -> list[MicroBatch]:
             half = len(pairs) // 2
             batches[largest : largest + 1] = [MicroBatch(pairs[:half]), MicroBatch(pairs[half:])]
     return batches
-
-
-def collate(prompts: Sequence[Tokens], completions: Sequence[Tokens]) -> Batch:
-    """Lay sequences out as rows of a right-padded batch (the reference layout).
-
-    Args:
-        prompts: S lists of token ids, none empty.
-        completions: S lists of token ids, none empty.
-    """
-    import torch
-
-    rows = [[*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)]
-    width = max(len(row) for row in rows)
-    input_ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
-    lengths = torch.tensor([len(completion) for completion in completions])
-    starts = torch.tensor([index * width + len(prompt) - 1 for index, prompt in enumerate(prompts)])
-    sequence = torch.repeat_interleave(torch.arange(len(rows)), lengths)
-    within = torch.arange(len(sequence)) - (torch.cumsum(lengths, 0) - lengths)[sequence]
-    return Batch(
-        input_ids=input_ids,
-        attention_mask=torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows]),
-        predict_at=starts[sequence] + within,
-        labels=torch.tensor([token for completion in completions for token in completion]),
-        sequence=sequence,
-        lengths=lengths,
-    )
-
-
-def collate_pairs(prompts: Sequence[Tokens], chosen: Sequence[Tokens], rejected: Sequence[Tokens]) -> Batch:
-    """P pairs as S = 2P sequences: all chosen, then all rejected."""
-    return collate([*prompts, *prompts], [*chosen, *rejected])

@@ -13,9 +13,9 @@ import pyarrow as pa
 
 from rdpo.config import Job
 from rdpo.policy.chat import Chat, load_chat
-from rdpo.policy.hardware import available_cores, compute_dtype
+from rdpo.policy.hardware import available_cores, compute_dtype, keep_freed_memory
 from rdpo.policy.models import local_model
-from rdpo.policy.packing import MicroBatch, collate_pairs, micro_batches
+from rdpo.policy.packing import MicroBatch, PairSize, micro_batches
 from rdpo.records import Row, alive, drop
 
 if TYPE_CHECKING:
@@ -51,15 +51,14 @@ def tokenize_pair(row: Row, chat: Chat, max_length: int) -> Row:
         return drop(row, "a completion has no tokens")
     if ids["chosen_ids"] == ids["rejected_ids"]:
         return drop(row, "chosen and rejected have the same tokens")
-    longest = len(ids["prompt_ids"]) + max(len(ids["chosen_ids"]), len(ids["rejected_ids"]))
-    if longest > max_length:
+    if pair_size(row).longest > max_length:
         return drop(row, "pair is longer than reference.max_length")
     return row
 
 
-def pair_length(row: Row) -> int:
-    """Tokens of the longer of a pair's two sequences."""
-    return len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+def pair_size(row: Row) -> PairSize:
+    """Tokens of a pair's parts."""
+    return PairSize(len(row["prompt_ids"]), len(row["chosen_ids"]), len(row["rejected_ids"]))
 
 
 def student_dtype(job: Job) -> str:
@@ -78,11 +77,16 @@ class Reference:
         self.settings, student = job.reference, job.student
         self.device = "cuda" if self.settings.gpus else "cpu"
         if not self.settings.gpus:
+            keep_freed_memory()
             torch.set_num_threads(self.settings.cpus or len(available_cores()))
         self.chat = load_chat(student.model, student.revision, student.trust_remote_code)
         folder = local_model(student.model, student.revision)
         policy = load_policy(
-            folder, student_dtype(job), job.training.logprob_chunk, trust_remote_code=student.trust_remote_code
+            folder,
+            student_dtype(job),
+            job.training.logprob_chunk,
+            trust_remote_code=student.trust_remote_code,
+            layout=job.training.layout,
         )
         self.policy = policy.eval().to(self.device)
 
@@ -91,9 +95,9 @@ class Reference:
         rows = [tokenize_pair(row, self.chat, self.settings.max_length) for row in batch.to_pylist()]
         for row in rows:
             row["reference_chosen_logps"] = row["reference_rejected_logps"] = None
-        lengths = [pair_length(row) for row in rows]
+        sizes = [pair_size(row) for row in rows]
         living = [index for index, row in enumerate(rows) if alive(row)]
-        for micro in micro_batches(living, lengths, self.settings.tokens_per_batch):
+        for micro in micro_batches(living, sizes, self.settings.tokens_per_batch, self.policy.packed):
             self._forward(rows, micro)
         return pa.Table.from_pylist(rows, schema=_schema(batch.schema))
 
@@ -103,7 +107,7 @@ class Reference:
         pairs = [rows[index] for index in micro.pairs]
         columns = ([pair[name] for pair in pairs] for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
         with torch.inference_mode():
-            logps = self.policy(collate_pairs(*columns).to(self.device)).cpu()
+            logps = self.policy(self.policy.batch(*columns).to(self.device)).cpu()
         for pair, chosen, rejected in zip(pairs, *logps.view(2, len(pairs)).tolist(), strict=True):
             pair["reference_chosen_logps"], pair["reference_rejected_logps"] = chosen, rejected
 

@@ -21,9 +21,10 @@ import torch
 from ray.train.torch import get_device
 
 from rdpo.config import Job
+from rdpo.policy.hardware import keep_freed_memory
 from rdpo.policy.model import load_policy
 from rdpo.policy.models import local_model
-from rdpo.policy.packing import MicroBatch, collate_pairs, epoch_order, epoch_steps, plan_step
+from rdpo.policy.packing import MicroBatch, PairSize, epoch_order, epoch_steps, plan_step
 from rdpo.preference.reference import student_dtype
 from rdpo.storage import StageFolder
 from rdpo.training.checkpoint import restore_checkpoint, save_checkpoint
@@ -36,7 +37,7 @@ from rdpo.training.losses import (
     sft_loss,
 )
 from rdpo.training.metrics import PairOutcome, StepMetrics
-from rdpo.training.zero import zero_config
+from rdpo.training.zero import gather_by_layer, zero_config
 
 COLUMNS = [
     "prompt_id",
@@ -58,15 +59,14 @@ class PairTable:
     """The training pairs in a fixed order (by id), whatever parts they were stored in."""
 
     table: pa.Table
-    lengths: list[int]
+    sizes: list[PairSize]
 
     @classmethod
     def load(cls, run_dir: str) -> PairTable:
         """The pairs of a run's reference stage."""
         table = StageFolder(run_dir, "reference").table(columns=COLUMNS).sort_by("prompt_id").combine_chunks()
-        sizes = [pa.compute.list_value_length(table[name]).to_pylist() for name in COLUMNS[1:4]]
-        lengths = [prompt + max(chosen, rejected) for prompt, chosen, rejected in zip(*sizes, strict=True)]
-        return cls(table, lengths)
+        lengths = [pa.compute.list_value_length(table[name]).to_pylist() for name in COLUMNS[1:4]]
+        return cls(table, [PairSize(*parts) for parts in zip(*lengths, strict=True)])
 
     def __len__(self) -> int:
         return self.table.num_rows
@@ -111,9 +111,12 @@ def build_engine(job: Job, seed: int) -> Any:
         training.gradient_checkpointing,
         student.trust_remote_code,
         seed,
+        training.layout,
     )
     del partitioned_load
     policy.train()
+    if training.zero_stage == 3:
+        gather_by_layer(policy)
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     return deepspeed.initialize(model=policy, model_parameters=trained, config=config)[0]
 
@@ -142,7 +145,9 @@ class Trainer:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
         metrics = StepMetrics(self.device)
-        share = plan_step(pairs, self.data.lengths, self.workers, training.tokens_per_batch)[self.rank]
+        packed = self.engine.module.packed
+        plan = plan_step(pairs, self.data.sizes, self.workers, training.tokens_per_batch, packed)
+        share = plan[self.rank]
         for number, micro in enumerate(share, start=1):
             self.engine.set_gradient_accumulation_boundary(number == len(share))
             self._accumulate(micro, self.workers / len(pairs), metrics)
@@ -161,22 +166,23 @@ class Trainer:
         }
 
     def _accumulate(self, micro: MicroBatch, scale: float, metrics: StepMetrics) -> None:
-        outcome, tokens = self.outcome(micro)
+        outcome = self.outcome(micro)
         per_pair = outcome.loss + self.job.training.sft_coef * outcome.sft_loss
         self.engine.backward(per_pair.sum() * (0.0 if micro.idle else scale), scale_wrt_gas=False)
         if not micro.idle:
-            metrics.add(outcome, tokens)
+            metrics.add(outcome, sum(self.data.sizes[pair].tokens for pair in micro.pairs))
 
-    def outcome(self, micro: MicroBatch) -> tuple[PairOutcome, int]:
-        """Forward of one micro-batch: losses and what is reported; and its number of real tokens."""
+    def outcome(self, micro: MicroBatch) -> PairOutcome:
+        """Forward of one micro-batch: losses and what is reported."""
         training, rows = self.job.training, self.data.rows(micro.pairs)
-        batch = collate_pairs(rows["prompt_ids"], rows["chosen_ids"], rows["rejected_ids"]).to(self.device)
+        batch = self.engine.module.batch(rows["prompt_ids"], rows["chosen_ids"], rows["rejected_ids"])
+        batch = batch.to(self.device)
         chosen, rejected = self.engine(batch).chunk(2)
         reference_chosen = chosen.new_tensor(rows["reference_chosen_logps"])
         reference_rejected = chosen.new_tensor(rows["reference_rejected_logps"])
         delta = log_ratio_gap(chosen, rejected, reference_chosen, reference_rejected)
         offset = self.offset(chosen.new_tensor(rows["reward_gap"]))
-        outcome = PairOutcome(
+        return PairOutcome(
             loss=preference_loss(delta, offset, training.beta, training.label_smoothing),
             sft_loss=sft_loss(chosen, batch.lengths[: len(chosen)]),
             chosen_rewards=implicit_rewards(chosen, reference_chosen, training.beta),
@@ -186,7 +192,6 @@ class Trainer:
             delta=delta,
             offset=offset,
         )
-        return outcome, int(batch.attention_mask.sum())
 
     def _check_finite(self, loss: float, pairs: list[int]) -> None:
         if not torch.isfinite(torch.tensor(loss)):
@@ -202,6 +207,7 @@ def train_worker(config: dict[str, Any]) -> None:
     """
     job: Job = config["job"]
     if not job.training.gpus_per_worker:
+        keep_freed_memory()
         torch.set_num_threads(job.training.cpus_per_worker)
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     data = PairTable.load(config["run_dir"])

@@ -1,10 +1,11 @@
-"""The DeepSpeed configuration, from ours."""
+"""The DeepSpeed configuration, from ours; and what ZeRO-3 gathers together."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from rdpo.config import Training
+from rdpo.policy.model import Policy
 
 
 def zero_config(training: Training, dtype: str) -> dict[str, Any]:
@@ -35,3 +36,16 @@ def zero_config(training: Training, dtype: str) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 1 << 30,
     }
+
+
+def gather_by_layer(policy: Policy) -> None:
+    """Let ZeRO-3 gather and release a decoder layer as one, not each of its projections and adapters.
+
+    DeepSpeed's hooks do Python work at every module it follows, and at each release it walks all
+    modules up to its reuse distance: with LoRA on every projection a small model spent more time there
+    than in its matrices (see jobs/bench/RESULTS.md).
+    """
+    from deepspeed.utils import set_z3_leaf_modules
+
+    if layers := policy.layer_types():
+        set_z3_leaf_modules(policy, layers)

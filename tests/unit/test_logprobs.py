@@ -1,65 +1,68 @@
-"""The one forward against the plain way: all logits, a full softmax."""
+"""The chunked head against all logits and a full softmax, in value and gradient."""
 
 import pytest
 import torch
 
-from rdpo.config import Lora
-from rdpo.policy.logprobs import token_logps
-from rdpo.policy.model import load_policy
-from rdpo.policy.packing import collate
-
-PROMPTS = [[5, 6, 7, 8], [9, 10]]
-COMPLETIONS = [[11, 12, 13], [14, 15, 16, 17, 1]]
+from rdpo.policy.logprobs import CompletionHead
 
 
-def naive_logps(model, prompt, completion):
-    ids = torch.tensor([[*prompt, *completion]])
-    logps = torch.log_softmax(model(input_ids=ids).logits.float(), -1)[0, len(prompt) - 1 : -1]
-    return logps.gather(1, torch.tensor(completion)[:, None]).sum()
+def full(hidden, output, labels, scale, softcap):
+    logits = output(hidden) * scale
+    logits = softcap * torch.tanh(logits / softcap) if softcap else logits
+    return torch.log_softmax(logits, -1).gather(1, labels[:, None])[:, 0]
 
 
-@pytest.fixture
-def policy(tiny_model):
-    return load_policy(tiny_model, "float32", chunk=3).eval()
-
-
-def test_chunked_equals_full_softmax_in_value_and_gradient():
+@pytest.mark.parametrize(("scale", "softcap", "bias"), [(1.0, None, False), (0.5, None, True), (2.0, 1.5, True)])
+@pytest.mark.parametrize("chunk", [1, 4, 100])
+def test_chunked_equals_full_softmax_in_value_and_gradient(chunk, scale, softcap, bias):
     torch.manual_seed(0)
-    hidden = torch.randn(11, 8, dtype=torch.float64, requires_grad=True)
-    head = torch.nn.Linear(8, 29, bias=False, dtype=torch.float64)
-    labels, weights = torch.randint(29, (11,)), torch.randn(11, dtype=torch.float64)
-    whole = torch.log_softmax(head(hidden), -1).gather(1, labels[:, None])[:, 0]
-    expected = torch.autograd.grad((whole * weights).sum(), [hidden, head.weight])
-    chunked = token_logps(hidden, labels, head, chunk=4, softcap=None)
-    actual = torch.autograd.grad((chunked * weights).sum(), [hidden, head.weight])
-    torch.testing.assert_close(chunked, whole, check_dtype=False, atol=1e-5, rtol=1e-5)
-    for one, other in zip(actual, expected, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+    hidden = torch.randn(11, 8, requires_grad=True)
+    output = torch.nn.Linear(8, 29, bias=bias)
+    labels, weights = torch.randint(29, (11,)), torch.randn(11)
+    expected = full(hidden, output, labels, scale, softcap)
+    actual = CompletionHead(output, chunk, scale, softcap)(hidden, labels)
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+    inputs = [hidden, *output.parameters()]
+    by_autograd = torch.autograd.grad((expected * weights).sum(), inputs)
+    by_chunk = torch.autograd.grad((actual * weights).sum(), inputs)
+    for one, other in zip(by_chunk, by_autograd, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
 
 
-def test_policy_equals_plain_transformers(policy):
-    expected = [naive_logps(policy.model, *pair) for pair in zip(PROMPTS, COMPLETIONS, strict=True)]
-    actual = policy(collate(PROMPTS, COMPLETIONS))
-    torch.testing.assert_close(actual, torch.stack(expected), atol=1e-4, rtol=1e-5)
+def test_frozen_head_gives_a_gradient_to_its_input_alone():
+    hidden, output = torch.randn(5, 8, requires_grad=True), torch.nn.Linear(8, 29, bias=False).requires_grad_(False)
+    CompletionHead(output, 2)(hidden, torch.arange(5)).sum().backward()
+    assert hidden.grad.abs().sum() > 0
+    assert output.weight.grad is None
 
 
-def test_gradients_equal_plain_transformers(policy):
-    policy(collate(PROMPTS, COMPLETIONS)).sum().backward()
-    actual = {name: p.grad.clone() for name, p in policy.model.named_parameters()}
-    policy.zero_grad()
-    sum(naive_logps(policy.model, *pair) for pair in zip(PROMPTS, COMPLETIONS, strict=True)).backward()
-    for name, parameter in policy.model.named_parameters():
-        torch.testing.assert_close(actual[name], parameter.grad, atol=1e-4, rtol=1e-3)
+def test_bf16_is_summed_in_fp32():
+    torch.manual_seed(0)
+    hidden, output = torch.randn(64, 32).bfloat16(), torch.nn.Linear(32, 5000, bias=False).bfloat16()
+    labels = torch.randint(5000, (64,))
+    exact = torch.log_softmax(output(hidden).double(), -1).gather(1, labels[:, None])[:, 0]
+    actual = CompletionHead(output, 16)(hidden, labels)
+    assert actual.dtype == torch.float32
+    assert (actual - exact).abs().max() < 1e-4
 
 
-def test_adapter_off_is_the_base_model(tiny_model, policy):
-    adapted = load_policy(tiny_model, "float32", 8, Lora(rank=4)).eval()
-    batch = collate(PROMPTS, COMPLETIONS)
-    torch.testing.assert_close(adapted(batch), policy(batch))
-    with torch.no_grad():
-        for name, parameter in adapted.model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_()
-    assert not torch.allclose(adapted(batch), policy(batch), atol=0.1)
-    with adapted.as_reference():
-        torch.testing.assert_close(adapted(batch), policy(batch))
+def test_logits_of_all_tokens_are_never_held():
+    """The largest tensor of forward and backward is a chunk's logits, not (tokens x vocabulary)."""
+    tokens, vocabulary, chunk = 64, 4000, 8
+    hidden, output = torch.randn(tokens, 4, requires_grad=True), torch.nn.Linear(4, vocabulary, bias=False)
+    largest = LargestTensor()
+    with largest:
+        CompletionHead(output, chunk)(hidden, torch.zeros(tokens, dtype=torch.long)).sum().backward()
+    assert largest.elements <= max(chunk * vocabulary, output.weight.numel())
+
+
+class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
+    """Notes the most elements of any tensor that an operation returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.elements = max(self.elements, result.numel())
+        return result
