@@ -11,6 +11,7 @@ from rdpo import lineage
 from rdpo.config import Job
 from rdpo.errors import InputError
 from rdpo.pipeline import Run, Stage
+from rdpo.records import table_of
 from rdpo.storage import StageFolder, WriteProgress, write_rows
 from rdpo.tracking import Meter
 
@@ -193,7 +194,9 @@ def _evaluation(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:
 
 
 def _evaluated(run: Run, rows: ray.data.Dataset) -> ray.data.Dataset:
-    """Answers of both models, their scores and the divergence; one engine at a time."""
+    """Answers of both models, their scores and the divergence."""
+    import ray.data
+
     from rdpo.evaluation.generate import add_divergence, answer_prompts
     from rdpo.policy.models import local_model
     from rdpo.preference.rewards import score_answers
@@ -202,10 +205,9 @@ def _evaluated(run: Run, rows: ray.data.Dataset) -> ray.data.Dataset:
     job = run.job
     start = str(local_model(job.student.model, job.student.revision))
     trained = run.folder("training").local(MERGED)
-    for column, model in (("start", start), ("trained", trained)):
-        rows = answer_prompts(rows, job, model, column).materialize()
-    rows = score_answers(rows, job, ["start", "trained"]).materialize()
-    return add_divergence(rows, job, trained, "trained")
+    answered = answer_prompts(rows.take_all(), job, {"start": start, "trained": trained})
+    scored = score_answers(ray.data.from_arrow(table_of(answered)), job, ["start", "trained"]).materialize()
+    return add_divergence(scored, job, trained, "trained")
 
 
 def _publish(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:

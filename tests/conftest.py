@@ -141,3 +141,17 @@ def write_job(path, table):
 
     Path(path).write_text(tomli_w.dumps(table), encoding="utf-8")
     return str(path)
+
+
+@pytest.fixture(scope="session")
+def wordy_models(tmp_path_factory, tokenizer):
+    """Two random Llamas whose answers differ: untied heads, with weights large enough for peaked choices."""
+    import torch
+    from transformers import LlamaForCausalLM
+
+    folders = []
+    for seed in (2, 3):
+        torch.manual_seed(seed)
+        config = tiny_config(tokenizer, tie_word_embeddings=False, initializer_range=0.2)
+        folders.append(save_model(tmp_path_factory.mktemp(f"wordy{seed}"), LlamaForCausalLM(config), tokenizer))
+    return folders

@@ -26,19 +26,39 @@ if TYPE_CHECKING:
 FORWARD_ROWS = 8
 
 
-def answer_prompts(rows: ray.data.Dataset, job: Job, model: str, column: str) -> ray.data.Dataset:
-    """Add a model's answers to the prompts' rows."""
-    arguments = {"job": job, "model": model, "column": column}
-    return engine_pool(rows, Answerer, job.evaluation.engine, arguments)
+def answer_prompts(rows: list[Row], job: Job, models: dict[str, str]) -> list[Row]:
+    """The prompts' rows with the answers of several models of one architecture, by column.
+
+    Each engine answers with one model after the other, so that it is started once.
+    """
+    import ray.data
+
+    asked = table_of([{**row, "contender": column} for column in models for row in rows])
+    arguments = {"job": job, "models": models}
+    answered = engine_pool(ray.data.from_arrow(asked), Answerer, job.evaluation.engine, arguments)
+    return side_by_side(answered.take_all(), list(models))
+
+
+def side_by_side(answered: list[Row], columns: list[str]) -> list[Row]:
+    """One row for each prompt, from one for each prompt and model; what drops one of them drops the prompt."""
+    merged: dict[str, Row] = {}
+    for row in answered:
+        others = [column for column in columns if column != row["contender"]]
+        own = {name: value for name, value in row.items() if not name.startswith(tuple(others))}
+        known = merged.setdefault(row["prompt_id"], own)
+        known.update({**own, "dropped": known.get("dropped") or own.get("dropped")})
+    for row in merged.values():
+        del row["contender"]
+    return list(merged.values())
 
 
 class Answerer:
-    """A Ray Data actor that answers prompts with one model; both models draw with the same seeds."""
+    """A Ray Data actor that answers prompts, each with the model it is meant for; all draw with the same seeds."""
 
-    def __init__(self, job: Job, model: str, column: str):
-        self.job, self.column = job, column
+    def __init__(self, job: Job, models: dict[str, str]):
+        self.job, self.models = job, models
         self.chat = load_chat(job.student.model, job.student.revision, job.student.trust_remote_code)
-        self.engine = Engine(model, job.evaluation.engine, job.seed)
+        self.engine = Engine(next(iter(models.values())), job.evaluation.engine, job.seed)
 
     async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
         """Answer a block of rows."""
@@ -46,18 +66,19 @@ class Answerer:
         yield table_of(rows)
 
     async def answer(self, row: Row) -> Row:
-        """One row with the model's answer."""
-        row = {**row, self.column: "", f"{self.column}_finish_reason": "length"}
-        row[f"{self.column}_tokens"] = 0
+        """One row with the answer of the model that it is meant for."""
+        column = row["contender"]
+        row = {**row, column: "", f"{column}_finish_reason": "length", f"{column}_tokens": 0}
         seed = draw_seed(self.job.seed, row["prompt_id"], "evaluation")
-        prompt_ids = self.chat.prompt_ids(row["prompt"])
+        prompt_ids, sampling = self.chat.prompt_ids(row["prompt"]), self.job.evaluation.sampling
         try:
-            generation = await self.engine.generate(prompt_ids, self.job.evaluation.sampling, seed, self.chat.stop_ids)
+            async with self.engine.holding(self.models[column]):
+                generation = await self.engine.generate(prompt_ids, sampling, seed, self.chat.stop_ids)
         except ContextError as error:
             return drop(row, str(error))
-        row[self.column] = generation.text.strip()
-        row[f"{self.column}_finish_reason"] = generation.finish_reason
-        row[f"{self.column}_tokens"] = generation.tokens
+        row[column] = generation.text.strip()
+        row[f"{column}_finish_reason"] = generation.finish_reason
+        row[f"{column}_tokens"] = generation.tokens
         return row
 
     def __del__(self) -> None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +39,7 @@ class ContextError(ValueError):
 
 
 class Engine:
-    """An asynchronous vLLM engine for one model."""
+    """An asynchronous vLLM engine for one model at a time."""
 
     def __init__(self, folder: str, settings: EngineSettings, seed: int):
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
@@ -61,7 +63,33 @@ class Engine:
         }
         self.max_model_len = settings.max_model_len
         self.engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
-        self._requests = 0
+        self.folder = folder
+        self._requests = self._users = 0
+        self._turn = asyncio.Condition()
+
+    @asynccontextmanager
+    async def holding(self, folder: str) -> AsyncIterator[None]:
+        """Within this context the engine has the weights of `folder`, which has the same architecture.
+
+        Those who want other weights wait until nobody uses the present ones. Loading takes seconds
+        where a new engine takes half a minute.
+        """
+        async with self._turn:
+            await self._turn.wait_for(lambda: self.folder == folder or not self._users)
+            if self.folder != folder:
+                await self._load(folder)
+            self._users += 1
+        try:
+            yield
+        finally:
+            async with self._turn:
+                self._users -= 1
+                self._turn.notify_all()
+
+    async def _load(self, folder: str) -> None:
+        await self.engine.collective_rpc("reload_weights", kwargs={"weights_path": folder})
+        await self.engine.reset_prefix_cache()
+        self.folder = folder
 
     async def generate(
         self, prompt_ids: list[int], sampling: Sampling, seed: int, stop_ids: tuple[int, ...], **extra: Any

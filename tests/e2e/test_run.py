@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from rdpo.storage import StageFolder
-from tests.conftest import save_model, tiny_config, write_job
+from tests.conftest import write_job
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -26,18 +26,7 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def wordy_model(place, tokenizer):
-    """A random Llama whose answers differ: an untied head, with weights large enough for peaked choices."""
-    import torch
-    from transformers import LlamaForCausalLM
-
-    torch.manual_seed(2)
-    config = tiny_config(tokenizer, tie_word_embeddings=False, initializer_range=0.2)
-    return save_model(place / "wordy", LlamaForCausalLM(config), tokenizer)
-
-
-@pytest.fixture(scope="module")
-def job_path(place, wordy_model, tiny_classifier):
+def job_path(place, wordy_models, tiny_classifier):
     lines = [json.dumps({"prompt": f"question {i}", "split": "heldout" if i % 4 == 0 else "train"}) for i in range(20)]
     lines += ["not json", json.dumps({"prompt": " "}), lines[1]]
     (place / "prompts.jsonl").write_text("\n".join(lines) + "\n")
@@ -45,7 +34,7 @@ def job_path(place, wordy_model, tiny_classifier):
     engine["options"] = {"dtype": "float32"}
     table = {
         "name": "tiny",
-        "student": {"model": wordy_model, "dtype": "float32"},
+        "student": {"model": wordy_models[0], "dtype": "float32"},
         "prompts": {"source": str(place / "prompts.jsonl"), "max_prompt_tokens": 128},
         "synthesis": {"task": "roleplay", "sampling": {"max_tokens": 8, "temperature": 1.0}, "engine": engine},
         "rewards": [

@@ -95,30 +95,21 @@ def test_first_loss_is_minus_log_sigmoid_of_minus_the_offset(run_dir, undisturbe
     assert first["offset/negative_share"] == sum(gap < 0 for gap in gaps) / 4
 
 
-def test_first_loss_without_offset_is_ln2(run_dir, table):
-    history, _ = train(run_dir, table, "dpo", offset_coef=0.0, max_steps=1)
-    assert history[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
-
-
-def test_two_workers_under_zero3_equal_one(run_dir, table, undisturbed):
-    one, _ = train(run_dir, table, "one", zero_stage=0)
+def test_two_workers_under_zero3_equal_one_with_smaller_micro_batches(run_dir, table, undisturbed):
+    one, _ = train(run_dir, table, "one", zero_stage=1, tokens_per_batch=256)
     two, _ = undisturbed
     assert len(one) == 12
     assert losses(two) == pytest.approx(losses(one), abs=1e-3)
     assert sum(step["rewards/margins"] for step in one[6:]) > 0.1
-
-
-def test_small_micro_batches_equal_large_ones(run_dir, table, undisturbed):
-    small, _ = train(run_dir, table, "small", zero_stage=3, num_workers=2, tokens_per_batch=512)
-    assert losses(small) == pytest.approx(losses(undisturbed[0]), abs=1e-3)
-    norms = [step["grad_norm"] for step in undisturbed[0]]
-    assert [step["grad_norm"] for step in small] == pytest.approx(norms, rel=1e-2)
+    norms = [step["grad_norm"] for step in two]
+    assert [step["grad_norm"] for step in one] == pytest.approx(norms, rel=1e-2)
     assert norms[0] > 0
 
 
 def test_adapter_trains_and_merges(run_dir, table):
     lora = {"rank": 4, "alpha": 8}
-    history, folder = train(run_dir, table, "lora", num_workers=2, lora=lora, learning_rate=1e-2)
+    history, folder = train(run_dir, table, "lora", num_workers=2, lora=lora, learning_rate=1e-2, offset_coef=0.0)
+    assert history[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
     assert sum(step["rewards/margins"] for step in history[6:]) > 0.1
     adapter, merged = Path(folder.local("policy")), Path(folder.local("merged"))
     weights = load_file(adapter / "adapter_model.safetensors")

@@ -1,0 +1,55 @@
+"""One engine for two models: each answer comes from the weights it asked for, as transformers gives it."""
+
+import asyncio
+
+import pytest
+
+from rdpo.config import Engine as Settings
+from rdpo.config import Sampling
+from rdpo.synthesis.engine import Engine
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+PROMPTS = [[10, 20, 30, 40], [50, 60, 70]]
+GREEDY = Sampling(temperature=0.0, max_tokens=8)
+
+
+def greedy(folder, tokenizer):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    answers = []
+    for prompt in PROMPTS:
+        ids = model.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False)[0, len(prompt) :]
+        answers.append(whole_characters(tokenizer.decode(ids, skip_special_tokens=True)))
+    return answers
+
+
+def whole_characters(text):
+    """Without the bytes at the end that are no character yet: vLLM holds them back, a tokenizer marks them."""
+    return text.rstrip("\ufffd")
+
+
+async def ask_all_at_once(engine, folders, stop_ids):
+    async def ask(folder, prompt):
+        async with engine.holding(folder):
+            return whole_characters((await engine.generate(prompt, GREEDY, 0, stop_ids)).text)
+
+    return await asyncio.gather(*[ask(folder, prompt) for folder in folders for prompt in PROMPTS])
+
+
+def test_an_engine_answers_with_the_weights_that_are_asked_for(wordy_models, tokenizer):
+    first, second = (greedy(folder, tokenizer) for folder in wordy_models)
+    assert first != second
+    folders = [*wordy_models, wordy_models[0]]
+
+    async def main():
+        settings = Settings(max_model_len=64, kv_cache_gib=1, dtype="float32")
+        engine = Engine(wordy_models[0], settings, 0)
+        try:
+            return await ask_all_at_once(engine, folders, (tokenizer.eos_token_id,))
+        finally:
+            engine.shutdown()
+
+    assert asyncio.run(main()) == [*first, *second, *first]
