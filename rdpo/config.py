@@ -210,19 +210,90 @@ class Lora(Section):
     """Modules that get an adapter, as in peft."""
 
 
-class Loss(Section):
-    """The preference loss: `weight * phi(beta * delta - offset)`, see `rdpo.training.losses`."""
+LOSS_OPTIONS = {
+    "dpo": {"normalization", "reward_as", "label_smoothing", "length_coef", "margin"},
+    "robust": {"normalization", "reward_as", "label_smoothing", "length_coef", "margin"},
+    "hinge": {"normalization", "reward_as", "length_coef", "margin"},
+    "ipo": {"normalization", "reward_as", "length_coef", "margin"},
+    "regression": {"normalization", "reward_as", "length_coef", "margin"},
+    "simpo": {"reward_as", "label_smoothing", "length_coef", "margin"},
+    "orpo": {"reward_as", "label_smoothing"},
+    "sppo": {"reward_as", "label_smoothing"},
+    "kto": {"reward_as", "reference_point"},
+    "bco": {"reward_as", "reference_point"},
+}
+"""The options that each loss takes besides beta and sft_coef."""
 
+REWARD_USES = {
+    "dpo": {"offset", "soft_label", "geometric_label", "weight"},
+    "robust": {"offset", "geometric_label", "weight"},
+    "hinge": {"offset", "geometric_label", "weight"},
+    "ipo": {"offset", "geometric_label", "weight"},
+    "regression": {"offset", "weight"},
+    "simpo": {"offset", "soft_label", "geometric_label", "weight"},
+    "orpo": {"offset", "soft_label", "weight"},
+    "sppo": {"soft_label", "weight"},
+    "kto": {"offset", "weight"},
+    "bco": {"weight"},
+}
+"""The ways in which the reward gap can enter each loss."""
+
+
+class Loss(Section):
+    """The preference loss, see `rdpo.training.losses`: a shape, and how the external reward enters it."""
+
+    loss: Literal["dpo", "robust", "hinge", "ipo", "regression", "simpo", "orpo", "sppo", "kto", "bco"] = "dpo"
+    """Score and shape; `dpo` with an offset is refined DPO."""
     beta: float = Field(default=0.1, gt=0)
-    """Strength of the pull towards the reference."""
+    """Strength of the pull towards the reference (ipo: tau; sppo: 1 / eta; orpo: lambda)."""
+    normalization: Literal["sum", "token_mean"] = "sum"
+    """Log-ratios of whole answers, or their means per token."""
+    reward_as: Literal["auto", "offset", "soft_label", "geometric_label", "weight", "none"] = "auto"
+    """How the external reward gap enters: `offset` lowers the logit by `offset_coef * gap`; `soft_label` makes
+    sigmoid(gap / reward_temperature) the probability that the label is right; `geometric_label` scales
+    beta by 2 p - 1; `weight` weighs the pair by p; `none`: not at all; `auto`: offset where the loss takes it."""
     offset_coef: float = Field(default=1.0, ge=0)
-    """Lambda: weight of the external reward gap in the loss; 0 is DPO."""
-    offset_norm: Literal["none", "zscore", "range01"] = "none"
+    """Lambda: weight of the external reward gap in the offset; 0 is the plain loss."""
+    offset_transform: Literal["identity", "log"] = "identity"
+    """`log` is ODPO's; gaps of at most 0 count as 1e-6 there."""
+    reward_norm: Literal["none", "zscore", "range01"] = "none"
     """Scale of the reward gap: as it is, divided by its standard deviation, or by its largest size."""
+    reward_temperature: float = Field(default=1.0, gt=0)
+    """Gap at which a soft label, geometric label or weight is sigmoid(1) = 0.73."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
-    """Assumed share of flipped pairs (conservative DPO)."""
+    """Assumed share of flipped pairs (dpo: conservative DPO)."""
+    length_coef: float = Field(default=0.0, ge=0)
+    """R-DPO's alpha, per token: a longer chosen answer must win by more."""
+    margin: float = 0.0
+    """A constant offset (simpo: gamma itself, not gamma / beta)."""
+    reference_point: float = 0.0
+    """kto: z0, nats of log-ratio; bco: the shift of the rewards."""
     sft_coef: float = Field(default=0.0, ge=0)
-    """Weight of the mean negative log-likelihood of the chosen tokens, added to the loss."""
+    """Weight of the mean negative log-likelihood of the chosen tokens, added to the loss (RPO)."""
+
+    @model_validator(mode="after")
+    def _check_options(self) -> Loss:
+        uses = REWARD_USES[self.loss]
+        if self.reward_as not in {"auto", "none", *uses}:
+            raise ValueError(f"loss {self.loss} takes reward_as {', '.join(sorted(uses))} or none")
+        rest = {
+            "normalization": "sum",
+            "label_smoothing": 0.0,
+            "length_coef": 0.0,
+            "margin": 0.0,
+            "reference_point": 0.0,
+        }
+        for name, at_rest in rest.items():
+            if getattr(self, name) != at_rest and name not in LOSS_OPTIONS[self.loss]:
+                raise ValueError(f"loss {self.loss} does not take {name}; remove it")
+        return self
+
+    @property
+    def reward_use(self) -> str:
+        """`reward_as` made definite."""
+        if self.reward_as != "auto":
+            return self.reward_as
+        return "offset" if "offset" in REWARD_USES[self.loss] else "none"
 
 
 class Training(Loss):

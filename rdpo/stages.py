@@ -158,8 +158,8 @@ def _reference(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:
 def _training(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:
     from rdpo.policy.models import local_model
     from rdpo.training.checkpoint import EXPORT, MERGED, finish_policy
+    from rdpo.training.gaps import GapScale, advice
     from rdpo.training.loop import PairTable, total_steps
-    from rdpo.training.losses import Offset
     from rdpo.training.trainer import train
 
     job, data = run.job, PairTable.load(run.dir)
@@ -167,9 +167,8 @@ def _training(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:
     if not meter.total:
         raise InputError(f"training: {len(data)} pairs make no optimizer step; add prompts or lower batch_size")
     gaps = data.table["reward_gap"].to_pylist()
-    offset = Offset.fitted(gaps, job.training.offset_coef, job.training.offset_norm)
-    if advice := offset.advice(gaps, job.training.beta):
-        run.console.say(f"{'':<11}warning: {advice}")
+    if warning := advice(gaps, GapScale.fitted(gaps, job.training.reward_norm), job.training):
+        run.console.say(f"{'':<11}warning: {warning}")
     history = train(job, run.dir, folder, lambda metrics: _step(meter, metrics))
     base = local_model(job.student.model, job.student.revision)
     exported, merged = Path(folder.local(EXPORT)), Path(folder.local(MERGED))

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from rdpo.config import Job
 from rdpo.policy.chat import load_chat
-from rdpo.policy.hardware import available_cores, keep_freed_memory
+from rdpo.policy.hardware import available_cores
 from rdpo.policy.models import local_model
 from rdpo.preference.reference import student_dtype
 from rdpo.records import Row, alive, draw_seed, drop, table_of
@@ -111,7 +111,6 @@ class Divergence:
 
         settings, student = job.reference, job.student
         if not settings.gpus:
-            keep_freed_memory()
             torch.set_num_threads(settings.cpus or len(available_cores()))
         self.column, self.device = column, "cuda" if settings.gpus else "cpu"
         self.chat = load_chat(student.model, student.revision, student.trust_remote_code)

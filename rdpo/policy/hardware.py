@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 from functools import lru_cache
 from pathlib import Path
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
-KEPT_BYTES = 1 << 30
+KEPT_BYTES = str(1 << 30)
+KEEP_FREED_MEMORY = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": KEPT_BYTES,
+    "MALLOC_TRIM_THRESHOLD_": KEPT_BYTES,
+}
+"""Environment in which glibc keeps the memory that a process frees, for the tensors of its next step.
+
+By default it hands large blocks back and asks the system for new pages at every operation; on virtual
+machines their first touch cost more than half of a training step. It must be there when a process begins.
+"""
+
 BF16_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")
 
 
@@ -37,17 +46,3 @@ def available_cores() -> list[int]:
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))
     return list(range(os.cpu_count() or 1))
-
-
-def keep_freed_memory() -> None:
-    """Let this process keep the memory that it frees, for the tensors of its next step.
-
-    By default glibc hands large blocks back to the system and asks for new pages at every operation,
-    whose first touch cost up to two thirds of a training step on virtual machines. Does nothing under
-    another C library.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
-        return
-    for option, value in ((M_ARENA_MAX, 1), (M_MMAP_THRESHOLD, KEPT_BYTES), (M_TRIM_THRESHOLD, KEPT_BYTES)):
-        mallopt(option, value)

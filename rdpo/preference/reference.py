@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from rdpo.config import Job
 from rdpo.policy.chat import Chat, load_chat
-from rdpo.policy.hardware import available_cores, compute_dtype, keep_freed_memory
+from rdpo.policy.hardware import available_cores, compute_dtype
 from rdpo.policy.models import local_model
 from rdpo.policy.packing import MicroBatch, PairSize, micro_batches
 from rdpo.records import Row, alive, drop
@@ -77,7 +77,6 @@ class Reference:
         self.settings, student = job.reference, job.student
         self.device = "cuda" if self.settings.gpus else "cpu"
         if not self.settings.gpus:
-            keep_freed_memory()
             torch.set_num_threads(self.settings.cpus or len(available_cores()))
         self.chat = load_chat(student.model, student.revision, student.trust_remote_code)
         folder = local_model(student.model, student.revision)

@@ -21,22 +21,16 @@ import torch
 from ray.train.torch import get_device
 
 from rdpo.config import Job
-from rdpo.policy.hardware import keep_freed_memory
 from rdpo.policy.model import load_policy
 from rdpo.policy.models import local_model
 from rdpo.policy.packing import MicroBatch, PairSize, epoch_order, epoch_steps, plan_step
 from rdpo.preference.reference import student_dtype
 from rdpo.storage import StageFolder
 from rdpo.training.checkpoint import restore_checkpoint, save_checkpoint
-from rdpo.training.losses import (
-    Offset,
-    implicit_rewards,
-    learning_rate,
-    log_ratio_gap,
-    preference_loss,
-    sft_loss,
-)
+from rdpo.training.gaps import GapScale
+from rdpo.training.losses import PairLogps, implicit_rewards, preference_loss, reward_terms
 from rdpo.training.metrics import PairOutcome, StepMetrics
+from rdpo.training.schedule import learning_rate
 from rdpo.training.zero import gather_by_layer, zero_config
 
 COLUMNS = [
@@ -132,7 +126,7 @@ class Trainer:
         torch.manual_seed(job.seed)
         self.engine = build_engine(job, job.seed)
         gaps = data.table["reward_gap"].to_pylist()
-        self.offset = Offset.fitted(gaps, job.training.offset_coef, job.training.offset_norm)
+        self.scale = GapScale.fitted(gaps, job.training.reward_norm)
 
     def step(self, index: int, total: int, pairs: list[int]) -> dict[str, float]:
         """One optimizer step over the pairs of all workers; its metrics.
@@ -167,8 +161,7 @@ class Trainer:
 
     def _accumulate(self, micro: MicroBatch, scale: float, metrics: StepMetrics) -> None:
         outcome = self.outcome(micro)
-        per_pair = outcome.loss + self.job.training.sft_coef * outcome.sft_loss
-        self.engine.backward(per_pair.sum() * (0.0 if micro.idle else scale), scale_wrt_gas=False)
+        self.engine.backward(outcome.loss.sum() * (0.0 if micro.idle else scale), scale_wrt_gas=False)
         if not micro.idle:
             metrics.add(outcome, sum(self.data.sizes[pair].tokens for pair in micro.pairs))
 
@@ -178,19 +171,19 @@ class Trainer:
         batch = self.engine.module.batch(rows["prompt_ids"], rows["chosen_ids"], rows["rejected_ids"])
         batch = batch.to(self.device)
         chosen, rejected = self.engine(batch).chunk(2)
-        reference_chosen = chosen.new_tensor(rows["reference_chosen_logps"])
-        reference_rejected = chosen.new_tensor(rows["reference_rejected_logps"])
-        delta = log_ratio_gap(chosen, rejected, reference_chosen, reference_rejected)
-        offset = self.offset(chosen.new_tensor(rows["reward_gap"]))
+        lengths = batch.lengths.chunk(2)
+        references = (chosen.new_tensor(rows[f"reference_{side}_logps"]) for side in ("chosen", "rejected"))
+        logps = PairLogps(chosen, rejected, *references, *lengths)
+        reward = reward_terms(self.scale(chosen.new_tensor(rows["reward_gap"])), training)
         return PairOutcome(
-            loss=preference_loss(delta, offset, training.beta, training.label_smoothing),
-            sft_loss=sft_loss(chosen, batch.lengths[: len(chosen)]),
-            chosen_rewards=implicit_rewards(chosen, reference_chosen, training.beta),
-            rejected_rewards=implicit_rewards(rejected, reference_rejected, training.beta),
+            loss=preference_loss(logps, reward, training),
+            sft_loss=logps.nll,
+            chosen_rewards=implicit_rewards(chosen, logps.reference_chosen, training.beta),
+            rejected_rewards=implicit_rewards(rejected, logps.reference_rejected, training.beta),
             chosen_logps=chosen,
             rejected_logps=rejected,
-            delta=delta,
-            offset=offset,
+            delta=logps.delta,
+            offset=reward.offset,
         )
 
     def _check_finite(self, loss: float, pairs: list[int]) -> None:
@@ -207,7 +200,6 @@ def train_worker(config: dict[str, Any]) -> None:
     """
     job: Job = config["job"]
     if not job.training.gpus_per_worker:
-        keep_freed_memory()
         torch.set_num_threads(job.training.cpus_per_worker)
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     data = PairTable.load(config["run_dir"])

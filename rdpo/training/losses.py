@@ -1,106 +1,213 @@
-"""The refined DPO loss as pure functions of (P,) log-probs.
+"""Preference losses as pure functions of (P,) log-probs that compose: score, offset, label, shape, weight.
 
-    L = phi(beta * delta - offset),   phi(z) = -(1 - eps) log sigmoid(z) - eps log sigmoid(-z)
-    delta = [log pi(y_w|x) - log ref(y_w|x)] - [log pi(y_l|x) - log ref(y_l|x)]
-    offset = lambda * (r(x, y_w) - r(x, y_l))
+    L_i = w_i * phi(beta * S_i - m_i; q_i) [+ sft_coef * NLL of the chosen answer, per token]
 
-with y_w chosen, y_l rejected, r the external reward, lambda = `offset_coef`, eps = `label_smoothing`.
+S is how far the policy prefers chosen y_w to rejected y_l, m an offset, q the probability that the
+label is right, phi the shape. A loss's name picks S and phi (`LOSSES`); how the external reward gap
+`e = r(x, y_w) - r(x, y_l)` enters is chosen apart from it (`reward_as`), so that every loss is also a
+refined one. With all options at rest each loss is the one of its paper.
 
-Where this stands against the literature:
-1. DPO (arXiv 2305.18290, Eq. 7) is lambda = 0, eps = 0. Conservative DPO is eps > 0.
-2. The offset of refined DPO (arXiv 2402.08005) is derived, not copied: the paper's training code was
-   never released. Maximising E[r_latent + lambda * r] - beta * KL(pi || ref) gives r_latent =
-   beta * log(pi / ref) - lambda * r + const(x); put into Bradley-Terry, that is the loss above. With
-   the minus sign the optimum is ref * exp((r_latent + lambda * r) / beta), and a pair that the reward
-   contradicts weighs less; a plus sign would train against the reward. It is MODPO (arXiv 2310.03708)
-   with weights (1, lambda), and ODPO (arXiv 2402.10571) with identity for f.
+The refined DPO loss of arXiv 2402.08005 is `dpo` with m = lambda * e. Its form is derived, not copied:
+the paper's training code was never released. Maximising E[r_latent + lambda * r] - beta * KL(pi || ref)
+gives r_latent = beta * log(pi / ref) - lambda * r + const(x); put into Bradley-Terry, that is
+-log sigmoid(beta * delta - lambda * e). With the MINUS sign the optimum is
+ref * exp((r_latent + lambda * r) / beta), and a pair that the reward contradicts weighs less; a plus
+sign would train against the reward. It is MODPO (arXiv 2310.03708; weights (w, 1 - w) are beta / w
+and lambda = (1 - w) / w), and ODPO (arXiv 2402.10571) with identity for f.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-UNREACHABLE_NATS = 50.0
+from rdpo.config import Loss
 
-
-def log_ratio_gap(
-    policy_chosen_logps: Tensor,
-    policy_rejected_logps: Tensor,
-    reference_chosen_logps: Tensor,
-    reference_rejected_logps: Tensor,
-) -> Tensor:
-    """Delta (P,): how much further the policy moved towards chosen than towards rejected, in nats."""
-    chosen = policy_chosen_logps - reference_chosen_logps
-    rejected = policy_rejected_logps - reference_rejected_logps
-    return chosen - rejected
-
-
-def preference_loss(delta: Tensor, offset: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
-    """Loss (P,) of each pair from delta (P,) and offset (P,); see the equation above."""
-    logits = beta * delta - offset
-    if label_smoothing == 0.0:
-        return -logsigmoid(logits)
-    return -(1 - label_smoothing) * logsigmoid(logits) - label_smoothing * logsigmoid(-logits)
-
-
-def sft_loss(policy_chosen_logps: Tensor, chosen_lengths: Tensor) -> Tensor:
-    """Mean negative log-likelihood (P,) of each pair's chosen tokens, in nats per token."""
-    return -policy_chosen_logps / chosen_lengths
+SMALLEST_GAP = 1e-6
 
 
 @dataclass(frozen=True)
-class Offset:
-    """The offset of every pair of a data set: `coef * gap / scale`, with the scale fixed beforehand."""
+class PairLogps:
+    """Summed log-probs (P,) of both answers under policy and reference, in nats, and their tokens (P,)."""
 
-    coef: float
-    scale: float
+    chosen: Tensor
+    rejected: Tensor
+    reference_chosen: Tensor
+    reference_rejected: Tensor
+    chosen_length: Tensor
+    rejected_length: Tensor
 
-    @classmethod
-    def fitted(cls, gaps: Sequence[float], coef: float, norm: str) -> Offset:
-        """The scale from all reward gaps: 1, their standard deviation, or the largest size."""
-        if norm == "zscore":
-            return cls(coef, _spread(gaps) or 1.0)
-        if norm == "range01":
-            return cls(coef, max((abs(gap) for gap in gaps), default=1.0) or 1.0)
-        return cls(coef, 1.0)
+    @property
+    def chosen_ratio(self) -> Tensor:
+        """log pi(y_w|x) - log ref(y_w|x)."""
+        return self.chosen - self.reference_chosen
 
-    def __call__(self, gap: Tensor) -> Tensor:
-        """Offsets (P,) of reward gaps (P,)."""
-        return self.coef * gap / self.scale
+    @property
+    def rejected_ratio(self) -> Tensor:
+        """log pi(y_l|x) - log ref(y_l|x)."""
+        return self.rejected - self.reference_rejected
 
-    def advice(self, gaps: Sequence[float], beta: float) -> str | None:
-        """A warning if the mean offset asks for a log-ratio that training hardly reaches."""
-        if not gaps:
-            return None
-        mean = self.coef / self.scale * sum(abs(gap) for gap in gaps) / len(gaps)
-        if mean / beta <= UNREACHABLE_NATS:
-            return None
-        return (
-            f"the mean offset {mean:.2f} at beta {beta} asks for a log-ratio of {mean / beta:.0f} nats; "
-            f"lower training.offset_coef, or set training.offset_norm = 'zscore'"
-        )
+    @property
+    def delta(self) -> Tensor:
+        """How much further the policy moved towards chosen than towards rejected."""
+        return self.chosen_ratio - self.rejected_ratio
+
+    @property
+    def mean_delta(self) -> Tensor:
+        """The same from log-ratios per token."""
+        return self.chosen_ratio / self.chosen_length - self.rejected_ratio / self.rejected_length
+
+    @property
+    def nll(self) -> Tensor:
+        """Negative log-likelihood of the chosen answer, in nats per token."""
+        return -self.chosen / self.chosen_length
 
 
-def _spread(gaps: Sequence[float]) -> float:
-    mean = sum(gaps) / max(len(gaps), 1)
-    return math.sqrt(sum((gap - mean) ** 2 for gap in gaps) / max(len(gaps), 1))
+@dataclass(frozen=True)
+class Reward:
+    """What the external reward says of P pairs, ready for the loss: each (P,)."""
+
+    offset: Tensor
+    label: Tensor
+    weight: Tensor
+    sharpness: Tensor
+
+
+def reward_terms(gap: Tensor, loss: Loss) -> Reward:
+    """How scaled reward gaps (P,) enter the loss; all but the chosen way are at rest."""
+    one, zero = torch.ones_like(gap), torch.zeros_like(gap)
+    probability = torch.sigmoid(gap / loss.reward_temperature)
+    return Reward(
+        offset=loss.offset_coef * _transformed(gap, loss) if loss.reward_use == "offset" else zero,
+        label=probability if loss.reward_use == "soft_label" else one,
+        weight=probability if loss.reward_use == "weight" else one,
+        sharpness=2 * probability - 1 if loss.reward_use == "geometric_label" else one,
+    )
+
+
+def _transformed(gap: Tensor, loss: Loss) -> Tensor:
+    """f(gap): itself, or ODPO's logarithm (arXiv 2402.10571), which is meant for positive gaps."""
+    return gap if loss.offset_transform == "identity" else gap.clamp_min(SMALLEST_GAP).log()
+
+
+def preference_loss(logps: PairLogps, reward: Reward, loss: Loss) -> Tensor:
+    """Loss (P,) of each pair by the settings in `loss`."""
+    label = reward.label * (1 - loss.label_smoothing) + (1 - reward.label) * loss.label_smoothing
+    per_pair = reward.weight * LOSSES[loss.loss](logps, reward, label, loss)
+    return per_pair + loss.sft_coef * logps.nll if loss.sft_coef else per_pair
+
+
+def _margin(score: Tensor, logps: PairLogps, reward: Reward, loss: Loss) -> Tensor:
+    """beta * S - m: the reward's offset, the length term of R-DPO and SimPO's margin subtracted.
+
+    R-DPO (arXiv 2403.19159) maximises E[r] - alpha * E|y|, an external reward of -alpha * |y|:
+    its offset is -alpha * (|y_w| - |y_l|). Geometric labels (arXiv 2409.06691) scale beta by
+    2 p - 1.
+    """
+    longer = logps.chosen_length - logps.rejected_length
+    offset = reward.offset - loss.length_coef * longer + loss.margin
+    return loss.beta * reward.sharpness * score - offset
+
+
+def _ratio(logps: PairLogps, loss: Loss) -> Tensor:
+    return logps.mean_delta if loss.normalization == "token_mean" else logps.delta
+
+
+def _cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
+    """-q log sigmoid(z) - (1 - q) log sigmoid(-z), exactly -log sigmoid(z) where q = 1."""
+    right = -logsigmoid(logits)
+    return torch.where(label == 1, right, label * right - (1 - label) * logsigmoid(-logits))
+
+
+def dpo(logps: PairLogps, reward: Reward, label: Tensor, loss: Loss) -> Tensor:
+    """DPO (arXiv 2305.18290, Eq. 7); with smoothed labels conservative DPO; with offset refined DPO, ODPO, MODPO."""
+    return _cross_entropy(_margin(_ratio(logps, loss), logps, reward, loss), label)
+
+
+def robust(logps: PairLogps, reward: Reward, label: Tensor, loss: Loss) -> Tensor:
+    """Robust DPO (arXiv 2403.00409, its robust loss): unbiased where a share eps of the labels is flipped.
+
+    Unbounded below for eps > 0: the policy gains without end on pairs it already prefers.
+    """
+    logits, flipped = _margin(_ratio(logps, loss), logps, reward, loss), loss.label_smoothing
+    return (-(1 - flipped) * logsigmoid(logits) + flipped * logsigmoid(-logits)) / (1 - 2 * flipped)
+
+
+def hinge(logps: PairLogps, reward: Reward, label: Tensor, loss: Loss) -> Tensor:
+    """Hinge on the log-ratio (SLiC, arXiv 2305.10425; on DPO's ratio in RSO, arXiv 2309.06657)."""
+    return torch.relu(1 - _margin(_ratio(logps, loss), logps, reward, loss))
+
+
+def ipo(logps: PairLogps, reward: Reward, label: Tensor, loss: Loss) -> Tensor:
+    """IPO (arXiv 2310.12036, Eq. 17) with tau = beta: (S - m / beta - 1 / (2 beta))^2.
+
+    The authors' own form is normalised by length (`normalization = "token_mean"`); others sum.
+    """
+    return (_margin(_ratio(logps, loss), logps, reward, loss) / loss.beta - 1 / (2 * loss.beta)).square()
+
+
+def regression(logps: PairLogps, reward: Reward, label: Tensor, loss: Loss) -> Tensor:
+    """Reward regression (beta * S - m)^2: REBEL (arXiv 2404.16767), distilled DPO (arXiv 2405.19316)."""
+    return _margin(_ratio(logps, loss), logps, reward, loss).square()
+
+
+def simpo(logps: PairLogps, reward: Reward, label: Tensor, loss: Loss) -> Tensor:
+    """SimPO (arXiv 2405.14734, Eq. 6): mean log-probs, no reference; `margin` is gamma, not gamma / beta."""
+    score = logps.chosen / logps.chosen_length - logps.rejected / logps.rejected_length
+    return _cross_entropy(_margin(score, logps, reward, loss), label)
+
+
+def orpo(logps: PairLogps, reward: Reward, label: Tensor, loss: Loss) -> Tensor:
+    """ORPO (arXiv 2403.07691, Eq. 6) with lambda = beta: NLL of the chosen answer, and the odds ratio's loss.
+
+    The likelihood is the answer's alone, as in the paper (some trainers count the prompt too).
+    """
+    chosen, rejected = logps.chosen / logps.chosen_length, logps.rejected / logps.rejected_length
+    odds = (chosen - rejected) - (_log1mexp(chosen) - _log1mexp(rejected))
+    return logps.nll + loss.beta * _cross_entropy(odds - reward.offset, label)
+
+
+def _log1mexp(log_probability: Tensor) -> Tensor:
+    """log(1 - exp(x)) of x < 0, without cancellation near 0."""
+    safe = log_probability.clamp_max(-1e-7)
+    return torch.where(safe > -0.6931, torch.log(-torch.expm1(safe)), torch.log1p(-torch.exp(safe)))
+
+
+def sppo(logps: PairLogps, reward: Reward, label: Tensor, loss: Loss) -> Tensor:
+    """SPPO (arXiv 2405.00675) with eta = 1 / beta: half the sum of both answers' squares.
+
+    Hard labels are P = 1 and 0; with soft ones P(y_w) = q and P(y_l) = 1 - q.
+    """
+    win = (label - 0.5) / loss.beta
+    return 0.5 * ((logps.chosen_ratio - win).square() + (logps.rejected_ratio + win).square())
+
+
+def kto(logps: PairLogps, reward: Reward, label: Tensor, loss: Loss) -> Tensor:
+    """KTO's two terms (arXiv 2402.01306, Eq. 8) on a pair, with equal weights.
+
+    z0 is `reference_point`, a constant, and not the batch's estimate: so a pair's loss does not depend
+    on its neighbours, and accumulation equals the large batch.
+    """
+    lift = loss.beta * (logps.chosen_ratio - loss.reference_point) - reward.offset
+    drop = loss.beta * (loss.reference_point - logps.rejected_ratio) - reward.offset
+    return 2 - torch.sigmoid(lift) - torch.sigmoid(drop)
+
+
+def bco(logps: PairLogps, reward: Reward, label: Tensor, loss: Loss) -> Tensor:
+    """Binary classifier optimisation (arXiv 2404.04656) on a pair; its shift is `reference_point`, constant."""
+    shift = loss.reference_point
+    return -logsigmoid(loss.beta * logps.chosen_ratio - shift) - logsigmoid(shift - loss.beta * logps.rejected_ratio)
+
+
+LOSSES: dict[str, Callable[[PairLogps, Reward, Tensor, Loss], Tensor]] = {
+    function.__name__: function for function in (dpo, robust, hinge, ipo, regression, simpo, orpo, sppo, kto, bco)
+}
 
 
 def implicit_rewards(policy_logps: Tensor, reference_logps: Tensor, beta: float) -> Tensor:
     """DPO's implicit reward (P,): beta * log(pi / ref)."""
     return (beta * (policy_logps - reference_logps)).detach()
-
-
-def learning_rate(step: int, total: int, peak: float, warmup_ratio: float, schedule: str) -> float:
-    """Learning rate of a step (from 0): linear warm-up, then linear or cosine decay to 0, or constant."""
-    warmup = math.ceil(total * warmup_ratio)
-    if step < warmup:
-        return peak * (step + 1) / (warmup + 1)
-    progress = (step - warmup) / max(total - warmup, 1)
-    shapes = {"linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress)), "constant": 1.0}
-    return peak * shapes[schedule]

@@ -1,57 +1,154 @@
-"""The loss against hand-computed values, its reductions, and the optimum its sign leads to."""
+"""Losses against golden values by hand, their reductions, and the optimum that the offset's sign leads to."""
 
 import math
-from itertools import pairwise
 
 import pytest
 import torch
 
-from rdpo.training.losses import Offset, learning_rate, log_ratio_gap, preference_loss
+from rdpo.config import LOSS_OPTIONS, REWARD_USES, Loss
+from rdpo.training.losses import LOSSES, PairLogps, Reward, preference_loss, reward_terms
 
-# Two pairs: summed log-probs of policy and reference, and external scores; values by hand (6 digits).
-POLICY = torch.tensor([[-42.0, -80.0], [-55.5, -30.0]], dtype=torch.float64)
-REFERENCE = torch.tensor([[-44.0, -78.5], [-53.0, -31.25]], dtype=torch.float64)
+# Two pairs: summed log-probs of policy and reference, tokens, and external scores; values by hand.
+PAIRS = PairLogps(
+    chosen=torch.tensor([-42.0, -80.0], dtype=torch.float64),
+    rejected=torch.tensor([-55.5, -30.0], dtype=torch.float64),
+    reference_chosen=torch.tensor([-44.0, -78.5], dtype=torch.float64),
+    reference_rejected=torch.tensor([-53.0, -31.25], dtype=torch.float64),
+    chosen_length=torch.tensor([20, 40]),
+    rejected_length=torch.tensor([35, 12]),
+)
 GAP = torch.tensor([2.5, -0.25], dtype=torch.float64)
+REST = {"offset_coef": 0.0}
+
+GOLDEN = {
+    "dpo": (REST, [0.493248946, 0.8400706677]),
+    "conservative dpo": ({**REST, "label_smoothing": 0.1}, [0.538248946, 0.8125706677]),
+    "robust": ({**REST, "loss": "robust", "label_smoothing": 0.1}, [0.436998946, 0.8744456677]),
+    "hinge": ({**REST, "loss": "hinge"}, [0.55, 1.275]),
+    "ipo, sums": ({**REST, "loss": "ipo"}, [0.25, 60.0625]),
+    "ipo, means": ({**REST, "loss": "ipo", "normalization": "token_mean"}, [23.3151020408, 26.4367361111]),
+    "rdpo": ({"offset_coef": 1.0}, [2.1710974512, 0.7057253035]),
+    "modpo, w = 0.5": ({"beta": 0.1 / 0.5, "offset_coef": (1 - 0.5) / 0.5}, [1.7839007409, 0.8543552445]),
+    "r-dpo": ({**REST, "length_coef": 0.01}, [0.5543552445, 0.6906503056]),
+    "soft label": ({"reward_as": "soft_label"}, [0.527385127, 0.6854721299]),
+    "geometric label": ({"reward_as": "geometric_label"}, [0.5203883335, 0.6761948157]),
+    "regression": ({"loss": "regression"}, [4.2025, 0.000625]),
+    "simpo": ({**REST, "loss": "simpo", "beta": 2.0, "margin": 1.0}, [2.1521361866, 0.6931471806]),
+    "orpo": ({**REST, "loss": "orpo"}, [2.2045784363, 2.0451931604]),
+    "sppo, hard": ({"loss": "sppo", "beta": 0.001}, [495510.25 / 2, 502753.8125 / 2]),
+    "kto": ({**REST, "loss": "kto", "reference_point": 0.5}, [0.8881276378, 1.0685752132]),
+    "bco": ({"loss": "bco"}, [1.1740782893, 1.5285560831]),
+}
 
 
-def delta():
-    return log_ratio_gap(POLICY[0], POLICY[1], REFERENCE[0], REFERENCE[1])
+def losses(gap=GAP, pairs=PAIRS, **settings):
+    loss = Loss(**settings)
+    return preference_loss(pairs, reward_terms(gap, loss), loss)
 
 
-def test_log_ratio_gap():
-    assert delta().tolist() == [4.5, -2.75]
+@pytest.mark.parametrize("name", GOLDEN)
+def test_golden_values(name):
+    settings, expected = GOLDEN[name]
+    assert losses(**settings).tolist() == pytest.approx(expected, rel=1e-9, abs=1e-6)
+
+
+def test_odpo_takes_the_logarithm_of_the_gap():
+    odpo = losses(offset_coef=0.5, offset_transform="log")
+    assert odpo[0].item() == pytest.approx(0.6972281569, abs=1e-6)
+    assert torch.isfinite(odpo).all()
+
+
+def test_sppo_with_soft_labels():
+    loss = Loss(loss="sppo", beta=0.001)
+    gaps = torch.logit(torch.tensor([0.9, 0.9], dtype=torch.float64))
+    soft = losses(gaps, loss="sppo", beta=0.001, reward_as="soft_label")
+    win = 0.4 / loss.beta
+    assert soft[0].item() == pytest.approx(0.5 * ((2 - win) ** 2 + (-2.5 + win) ** 2), rel=1e-9)
+
+
+def test_delta():
+    assert PAIRS.delta.tolist() == [4.5, -2.75]
 
 
 @pytest.mark.parametrize(
-    ("coef", "smoothing", "expected"),
+    "settings",
     [
-        (0.0, 0.0, [0.493248946, 0.8400706677]),
-        (0.0, 0.1, [0.538248946, 0.8125706677]),
-        (1.0, 0.0, [2.1710974512, 0.7057253035]),
-        (0.5, 0.0, [-math.log(1 / (1 + math.exp(0.8))), -math.log(1 / (1 + math.exp(0.15)))]),
+        {"offset_coef": 0.0},
+        {"reward_as": "none"},
+        {"offset_coef": 0.0, "label_smoothing": 0.0, "length_coef": 0.0, "margin": 0.0, "sft_coef": 0.0},
+        {"loss": "robust", "offset_coef": 0.0},
     ],
 )
-def test_golden_values(coef, smoothing, expected):
-    loss = preference_loss(delta(), coef * GAP, beta=0.1, label_smoothing=smoothing)
-    assert loss.tolist() == pytest.approx(expected, abs=1e-6)
+def test_options_at_rest_are_dpo_bit_for_bit(settings):
+    dpo = -torch.nn.functional.logsigmoid(0.1 * PAIRS.delta)
+    assert torch.equal(losses(**settings), dpo)
 
 
-def test_first_loss_is_ln2_without_offset():
-    zero = torch.zeros(3, dtype=torch.float64)
-    assert preference_loss(zero, zero, 0.1).tolist() == pytest.approx([math.log(2)] * 3, abs=1e-12)
+def test_certain_labels_are_dpo():
+    certain = torch.full((2,), 100.0, dtype=torch.float64)
+    dpo = losses(reward_as="none")
+    for use in ("soft_label", "geometric_label", "weight"):
+        torch.testing.assert_close(losses(certain, reward_as=use), dpo)
 
 
-def test_zero_offset_is_dpo_bit_for_bit():
-    dpo = -torch.nn.functional.logsigmoid(0.1 * delta())
-    assert torch.equal(preference_loss(delta(), 0.0 * GAP, 0.1), dpo)
+@pytest.mark.parametrize("name", LOSSES)
+def test_gradients_match_finite_differences(name):
+    def of(chosen, rejected):
+        return losses(pairs=PairLogps(chosen, rejected, *list(vars(PAIRS).values())[2:]), loss=name, beta=0.1)
+
+    inputs = (PAIRS.chosen.clone().requires_grad_(), PAIRS.rejected.clone().requires_grad_())
+    assert torch.autograd.gradcheck(of, inputs, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_rewards_the_chosen_answer(name):
+    """At the reference, a step along minus the gradient raises the chosen answer above the rejected one."""
+    logps = [torch.tensor([-20.0], dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    reference, length = torch.tensor([-20.0], dtype=torch.float64), torch.tensor([10])
+    pairs = PairLogps(*logps, reference, reference, length, length)
+    losses(torch.ones(1, dtype=torch.float64), pairs, loss=name).sum().backward()
+    chosen, rejected = (side.grad.item() for side in logps)
+    assert chosen < 0 < rejected
+
+
+def test_first_loss_is_minus_log_sigmoid_of_minus_the_offset():
+    level = PairLogps(*[PAIRS.chosen, PAIRS.rejected] * 2, PAIRS.chosen_length, PAIRS.rejected_length)
+    assert losses(pairs=level, offset_coef=0.0).tolist() == pytest.approx([math.log(2)] * 2, abs=1e-12)
+    expected = [math.log1p(math.exp(0.7 * gap)) for gap in GAP.tolist()]
+    assert losses(pairs=level, offset_coef=0.7).tolist() == pytest.approx(expected, abs=1e-12)
+
+
+def test_sft_term_is_the_mean_nll_of_the_chosen_answer():
+    plain, mixed = losses(**REST), losses(**REST, sft_coef=0.5)
+    assert (mixed - plain).tolist() == pytest.approx([0.5 * 42 / 20, 0.5 * 80 / 40])
 
 
 def test_pair_the_reward_contradicts_weighs_less():
-    leaning = torch.zeros(2, dtype=torch.float64, requires_grad=True)
-    preference_loss(leaning, torch.tensor([4.0, -4.0], dtype=torch.float64), 0.1).sum().backward()
-    confirmed, contradicted = leaning.grad.abs().tolist()
+    chosen = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    zero, length = torch.zeros(2, dtype=torch.float64), torch.ones(2)
+    pairs = PairLogps(chosen, zero, zero, zero, length, length)
+    losses(torch.tensor([4.0, -4.0], dtype=torch.float64), pairs).sum().backward()
+    confirmed, contradicted = chosen.grad.abs().tolist()
     assert confirmed == pytest.approx(0.1 * 0.982014, abs=1e-6)
     assert contradicted == pytest.approx(0.1 * 0.017986, abs=1e-6)
+
+
+def test_tables_name_the_same_losses():
+    assert set(LOSSES) == set(LOSS_OPTIONS) == set(REWARD_USES)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"loss": "hinge", "label_smoothing": 0.1}, "loss hinge does not take label_smoothing"),
+        ({"loss": "simpo", "normalization": "token_mean"}, "loss simpo does not take normalization"),
+        ({"loss": "dpo", "reference_point": 1.0}, "loss dpo does not take reference_point"),
+        ({"loss": "sppo", "reward_as": "offset"}, "loss sppo takes reward_as soft_label, weight or none"),
+    ],
+)
+def test_an_option_that_a_loss_does_not_take_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Loss(**settings)
 
 
 def test_optimum_follows_latent_plus_external_reward():
@@ -68,7 +165,10 @@ def test_optimum_follows_latent_plus_external_reward():
     def closure():
         optimizer.zero_grad()
         ratio = torch.log_softmax(policy, 0) - reference
-        loss = (labels * preference_loss(ratio[:, None] - ratio[None, :], gap, beta)).sum()
+        delta = ratio[:, None] - ratio[None, :]
+        zero, one = torch.zeros_like(delta), torch.ones_like(delta)
+        pairs = PairLogps(delta, zero, zero, zero, one, one)
+        loss = (labels * preference_loss(pairs, Reward(gap, one, one, one), Loss(beta=beta))).sum()
         loss.backward()
         return loss
 
@@ -77,22 +177,3 @@ def test_optimum_follows_latent_plus_external_reward():
     wanted = torch.softmax(reference + (latent + external) / beta, 0)
     distance = 0.5 * (torch.softmax(policy, 0) - wanted).abs().sum()
     assert distance < 1e-5
-
-
-def test_offset_norms():
-    gaps = [1.0, -3.0, 2.0]
-    assert Offset.fitted(gaps, 0.5, "none")(torch.tensor([2.0])).item() == 1.0
-    assert Offset.fitted(gaps, 1.0, "range01")(torch.tensor([-3.0])).item() == -1.0
-    assert Offset.fitted(gaps, 1.0, "zscore").scale == pytest.approx(torch.tensor(gaps).std(correction=0).item())
-
-
-def test_advice_names_the_unreachable_ratio():
-    assert Offset(1.0, 1.0).advice([2.0], beta=0.1) is None
-    assert "500 nats" in Offset(1.0, 1.0).advice([5.0], beta=0.01)
-
-
-def test_learning_rate_rises_then_falls():
-    rates = [learning_rate(step, 20, 1.0, 0.2, "linear") for step in range(20)]
-    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
-    assert all(later < earlier for earlier, later in pairwise(rates[4:]))
-    assert rates[-1] == pytest.approx(1 / 16)
