@@ -7,7 +7,6 @@ from typing import Any
 
 from rdpo.config import ClassifierReward, Job, JudgeReward
 from rdpo.errors import InputError
-from rdpo.policy.hardware import KEEP_FREED_MEMORY
 
 HEADROOM_CPUS = 2
 MIN_STORE_BYTES = 100 << 20
@@ -23,8 +22,6 @@ def start_ray(job: Job) -> Any:
     if address:
         ray.init(address=address, log_to_driver=True)
     else:
-        for name, value in KEEP_FREED_MEMORY.items():
-            os.environ.setdefault(name, value)
         ray.init(
             address="local",
             num_cpus=(os.cpu_count() or 1) + HEADROOM_CPUS,

@@ -101,6 +101,8 @@ class Synthesis(Section):
     """Task file with the templates of the turns; a path, or the name of one that ships with rdpo."""
     split: str = "train"
     """Which split of the prompts the teacher answers."""
+    limit: int | None = Field(default=None, ge=1)
+    """At most so many prompts, the first by id."""
     teacher: str | None = None
     """The teacher's model, named as in `student.model`; by default the student itself."""
     sampling: Sampling = Sampling()

