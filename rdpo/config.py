@@ -97,10 +97,12 @@ class Engine(Section):
 class Synthesis(Section):
     """Who answers, critiques and revises, and in which words."""
 
-    task: str
-    """Task file with the templates of the turns; a path, or the name of one that ships with rdpo."""
+    task: str | None = None
+    """Task file with the templates of the turns; a path, or the name of one that ships with rdpo. Without one
+    nothing is synthesised: the source of the prompts is a preference data set, with the columns `chosen`
+    and `rejected`, perhaps `score_chosen` and `score_rejected`."""
     split: str = "train"
-    """Which split of the prompts the teacher answers."""
+    """Which split of the prompts is trained on."""
     limit: int | None = Field(default=None, ge=1)
     """At most so many prompts, the first by id."""
     teacher: str | None = None
@@ -171,9 +173,9 @@ class Pairs(Section):
     """How scored answers become preference pairs."""
 
     chosen: str = "revision"
-    """The turn whose answer is preferred."""
+    """The turn whose answer is preferred (`chosen` in a ready preference data set)."""
     rejected: str = "response"
-    """The turn whose answer is not."""
+    """The turn whose answer is not (`rejected` in a ready preference data set)."""
     direction: Literal["teacher", "reward"] = "teacher"
     """`teacher`: chosen is as named above; `reward`: the answer with the higher score is chosen."""
     min_gap: float | None = None
@@ -389,8 +391,9 @@ class Job(Section):
     """All random draws are functions of this seed and of what they are for."""
     student: Student
     prompts: Prompts
-    synthesis: Synthesis
-    rewards: list[Reward] = Field(min_length=1)
+    synthesis: Synthesis = Synthesis()
+    rewards: list[Reward] = []
+    """The external rewards; at least one, unless the pairs come with the prompts."""
     pairs: Pairs = Pairs()
     reference: Reference = Reference()
     training: Training = Training()
@@ -398,12 +401,23 @@ class Job(Section):
     publish: Publish = Publish()
     cluster: Cluster = Cluster()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _name_given_answers(cls, table: Any) -> Any:
+        synthesis = table.get("synthesis", {}) if isinstance(table, dict) else None
+        if not isinstance(synthesis, dict) or synthesis.get("task") is not None:
+            return table
+        pairs = table.get("pairs", {})
+        return {**table, "pairs": {"chosen": "chosen", "rejected": "rejected", **pairs}}
+
     @model_validator(mode="after")
     def _check_relations(self) -> Job:
         names = [reward.name for reward in self.rewards]
         if len(set(names)) < len(names):
             raise ValueError("rewards: two rewards have the same name; give each its own `name`")
-        if not any(reward.weight for reward in self.rewards):
+        if self.synthesis.task and not self.rewards:
+            raise ValueError("rewards: give at least one; only a ready preference data set can do without")
+        if self.rewards and not any(reward.weight for reward in self.rewards):
             raise ValueError("rewards: every weight is 0; give the optimised reward a weight above 0")
         if self.pairs.chosen == self.pairs.rejected:
             raise ValueError("pairs: chosen and rejected name the same turn; name two turns of the task")

@@ -113,6 +113,8 @@ def synthesis(job: Job) -> dict[str, Any]:
     from rdpo.synthesis.instructions import load_task
     from rdpo.synthesis.teacher import teacher_model
 
+    if job.synthesis.task is None:
+        return {"split": job.synthesis.split, "limit": job.synthesis.limit}
     task = load_task(job.synthesis.task).model_dump()
     weights = fingerprint(teacher_model(job))
     return {**job.synthesis.model_dump(), "turns": task, "weights": weights, "seed": job.seed}

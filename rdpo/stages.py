@@ -30,14 +30,16 @@ def prepare(job: Job) -> None:
     from rdpo.policy.chat import load_chat
     from rdpo.policy.models import local_model
     from rdpo.preference.rewards import check_rewards
+    from rdpo.synthesis.given import SIDES
     from rdpo.synthesis.instructions import load_task
     from rdpo.synthesis.teacher import teacher_model
 
-    task = load_task(job.synthesis.task)
-    names = [turn.name for turn in task.turns]
+    names = [turn.name for turn in load_task(job.synthesis.task).turns] if job.synthesis.task else SIDES
     for side in (job.pairs.chosen, job.pairs.rejected):
         if side not in names:
-            raise InputError(f"pairs: the task {task.name} has no turn `{side}`; it has {', '.join(names)}")
+            raise InputError(
+                f"pairs: {job.synthesis.task or 'the data'} has no answer `{side}`; it has {', '.join(names)}"
+            )
     local_model(job.student.model, job.student.revision)
     load_chat(job.student.model, job.student.revision, job.student.trust_remote_code)
     local_model(teacher_model(job))
@@ -119,10 +121,13 @@ def _prompts(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:
 
 
 def _synthesis(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:
+    from rdpo.synthesis.given import given_answers
     from rdpo.synthesis.instructions import check_fields, load_task
     from rdpo.synthesis.teacher import synthesize
 
     table = _split_table(run, run.job.synthesis.split).slice(0, run.job.synthesis.limit)
+    if not run.job.synthesis.task:
+        return _rows_stage(run, folder, meter, _table_source(table), given_answers)
     check_fields(load_task(run.job.synthesis.task), table.slice(0, 1).to_pylist()[0])
     return _rows_stage(run, folder, meter, _table_source(table), synthesize, generates=True)
 

@@ -137,7 +137,7 @@ def _samples(run_dir: str, limit: int) -> list[dict[str, Any]]:
 
 
 def _side(row: Row, side: str) -> dict[str, Any]:
-    return {"name": side, "text": row[side], "scores": row[f"{side}_scores"], "score": row[f"{side}_score"]}
+    return {"name": side, "text": row[side], "scores": row[f"{side}_scores"] or {}, "score": row[f"{side}_score"]}
 
 
 def _conversations(run_dir: str, limit: int) -> list[dict[str, Any]]:

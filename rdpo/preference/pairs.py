@@ -31,7 +31,7 @@ def pairs_table(table: pa.Table, settings: Settings) -> pa.Table:
 
 def agreement(rows: list[Row], settings: Settings) -> dict[str, float]:
     """How often each reward prefers the teacher's `chosen` turn to its `rejected` one; ties count half."""
-    names = rows[0][f"{settings.chosen}_scores"] if rows else {}
+    names = (rows[0][f"{settings.chosen}_scores"] if rows else None) or {}
     return {name: sum(_preference(row, settings, name) for row in rows) / len(rows) for name in names}
 
 

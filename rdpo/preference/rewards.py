@@ -23,6 +23,7 @@ from rdpo.policy.hardware import available_cores, compute_dtype
 from rdpo.policy.models import local_model
 from rdpo.records import Messages, Row, alive, draw_seed, drop, table_of, text_of
 from rdpo.synthesis.engine import ContextError, Engine, engine_pool, gather_rows
+from rdpo.synthesis.given import REWARD as GIVEN
 from rdpo.synthesis.instructions import check_template, render
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def score_answers(rows: ray.data.Dataset, job: Job, answers: list[str]) -> ray.d
     """
     for reward in job.rewards:
         rows = _score_by(rows, job, reward, answers).materialize()
-    weights = {reward.name: reward.weight for reward in job.rewards}
+    weights = {reward.name: reward.weight for reward in job.rewards} or {GIVEN: 1.0}
     return rows.map_batches(combine_table, fn_kwargs={"weights": weights, "answers": answers}, batch_format="pyarrow")
 
 
@@ -75,12 +76,12 @@ def record_scores(rows: list[Row], answer: str, reward: str, scores: list[float]
 
 
 def combine_table(table: pa.Table, weights: dict[str, float], answers: list[str]) -> pa.Table:
-    """Add `NAME_score`, the weighted sum of an answer's scores."""
+    """Add `NAME_score`, the weighted sum of an answer's scores; 0 where nothing scored it."""
     rows = table.to_pylist()
     for row in rows:
         for answer in answers:
-            scores = row[f"{answer}_scores"]
-            row[f"{answer}_score"] = sum(weight * scores[name] for name, weight in weights.items() if weight)
+            scores = row.setdefault(f"{answer}_scores", None) or {}
+            row[f"{answer}_score"] = sum(weight * scores.get(name, 0.0) for name, weight in weights.items() if weight)
     return table_of(rows)
 
 

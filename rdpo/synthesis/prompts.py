@@ -23,6 +23,7 @@ from rdpo.config import Prompts as Settings
 from rdpo.errors import InputError
 from rdpo.policy.chat import load_chat
 from rdpo.records import ROLES, Row, alive, drop, prompt_id, unit_draw
+from rdpo.synthesis.given import pair_id, with_prompt
 
 if TYPE_CHECKING:
     import ray.data
@@ -59,10 +60,12 @@ def read_prompts(job: Job) -> ray.data.Dataset:
     settings = job.prompts
     tables = partial(_prompt_tables, job=job)
     if settings.source.startswith("hf:"):
-        rows = _hub_rows(settings).map_batches(tables, batch_format="pyarrow", batch_size=READ_ROWS)
+        rows = _hub_rows(settings, needed_columns(job)).map_batches(
+            tables, batch_format="pyarrow", batch_size=READ_ROWS
+        )
     else:
         files = source_files(settings.source)
-        _check_column(files[0], settings.column)
+        _check_columns(files[0], needed_columns(job))
         paths = ray.data.from_items([{"path": path} for path in files], override_num_blocks=len(files))
         rows = paths.map_batches(tables, batch_format="pyarrow", batch_size=1)
     return _drop_duplicates(rows.materialize())
@@ -133,7 +136,7 @@ def _parquet_rows(path: str) -> Iterator[Numbered]:
                 yield number, row
 
 
-def _hub_rows(settings: Settings) -> ray.data.Dataset:
+def _hub_rows(settings: Settings, needed: list[list[str]]) -> ray.data.Dataset:
     import datasets
     import ray
 
@@ -142,17 +145,28 @@ def _hub_rows(settings: Settings) -> ray.data.Dataset:
         loaded = datasets.load_dataset(name, settings.subset, split=settings.dataset_split)
     except Exception as error:
         raise InputError(f"prompts.source: hf:{name} cannot be loaded: {error}") from None
-    if settings.column not in loaded.column_names:
-        raise _no_such_column(settings.source, settings.column, loaded.column_names)
+    _check_named(settings.source, loaded.column_names, needed)
     return ray.data.from_huggingface(loaded.add_column("rdpo_line", range(1, len(loaded) + 1)))
 
 
-def _check_column(path: str, column: str) -> None:
+def needed_columns(job: Job) -> list[list[str]]:
+    """The columns that the source must have, one of each list."""
+    if job.synthesis.task is None:
+        return [[job.prompts.column, "chosen"], ["chosen"], ["rejected"]]
+    return [[job.prompts.column]]
+
+
+def _check_columns(path: str, needed: list[list[str]]) -> None:
     first = next((row for _, row in islice(read_rows(path), 100) if isinstance(row, dict)), None)
     if first is None:
         raise InputError(f"prompts.source: {path} has no readable row in its first 100 lines")
-    if column not in first:
-        raise _no_such_column(path, column, list(first))
+    _check_named(path, list(first), needed)
+
+
+def _check_named(source: str, columns: list[str], needed: list[list[str]]) -> None:
+    for choice in needed:
+        if not set(choice) & set(columns):
+            raise _no_such_column(source, choice[0], columns)
 
 
 def _no_such_column(source: str, column: str, columns: list[str]) -> InputError:
@@ -181,7 +195,8 @@ def prompt_row(source: str, line: int, raw: dict[str, Any] | str, job: Job) -> R
     row: Row = {"source": source, "line": line, "prompt_id": f"{source}:{line}", "prompt": []}
     if isinstance(raw, str):
         return drop(row, raw)
-    settings = job.prompts
+    settings, given = job.prompts, job.synthesis.task is None
+    raw = with_prompt(raw, settings.column) if given else raw
     others = {key: value for key, value in raw.items() if key not in (settings.column, "split")}
     row["extra"] = json.dumps(others, ensure_ascii=False, default=str)
     messages, reason = parse_messages(raw.get(settings.column), settings.system)
@@ -189,8 +204,8 @@ def prompt_row(source: str, line: int, raw: dict[str, Any] | str, job: Job) -> R
         shown = str(raw.get(settings.column))[:SHOWN_CHARS]
         row["extra"] = json.dumps({**others, settings.column: shown}, ensure_ascii=False, default=str)
         return drop(row, f"{settings.column}: {reason}")
-    row["prompt"], row["prompt_id"] = messages, prompt_id(messages)
-    row["split"] = _split(raw.get("split"), row["prompt_id"], job)
+    row["prompt"], row["prompt_id"] = messages, pair_id(messages, raw) if given else prompt_id(messages)
+    row["split"] = _split(raw.get("split"), prompt_id(messages), job)
     return _measure(row, job)
 
 

@@ -38,6 +38,7 @@ class Teacher:
 
     def __init__(self, job: Job):
         self.job = job
+        assert job.synthesis.task is not None
         self.task = load_task(job.synthesis.task)
         self.chat = load_chat(teacher_model(job), trust_remote_code=job.student.trust_remote_code)
         folder = str(local_model(teacher_model(job)))

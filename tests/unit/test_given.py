@@ -1,0 +1,93 @@
+"""A ready preference data set in place of synthesis: what becomes a pair, and what is dropped and why."""
+
+import json
+
+import pyarrow as pa
+import pytest
+
+from rdpo.config import Job
+from rdpo.errors import InputError
+from rdpo.preference.pairs import pairs_table
+from rdpo.preference.rewards import combine_table
+from rdpo.synthesis.given import answered
+from rdpo.synthesis.prompts import _check_named, needed_columns, prompt_row
+
+
+@pytest.fixture
+def job(job_table):
+    del job_table["synthesis"], job_table["rewards"]
+    return Job.model_validate(job_table)
+
+
+def from_source(raw, job):
+    row = prompt_row("pairs.jsonl", 1, raw, job)
+    return row if row.get("dropped") else answered(row)
+
+
+def paired(rows, job):
+    scored = combine_table(pa.Table.from_pylist(rows), {"given": 1.0}, ["chosen", "rejected"])
+    return pairs_table(scored, job.pairs).to_pylist()
+
+
+def test_text_becomes_a_pair(job):
+    row = from_source({"prompt": "q", "chosen": "good", "rejected": " bad "}, job)
+    (pair,) = paired([row], job)
+    assert pair["chosen"] == [{"role": "assistant", "content": "good"}]
+    assert pair["rejected"] == [{"role": "assistant", "content": "bad"}]
+    assert (pair["reward_gap"], pair["chosen_finished"], pair["dropped"]) == (0.0, True, None)
+
+
+def test_the_prompt_may_stand_in_the_chosen_messages(job):
+    question = {"role": "user", "content": "q"}
+    sides = {side: [question, {"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
+    row = from_source({**sides, "score_chosen": 4.5, "score_rejected": 1}, job)
+    (pair,) = paired([row], job)
+    assert pair["prompt"] == [question]
+    assert (pair["score_chosen"], pair["reward_gap"]) == (4.5, 3.5)
+
+
+def test_a_prompt_may_have_several_pairs_but_one_split(job):
+    rows = [from_source({"prompt": "q", "chosen": f"good {i}", "rejected": "bad"}, job) for i in range(20)]
+    assert len({row["prompt_id"] for row in rows}) == 20
+    assert len({row["split"] for row in rows}) == 1
+
+
+@pytest.mark.parametrize(
+    ("raw", "reason"),
+    [
+        ({"prompt": "q", "chosen": "", "rejected": "b"}, "chosen: empty"),
+        ({"prompt": "q", "chosen": "a", "rejected": None}, "rejected: neither text nor a list of messages"),
+        (
+            {"prompt": "q", "chosen": "a", "rejected": [{"role": "user", "content": "b"}]},
+            "rejected: its last message is not the assistant's",
+        ),
+        (
+            {"prompt": "q", "chosen": "a", "rejected": "b", "score_chosen": float("nan"), "score_rejected": 1},
+            "score_chosen is not a finite number",
+        ),
+        (
+            {"prompt": "q", "chosen": "a", "rejected": "b", "score_chosen": 2, "score_rejected": "high"},
+            "score_rejected is not a finite number",
+        ),
+        ({"chosen": "a", "rejected": "b"}, "prompt: neither text nor a list of messages"),
+    ],
+)
+def test_what_is_no_pair_is_dropped_with_its_reason(job, raw, reason):
+    row = from_source(json.loads(json.dumps(raw)), job)
+    assert row["dropped"] == reason
+
+
+def test_identical_answers_are_dropped(job):
+    row = from_source({"prompt": "q", "chosen": "same", "rejected": "same "}, job)
+    assert paired([row], job)[0]["dropped"] == "chosen and rejected are the same"
+
+
+def test_a_source_without_the_columns_is_refused(job):
+    with pytest.raises(InputError, match="no column `rejected`"):
+        _check_named("pairs.jsonl", ["prompt", "chosen"], needed_columns(job))
+
+
+def test_a_job_that_synthesises_needs_a_reward(job_table):
+    del job_table["rewards"]
+    with pytest.raises(ValueError, match="give at least one"):
+        Job.model_validate(job_table)
