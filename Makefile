@@ -22,8 +22,8 @@ install: $(READY)  ## the environment in .venv, from the CPU lock
 $(READY): $(LOCK) pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "rdpo needs Python 3.11 or newer; set PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --no-compile $(TORCH) || $(PIP) install --no-compile $(TORCH) --extra-index-url $(TORCH_INDEX)
-	$(PIP) install --no-compile --no-deps -r $(LOCK)
+	$(PIP) install $(TORCH) || $(PIP) install $(TORCH) --extra-index-url $(TORCH_INDEX)
+	$(PIP) install --no-deps -r $(LOCK)
 	$(PIP) install --no-deps -e .
 	@touch $@
 

@@ -1,4 +1,4 @@
-"""What one training worker does: its share of every optimizer step, on a DeepSpeed engine.
+"""What one training process does: its share of every optimizer step, on a DeepSpeed engine, with or without Ray.
 
 In: the rows of the reference stage. All workers hold the same plan (see `rdpo.policy.packing`), so
 they make equally many forwards. The loss of a step is the mean over all its pairs, whatever the
@@ -8,17 +8,13 @@ DeepSpeed averages over the workers.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import pyarrow as pa
-import ray.train
 import torch
-from ray.train.torch import get_device
 
 from rdpo.config import Job
 from rdpo.policy.model import load_policy
@@ -26,7 +22,6 @@ from rdpo.policy.models import local_model
 from rdpo.policy.packing import MicroBatch, PairSize, epoch_order, epoch_steps, plan_step
 from rdpo.preference.reference import student_dtype
 from rdpo.storage import StageFolder
-from rdpo.training.checkpoint import restore_checkpoint, save_checkpoint
 from rdpo.training.gaps import GapScale
 from rdpo.training.losses import PairLogps, implicit_rewards, preference_loss, reward_terms
 from rdpo.training.metrics import PairOutcome, StepMetrics
@@ -118,11 +113,10 @@ def build_engine(job: Job, seed: int) -> Any:
 class Trainer:
     """One worker's engine, data and position."""
 
-    def __init__(self, job: Job, data: PairTable):
-        self.job, self.data = job, data
+    def __init__(self, job: Job, data: PairTable, device: torch.device):
+        self.job, self.data, self.device = job, data, device
         self.rank = torch.distributed.get_rank()
         self.workers = torch.distributed.get_world_size()
-        self.device = get_device()
         torch.manual_seed(job.seed)
         self.engine = build_engine(job, job.seed)
         gaps = data.table["reward_gap"].to_pylist()
@@ -190,27 +184,3 @@ class Trainer:
         if not torch.isfinite(torch.tensor(loss)):
             ids = ", ".join(self.data.rows(tuple(pairs))["prompt_id"])
             raise NonFiniteLoss(f"the loss is {loss}; rows of the batch: {ids}")
-
-
-def train_worker(config: dict[str, Any]) -> None:
-    """Entry point of a Ray Train worker.
-
-    Args:
-        config: `job` (Job), `run_dir`, and `sink`, an actor whose `record` takes steps' metrics.
-    """
-    job: Job = config["job"]
-    if not job.training.gpus_per_worker:
-        torch.set_num_threads(job.training.cpus_per_worker)
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    data = PairTable.load(config["run_dir"])
-    trainer = Trainer(job, data)
-    history, total = restore_checkpoint(trainer.engine), total_steps(len(data), job)
-    if trainer.rank == 0:
-        ray.get(config["sink"].record.remote(history))
-    for index, pairs in islice(enumerate(step_pairs(len(data), job)), len(history), total):
-        history.append(trainer.step(index, total, pairs))
-        if trainer.rank == 0:
-            ray.get(config["sink"].record.remote(history[-1:]))
-        if (index + 1) % job.training.checkpoint_every == 0 and index + 1 < total:
-            save_checkpoint(trainer.engine, history)
-    save_checkpoint(trainer.engine, history, policy=trainer.engine.module)

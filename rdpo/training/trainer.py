@@ -16,7 +16,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from rdpo.config import Job
 from rdpo.storage import StageFolder
 from rdpo.training.checkpoint import EXPORT
-from rdpo.training.loop import train_worker
+from rdpo.training.worker import train_worker
 
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"

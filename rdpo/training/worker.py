@@ -1,0 +1,39 @@
+"""The training loop inside a Ray Train worker: where it left off, steps, checkpoints."""
+
+from __future__ import annotations
+
+import os
+from itertools import islice
+from typing import Any
+
+import ray
+import torch
+from ray.train.torch import get_device
+
+from rdpo.config import Job
+from rdpo.training.checkpoint import restore_checkpoint, save_checkpoint
+from rdpo.training.loop import PairTable, Trainer, step_pairs, total_steps
+
+
+def train_worker(config: dict[str, Any]) -> None:
+    """Entry point of a Ray Train worker.
+
+    Args:
+        config: `job` (Job), `run_dir`, and `sink`, an actor whose `record` takes steps' metrics.
+    """
+    job: Job = config["job"]
+    if not job.training.gpus_per_worker:
+        torch.set_num_threads(job.training.cpus_per_worker)
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    data = PairTable.load(config["run_dir"])
+    trainer = Trainer(job, data, get_device())
+    history, total = restore_checkpoint(trainer.engine), total_steps(len(data), job)
+    if trainer.rank == 0:
+        ray.get(config["sink"].record.remote(history))
+    for index, pairs in islice(enumerate(step_pairs(len(data), job)), len(history), total):
+        history.append(trainer.step(index, total, pairs))
+        if trainer.rank == 0:
+            ray.get(config["sink"].record.remote(history[-1:]))
+        if (index + 1) % job.training.checkpoint_every == 0 and index + 1 < total:
+            save_checkpoint(trainer.engine, history)
+    save_checkpoint(trainer.engine, history, policy=trainer.engine.module)
