@@ -13,9 +13,9 @@ ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_job_in_the_readme_is_whole():
-    (block,) = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
-    assert Job.model_validate(tomllib.loads(block)).name == "mine"
+def test_the_jobs_in_the_readme_are_whole():
+    blocks = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
+    assert [Job.model_validate(tomllib.loads(block)).name for block in blocks] == ["mine", "preferences"]
 
 
 def test_commands_in_the_readme_exist(capsys):
