@@ -1,0 +1,73 @@
+"""rdpo against TRL's DPOTrainer on two workloads: a table, and as the last line one JSON object.
+
+    python jobs/bench/training.py PAIRS.jsonl [options of contender.py]
+
+`real` is the pairs of the file; `long` puts prompts of several of its texts together and keeps answers short,
+which is what judged conversations and retrieval look like. Each contender has its own process; they take
+turns, so that neither has the machine to itself at a better time of day.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).parent
+PROMPT_WORDS, ANSWER_WORDS = 330, 90
+
+
+def long_prompts(source: Path, target: Path) -> None:
+    """Pairs with prompts of several hundred tokens and short answers, from the texts of real pairs."""
+    rows = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
+    lines = []
+    for index, row in enumerate(rows):
+        texts = (rows[(index + step) % len(rows)]["chosen"] for step in range(1, len(rows)))
+        words = row["prompt"].split()
+        while len(words) < PROMPT_WORDS:
+            words += next(texts).split()
+        sides = {side: " ".join(row[side].split()[:ANSWER_WORDS]) for side in ("chosen", "rejected")}
+        if sides["chosen"] != sides["rejected"]:
+            lines.append(json.dumps({"prompt": " ".join(words[:PROMPT_WORDS]), **sides}))
+    target.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def run(trainer: str, pairs: Path, options: list[str]) -> dict:
+    """One contender's figures."""
+    command = [sys.executable, str(HERE / "contender.py"), trainer, str(pairs), *options]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        sys.exit(f"{' '.join(command)} failed:\n{result.stderr[-3000:]}")
+    return json.loads(result.stdout.strip().splitlines()[-1])
+
+
+def main() -> None:
+    """Run all four, print the table and the JSON."""
+    source, options = Path(sys.argv[1]), sys.argv[2:]
+    report: dict = {}
+    with tempfile.TemporaryDirectory() as directory:
+        long = Path(directory) / "long.jsonl"
+        long_prompts(source, long)
+        for name, pairs in (("real", source), ("long", long)):
+            report[name] = {trainer: run(trainer, pairs, options) for trainer in ("trl", "rdpo")}
+            ours, theirs = report[name]["rdpo"], report[name]["trl"]
+            report[name]["pairs_ratio"] = ours["pairs_per_second"] / theirs["pairs_per_second"]
+            differences = [abs(a - b) / abs(b) for a, b in zip(ours["losses"], theirs["losses"], strict=True)]
+            report[name]["largest_loss_difference"] = max(differences)
+    print(f"{'workload':<10}{'trainer':<9}{'pairs/s':>9}{'tokens/s':>10}{'peak GiB':>10}{'MFU':>7}")
+    for name, results in report.items():
+        for trainer in ("trl", "rdpo"):
+            row = results[trainer]
+            print(
+                f"{name:<10}{trainer:<9}{row['pairs_per_second']:>9.3f}{row['tokens_per_second']:>10.0f}"
+                f"{row['peak_gib']:>10.2f}{row['mfu']:>7.2f}"
+            )
+        print(
+            f"{name:<10}rdpo / TRL: {results['pairs_ratio']:.2f} times the pairs; losses differ by at most "
+            f"{results['largest_loss_difference']:.1e} of their size"
+        )
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
