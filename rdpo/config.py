@@ -24,6 +24,9 @@ class Section(BaseModel):
 Dtype = Literal["auto", "bfloat16", "float32"]
 """`auto`: bfloat16 on GPUs and on CPUs that multiply in it, else float32."""
 
+Layout = Literal["auto", "packed", "padded"]
+"""How token rows reach the model, see `Training.layout`."""
+
 
 class Student(Section):
     """The model to align. It is also the reference, and its tokenizer renders the training data."""
@@ -214,33 +217,29 @@ class Lora(Section):
     """Modules that get an adapter, as in peft."""
 
 
+PER_RATIO = {"normalization", "length_coef", "margin", "offset", "weight"}
 LOSS_OPTIONS = {
-    "dpo": {"normalization", "reward_as", "label_smoothing", "length_coef", "margin"},
-    "robust": {"normalization", "reward_as", "label_smoothing", "length_coef", "margin"},
-    "hinge": {"normalization", "reward_as", "length_coef", "margin"},
-    "ipo": {"normalization", "reward_as", "length_coef", "margin"},
-    "regression": {"normalization", "reward_as", "length_coef", "margin"},
-    "simpo": {"reward_as", "label_smoothing", "length_coef", "margin"},
-    "orpo": {"reward_as", "label_smoothing"},
-    "sppo": {"reward_as", "label_smoothing"},
-    "kto": {"reward_as", "reference_point"},
-    "bco": {"reward_as", "reference_point"},
+    "dpo": PER_RATIO | {"label_smoothing", "soft_label", "geometric_label"},
+    "robust": PER_RATIO | {"label_smoothing", "geometric_label"},
+    "hinge": PER_RATIO | {"geometric_label"},
+    "ipo": PER_RATIO | {"geometric_label"},
+    "regression": PER_RATIO,
+    "simpo": {"label_smoothing", "length_coef", "margin", "offset", "weight", "soft_label", "geometric_label"},
+    "orpo": {"label_smoothing", "offset", "weight", "soft_label"},
+    "sppo": {"label_smoothing", "weight", "soft_label"},
+    "kto": {"reference_point", "offset", "weight"},
+    "bco": {"reference_point", "weight"},
 }
-"""The options that each loss takes besides beta and sft_coef."""
+"""What each loss takes besides beta and sft_coef: options, and ways in which the reward gap can enter."""
 
-REWARD_USES = {
-    "dpo": {"offset", "soft_label", "geometric_label", "weight"},
-    "robust": {"offset", "geometric_label", "weight"},
-    "hinge": {"offset", "geometric_label", "weight"},
-    "ipo": {"offset", "geometric_label", "weight"},
-    "regression": {"offset", "weight"},
-    "simpo": {"offset", "soft_label", "geometric_label", "weight"},
-    "orpo": {"offset", "soft_label", "weight"},
-    "sppo": {"soft_label", "weight"},
-    "kto": {"offset", "weight"},
-    "bco": {"weight"},
+REWARD_USES = {"offset", "soft_label", "geometric_label", "weight"}
+OPTIONS_AT_REST = {
+    "normalization": "sum",
+    "label_smoothing": 0.0,
+    "length_coef": 0.0,
+    "margin": 0.0,
+    "reference_point": 0.0,
 }
-"""The ways in which the reward gap can enter each loss."""
 
 
 class Loss(Section):
@@ -277,18 +276,11 @@ class Loss(Section):
 
     @model_validator(mode="after")
     def _check_options(self) -> Loss:
-        uses = REWARD_USES[self.loss]
-        if self.reward_as not in {"auto", "none", *uses}:
-            raise ValueError(f"loss {self.loss} takes reward_as {', '.join(sorted(uses))} or none")
-        rest = {
-            "normalization": "sum",
-            "label_smoothing": 0.0,
-            "length_coef": 0.0,
-            "margin": 0.0,
-            "reference_point": 0.0,
-        }
-        for name, at_rest in rest.items():
-            if getattr(self, name) != at_rest and name not in LOSS_OPTIONS[self.loss]:
+        takes = LOSS_OPTIONS[self.loss]
+        if self.reward_as not in {"auto", "none", *takes}:
+            raise ValueError(f"loss {self.loss} takes reward_as {', '.join(sorted(takes & REWARD_USES))} or none")
+        for name, at_rest in OPTIONS_AT_REST.items():
+            if getattr(self, name) != at_rest and name not in takes:
                 raise ValueError(f"loss {self.loss} does not take {name}; remove it")
         return self
 
@@ -297,7 +289,7 @@ class Loss(Section):
         """`reward_as` made definite."""
         if self.reward_as != "auto":
             return self.reward_as
-        return "offset" if "offset" in REWARD_USES[self.loss] else "none"
+        return "offset" if "offset" in LOSS_OPTIONS[self.loss] else "none"
 
 
 class Training(Loss):
@@ -343,7 +335,7 @@ class Training(Loss):
     """Worker failures that are repaired from the last checkpoint; -1 is without limit."""
     logprob_chunk: int = Field(default=1024, ge=1)
     """Completion tokens whose logits exist at the same time."""
-    layout: Literal["auto", "packed", "padded"] = "auto"
+    layout: Layout = "auto"
     """`packed`: one row without padding, each prompt once for both its answers; `padded`: a row for each
     sequence; `auto`: packed where the architecture can."""
 

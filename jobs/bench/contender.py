@@ -90,18 +90,18 @@ def reference_rows(job: Job, path: str, run_dir: str, limit: int) -> PairTable:
     return PairTable.load(run_dir)
 
 
-def run_rdpo(job: Job, data: PairTable, batches: list[list[int]]) -> list[tuple[float, float]]:
-    """(loss, seconds) of each step by rdpo."""
+def run_rdpo(job: Job, data: PairTable, batches: list[list[int]]) -> tuple[list[tuple[float, float]], bool]:
+    """(loss, seconds) of each step by rdpo, and whether its rows were packed."""
     gpu = torch.cuda.is_available()
     device = torch.device("cuda" if gpu else "cpu")
     torch.distributed.init_process_group("nccl" if gpu else "gloo")
     trainer = Trainer(job, data, device)
     steps = [trainer.step(index, len(batches), batch) for index, batch in enumerate(batches)]
-    return [(step["loss"], step["seconds"]) for step in steps]
+    return [(step["loss"], step["seconds"]) for step in steps], trainer.engine.module.packed
 
 
-def run_trl(job: Job, data: PairTable, batches: list[list[int]], micro: int) -> list[tuple[float, float]]:
-    """(loss, seconds) of each step by TRL's DPOTrainer."""
+def run_trl(job: Job, data: PairTable, batches: list[list[int]], micro: int) -> tuple[list[tuple[float, float]], bool]:
+    """(loss, seconds) of each step by TRL's DPOTrainer, whose rows are padded."""
     from datasets import Dataset
     from transformers import TrainerCallback
     from trl import DPOConfig, DPOTrainer
@@ -172,7 +172,7 @@ def run_trl(job: Job, data: PairTable, batches: list[list[int]], micro: int) -> 
             callbacks=[clock],
         )
         trainer.train()
-    return list(zip(clock.losses, clock.seconds, strict=True))
+    return list(zip(clock.losses, clock.seconds, strict=True)), False
 
 
 def matmul_rate(hidden: int, inner: int, dtype: torch.dtype) -> float:
@@ -249,12 +249,12 @@ def main() -> None:
         data = reference_rows(job, options.pairs, run_dir, options.steps * options.batch_size)
     batches = [batch for batch in step_pairs(len(data), job) if len(batch) == options.batch_size][: options.steps]
     ours = options.trainer == "rdpo"
-    steps = run_rdpo(job, data, batches) if ours else run_trl(job, data, batches, options.micro)
-    print(json.dumps(figures(job, data, batches, steps, options)))
+    steps, packed = run_rdpo(job, data, batches) if ours else run_trl(job, data, batches, options.micro)
+    print(json.dumps({"trainer": options.trainer, **figures(job, data, batches, steps, packed)}))
 
 
 def figures(
-    job: Job, data: PairTable, batches: list[list[int]], steps: list[tuple[float, float]], options: argparse.Namespace
+    job: Job, data: PairTable, batches: list[list[int]], steps: list[tuple[float, float]], packed: bool
 ) -> dict:
     """Rates over the steps after the warm-up, peak memory, share of the matrix rate, and all losses."""
     from transformers import AutoConfig
@@ -262,14 +262,12 @@ def figures(
     config = AutoConfig.from_pretrained(local_model(job.student.model))
     sizes = [data.sizes[pair] for batch in batches[WARM_STEPS:] for pair in batch]
     seconds = sum(step[1] for step in steps[WARM_STEPS:])
-    packed = options.trainer == "rdpo" and options.layout != "padded"
     rate = matmul_rate(config.hidden_size, config.intermediate_size, getattr(torch, student_dtype(job)))
     return {
-        "trainer": options.trainer,
         "pairs_per_second": len(sizes) / seconds,
         "tokens_per_second": sum(size.tokens for size in sizes) / seconds,
         "peak_gib": peak_gib(),
-        "mfu": step_flops(config, sizes, packed, bool(options.lora)) / seconds / rate,
+        "mfu": step_flops(config, sizes, packed, job.training.lora is not None) / seconds / rate,
         "matmul_gflops": rate / 1e9,
         "losses": [step[0] for step in steps],
     }

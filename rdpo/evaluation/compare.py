@@ -91,17 +91,12 @@ def summarize(rows: list[Row], weights: dict[str, float], seed: int) -> dict[str
         )
         for name, weight in weights.items()
     ]
-    optimised = compare_rewards(
-        "optimised",
-        1.0,
-        column(lambda row: row["start_score"]),
-        column(lambda row: row["trained_score"]),
-        seed,
-    )
+    start, trained = (column(lambda row, side=side: row[f"{side}_score"]) for side in ("start", "trained"))  # type: ignore[misc]
+    optimised = compare_rewards("optimised", 1.0, start, trained, seed) if any(weights.values()) else None
     kl = np.array([row["kl"] for row in rows if row.get("kl") is not None], dtype=float)
     return {
         "prompts": len(rows),
-        "optimised": asdict(optimised),
+        "optimised": asdict(optimised) if optimised else None,
         "rewards": [asdict(comparison) for comparison in comparisons],
         "kl": asdict(bootstrap(kl, seed)) if len(kl) else None,
         "length": {side: asdict(bootstrap(column(_tokens(side)), seed)) for side in ("start", "trained")},

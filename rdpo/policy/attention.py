@@ -86,9 +86,8 @@ def _attend(
     reach = keys if window is None else window
     if not softcap and queries == keys and reach >= keys:
         return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
-    distance = torch.arange(keys - queries, keys, device=query.device)[:, None] - torch.arange(
-        keys, device=query.device
-    )
+    position = torch.arange(keys, device=query.device)
+    distance = position[keys - queries :, None] - position
     mask = (distance >= 0) & (distance < reach)
     if not softcap:
         return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
@@ -124,7 +123,9 @@ def _block_mask(spans: tuple[Span, ...], window: int | None, device: torch.devic
     from torch.nn.attention.flex_attention import create_block_mask
 
     length = spans[-1].end
-    return create_block_mask(visible(spans, window, device), None, None, length, length, device=device)
+    # Uncompiled it would hold the whole T x T mask.
+    compiled = device.type == "cuda"
+    return create_block_mask(visible(spans, window, device), None, None, length, length, device, _compile=compiled)
 
 
 @lru_cache(maxsize=1)

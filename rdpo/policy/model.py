@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rdpo.config import Lora
+from rdpo.config import Layout, Lora
 from rdpo.errors import InputError
 from rdpo.policy import attention
 from rdpo.policy.layout import Batch, Tokens, packed_batch, padded_batch
 from rdpo.policy.logprobs import CompletionHead, sum_by_sequence
-
-Layout = Literal["auto", "packed", "padded"]
 
 
 class Policy(nn.Module):

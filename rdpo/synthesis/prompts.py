@@ -23,7 +23,7 @@ from rdpo.config import Prompts as Settings
 from rdpo.errors import InputError
 from rdpo.policy.chat import load_chat
 from rdpo.records import ROLES, Row, alive, drop, prompt_id, unit_draw
-from rdpo.synthesis.given import pair_id, with_prompt
+from rdpo.synthesis.given import SIDES, pair_id, with_prompt
 
 if TYPE_CHECKING:
     import ray.data
@@ -170,7 +170,10 @@ def _check_named(source: str, columns: list[str], needed: list[list[str]]) -> No
 
 
 def _no_such_column(source: str, column: str, columns: list[str]) -> InputError:
-    return InputError(f"prompts.column: {source} has no column `{column}`; it has {', '.join(map(repr, columns))}")
+    has = f"{source} has no column `{column}`; it has {', '.join(map(repr, columns))}"
+    if column in SIDES:
+        return InputError(f"prompts.source: {has}; a preference data set needs it, a source of prompts synthesis.task")
+    return InputError(f"prompts.column: {has}")
 
 
 def _prompt_tables(batch: pa.Table, job: Job) -> Iterator[pa.Table]:

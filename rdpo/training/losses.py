@@ -68,7 +68,7 @@ class PairLogps:
 
 
 @dataclass(frozen=True)
-class Reward:
+class RewardTerms:
     """What the external reward says of P pairs, ready for the loss: each (P,)."""
 
     offset: Tensor
@@ -77,11 +77,11 @@ class Reward:
     sharpness: Tensor
 
 
-def reward_terms(gap: Tensor, loss: Loss) -> Reward:
+def reward_terms(gap: Tensor, loss: Loss) -> RewardTerms:
     """How scaled reward gaps (P,) enter the loss; all but the chosen way are at rest."""
     one, zero = torch.ones_like(gap), torch.zeros_like(gap)
     probability = torch.sigmoid(gap / loss.reward_temperature)
-    return Reward(
+    return RewardTerms(
         offset=loss.offset_coef * _transformed(gap, loss) if loss.reward_use == "offset" else zero,
         label=probability if loss.reward_use == "soft_label" else one,
         weight=probability if loss.reward_use == "weight" else one,
@@ -94,14 +94,14 @@ def _transformed(gap: Tensor, loss: Loss) -> Tensor:
     return gap if loss.offset_transform == "identity" else gap.clamp_min(SMALLEST_GAP).log()
 
 
-def preference_loss(logps: PairLogps, reward: Reward, loss: Loss) -> Tensor:
+def preference_loss(logps: PairLogps, reward: RewardTerms, loss: Loss) -> Tensor:
     """Loss (P,) of each pair by the settings in `loss`."""
     label = reward.label * (1 - loss.label_smoothing) + (1 - reward.label) * loss.label_smoothing
     per_pair = reward.weight * LOSSES[loss.loss](logps, reward, label, loss)
     return per_pair + loss.sft_coef * logps.nll if loss.sft_coef else per_pair
 
 
-def _margin(score: Tensor, logps: PairLogps, reward: Reward, loss: Loss) -> Tensor:
+def _margin(score: Tensor, logps: PairLogps, reward: RewardTerms, loss: Loss) -> Tensor:
     """beta * S - m: the reward's offset, the length term of R-DPO and SimPO's margin subtracted.
 
     R-DPO (arXiv 2403.19159) maximises E[r] - alpha * E|y|, an external reward of -alpha * |y|:
@@ -123,13 +123,13 @@ def _cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
     return torch.where(label == 1, right, label * right - (1 - label) * logsigmoid(-logits))
 
 
-def dpo(logps: PairLogps, reward: Reward, label: Tensor, loss: Loss) -> Tensor:
+def dpo(logps: PairLogps, reward: RewardTerms, label: Tensor, loss: Loss) -> Tensor:
     """DPO (arXiv 2305.18290, Eq. 7); with smoothed labels conservative DPO; with offset refined DPO, ODPO, MODPO."""
     return _cross_entropy(_margin(_ratio(logps, loss), logps, reward, loss), label)
 
 
-def robust(logps: PairLogps, reward: Reward, label: Tensor, loss: Loss) -> Tensor:
-    """Robust DPO (arXiv 2403.00409, its robust loss): unbiased where a share eps of the labels is flipped.
+def robust(logps: PairLogps, reward: RewardTerms, label: Tensor, loss: Loss) -> Tensor:
+    """Robust DPO (arXiv 2403.00409): unbiased where a share eps of the labels is flipped.
 
     Unbounded below for eps > 0: the policy gains without end on pairs it already prefers.
     """
@@ -137,12 +137,12 @@ def robust(logps: PairLogps, reward: Reward, label: Tensor, loss: Loss) -> Tenso
     return (-(1 - flipped) * logsigmoid(logits) + flipped * logsigmoid(-logits)) / (1 - 2 * flipped)
 
 
-def hinge(logps: PairLogps, reward: Reward, label: Tensor, loss: Loss) -> Tensor:
+def hinge(logps: PairLogps, reward: RewardTerms, label: Tensor, loss: Loss) -> Tensor:
     """Hinge on the log-ratio (SLiC, arXiv 2305.10425; on DPO's ratio in RSO, arXiv 2309.06657)."""
     return torch.relu(1 - _margin(_ratio(logps, loss), logps, reward, loss))
 
 
-def ipo(logps: PairLogps, reward: Reward, label: Tensor, loss: Loss) -> Tensor:
+def ipo(logps: PairLogps, reward: RewardTerms, label: Tensor, loss: Loss) -> Tensor:
     """IPO (arXiv 2310.12036, Eq. 17) with tau = beta: (S - m / beta - 1 / (2 beta))^2.
 
     The authors' own form is normalised by length (`normalization = "token_mean"`); others sum.
@@ -150,18 +150,18 @@ def ipo(logps: PairLogps, reward: Reward, label: Tensor, loss: Loss) -> Tensor:
     return (_margin(_ratio(logps, loss), logps, reward, loss) / loss.beta - 1 / (2 * loss.beta)).square()
 
 
-def regression(logps: PairLogps, reward: Reward, label: Tensor, loss: Loss) -> Tensor:
+def regression(logps: PairLogps, reward: RewardTerms, label: Tensor, loss: Loss) -> Tensor:
     """Reward regression (beta * S - m)^2: REBEL (arXiv 2404.16767), distilled DPO (arXiv 2405.19316)."""
     return _margin(_ratio(logps, loss), logps, reward, loss).square()
 
 
-def simpo(logps: PairLogps, reward: Reward, label: Tensor, loss: Loss) -> Tensor:
+def simpo(logps: PairLogps, reward: RewardTerms, label: Tensor, loss: Loss) -> Tensor:
     """SimPO (arXiv 2405.14734, Eq. 6): mean log-probs, no reference; `margin` is gamma, not gamma / beta."""
     score = logps.chosen / logps.chosen_length - logps.rejected / logps.rejected_length
     return _cross_entropy(_margin(score, logps, reward, loss), label)
 
 
-def orpo(logps: PairLogps, reward: Reward, label: Tensor, loss: Loss) -> Tensor:
+def orpo(logps: PairLogps, reward: RewardTerms, label: Tensor, loss: Loss) -> Tensor:
     """ORPO (arXiv 2403.07691, Eq. 6) with lambda = beta: NLL of the chosen answer, and the odds ratio's loss.
 
     The likelihood is the answer's alone, as in the paper (some trainers count the prompt too).
@@ -177,7 +177,7 @@ def _log1mexp(log_probability: Tensor) -> Tensor:
     return torch.where(safe > -0.6931, torch.log(-torch.expm1(safe)), torch.log1p(-torch.exp(safe)))
 
 
-def sppo(logps: PairLogps, reward: Reward, label: Tensor, loss: Loss) -> Tensor:
+def sppo(logps: PairLogps, reward: RewardTerms, label: Tensor, loss: Loss) -> Tensor:
     """SPPO (arXiv 2405.00675) with eta = 1 / beta: half the sum of both answers' squares.
 
     Hard labels are P = 1 and 0; with soft ones P(y_w) = q and P(y_l) = 1 - q.
@@ -186,7 +186,7 @@ def sppo(logps: PairLogps, reward: Reward, label: Tensor, loss: Loss) -> Tensor:
     return 0.5 * ((logps.chosen_ratio - win).square() + (logps.rejected_ratio + win).square())
 
 
-def kto(logps: PairLogps, reward: Reward, label: Tensor, loss: Loss) -> Tensor:
+def kto(logps: PairLogps, reward: RewardTerms, label: Tensor, loss: Loss) -> Tensor:
     """KTO's two terms (arXiv 2402.01306, Eq. 8) on a pair, with equal weights.
 
     z0 is `reference_point`, a constant, and not the batch's estimate: so a pair's loss does not depend
@@ -197,13 +197,13 @@ def kto(logps: PairLogps, reward: Reward, label: Tensor, loss: Loss) -> Tensor:
     return 2 - torch.sigmoid(lift) - torch.sigmoid(drop)
 
 
-def bco(logps: PairLogps, reward: Reward, label: Tensor, loss: Loss) -> Tensor:
+def bco(logps: PairLogps, reward: RewardTerms, label: Tensor, loss: Loss) -> Tensor:
     """Binary classifier optimisation (arXiv 2404.04656) on a pair; its shift is `reference_point`, constant."""
     shift = loss.reference_point
     return -logsigmoid(loss.beta * logps.chosen_ratio - shift) - logsigmoid(shift - loss.beta * logps.rejected_ratio)
 
 
-LOSSES: dict[str, Callable[[PairLogps, Reward, Tensor, Loss], Tensor]] = {
+LOSSES: dict[str, Callable[[PairLogps, RewardTerms, Tensor, Loss], Tensor]] = {
     function.__name__: function for function in (dpo, robust, hinge, ipo, regression, simpo, orpo, sppo, kto, bco)
 }
 

@@ -51,6 +51,12 @@ def test_summary():
     assert summarize([], {"r": 1.0}, seed=0) == {"prompts": 0, "rewards": []}
 
 
+def test_rewards_that_only_measure_have_no_optimised_verdict():
+    summary = summarize([row(0.0, 1.0, 2.0)], {"r": 0.0}, seed=0)
+    assert summary["optimised"] is None
+    assert summary["rewards"][0]["wins"] == 1
+
+
 def test_bootstrap_is_paired_and_seeded():
     values = np.array([0.1, 0.9, 0.4])
     assert bootstrap(values, 5) == bootstrap(values, 5)

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from rdpo.config import LOSS_OPTIONS, REWARD_USES, Loss
-from rdpo.training.losses import LOSSES, PairLogps, Reward, preference_loss, reward_terms
+from rdpo.config import LOSS_OPTIONS, Loss
+from rdpo.training.losses import LOSSES, PairLogps, RewardTerms, preference_loss, reward_terms
 
 # Two pairs: summed log-probs of policy and reference, tokens, and external scores; values by hand.
 PAIRS = PairLogps(
@@ -134,7 +134,7 @@ def test_pair_the_reward_contradicts_weighs_less():
 
 
 def test_tables_name_the_same_losses():
-    assert set(LOSSES) == set(LOSS_OPTIONS) == set(REWARD_USES)
+    assert set(LOSSES) == set(LOSS_OPTIONS)
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_optimum_follows_latent_plus_external_reward():
         delta = ratio[:, None] - ratio[None, :]
         zero, one = torch.zeros_like(delta), torch.ones_like(delta)
         pairs = PairLogps(delta, zero, zero, zero, one, one)
-        loss = (labels * preference_loss(pairs, Reward(gap, one, one, one), Loss(beta=beta))).sum()
+        loss = (labels * preference_loss(pairs, RewardTerms(gap, one, one, one), Loss(beta=beta))).sum()
         loss.backward()
         return loss
 
