@@ -8,6 +8,8 @@ LOCK ?= cluster/locks/cpu.lock
 TORCH := torch==2.13.0+cpu
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+# pip compiles what it installs on one core; compileall takes all of them.
+INSTALL := $(PIP) install --no-compile
 
 export HF_HUB_OFFLINE ?= 1
 
@@ -22,9 +24,10 @@ install: $(READY)  ## the environment in .venv, from the CPU lock
 $(READY): $(LOCK) pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "rdpo needs Python 3.11 or newer; set PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install $(TORCH) || $(PIP) install $(TORCH) --extra-index-url $(TORCH_INDEX)
-	$(PIP) install --no-deps -r $(LOCK)
-	$(PIP) install --no-deps -e .
+	$(INSTALL) $(TORCH) || $(INSTALL) $(TORCH) --extra-index-url $(TORCH_INDEX)
+	$(INSTALL) --no-deps -r $(LOCK)
+	$(INSTALL) --no-deps -e .
+	@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib > /dev/null || true
 	@touch $@
 
 quickstart: $(READY) models/plain-answer/config.json  ## from prompts to an aligned model and a report, on the CPU

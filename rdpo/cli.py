@@ -96,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("run_dir", metavar="RUN_DIR")
     report.set_defaults(function=_report)
     _add_show(commands)
+    _add_plan(commands)
     env = commands.add_parser("env", help="versions and devices, for bug reports")
     env.set_defaults(function=_env)
     return parser
@@ -110,6 +111,15 @@ def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     run.add_argument("--dry-run", action="store_true", help="print the resolved job and what would run")
     run.add_argument("--fresh", action="store_true", help="start over: remove the run directory first")
     run.set_defaults(function=_run)
+
+
+def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    plan = commands.add_parser("plan", help="memory and speed of a job's training, before anything runs")
+    plan.add_argument("job", metavar="JOB.toml")
+    plan.add_argument("--set", metavar="section.key=value", action="append", default=[], dest="overrides")
+    plan.add_argument("--gpu", metavar="TYPE", help="a GPU type, for example H100")
+    plan.add_argument("--workers", type=int, help="how many (default: training.num_workers)")
+    plan.set_defaults(function=_plan)
 
 
 def _add_show(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -191,6 +201,15 @@ def _show(options: argparse.Namespace) -> int:
     from rdpo.evaluation.show import show_rows
 
     show_rows(options.run_dir, options.stage, options.row, options.limit, options.dropped)
+    return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from rdpo.config import load_job
+    from rdpo.training.plan import plan
+
+    for line in plan(load_job(options.job, options.overrides), options.gpu, options.workers):
+        print(line)
     return 0
 
 

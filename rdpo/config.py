@@ -318,7 +318,7 @@ class Training(Loss):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     zero_stage: Literal[0, 1, 2, 3] = 3
-    """DeepSpeed ZeRO stage: what is partitioned over the workers."""
+    """DeepSpeed ZeRO stage: what is partitioned over the workers. 0 is for float32; in bfloat16 it means 1."""
     offload: Literal["none", "optimizer", "all"] = "none"
     """Keep optimizer state (and parameters) in CPU memory; for GPU training."""
     num_workers: int = Field(default=1, ge=1)
@@ -331,6 +331,9 @@ class Training(Loss):
     """Optimizer steps between two checkpoints."""
     keep_checkpoints: int = Field(default=2, ge=1)
     """How many of the last checkpoints are kept."""
+    max_skipped_steps: int = Field(default=0, ge=0)
+    """Optimizer steps that may be left out because their loss or gradient is not finite; one more stops the run
+    and names the rows."""
     max_failures: int = Field(default=3, ge=-1)
     """Worker failures that are repaired from the last checkpoint; -1 is without limit."""
     logprob_chunk: int = Field(default=1024, ge=1)

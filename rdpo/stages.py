@@ -178,13 +178,16 @@ def _training(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:
     base = local_model(job.student.model, job.student.revision)
     exported, merged = Path(folder.local(EXPORT)), Path(folder.local(MERGED))
     finish_policy(exported, base, merged)
-    return {"steps": len(history), "pairs": len(data), "first": history[0], "last": history[-1]}
+    taken = [step for step in history if not step["skipped"]]
+    if not taken:
+        raise InputError("training: every step had a loss or gradient that is not finite; lower training.learning_rate")
+    return {"steps": len(taken), "pairs": len(data), "first": taken[0], "last": taken[-1]}
 
 
 def _step(meter: Meter, metrics: dict[str, float]) -> None:
     meter.done = int(metrics["step"]) - 1
-    margin = metrics["rewards/margins"]
-    meter.advance(1, int(metrics["tokens"]), f"loss {metrics['loss']:.4f}  margin {margin:.3f}")
+    note = f"loss {metrics['loss']:.4f}  margin {metrics['rewards/margins']:.3f}"
+    meter.advance(1, int(metrics["tokens"]), note)
 
 
 def _evaluation(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -102,6 +103,28 @@ def ray_cluster():
     ray.data.DataContext.get_current().enable_progress_bars = False
     yield context
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def process_group():
+    """A process group of one, so that a `Trainer` runs in this process; DeepSpeed takes only one in its life."""
+    import torch
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "1",
+            "DS_ACCELERATOR": "cpu",
+            **place,
+        }.items():
+            patch.setenv(name, value)
+        torch.distributed.init_process_group("gloo")
+        yield
+        torch.distributed.destroy_process_group()
 
 
 @pytest.fixture

@@ -10,30 +10,49 @@ TRL's DPOTrainer has its reference log-probs precomputed. Only optimizer steps a
 import argparse
 import json
 import os
-import resource
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from itertools import islice
 
 import torch
 
 from rdpo.config import Job
 from rdpo.policy.chat import load_chat
-from rdpo.policy.model import load_policy
+from rdpo.policy.flops import Arithmetic, matmul_rate
+from rdpo.policy.hardware import peak_memory_gib
+from rdpo.policy.model import Policy, load_policy
 from rdpo.policy.models import local_model
-from rdpo.policy.packing import PairSize
+from rdpo.policy.packing import PairSize, batch_tokens, micro_batches
 from rdpo.preference.reference import Reference, student_dtype, tokenize_pair
 from rdpo.records import alive
 from rdpo.storage import Manifest, StageFolder
 from rdpo.training.loop import PairTable, Trainer, step_pairs
 
 WARM_STEPS = 1
+GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if GPU else "cpu")
+
+
+@dataclass
+class Steps:
+    """What a contender's steps gave, and what its forwards held: real tokens and positions with padding."""
+
+    losses: list[float]
+    seconds: list[float]
+    policy: Policy
+    packed: bool
+    positions: int
+
+
+def padding(steps: Steps, sizes: list[PairSize]) -> float:
+    """Share of the positions that are no token; a packed prompt counts once."""
+    return 1 - sum(size.packed if steps.packed else size.tokens for size in sizes) / steps.positions
 
 
 def job_of(options: argparse.Namespace) -> Job:
     """The job that both contenders run."""
-    gpu = torch.cuda.is_available()
     training = {
         "batch_size": options.batch_size,
         "tokens_per_batch": options.tokens_per_batch,
@@ -44,7 +63,7 @@ def job_of(options: argparse.Namespace) -> Job:
         "reward_as": "none",
         "zero_stage": options.zero_stage,
         "gradient_checkpointing": options.gradient_checkpointing,
-        "gpus_per_worker": int(gpu),
+        "gpus_per_worker": int(GPU),
         **({"lora": {"rank": options.lora}} if options.lora else {}),
     }
     return Job.model_validate(
@@ -55,7 +74,7 @@ def job_of(options: argparse.Namespace) -> Job:
             "reference": {
                 "max_length": options.max_length,
                 "tokens_per_batch": options.tokens_per_batch,
-                "gpus": int(gpu),
+                "gpus": int(GPU),
             },
             "training": training,
         }
@@ -90,18 +109,24 @@ def reference_rows(job: Job, path: str, run_dir: str, limit: int) -> PairTable:
     return PairTable.load(run_dir)
 
 
-def run_rdpo(job: Job, data: PairTable, batches: list[list[int]]) -> tuple[list[tuple[float, float]], bool]:
-    """(loss, seconds) of each step by rdpo, and whether its rows were packed."""
-    gpu = torch.cuda.is_available()
-    device = torch.device("cuda" if gpu else "cpu")
-    torch.distributed.init_process_group("nccl" if gpu else "gloo")
-    trainer = Trainer(job, data, device)
+def run_rdpo(job: Job, data: PairTable, batches: list[list[int]]) -> Steps:
+    """The steps by rdpo."""
+    torch.distributed.init_process_group("nccl" if GPU else "gloo")
+    trainer = Trainer(job, data, DEVICE)
+    policy, budget = trainer.engine.module, job.training.tokens_per_batch
     steps = [trainer.step(index, len(batches), batch) for index, batch in enumerate(batches)]
-    return [(step["loss"], step["seconds"]) for step in steps], trainer.engine.module.packed
+    forwards = [micro for batch in batches for micro in micro_batches(batch, data.sizes, budget, policy.packed)]
+    return Steps(
+        losses=[step["loss"] for step in steps],
+        seconds=[step["seconds"] for step in steps],
+        policy=policy,
+        packed=policy.packed,
+        positions=sum(batch_tokens([data.sizes[pair] for pair in micro.pairs], policy.packed) for micro in forwards),
+    )
 
 
-def run_trl(job: Job, data: PairTable, batches: list[list[int]], micro: int) -> tuple[list[tuple[float, float]], bool]:
-    """(loss, seconds) of each step by TRL's DPOTrainer, whose rows are padded."""
+def run_trl(job: Job, data: PairTable, batches: list[list[int]], micro: int) -> Steps:
+    """The steps by TRL's DPOTrainer, whose rows are padded."""
     from datasets import Dataset
     from transformers import TrainerCallback
     from trl import DPOConfig, DPOTrainer
@@ -114,7 +139,7 @@ def run_trl(job: Job, data: PairTable, batches: list[list[int]], micro: int) -> 
             self.began = time.perf_counter()
 
         def on_step_end(self, *_, **__):
-            if torch.cuda.is_available():
+            if GPU:
                 torch.cuda.synchronize()
             self.seconds.append(time.perf_counter() - self.began)
 
@@ -154,14 +179,14 @@ def run_trl(job: Job, data: PairTable, batches: list[list[int]], micro: int) -> 
             beta=training.beta,
             max_length=job.reference.max_length,
             precompute_ref_log_probs=True,
-            bf16=torch.cuda.is_available(),
+            bf16=GPU,
             gradient_checkpointing=training.gradient_checkpointing,
             logging_steps=1,
             report_to=[],
             save_strategy="no",
             seed=job.seed,
             disable_tqdm=True,
-            use_cpu=not torch.cuda.is_available(),
+            use_cpu=not GPU,
         )
         clock = Clock()
         trainer = SameOrder(
@@ -172,48 +197,15 @@ def run_trl(job: Job, data: PairTable, batches: list[list[int]], micro: int) -> 
             callbacks=[clock],
         )
         trainer.train()
-    return list(zip(clock.losses, clock.seconds, strict=True)), False
-
-
-def matmul_rate(hidden: int, inner: int, dtype: torch.dtype) -> float:
-    """FLOP/s of a large matrix product of the model's shape on this device, the best of five."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    one = torch.randn(2048, hidden, dtype=dtype, device=device)
-    other = torch.randn(hidden, inner, dtype=dtype, device=device)
-    best = 0.0
-    for _ in range(5):
-        began, repeats = time.perf_counter(), 20
-        for _ in range(repeats):
-            one @ other
-        if device == "cuda":
-            torch.cuda.synchronize()
-        best = max(best, repeats * 2 * 2048 * hidden * inner / (time.perf_counter() - began))
-    return best
-
-
-def step_flops(config, sizes: list[PairSize], packed: bool, lora: bool) -> float:
-    """FLOPs of forward and backward on real tokens: matrices, attention scores, head on completion tokens."""
-    heads, head_size = config.num_attention_heads, config.hidden_size // config.num_attention_heads
-    keys = config.num_key_value_heads * head_size
-    matrices = config.hidden_size * (2 * config.hidden_size + 2 * keys + 3 * config.intermediate_size)
-    passes = 2 if lora else 3
-    total = 0.0
-    for size in sizes:
-        tokens = size.packed if packed else size.tokens
-        pairs_seen = (size.prompt + size.chosen) ** 2 / 2 + size.rejected * (size.prompt + size.rejected / 2)
-        if not packed:
-            pairs_seen += size.prompt**2 / 2
-        attention = 4 * heads * head_size * pairs_seen * 3
-        total += config.num_hidden_layers * (2 * passes * tokens * matrices + attention)
-        total += 2 * passes * (size.chosen + size.rejected) * config.hidden_size * config.vocab_size
-    return total
-
-
-def peak_gib() -> float:
-    """Most memory this process held: of the GPU, or resident on the CPU."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / (1 << 30)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20)
+    sizes = [data.sizes[pair] for batch in batches for pair in batch]
+    forwards = [sizes[start : start + micro] for start in range(0, len(sizes), micro)]
+    return Steps(
+        losses=clock.losses,
+        seconds=clock.seconds,
+        policy=policy,
+        packed=False,
+        positions=sum(batch_tokens(forward, packed=False) for forward in forwards),
+    )
 
 
 def options_from(arguments: list[str]) -> argparse.Namespace:
@@ -242,34 +234,31 @@ def main() -> None:
     for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
         os.environ.setdefault(name, value)
     os.environ.setdefault("MASTER_PORT", "29541")
-    if not torch.cuda.is_available():
+    if not GPU:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     job = job_of(options)
     with tempfile.TemporaryDirectory() as run_dir:
         data = reference_rows(job, options.pairs, run_dir, options.steps * options.batch_size)
     batches = [batch for batch in step_pairs(len(data), job) if len(batch) == options.batch_size][: options.steps]
     ours = options.trainer == "rdpo"
-    steps, packed = run_rdpo(job, data, batches) if ours else run_trl(job, data, batches, options.micro)
-    print(json.dumps({"trainer": options.trainer, **figures(job, data, batches, steps, packed)}))
+    steps = run_rdpo(job, data, batches) if ours else run_trl(job, data, batches, options.micro)
+    print(json.dumps({"trainer": options.trainer, **figures(data, batches, steps)}))
 
 
-def figures(
-    job: Job, data: PairTable, batches: list[list[int]], steps: list[tuple[float, float]], packed: bool
-) -> dict:
-    """Rates over the steps after the warm-up, peak memory, share of the matrix rate, and all losses."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(local_model(job.student.model))
+def figures(data: PairTable, batches: list[list[int]], steps: Steps) -> dict:
+    """Rates over the steps after the warm-up, share of padding, peak memory, MFU, and all losses."""
     sizes = [data.sizes[pair] for batch in batches[WARM_STEPS:] for pair in batch]
-    seconds = sum(step[1] for step in steps[WARM_STEPS:])
-    rate = matmul_rate(config.hidden_size, config.intermediate_size, getattr(torch, student_dtype(job)))
+    seconds, config = sum(steps.seconds[WARM_STEPS:]), steps.policy.config
+    memory = peak_memory_gib(DEVICE)
+    rate = matmul_rate(config.hidden_size, config.intermediate_size, steps.policy.head.weight.dtype, DEVICE)
     return {
         "pairs_per_second": len(sizes) / seconds,
         "tokens_per_second": sum(size.tokens for size in sizes) / seconds,
-        "peak_gib": peak_gib(),
-        "mfu": step_flops(config, sizes, packed, job.training.lora is not None) / seconds / rate,
+        "padding": padding(steps, [data.sizes[pair] for batch in batches for pair in batch]),
+        "peak_gib": memory,
+        "mfu": Arithmetic.of(steps.policy).flops(sizes, steps.packed) / seconds / rate,
         "matmul_gflops": rate / 1e9,
-        "losses": [step[0] for step in steps],
+        "losses": steps.losses,
     }
 
 

@@ -1,10 +1,14 @@
-"""Which precision and which cores the hardware is quick with."""
+"""Which precision and which cores the hardware is quick with, and how much memory a process took."""
 
 from __future__ import annotations
 
 import os
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 BF16_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")
 
@@ -34,3 +38,14 @@ def available_cores() -> list[int]:
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))
     return list(range(os.cpu_count() or 1))
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory this process has held, in GiB: allocated on its GPU, or resident on the CPU."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated(device) / (1 << 30)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20)

@@ -123,9 +123,8 @@ def _positions(parts: Sequence[Sequence[int]]) -> Tensor:
 
 
 def _completions(answers: Sequence[Tokens]) -> dict[str, Any]:
-    lengths = torch.tensor([len(answer) for answer in answers])
     return {
         "labels": torch.tensor([token for answer in answers for token in answer]),
-        "lengths": lengths,
-        "sequence": torch.repeat_interleave(torch.arange(len(answers)), lengths),
+        "lengths": torch.tensor([len(answer) for answer in answers]),
+        "sequence": torch.tensor([index for index, answer in enumerate(answers) for _ in answer]),
     }

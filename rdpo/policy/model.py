@@ -26,10 +26,14 @@ class Policy(nn.Module):
     def __init__(self, model: Any, chunk: int, packed: bool):
         super().__init__()
         self.model, self.packed = model, packed
-        causal = self._causal()
-        config = causal.config.get_text_config()
-        softcap = getattr(config, "final_logit_softcapping", None)
-        self.head = CompletionHead(causal.get_output_embeddings(), chunk, _logit_scale(config), softcap)
+        softcap = getattr(self.config, "final_logit_softcapping", None)
+        output = self._causal().get_output_embeddings()
+        self.head = CompletionHead(output, chunk, _logit_scale(self.config), softcap)
+
+    @property
+    def config(self) -> Any:
+        """The language model's configuration."""
+        return self._causal().config.get_text_config()
 
     def _causal(self) -> Any:
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
@@ -93,6 +97,13 @@ def load_policy(
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=trust_remote_code
     )
+    return as_policy(model, chunk, lora, gradient_checkpointing, seed, layout)
+
+
+def as_policy(
+    model: Any, chunk: int, lora: Lora | None, gradient_checkpointing: bool, seed: int, layout: Layout
+) -> Policy:
+    """A causal language model of transformers as a policy, see `load_policy`."""
     packed = _choose_layout(model, layout)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

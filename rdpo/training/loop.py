@@ -8,6 +8,7 @@ DeepSpeed averages over the workers.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import pyarrow as pa
 import torch
 
 from rdpo.config import Job
+from rdpo.policy.hardware import peak_memory_gib
 from rdpo.policy.model import load_policy
 from rdpo.policy.models import local_model
 from rdpo.policy.packing import MicroBatch, PairSize, epoch_order, epoch_steps, plan_step
@@ -39,8 +41,8 @@ COLUMNS = [
 ]
 
 
-class NonFiniteLoss(RuntimeError):
-    """The loss is not a number; the message names the rows of the batch."""
+class NonFiniteStep(RuntimeError):
+    """A loss or gradient is not finite; the message names the rows of the batch."""
 
 
 @dataclass(frozen=True)
@@ -88,9 +90,9 @@ def build_engine(job: Job, seed: int) -> Any:
 
     training, student = job.training, job.student
     dtype = student_dtype(job)
-    config = zero_config(training, dtype)
+    config, partitioned = zero_config(training, dtype), training.zero_stage == 3
     deepspeed.init_distributed(auto_mpi_discovery=False)
-    partitioned_load = HfDeepSpeedConfig(config) if training.zero_stage == 3 else None
+    partitioned_load = HfDeepSpeedConfig(config) if partitioned else None
     folder = local_model(student.model, student.revision)
     policy = load_policy(
         folder,
@@ -104,14 +106,14 @@ def build_engine(job: Job, seed: int) -> Any:
     )
     del partitioned_load
     policy.train()
-    if training.zero_stage == 3:
+    if partitioned:
         gather_by_layer(policy)
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     return deepspeed.initialize(model=policy, model_parameters=trained, config=config)[0]
 
 
 class Trainer:
-    """One worker's engine, data and position."""
+    """One worker's engine and data, and how many steps were left out so far."""
 
     def __init__(self, job: Job, data: PairTable, device: torch.device):
         self.job, self.data, self.device = job, data, device
@@ -121,12 +123,14 @@ class Trainer:
         self.engine = build_engine(job, job.seed)
         gaps = data.table["reward_gap"].to_pylist()
         self.scale = GapScale.fitted(gaps, job.training.reward_norm)
+        self.skipped = 0
 
     def step(self, index: int, total: int, pairs: list[int]) -> dict[str, float]:
         """One optimizer step over the pairs of all workers; its metrics.
 
         Raises:
-            NonFiniteLoss: before the weights are touched, if the loss is not a finite number.
+            NonFiniteStep: the loss or the gradient is not finite, once more than `max_skipped_steps` allows.
+                The weights are as they were before the step.
         """
         training, began = self.job.training, time.perf_counter()
         rate = learning_rate(index, total, training.learning_rate, training.warmup_ratio, training.schedule)
@@ -140,22 +144,49 @@ class Trainer:
             self.engine.set_gradient_accumulation_boundary(number == len(share))
             self._accumulate(micro, self.workers / len(pairs), metrics)
         reduced = metrics.reduced()
-        self._check_finite(reduced["loss"], pairs)
-        self.engine.step()
+        norm = self._apply()
+        if not math.isfinite(norm):
+            self._skip(reduced["loss"], pairs)
         seconds = time.perf_counter() - began
-        norm = self.engine.get_global_grad_norm()
         return {
             "step": index + 1,
             **reduced,
-            "grad_norm": float(norm) if norm is not None else 0.0,
+            "grad_norm": norm,
             "learning_rate": rate,
+            "skipped": float(not math.isfinite(norm)),
             "seconds": seconds,
             "tokens_per_second": reduced["tokens"] / seconds,
+            "peak_memory_gib": peak_memory_gib(self.device),
         }
+
+    def _apply(self) -> float:
+        """Take the optimizer step if the gradient is finite; its global norm, or infinity."""
+        if self.engine.zero_optimization():
+            self.engine.step()
+            return float(self.engine.get_global_grad_norm()) if self.engine.was_step_applied() else math.inf
+        gradients = [weight.grad for weight in self.engine.module.parameters() if weight.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(gradients))
+        if not math.isfinite(norm):
+            self.engine.zero_grad()
+            return math.inf
+        self.engine.step()
+        return norm
+
+    def _skip(self, loss: float, pairs: list[int]) -> None:
+        self.skipped += 1
+        if self.skipped > self.job.training.max_skipped_steps:
+            ids = ", ".join(self.data.rows(tuple(pairs))["prompt_id"])
+            raise NonFiniteStep(
+                f"loss {loss}, gradient not finite, {self.skipped - 1} steps left out before; look at these rows, or "
+                f"lower training.learning_rate, or raise training.max_skipped_steps; rows of the batch: {ids}"
+            )
 
     def _accumulate(self, micro: MicroBatch, scale: float, metrics: StepMetrics) -> None:
         outcome = self.outcome(micro)
-        self.engine.backward(outcome.loss.sum() * (0.0 if micro.idle else scale), scale_wrt_gas=False)
+        total = outcome.loss.sum()
+        # An infinite loss can have a finite gradient; the step must not be taken all the same.
+        spoil = torch.where(total.isfinite(), 1.0, torch.nan)
+        self.engine.backward(total * spoil * (0.0 if micro.idle else scale), scale_wrt_gas=False)
         if not micro.idle:
             metrics.add(outcome, sum(self.data.sizes[pair].tokens for pair in micro.pairs))
 
@@ -179,8 +210,3 @@ class Trainer:
             delta=logps.delta,
             offset=reward.offset,
         )
-
-    def _check_finite(self, loss: float, pairs: list[int]) -> None:
-        if not torch.isfinite(torch.tensor(loss)):
-            ids = ", ".join(self.data.rows(tuple(pairs))["prompt_id"])
-            raise NonFiniteLoss(f"the loss is {loss}; rows of the batch: {ids}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import threading
 import time
@@ -111,9 +112,14 @@ class _History:
     def write(self) -> list[StepMetrics]:
         """Write all steps in order; they are the return value."""
         ordered = [self.steps[step] for step in sorted(self.steps)]
-        self.folder.write_bytes(METRICS, "".join(json.dumps(step) + "\n" for step in ordered).encode())
+        self.folder.write_bytes(METRICS, "".join(json.dumps(_finite(step)) + "\n" for step in ordered).encode())
         self.written = time.monotonic()
         return ordered
+
+
+def _finite(metrics: StepMetrics) -> dict[str, float | None]:
+    """Metrics with null for what is not a number, which JSON does not know."""
+    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
 
 
 class _Follower:

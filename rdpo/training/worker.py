@@ -28,6 +28,7 @@ def train_worker(config: dict[str, Any]) -> None:
     data = PairTable.load(config["run_dir"])
     trainer = Trainer(job, data, get_device())
     history, total = restore_checkpoint(trainer.engine), total_steps(len(data), job)
+    trainer.skipped = sum(int(step["skipped"]) for step in history)
     if trainer.rank == 0:
         ray.get(config["sink"].record.remote(history))
     for index, pairs in islice(enumerate(step_pairs(len(data), job)), len(history), total):

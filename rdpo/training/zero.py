@@ -7,6 +7,11 @@ from typing import Any
 from rdpo.config import Training
 from rdpo.policy.model import Policy
 
+BUCKET = 50_000_000
+"""Elements that are reduced, or fetched ahead, in one message."""
+LIVE = 1_000_000_000
+"""Elements of gathered weights that ZeRO-3 may keep; a smaller model stays whole from forward to backward."""
+
 
 def zero_config(training: Training, dtype: str) -> dict[str, Any]:
     """DeepSpeed's configuration dictionary.
@@ -14,12 +19,17 @@ def zero_config(training: Training, dtype: str) -> dict[str, Any]:
     The accumulation boundary is set by hand in the loop, since steps differ in their number of
     micro-batches; the schedule and the scaling of the loss are the loop's too.
     """
-    zero: dict[str, Any] = {"stage": training.zero_stage}
-    if training.zero_stage == 3:
+    stage = stage_of(training, dtype)
+    zero: dict[str, Any] = {"stage": stage}
+    if stage:
+        zero["reduce_bucket_size"] = BUCKET
+    if stage == 3:
         zero["stage3_gather_16bit_weights_on_model_save"] = False
-    if training.offload != "none" and training.zero_stage >= 1:
+        zero["stage3_prefetch_bucket_size"] = BUCKET
+        zero["stage3_max_live_parameters"] = zero["stage3_max_reuse_distance"] = LIVE
+    if training.offload != "none" and stage >= 1:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": training.gpus_per_worker > 0}
-    if training.offload == "all" and training.zero_stage == 3:
+    if training.offload == "all" and stage == 3:
         zero["offload_param"] = {"device": "cpu", "pin_memory": training.gpus_per_worker > 0}
     adamw = {
         "lr": training.learning_rate,
@@ -36,6 +46,11 @@ def zero_config(training: Training, dtype: str) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 1 << 30,
     }
+
+
+def stage_of(training: Training, dtype: str) -> int:
+    """The ZeRO stage that runs: without ZeRO, DeepSpeed would train bfloat16 weights without fp32 master copies."""
+    return max(training.zero_stage, 1) if dtype == "bfloat16" else training.zero_stage
 
 
 def gather_by_layer(policy: Policy) -> None:

@@ -71,6 +71,16 @@ def train(run_dir, table, name, **training):
     return train(job, run_dir, folder, lambda metrics: None), folder
 
 
+def train_alone(run_dir, table, **training):
+    """Metrics of all steps of one worker in this process, without Ray."""
+    from rdpo.training.loop import PairTable, Trainer, step_pairs
+
+    job = Job.model_validate({**table, "training": {**table["training"], **training}})
+    data = PairTable.load(run_dir)
+    trainer, steps = Trainer(job, data, torch.device("cpu")), list(step_pairs(len(data), job))
+    return [trainer.step(index, len(steps), pairs) for index, pairs in enumerate(steps)]
+
+
 @pytest.fixture(scope="module")
 def undisturbed(run_dir, table):
     """Metrics and folder of ZeRO-3 on two workers from the first step to the last."""
@@ -96,9 +106,9 @@ def test_first_loss_is_minus_log_sigmoid_of_minus_the_offset(run_dir, undisturbe
     assert first["offset/negative_share"] == sum(gap < 0 for gap in gaps) / 4
 
 
+@pytest.mark.usefixtures("process_group")
 def test_two_workers_under_zero3_equal_one_with_smaller_micro_batches(run_dir, table, undisturbed):
-    one, _ = train(run_dir, table, "one", zero_stage=1, tokens_per_batch=128)
-    two, _ = undisturbed
+    one, two = train_alone(run_dir, table, zero_stage=1, tokens_per_batch=128), undisturbed[0]
     assert len(one) == 12
     assert losses(two) == pytest.approx(losses(one), abs=1e-3)
     assert sum(step["rewards/margins"] for step in one[6:]) > 0.1

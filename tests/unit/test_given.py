@@ -83,7 +83,7 @@ def test_identical_answers_are_dropped(job):
 
 
 def test_a_source_without_the_columns_is_refused(job):
-    with pytest.raises(InputError, match="preference data set needs it, a source of prompts synthesis.task"):
+    with pytest.raises(InputError, match="preference data set needs it, a source of prompts synthesis"):
         _check_named("pairs.jsonl", ["prompt", "chosen"], needed_columns(job))
 
 

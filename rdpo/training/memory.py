@@ -1,0 +1,177 @@
+"""Memory of one training worker before anything is loaded: weights and optimizer by count, activations by rehearsal.
+
+The forward and backward of one full micro-batch run on tensors without storage (torch's fake tensors), and
+every allocation and release is counted; so the figure follows the architecture, the layout, the chunked head,
+adapters and gradient checkpointing without a formula for any of them.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.weak import WeakIdKeyDictionary
+
+from rdpo.config import Job
+from rdpo.policy.flops import Arithmetic
+from rdpo.policy.model import Policy, as_policy
+from rdpo.policy.models import local_model
+from rdpo.policy.packing import PairSize, batch_tokens
+from rdpo.preference.reference import student_dtype
+from rdpo.training.zero import BUCKET, LIVE, stage_of
+
+GIB = 1 << 30
+CPU_PROCESS = int(1.0 * GIB)
+"""Python with torch, transformers, DeepSpeed and Ray, resident."""
+GPU_PROCESS = int(1.5 * GIB)
+"""CUDA context and NCCL's buffers."""
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What a model needs, whatever the number of workers: weights in all and trained, bytes of one micro-batch."""
+
+    weights: int
+    trained: int
+    activations: int
+    arithmetic: Arithmetic
+    packed: bool
+
+
+def typical_pair(job: Job) -> PairSize:
+    """A pair as long as the job admits: half of it prompt."""
+    longest = job.reference.max_length
+    return PairSize(longest - longest // 2, longest // 2, longest // 2)
+
+
+def rehearse(job: Job) -> Rehearsal:
+    """Run one full micro-batch of the job's student on fake tensors."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    student, training = job.student, job.training
+    config = AutoConfig.from_pretrained(
+        local_model(student.model, student.revision), trust_remote_code=student.trust_remote_code
+    )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=getattr(torch, student_dtype(job)), trust_remote_code=student.trust_remote_code
+        )
+        policy = as_policy(
+            model, training.logprob_chunk, training.lora, training.gradient_checkpointing, job.seed, training.layout
+        )
+    with FakeTensorMode():
+        _pretend_on_cpu(policy)
+        peak = _step_peak(policy, typical_pair(job), _pairs_per_forward(job, policy.packed))
+    parameters = list(policy.parameters())
+    return Rehearsal(
+        weights=sum(one.numel() for one in parameters),
+        trained=sum(one.numel() for one in parameters if one.requires_grad),
+        activations=peak,
+        arithmetic=Arithmetic.of(policy),
+        packed=policy.packed,
+    )
+
+
+def _pretend_on_cpu(policy: Policy) -> None:
+    """Give a model on the meta device weights with fake storage; tied weights stay tied."""
+    weights = {id(one): torch.nn.Parameter(_like(one), one.requires_grad) for one in policy.parameters()}
+    for module in policy.modules():
+        module._parameters.update(
+            {name: None if one is None else weights[id(one)] for name, one in module._parameters.items()}
+        )
+        module._buffers.update({name: None if one is None else _like(one) for name, one in module._buffers.items()})
+    policy.train()
+
+
+def _like(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+
+
+def _pairs_per_forward(job: Job, packed: bool) -> int:
+    """Pairs of the job's longest size in one micro-batch: what the budget holds, or the worker's share of a step."""
+    share = -(-job.training.batch_size // job.training.num_workers)
+    return min(share, max(1, job.training.tokens_per_batch // batch_tokens([typical_pair(job)], packed)))
+
+
+def _step_peak(policy: Policy, pair: PairSize, count: int) -> int:
+    """Most bytes that forward and backward of a micro-batch hold beyond weights and their gradients."""
+    batch = policy.batch(*([[0] * length] * count for length in (pair.prompt, pair.chosen, pair.rejected)))
+    held = [*policy.parameters(), *policy.buffers()]
+    for weight in policy.parameters():
+        if weight.requires_grad:
+            weight.register_post_accumulate_grad_hook(_forget_gradient)
+    with Memory(held) as memory:
+        policy(batch).sum().backward()
+    return memory.peak
+
+
+def _forget_gradient(weight: torch.Tensor) -> None:
+    weight.grad = None
+
+
+class Memory(TorchDispatchMode):
+    """Bytes of all tensors made in its context, as they are now and at most."""
+
+    def __init__(self, held: list[torch.Tensor]):
+        super().__init__()
+        self.now = self.peak = 0
+        self.known = WeakIdKeyDictionary()
+        for tensor in held:
+            self.known[tensor.untyped_storage()] = True
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation and count what it made."""
+        result = function(*args, **(kwargs or {}))
+        tree_map_only(torch.Tensor, self._count, result)
+        return result
+
+    def _count(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage in self.known:
+            return
+        self.known[storage] = True
+        size = storage.nbytes()
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._release, size)
+
+    def _release(self, size: int) -> None:
+        self.now -= size
+
+
+def worker_memory(job: Job, rehearsal: Rehearsal, workers: int | None = None) -> dict[str, int]:
+    """Bytes by part that one training worker holds at its fullest, on its device.
+
+    Args:
+        job: the job.
+        rehearsal: `rehearse(job)`.
+        workers: number of workers, if not the job's.
+    """
+    training, dtype = job.training, student_dtype(job)
+    size = getattr(torch, dtype).itemsize
+    stage = stage_of(training, dtype)
+    workers = workers or training.num_workers
+    trained, share = rehearsal.trained, -(-rehearsal.trained // workers)
+    parts = {
+        "process": GPU_PROCESS if training.gpus_per_worker else CPU_PROCESS,
+        "weights": rehearsal.weights * size // (workers if stage == 3 else 1),
+        "gathered weights": min(rehearsal.weights, LIVE) * size if stage == 3 else 0,
+        "master weights": 4 * share if stage else 0,
+        "optimizer state": 8 * (share if stage else trained),
+        "gradients": size * (share if stage >= 2 else trained) + (4 * share if stage else 0),
+        "buckets": min(BUCKET, trained) * size if stage else 0,
+        "activations and head": rehearsal.activations,
+    }
+    return {name: amount for name, amount in parts.items() if name not in _offloaded(job, stage)}
+
+
+def _offloaded(job: Job, stage: int) -> set[str]:
+    if job.training.offload == "none" or not stage:
+        return set()
+    moved = {"master weights", "optimizer state"}
+    return moved | {"weights"} if job.training.offload == "all" and stage == 3 else moved

@@ -1,0 +1,103 @@
+"""What training a job will take: memory per worker by part, and tokens per second, before money is spent.
+
+The memory of weights and optimizer is counted and that of a micro-batch rehearsed (`rdpo.training.memory`). The
+rate is the step's FLOPs over the device's peak times a share that trainers of this kind reach; it is a guess
+and says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from rdpo.config import Job
+from rdpo.errors import InputError
+from rdpo.policy.flops import matmul_rate
+from rdpo.policy.hardware import available_cores
+from rdpo.preference.reference import student_dtype
+from rdpo.training.memory import GIB, Rehearsal, rehearse, typical_pair, worker_memory
+
+ASSUMED_MFU = 0.4
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU type: dense bfloat16 FLOP/s and memory in GiB, from its datasheet."""
+
+    flops: float
+    memory_gib: float
+
+
+GPUS = {
+    "A10": Gpu(125e12, 22),
+    "A100-40": Gpu(312e12, 39),
+    "A100": Gpu(312e12, 79),
+    "B200": Gpu(2250e12, 178),
+    "H100": Gpu(989e12, 79),
+    "H200": Gpu(989e12, 140),
+    "L4": Gpu(121e12, 22),
+    "L40S": Gpu(362e12, 44),
+    "RTX4090": Gpu(165e12, 23),
+}
+
+
+def plan(job: Job, gpu: str | None, workers: int | None) -> Iterator[str]:
+    """Lines that say what training takes: on the job's own workers, or on so many GPUs of a type.
+
+    Raises:
+        InputError: the GPU type is not known.
+    """
+    if gpu and gpu not in GPUS:
+        raise InputError(f"--gpu {gpu}: known are {', '.join(GPUS)}")
+    if gpu:
+        training = job.training.model_copy(update={"gpus_per_worker": 1})
+        job = job.model_copy(update={"training": training})
+    workers = workers or job.training.num_workers
+    rehearsal = rehearse(job)
+    parts = worker_memory(job, rehearsal, workers)
+    yield _headline(job, rehearsal, gpu, workers)
+    yield from _memory(parts, GPUS[gpu].memory_gib if gpu else None)
+    if gpu or not job.training.gpus_per_worker:
+        yield from _speed(job, rehearsal, gpu, workers)
+
+
+def _headline(job: Job, rehearsal: Rehearsal, gpu: str | None, workers: int) -> str:
+    training = job.training
+    device = gpu or ("GPU" if training.gpus_per_worker else f"{training.cpus_per_worker}-core CPU")
+    return (
+        f"{job.student.model}: {rehearsal.weights / 1e6:,.1f} M weights, {rehearsal.trained / 1e6:,.1f} M trained, "
+        f"{student_dtype(job)}\n{workers} x {device}, ZeRO-{training.zero_stage}, "
+        f"{'packed' if rehearsal.packed else 'padded'} rows of {training.tokens_per_batch} tokens"
+    )
+
+
+def _memory(parts: dict[str, int], limit: float | None) -> Iterator[str]:
+    yield f"{'GiB per worker':<22}"
+    for name, amount in parts.items():
+        if amount:
+            yield f"  {name:<20}{amount / GIB:>8.2f}"
+    total = sum(parts.values()) / GIB
+    yield f"  {'total':<20}{total:>8.2f}" + (f" of {limit:.0f}" if limit else "")
+    if limit and total > limit:
+        yield (
+            "does not fit: more workers share weights and optimizer under ZeRO-3; training.lora needs hardly any "
+            "optimizer; gradient_checkpointing and a smaller tokens_per_batch need less for activations"
+        )
+
+
+def _speed(job: Job, rehearsal: Rehearsal, gpu: str | None, workers: int) -> Iterator[str]:
+    pair = typical_pair(job)
+    rate = GPUS[gpu].flops if gpu else _cpu_rate(job)
+    seconds = rehearsal.arithmetic.flops([pair], rehearsal.packed) / (rate * workers * ASSUMED_MFU)
+    guess = f"{ASSUMED_MFU:.0%} of {rate / 1e12:,.2f} TFLOP/s per worker, guessed"
+    yield f"about {pair.tokens / seconds:,.0f} tokens/s ({guess})"
+    answers = f"{pair.prompt} prompt and 2 x {pair.chosen} answer tokens"
+    yield f"1,000 pairs of {answers} in about {1000 * seconds / 60:,.1f} min"
+
+
+def _cpu_rate(job: Job) -> float:
+    """FLOP/s of one CPU worker: this machine's matrix products, by the worker's share of the cores."""
+    rate = matmul_rate(1024, 4096, getattr(torch, student_dtype(job)), torch.device("cpu"))
+    return rate * min(1.0, job.training.cpus_per_worker / len(available_cores()))

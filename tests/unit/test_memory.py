@@ -1,0 +1,92 @@
+"""Memory and arithmetic of a step, foretold: rehearsed on tensors without storage, counted by hand."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from rdpo.config import Job, Lora
+from rdpo.policy.flops import Arithmetic
+from rdpo.policy.model import as_policy, load_policy
+from rdpo.policy.packing import PairSize
+from rdpo.training.memory import Memory, rehearse, worker_memory
+from rdpo.training.plan import GPUS, Gpu, plan
+from tests.conftest import valid_job
+
+
+def job_of(model, place, **training):
+    table = valid_job(model, place)
+    return Job.model_validate({**table, "training": {**table["training"], **training}})
+
+
+def test_memory_counts_what_is_held_and_not_what_is_gone():
+    held = torch.ones(1000)
+    with Memory([held]) as memory:
+        seen = held.view(10, 100)
+        first = torch.ones(500)
+        del first
+        second = torch.ones(250) + 1
+        assert memory.now == 1000
+        assert memory.peak == 2000
+    assert seen.numel() + second.numel() == 1250
+
+
+@pytest.mark.parametrize("lora", [None, Lora(rank=4)])
+def test_rehearsal_on_fake_tensors_takes_as_much_as_the_real_step(tiny_model, tmp_path, lora):
+    from rdpo.training.memory import _pairs_per_forward, _step_peak, typical_pair
+
+    job = job_of(tiny_model, tmp_path, lora=lora)
+    rehearsal = rehearse(job)
+    real = load_policy(tiny_model, "float32", job.training.logprob_chunk, lora)
+    assert rehearsal.weights == sum(weight.numel() for weight in real.parameters())
+    assert rehearsal.trained == sum(weight.numel() for weight in real.parameters() if weight.requires_grad)
+    peak = _step_peak(real, typical_pair(job), _pairs_per_forward(job, packed=True))
+    assert rehearsal.activations == pytest.approx(peak, rel=0.02)
+
+
+def test_checkpointing_needs_less(tiny_model, tmp_path):
+    usual, lean = (
+        rehearse(job_of(tiny_model, tmp_path, layout=layout, gradient_checkpointing=lean))
+        for layout, lean in (("padded", False), ("padded", True))
+    )
+    assert lean.activations < usual.activations
+
+
+def test_workers_share_what_zero_partitions(tiny_model, tmp_path):
+    job = job_of(tiny_model, tmp_path, zero_stage=3)
+    rehearsal = rehearse(job)
+    one, four = (worker_memory(job, rehearsal, workers) for workers in (1, 4))
+    assert one["optimizer state"] == 8 * rehearsal.trained
+    assert four["optimizer state"] == pytest.approx(2 * rehearsal.trained, abs=8)
+    assert four["weights"] == pytest.approx(one["weights"] / 4, abs=1)
+    offloaded = worker_memory(job_of(tiny_model, tmp_path, offload="all"), rehearsal)
+    assert not {"weights", "optimizer state"} & offloaded.keys()
+
+
+def test_arithmetic_by_hand(tiny_model):
+    """Hidden 64, inner 128, two layers of two heads of 32 with one key head, 258 words."""
+    layers = 2 * (64 * 64 * 2 + 64 * 32 * 2 + 64 * 128 * 3)
+    whole = Arithmetic.of(load_policy(tiny_model, "float32", 64))
+    assert (whole.layers, whole.head, whole.attention, whole.frozen) == (layers, 258 * 64, 2 * 2 * 32, False)
+    pair = PairSize(10, 4, 6)
+    seen = 50 + 4 * 12 + 6 * 13
+    assert whole.flops([pair], packed=True) == 6 * (layers * 20 + 258 * 64 * 10) + 12 * 128 * seen
+    assert whole.flops([pair], packed=False) == 6 * (layers * 30 + 258 * 64 * 10) + 12 * 128 * (seen + 50)
+
+
+def test_adapters_make_no_gradients_of_the_weights_under_them(tiny_model):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    adapted = Arithmetic.of(as_policy(model, 64, Lora(rank=2), False, 0, "auto"))
+    assert adapted.frozen
+    assert adapted.flops([PairSize(10, 4, 6)], True) < Arithmetic.of(load_policy(tiny_model, "float32", 64)).flops(
+        [PairSize(10, 4, 6)], True
+    )
+
+
+def test_plan_says_what_does_not_fit(tiny_model, tmp_path, monkeypatch):
+    job = job_of(tiny_model, tmp_path)
+    lines = "\n".join(plan(job, "H100", 8))
+    assert "8 x H100" in lines
+    assert "tokens/s" in lines
+    assert "does not fit" not in lines
+    monkeypatch.setitem(GPUS, "H100", Gpu(1e12, 0.5))
+    assert "does not fit" in "\n".join(plan(job, "H100", 8))
