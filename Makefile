@@ -42,8 +42,8 @@ reward-pairs: $(READY)  ## write anew the pairs that the quickstart's reward mod
 		--set pairs.min_gap=-9
 	$(BIN)/python jobs/quickstart/fit_reward.py --export runs/reward-pairs jobs/quickstart/reward_pairs.jsonl
 
-test: $(READY) lint type  ## lint, types and all tests that this machine can run
-	$(BIN)/python -m pytest -q
+test: $(READY) lint type  ## lint, types and all tests that this machine can run, two files at a time
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 test-fast: $(READY)  ## the tests of the pure core: seconds
 	$(BIN)/python -m pytest -q tests/unit -m 'not ray'

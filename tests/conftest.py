@@ -99,7 +99,9 @@ def ray_cluster():
     """A local Ray for the tests of a session."""
     import ray
 
-    context = ray.init(num_cpus=4, object_store_memory=200 << 20, dashboard_host="127.0.0.1", log_to_driver=False)
+    context = ray.init(
+        "local", num_cpus=4, object_store_memory=200 << 20, dashboard_host="127.0.0.1", log_to_driver=False
+    )
     ray.data.DataContext.get_current().enable_progress_bars = False
     yield context
     ray.shutdown()
