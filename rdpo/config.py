@@ -37,6 +37,9 @@ class Student(Section):
     """Branch, tag or commit of a hub model."""
     dtype: Dtype = "auto"
     """Precision of the forward of reference and training; the published weights keep the model's own."""
+    quantization: Literal["none", "nf4"] = "none"
+    """`nf4`: the frozen weights under a LoRA adapter in 4 bits (QLoRA, arXiv 2305.14314), in training and reference;
+    the adapter is merged into the unquantised weights. Needs `training.lora`, ZeRO stage 2 or lower, bitsandbytes."""
     trust_remote_code: bool = False
     """Run Python code that ships with the model. Off unless the job file says so."""
 
@@ -422,6 +425,11 @@ class Job(Section):
                     f"{section}: tokens_per_batch must hold one pair, so at least twice "
                     f"reference.max_length = {2 * self.reference.max_length}"
                 )
+        if self.student.quantization != "none" and (self.training.lora is None or self.training.zero_stage == 3):
+            raise ValueError(
+                "student: quantization trains an adapter over weights that are not partitioned; "
+                "give training.lora, and training.zero_stage 2 or lower"
+            )
         if self.training.batch_size < self.training.num_workers:
             raise ValueError(
                 f"training: batch_size {self.training.batch_size} is below num_workers "

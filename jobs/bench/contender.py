@@ -9,10 +9,12 @@ TRL's DPOTrainer has its reference log-probs precomputed. Only optimizer steps a
 
 import argparse
 import json
+import multiprocessing
 import os
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 
@@ -27,7 +29,6 @@ from rdpo.policy.models import local_model
 from rdpo.policy.packing import PairSize, batch_tokens, micro_batches
 from rdpo.preference.reference import Reference, student_dtype, tokenize_pair
 from rdpo.records import alive
-from rdpo.storage import Manifest, StageFolder
 from rdpo.training.loop import PairTable, Trainer, step_pairs
 
 WARM_STEPS = 1
@@ -93,7 +94,7 @@ def bench_row(index: int, raw: dict) -> dict:
     }
 
 
-def reference_rows(job: Job, path: str, run_dir: str, limit: int) -> PairTable:
+def reference_rows(job: Job, path: str, limit: int) -> PairTable:
     """The workload's pairs with ids and reference log-probs, as the reference stage leaves them."""
     import pyarrow as pa
 
@@ -102,11 +103,7 @@ def reference_rows(job: Job, path: str, run_dir: str, limit: int) -> PairTable:
         candidates = (bench_row(index, json.loads(line)) for index, line in enumerate(file))
         fitting = (row for row in candidates if alive(tokenize_pair(row, chat, job.reference.max_length)))
         rows = list(islice(fitting, limit))
-    folder = StageFolder(run_dir, "reference")
-    folder.begin("bench")
-    folder.write_parts(Reference(job)(pa.Table.from_pylist(rows)), "prompt_id")
-    folder.commit(Manifest("reference", "bench", {}, {}), "prompt_id", len(rows))
-    return PairTable.load(run_dir)
+    return PairTable.of(Reference(job)(pa.Table.from_pylist(rows)))
 
 
 def run_rdpo(job: Job, data: PairTable, batches: list[list[int]]) -> Steps:
@@ -237,8 +234,9 @@ def main() -> None:
     if not GPU:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     job = job_of(options)
-    with tempfile.TemporaryDirectory() as run_dir:
-        data = reference_rows(job, options.pairs, run_dir, options.steps * options.batch_size)
+    # In its own process: what the reference needs is not the trainer's memory.
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as apart:
+        data = apart.submit(reference_rows, job, options.pairs, options.steps * options.batch_size).result()
     batches = [batch for batch in step_pairs(len(data), job) if len(batch) == options.batch_size][: options.steps]
     ours = options.trainer == "rdpo"
     steps = run_rdpo(job, data, batches) if ours else run_trl(job, data, batches, options.micro)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 PROMPT_WORDS, ANSWER_WORDS = 330, 90
+TRAINERS = ("trl", "rdpo")
 
 
 def long_prompts(source: Path, target: Path) -> None:
@@ -41,31 +42,45 @@ def run(trainer: str, pairs: Path, options: list[str]) -> dict:
     return json.loads(result.stdout.strip().splitlines()[-1])
 
 
-def main() -> None:
-    """Run all four, print the table and the JSON."""
-    source, options = Path(sys.argv[1]), sys.argv[2:]
-    report: dict = {}
+def compare(source: Path, options: list[str]) -> dict:
+    """Figures of both trainers on both workloads, and their ratios."""
+    report = {}
     with tempfile.TemporaryDirectory() as directory:
         long = Path(directory) / "long.jsonl"
         long_prompts(source, long)
-        for name, pairs in (("real", source), ("long", long)):
-            report[name] = {trainer: run(trainer, pairs, options) for trainer in ("trl", "rdpo")}
-            ours, theirs = report[name]["rdpo"], report[name]["trl"]
-            report[name]["pairs_ratio"] = ours["pairs_per_second"] / theirs["pairs_per_second"]
+        for workload, pairs in (("real", source), ("long", long)):
+            theirs, ours = (run(trainer, pairs, options) for trainer in TRAINERS)
             differences = [abs(a - b) / abs(b) for a, b in zip(ours["losses"], theirs["losses"], strict=True)]
-            report[name]["largest_loss_difference"] = max(differences)
-    print(f"{'workload':<10}{'trainer':<9}{'pairs/s':>9}{'tokens/s':>10}{'peak GiB':>10}{'MFU':>7}")
-    for name, results in report.items():
-        for trainer in ("trl", "rdpo"):
+            report[workload] = {
+                "trl": theirs,
+                "rdpo": ours,
+                "pairs_ratio": ours["pairs_per_second"] / theirs["pairs_per_second"],
+                "largest_loss_difference": max(differences),
+            }
+    return report
+
+
+def table(report: dict) -> str:
+    """The report as text."""
+    lines = [f"{'workload':<10}{'trainer':<9}{'pairs/s':>9}{'tokens/s':>10}{'padding':>9}{'peak GiB':>10}{'MFU':>7}"]
+    for workload, results in report.items():
+        for trainer in TRAINERS:
             row = results[trainer]
-            print(
-                f"{name:<10}{trainer:<9}{row['pairs_per_second']:>9.3f}{row['tokens_per_second']:>10.0f}"
-                f"{row['peak_gib']:>10.2f}{row['mfu']:>7.2f}"
+            lines.append(
+                f"{workload:<10}{trainer:<9}{row['pairs_per_second']:>9.3f}{row['tokens_per_second']:>10.0f}"
+                f"{row['padding']:>9.2f}{row['peak_gib']:>10.2f}{row['mfu']:>7.2f}"
             )
-        print(
-            f"{name:<10}rdpo / TRL: {results['pairs_ratio']:.2f} times the pairs; losses differ by at most "
+        lines.append(
+            f"{workload:<10}rdpo / TRL: {results['pairs_ratio']:.2f} times the pairs; losses differ by at most "
             f"{results['largest_loss_difference']:.1e} of their size"
         )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run all four, print the table and the JSON."""
+    report = compare(Path(sys.argv[1]), sys.argv[2:])
+    print(table(report))
     print(json.dumps(report))
 
 

@@ -86,16 +86,22 @@ def load_policy(
     trust_remote_code: bool = False,
     seed: int = 0,
     layout: Layout = "auto",
+    quantization: str = "none",
 ) -> Policy:
     """Load a policy; with `lora`, frozen and with a fresh adapter (its start equals the base model).
 
     Raises:
-        InputError: `layout` is "packed" and the architecture cannot read it.
+        InputError: `layout` is "packed" and the architecture cannot read it, or `quantization` is asked for
+            and bitsandbytes is not installed.
     """
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=trust_remote_code
+        folder,
+        dtype=getattr(torch, dtype),
+        use_safetensors=True,
+        trust_remote_code=trust_remote_code,
+        quantization_config=_four_bits(dtype) if quantization == "nf4" else None,
     )
     return as_policy(model, chunk, lora, gradient_checkpointing, seed, layout)
 
@@ -108,6 +114,22 @@ def as_policy(
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return Policy(_with_adapter(model, lora, seed) if lora else model, chunk, packed)
+
+
+def _four_bits(dtype: str) -> Any:
+    """NF4 with doubly quantised scales, as in QLoRA (arXiv 2305.14314)."""
+    from importlib.util import find_spec
+
+    from transformers import BitsAndBytesConfig
+
+    if find_spec("bitsandbytes") is None:
+        raise InputError('student.quantization: nf4 needs bitsandbytes; pip install "rdpo[qlora]"')
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, dtype),
+    )
 
 
 def _choose_layout(model: Any, layout: Layout) -> bool:

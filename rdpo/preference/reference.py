@@ -86,6 +86,7 @@ class Reference:
             job.training.logprob_chunk,
             trust_remote_code=student.trust_remote_code,
             layout=job.training.layout,
+            quantization=student.quantization,
         )
         self.policy = policy.eval().to(self.device)
 

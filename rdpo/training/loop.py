@@ -55,7 +55,12 @@ class PairTable:
     @classmethod
     def load(cls, run_dir: str) -> PairTable:
         """The pairs of a run's reference stage."""
-        table = StageFolder(run_dir, "reference").table(columns=COLUMNS).sort_by("prompt_id").combine_chunks()
+        return cls.of(StageFolder(run_dir, "reference").table(columns=COLUMNS))
+
+    @classmethod
+    def of(cls, rows: pa.Table) -> PairTable:
+        """The rows of a reference stage, in any order."""
+        table = rows.select(COLUMNS).sort_by("prompt_id").combine_chunks()
         lengths = [pa.compute.list_value_length(table[name]).to_pylist() for name in COLUMNS[1:4]]
         return cls(table, [PairSize(*parts) for parts in zip(*lengths, strict=True)])
 
@@ -103,6 +108,7 @@ def build_engine(job: Job, seed: int) -> Any:
         student.trust_remote_code,
         seed,
         training.layout,
+        student.quantization,
     )
     del partitioned_load
     policy.train()

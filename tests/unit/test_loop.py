@@ -34,9 +34,10 @@ def pairs(poisoned=()):
     return PairTable(pa.Table.from_pylist(rows), [PairSize(3, 2, 3)] * PAIRS)
 
 
-def trainer_of(model, place, data, dtype="float32", **training):
+def trainer_of(model, place, data, dtype="float32", quantization="none", **training):
     table = valid_job(model, place)
-    table["student"]["dtype"], table["reference"]["max_length"] = dtype, 64
+    table["student"] |= {"dtype": dtype, "quantization": quantization}
+    table["reference"]["max_length"] = 64
     settings = {"zero_stage": 0, "num_workers": 1, "warmup_ratio": 0.0, "schedule": "constant", "learning_rate": 1e-2}
     job = Job.model_validate({**table, "training": {**table["training"], **settings, **training}})
     return Trainer(job, data, torch.device("cpu"))
@@ -103,3 +104,24 @@ def test_small_micro_batches_give_the_large_batch(tiny_model, tmp_path):
         trainer = trainer_of(tiny_model, tmp_path, data, zero_stage=1, tokens_per_batch=budget)
         losses.append([trainer.step(index, 9, [0, 1, 2, 3])["loss"] for index in range(3)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_adapter_trains_over_weights_in_four_bits(tiny_model, tmp_path):
+    lora = {"rank": 4}
+    plain, four = (
+        trainer_of(tiny_model, tmp_path, pairs(), quantization=name, zero_stage=1, lora=lora)
+        for name in ("none", "nf4")
+    )
+    expected = plain.step(0, 9, [0, 1, 2, 3])["logps/chosen"]
+    first = four.step(0, 9, [0, 1, 2, 3])
+    assert first["logps/chosen"] != expected
+    assert first["logps/chosen"] == pytest.approx(expected, rel=0.02)
+    layer = four.engine.module.model.get_base_model().model.layers[0].mlp.up_proj.base_layer
+    assert layer.weight.dtype == torch.uint8
+    steps = [four.step(index, 9, [0, 1, 2, 3]) for index in range(1, 9)]
+    assert steps[-1]["loss"] < first["loss"]
+
+
+def test_quantised_weights_are_not_partitioned(tiny_model, tmp_path):
+    with pytest.raises(ValueError, match=r"give training.lora, and training.zero_stage 2 or lower"):
+        trainer_of(tiny_model, tmp_path, pairs(), quantization="nf4", zero_stage=3, lora={"rank": 4})
