@@ -14,7 +14,7 @@ INSTALL := $(PIP) install --no-compile
 export HF_HUB_OFFLINE ?= 1
 
 # The quickstart's models come inside Python packages: nothing is asked of the Hugging Face hub.
-.PHONY: help install quickstart reward-pairs test test-fast lint format type lock clean
+.PHONY: help install quickstart reward-pairs test test-fast bench-training lint format type lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -47,6 +47,13 @@ test: $(READY) lint type  ## lint, types and all tests that this machine can run
 
 test-fast: $(READY)  ## the tests of the pure core: seconds
 	$(BIN)/python -m pytest -q tests/unit -m 'not ray'
+
+PAIRS ?= jobs/quickstart/reward_pairs.jsonl
+BENCH ?= --steps 5 --batch-size 4 --micro 2 --lora 16
+
+bench-training: $(READY)  ## rdpo against TRL's DPOTrainer: make bench-training PAIRS=pairs.jsonl BENCH='--steps 5'
+	@$(BIN)/python -c 'import trl' 2> /dev/null || $(INSTALL) --no-deps trl==1.16.0
+	$(BIN)/python jobs/bench/training.py $(PAIRS) $(BENCH)
 
 lint: $(READY)  ## ruff and codespell
 	$(BIN)/ruff check .

@@ -32,6 +32,7 @@ from rdpo.records import alive
 from rdpo.training.loop import PairTable, Trainer, step_pairs
 
 WARM_STEPS = 1
+ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29541"}
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
 
@@ -108,6 +109,8 @@ def reference_rows(job: Job, path: str, limit: int) -> PairTable:
 
 def run_rdpo(job: Job, data: PairTable, batches: list[list[int]]) -> Steps:
     """The steps by rdpo."""
+    for name, value in ALONE.items():
+        os.environ.setdefault(name, value)
     torch.distributed.init_process_group("nccl" if GPU else "gloo")
     trainer = Trainer(job, data, DEVICE)
     policy, budget = trainer.engine.module, job.training.tokens_per_batch
@@ -228,9 +231,6 @@ def main() -> None:
     """Prepare the workload, run the trainer, print its figures."""
     options = options_from(sys.argv[1:])
     options.tokens_per_batch = max(options.tokens_per_batch, 2 * options.max_length)
-    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
-        os.environ.setdefault(name, value)
-    os.environ.setdefault("MASTER_PORT", "29541")
     if not GPU:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     job = job_of(options)
