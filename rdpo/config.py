@@ -100,6 +100,31 @@ class Engine(Section):
     """Further arguments of vLLM's `AsyncEngineArgs`, passed on as they are."""
 
 
+class Endpoint(Section):
+    """An OpenAI-compatible server as the teacher (a vLLM server, a hosted model), in place of engines."""
+
+    url: str = Field(pattern=r"^https?://[^@\s]+$")
+    """Base of its API, for example `http://teacher:8000/v1`; a key does not belong here."""
+    model: str
+    """The model's name on that server."""
+    key_variable: str = Field(default="OPENAI_API_KEY", pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
+    """Environment variable that holds the key, where the run is started; unset, none is sent."""
+    concurrency: int = Field(default=16, ge=1)
+    """Requests at the same time."""
+    requests_per_minute: float | None = Field(default=None, gt=0)
+    """Requests begun per minute at most."""
+    timeout_s: float = Field(default=120.0, gt=0)
+    """Seconds until a request without an answer counts as failed."""
+    retries: int = Field(default=5, ge=0)
+    """How often a failed request is made again, after growing pauses, or after as long as the server asks for."""
+    pause_s: float = Field(default=0.5, gt=0)
+    """First pause after an answer that is not the protocol's; it doubles each time."""
+    failures_in_a_row: int = Field(default=16, ge=1)
+    """So many failed requests one after the other end the run."""
+    price_per_million: tuple[float, float] = (0.0, 0.0)
+    """Price of a million tokens read and a million written, for the cost in the manifest and the report."""
+
+
 class Synthesis(Section):
     """Who answers, critiques and revises, and in which words."""
 
@@ -113,6 +138,8 @@ class Synthesis(Section):
     """At most so many prompts, the first by id."""
     teacher: str | None = None
     """The teacher's model, named as in `student.model`; by default the student itself."""
+    endpoint: Endpoint | None = None
+    """A server as the teacher (a `[synthesis.endpoint]` table) instead of `teacher` and `engine`."""
     sampling: Sampling = Sampling()
     """How the teacher's turns are sampled."""
     engine: Engine = Engine()
@@ -417,6 +444,8 @@ class Job(Section):
             raise ValueError("rewards: give at least one; only a ready preference data set can do without")
         if self.rewards and not any(reward.weight for reward in self.rewards):
             raise ValueError("rewards: every weight is 0; give the optimised reward a weight above 0")
+        if self.synthesis.endpoint and self.synthesis.teacher:
+            raise ValueError("synthesis: teacher and endpoint both name a teacher; remove one")
         if self.pairs.chosen == self.pairs.rejected:
             raise ValueError("pairs: chosen and rejected name the same turn; name two turns of the task")
         for section in ("reference", "training"):

@@ -116,7 +116,7 @@ def synthesis(job: Job) -> dict[str, Any]:
     if job.synthesis.task is None:
         return {"split": job.synthesis.split, "limit": job.synthesis.limit}
     task = load_task(job.synthesis.task).model_dump()
-    weights = fingerprint(teacher_model(job))
+    weights = None if job.synthesis.endpoint else fingerprint(teacher_model(job))
     return {**job.synthesis.model_dump(), "turns": task, "weights": weights, "seed": job.seed}
 
 

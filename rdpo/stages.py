@@ -31,7 +31,7 @@ def prepare(job: Job) -> None:
     from rdpo.policy.models import local_model
     from rdpo.preference.rewards import check_rewards
     from rdpo.synthesis.given import SIDES
-    from rdpo.synthesis.instructions import load_task
+    from rdpo.synthesis.instructions import check_prefills, load_task
     from rdpo.synthesis.teacher import teacher_model
 
     names = [turn.name for turn in load_task(job.synthesis.task).turns] if job.synthesis.task else SIDES
@@ -42,7 +42,10 @@ def prepare(job: Job) -> None:
             )
     local_model(job.student.model, job.student.revision)
     load_chat(job.student.model, job.student.revision, job.student.trust_remote_code)
-    local_model(teacher_model(job))
+    if not job.synthesis.endpoint:
+        local_model(teacher_model(job))
+    elif job.synthesis.task:
+        check_prefills(load_task(job.synthesis.task))
     check_rewards(job)
     check_devices(job, start_ray(job))
 
@@ -121,6 +124,7 @@ def _prompts(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:
 
 
 def _synthesis(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:
+    from rdpo.synthesis.endpoint import endpoint_cost
     from rdpo.synthesis.given import given_answers
     from rdpo.synthesis.instructions import check_fields, load_task
     from rdpo.synthesis.teacher import synthesize
@@ -129,7 +133,11 @@ def _synthesis(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:
     if not run.job.synthesis.task:
         return _rows_stage(run, folder, meter, _table_source(table), given_answers)
     check_fields(load_task(run.job.synthesis.task), table.slice(0, 1).to_pylist()[0])
-    return _rows_stage(run, folder, meter, _table_source(table), synthesize, generates=True)
+    counted = _rows_stage(run, folder, meter, _table_source(table), synthesize, generates=True)
+    if run.job.synthesis.endpoint:
+        counted |= endpoint_cost(folder.table().to_pylist(), run.job.synthesis.endpoint.price_per_million)
+        run.console.say(f"{'':<11}endpoint: {counted['tokens_read']} tokens read, cost {counted['cost']:.2f}")
+    return counted
 
 
 def _rewards(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:

@@ -32,6 +32,7 @@ class Generation:
     finish_reason: str
     tokens: int
     logprobs: dict[int, float] | None = None
+    prompt_tokens: int = 0
 
 
 class ContextError(ValueError):
@@ -129,6 +130,7 @@ class Engine:
             "length" if final.finish_reason == "length" else "stop",
             len(final.token_ids),
             {token: entry.logprob for token, entry in logprobs.items()} if logprobs else None,
+            len(prompt_ids),
         )
 
     def _leave_if_dead(self) -> None:

@@ -99,6 +99,17 @@ def check_template(template: str, where: str) -> set[str]:
         raise InputError(f"{where}: template: {error.message} (line {error.lineno})") from None
 
 
+def check_prefills(task: Task) -> None:
+    """Check that no turn puts words into the teacher's mouth, which a server may not continue.
+
+    Raises:
+        InputError: a turn does.
+    """
+    for turn in task.turns:
+        if turn.prefill:
+            raise InputError(f"synthesis.task: turn `{turn.name}` has a `prefill`, which an endpoint cannot go on from")
+
+
 def check_fields(task: Task, row: Row) -> None:
     """Check the templates' names against the columns of the data.
 

@@ -1,22 +1,27 @@
-"""The teacher: one engine carries each row through all turns of its task.
+"""The teacher: one engine, or one client of a server, carries each row through all turns of its task.
 
 A row's next turn starts when its last one ends, whatever the other rows do, and finds its own
 conversation in the prefix cache. Adds, for each turn: the answer under the turn's name,
-`NAME_finish_reason` and `NAME_tokens`.
+`NAME_finish_reason`, `NAME_tokens`, and in `NAME_prompt_length` the tokens of the conversation before it.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import AsyncIterator, Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
 
 import pyarrow as pa
+from pydantic import SecretStr
 
+from rdpo.config import Endpoint as EndpointSettings
+from rdpo.config import Engine as EngineSettings
 from rdpo.config import Job, Sampling
 from rdpo.policy.chat import load_chat
 from rdpo.policy.models import local_model
 from rdpo.records import Messages, Row, draw_seed, drop, table_of
-from rdpo.synthesis.engine import Engine, engine_pool, gather_rows
+from rdpo.synthesis.endpoint import Endpoint, endpoint_key
+from rdpo.synthesis.engine import Engine, Generation, engine_pool, gather_rows
 from rdpo.synthesis.instructions import Turn, load_task, template_values, turn_messages
 
 if TYPE_CHECKING:
@@ -30,19 +35,72 @@ def teacher_model(job: Job) -> str:
 
 def synthesize(rows: ray.data.Dataset, job: Job) -> ray.data.Dataset:
     """Add the answers of every turn of the task to the rows of prompts."""
-    return engine_pool(rows, Teacher, job.synthesis.engine, {"job": job})
+    synthesis = job.synthesis
+    if synthesis.endpoint is None:
+        return engine_pool(rows, Teacher, synthesis.engine, {"job": job, "voice": EngineVoice})
+    settings = client_pool(synthesis.engine, synthesis.endpoint)
+    voice = partial(EndpointVoice, key=endpoint_key(synthesis.endpoint))
+    return engine_pool(rows, Teacher, settings, {"job": job, "voice": voice})
+
+
+def client_pool(engine: EngineSettings, endpoint: EndpointSettings) -> EngineSettings:
+    """One actor without an engine, with enough rows in flight to keep all of the endpoint's places taken."""
+    blocks = max(2, -(-2 * endpoint.concurrency // engine.batch_rows))
+    return engine.model_copy(update={"concurrency": 1, "gpus": 0, "cpus": 1, "batches_in_flight": blocks})
+
+
+class Voice(Protocol):
+    """Who speaks a turn."""
+
+    async def say(self, messages: Messages, turn: Turn, sampling: Sampling, seed: int) -> Generation:
+        """The answer to a conversation, without the turn's prefill."""
+
+    def shutdown(self) -> None:
+        """Give back what it holds."""
+
+
+class EngineVoice:
+    """A vLLM engine of this process."""
+
+    def __init__(self, job: Job):
+        model = teacher_model(job)
+        self.chat = load_chat(model, trust_remote_code=job.student.trust_remote_code)
+        self.engine = Engine(str(local_model(model)), job.synthesis.engine, job.seed)
+
+    async def say(self, messages: Messages, turn: Turn, sampling: Sampling, seed: int) -> Generation:
+        """The answer by the engine."""
+        return await self.engine.generate(
+            self.chat.prompt_ids(messages, turn.prefill), sampling, seed, self.chat.stop_ids
+        )
+
+    def shutdown(self) -> None:
+        """End the engine."""
+        self.engine.shutdown()
+
+
+class EndpointVoice:
+    """A server elsewhere."""
+
+    def __init__(self, job: Job, key: SecretStr):
+        assert job.synthesis.endpoint is not None
+        self.endpoint = Endpoint(job.synthesis.endpoint, key)
+
+    async def say(self, messages: Messages, turn: Turn, sampling: Sampling, seed: int) -> Generation:
+        """The answer by the server."""
+        return await self.endpoint.say(messages, sampling, seed)
+
+    def shutdown(self) -> None:
+        """Nothing is held."""
 
 
 class Teacher:
-    """A Ray Data actor that owns one engine and speaks every turn of a row's conversation."""
+    """A Ray Data actor that speaks every turn of a row's conversation."""
 
-    def __init__(self, job: Job):
+    def __init__(self, job: Job, voice: Callable[[Job], Voice]):
         self.job = job
         assert job.synthesis.task is not None
         self.task = load_task(job.synthesis.task)
-        self.chat = load_chat(teacher_model(job), trust_remote_code=job.student.trust_remote_code)
-        folder = str(local_model(teacher_model(job)))
-        self.engine = Engine(folder, job.synthesis.engine, job.seed)
+        self.voice = voice(job)
 
     async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
         """Carry a block of rows through all turns."""
@@ -66,19 +124,17 @@ class Teacher:
         return row
 
     async def _speak(self, turn: Turn, row: Row, messages: Messages) -> None:
-        generation = await self.engine.generate(
-            self.chat.prompt_ids(messages, turn.prefill),
-            turn_sampling(turn, self.job.synthesis.sampling),
-            draw_seed(self.job.seed, row["prompt_id"], turn.name),
-            self.chat.stop_ids,
-        )
+        sampling = turn_sampling(turn, self.job.synthesis.sampling)
+        seed = draw_seed(self.job.seed, row["prompt_id"], turn.name)
+        generation = await self.voice.say(messages, turn, sampling, seed)
         row[turn.name] = (turn.prefill + generation.text).strip()
         row[f"{turn.name}_finish_reason"] = generation.finish_reason
         row[f"{turn.name}_tokens"] = generation.tokens
+        row[f"{turn.name}_prompt_length"] = generation.prompt_tokens
 
     def __del__(self) -> None:
-        if hasattr(self, "engine"):
-            self.engine.shutdown()
+        if hasattr(self, "voice"):
+            self.voice.shutdown()
 
 
 def turn_sampling(turn: Turn, common: Sampling) -> Sampling:
