@@ -27,6 +27,9 @@ Dtype = Literal["auto", "bfloat16", "float32"]
 Layout = Literal["auto", "packed", "padded"]
 """How token rows reach the model, see `Training.layout`."""
 
+Defect = Literal["refusal", "empty_critique", "no_change_asked", "repeats_response", "quotes_critique", "preamble"]
+"""What can be wrong with the teacher's turns."""
+
 
 class Student(Section):
     """The model to align. It is also the reference, and its tokenizer renders the training data."""
@@ -215,6 +218,8 @@ class Pairs(Section):
     """Drop pairs with `score_chosen - score_rejected` below this."""
     min_answer_chars: int = Field(default=1, ge=1)
     """Drop pairs with a shorter answer."""
+    drop_defects: list[Defect] = []
+    """Drop rows with these defects of the teacher's turns, see `rdpo.synthesis.defects`; all are counted anyway."""
     drop_truncated: Literal["never", "chosen", "any"] = "never"
     """Drop pairs whose chosen answer (or either) was cut off at the token limit."""
 

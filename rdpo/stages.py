@@ -150,10 +150,15 @@ def _rewards(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:
 
 def _pairs(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:
     from rdpo.preference.pairs import agreement, make_pairs
+    from rdpo.synthesis.defects import count_defects
 
     counted = _rows_stage(run, folder, meter, _stage_source(run, "rewards"), make_pairs)
     scored = run.folder("rewards").table() if counted["rows_in"] else None
     counted["agreement"] = agreement(scored.to_pylist(), run.job.pairs) if scored else {}
+    if scored and run.job.synthesis.task:
+        counted["defects"] = count_defects(scored.to_pylist(), run.job.pairs.rejected, run.job.pairs.chosen)
+        for defect, count in counted["defects"].items():
+            run.console.say(f"{'':<11}{count} of {len(scored)} conversations: {defect}")
     for reward, share in counted["agreement"].items():
         run.console.say(f"{'':<11}{reward} prefers {run.job.pairs.chosen} to {run.job.pairs.rejected}: {share:.2f}")
     return counted

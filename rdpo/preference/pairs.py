@@ -14,6 +14,7 @@ import pyarrow as pa
 from rdpo.config import Job
 from rdpo.config import Pairs as Settings
 from rdpo.records import Row, drop, table_of
+from rdpo.synthesis.defects import defects
 
 if TYPE_CHECKING:
     import ray.data
@@ -26,7 +27,17 @@ def make_pairs(rows: ray.data.Dataset, job: Job) -> ray.data.Dataset:
 
 def pairs_table(table: pa.Table, settings: Settings) -> pa.Table:
     """Pairs of one block."""
-    return table_of([filtered(pair_row(row, settings), settings) for row in table.to_pylist()])
+    return table_of([_pair(row, settings) for row in table.to_pylist()])
+
+
+def _pair(row: Row, settings: Settings) -> Row:
+    pair = pair_row(row, settings)
+    if settings.drop_defects:
+        wrong = [
+            defect for defect in defects(row, settings.rejected, settings.chosen) if defect in settings.drop_defects
+        ]
+        pair = drop(pair, f"{settings.chosen}: {wrong[0]}") if wrong else pair
+    return filtered(pair, settings)
 
 
 def agreement(rows: list[Row], settings: Settings) -> dict[str, float]:

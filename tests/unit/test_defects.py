@@ -1,0 +1,57 @@
+"""Defects of conversations: each found where it is, and not where it is not."""
+
+import pytest
+
+from rdpo.config import Pairs
+from rdpo.preference.pairs import pairs_table
+from rdpo.records import table_of
+from rdpo.synthesis.defects import count_defects, defects
+
+
+def row(response="Arr, Paris it be!", critique="It speaks as a pirate, which was not asked for.", revision="Paris."):
+    texts = {"response": response, "critique": critique, "revision": revision}
+    return {"prompt_id": "p", **texts, **{f"{name}_finish_reason": "stop" for name in texts}}
+
+
+LONG = "The answer above speaks as a pirate in every one of its sentences, and that is not wanted here."
+
+
+@pytest.mark.parametrize(
+    ("texts", "expected"),
+    [
+        ({}, []),
+        ({"revision": "I'm sorry, but I can't help with that."}, ["refusal"]),
+        ({"revision": "As an AI language model, I have no opinion."}, ["refusal"]),
+        ({"revision": "I cannot assist with this request."}, ["refusal"]),
+        ({"revision": "Sorry to hear that. Rest, and drink water."}, []),
+        ({"revision": "You cannot boil an egg without heat."}, []),
+        ({"critique": "Fine."}, ["empty_critique"]),
+        ({"critique": "The answer is accurate. No changes are needed."}, ["no_change_asked"]),
+        ({"critique": "No change of tone is visible; it stays a pirate."}, []),
+        ({"revision": "arr -- Paris it be"}, ["repeats_response"]),
+        ({"critique": LONG, "revision": f"You are right: {LONG}"}, ["quotes_critique"]),
+        ({"critique": LONG, "revision": "The answer above is Paris."}, []),
+        ({"revision": "Here is the revised answer:\nParis."}, ["preamble"]),
+        ({"revision": "Sure! Here's a rewritten version of it: Paris."}, ["preamble"]),
+        ({"revision": "Here is how to do it: boil water."}, []),
+    ],
+)
+def test_defects(texts, expected):
+    assert defects(row(**texts), "response", "revision") == expected
+
+
+def test_counts():
+    rows = [row(), row(critique="Fine."), row(critique="Ok", revision="As an AI, no.")]
+    assert count_defects(rows, "response", "revision") == {"empty_critique": 2, "refusal": 1}
+
+
+def test_rows_with_a_defect_are_dropped_where_the_job_says_so():
+    scored = [
+        {**one, "prompt": [], **{f"{turn}_score": 1.0 for turn in ("response", "revision")}}
+        | {f"{turn}_scores": {"r": 1.0} for turn in ("response", "revision")}
+        for one in (row(), row(revision="As an AI, no."))
+    ]
+    kept = [one["dropped"] for one in pairs_table(table_of(scored), Pairs()).to_pylist()]
+    assert kept == [None, None]
+    dropped = [one["dropped"] for one in pairs_table(table_of(scored), Pairs(drop_defects=["refusal"])).to_pylist()]
+    assert dropped == [None, "revision: refusal"]
