@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rdpo.config import Job
     from rdpo.pipeline import Run
 
+OUT_OF_MEMORY = "out of memory"
 STAGE_COMMANDS = {
     "synthesize": "synthesis",
     "score": "rewards",
@@ -55,8 +56,7 @@ def _broken(options: argparse.Namespace, error: Exception) -> int:
     if cause:
         print(f"rdpo: {cause}", file=sys.stderr)
         return 2
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    print(f"rdpo: {type(error).__name__}: {lines[-1].strip() if lines else ''}", file=sys.stderr)
+    print(f"rdpo: {_in_one_line(error)}", file=sys.stderr)
     run_dir = getattr(options, "run_dir", None)
     if run_dir and (Path(run_dir) / "logs").is_dir():
         details = Path(run_dir) / "logs" / "error.log"
@@ -65,6 +65,17 @@ def _broken(options: argparse.Namespace, error: Exception) -> int:
     else:
         traceback.print_exception(error)
     return 1
+
+
+def _in_one_line(error: Exception) -> str:
+    if OUT_OF_MEMORY in str(error).lower():
+        return (
+            "a worker was killed because its machine ran out of memory; lower tokens_per_batch (reference, training), "
+            "logprob_chunk or engine.kv_cache_gib, or set training.gradient_checkpointing; `rdpo plan` says what takes "
+            "how much"
+        )
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1].strip() if lines else ''}"
 
 
 def _input_error_within(error: BaseException | None) -> InputError | None:
@@ -166,13 +177,14 @@ def _stage(options: argparse.Namespace) -> int:
 
 
 def _execute(job, run_dir: str, fresh: bool = False, until: str | None = None, only: str | None = None) -> int:  # type: ignore[no-untyped-def]
+    from rdpo.cluster import ray_stopped_after
     from rdpo.pipeline import Run, locked, run_stages
     from rdpo.stages import STAGES, prepare
     from rdpo.tracking import quiet_console
 
     names = [stage.name for stage in STAGES]
     last = names.index(until or only or names[-1])
-    with locked(job, run_dir, fresh), quiet_console(Path(run_dir) / "logs") as console:
+    with locked(job, run_dir, fresh), quiet_console(Path(run_dir) / "logs") as console, ray_stopped_after():
         run = Run(job, os.path.abspath(run_dir), console, prepare)
         run_stages(run, STAGES[last if only else 0 : last + 1])
         if not only and not until:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from rdpo.config import ClassifierReward, Job, JudgeReward
+from rdpo.config import ClassifierReward, ImplicitReward, Job, JudgeReward
 from rdpo.errors import InputError
 
 HEADROOM_CPUS = 2
@@ -34,6 +37,16 @@ def start_ray(job: Job) -> Any:
     return ray
 
 
+@contextmanager
+def ray_stopped_after() -> Iterator[None]:
+    """Leave Ray when the context ends, while its last words still go where the context sends them."""
+    try:
+        yield
+    finally:
+        if "ray" in sys.modules:
+            sys.modules["ray"].shutdown()
+
+
 def check_devices(job: Job, ray: Any) -> None:
     """Compare the GPUs the job asks for with those the cluster has.
 
@@ -49,7 +62,7 @@ def check_devices(job: Job, ray: Any) -> None:
     for reward in job.rewards:
         if isinstance(reward, JudgeReward):
             wanted[f"rewards.{reward.name}.engine.gpus"] = reward.engine.gpus
-        elif isinstance(reward, ClassifierReward):
+        elif isinstance(reward, ClassifierReward | ImplicitReward):
             wanted[f"rewards.{reward.name}.gpus"] = reward.gpus
     available = ray.cluster_resources().get("GPU", 0)
     for name, count in wanted.items():

@@ -194,6 +194,28 @@ class JudgeReward(RewardSection):
     """The judge's engines."""
 
 
+class ImplicitReward(RewardSection):
+    """DPO's implicit reward of a trained model against the model it was trained from (arXiv 2406.09760)."""
+
+    kind: Literal["implicit"]
+    model: str
+    """The trained model, named as in `student.model`, with its adapter merged."""
+    reference: str | None = None
+    """The model it was trained from; by default the student. Both have the same tokenizer."""
+    beta: float = Field(default=0.1, gt=0)
+    """The beta it was trained with."""
+    normalization: Literal["sum", "token_mean"] = "sum"
+    """Log-ratio of the whole answer, or its mean per token."""
+    dtype: Dtype = "auto"
+    """Precision of both forwards."""
+    tokens_per_batch: int = Field(default=4096, ge=32)
+    """Token budget of one forward."""
+    concurrency: int = Field(default=1, ge=1)
+    """Number of reward actors."""
+    gpus: float = Field(default=0, ge=0)
+    """GPUs of one actor, which holds both models."""
+
+
 class FunctionReward(RewardSection):
     """A Python function `f(prompt: list[dict], answer: str, row: dict) -> float`."""
 
@@ -202,7 +224,7 @@ class FunctionReward(RewardSection):
     """Where it is: `package.module:name`, importable from the working directory."""
 
 
-Reward = Annotated[ClassifierReward | JudgeReward | FunctionReward, Field(discriminator="kind")]
+Reward = Annotated[ClassifierReward | JudgeReward | ImplicitReward | FunctionReward, Field(discriminator="kind")]
 
 
 class Pairs(Section):

@@ -14,7 +14,7 @@ from typing import Any
 
 import fsspec
 
-from rdpo.config import FunctionReward, Job
+from rdpo.config import FunctionReward, ImplicitReward, Job
 from rdpo.policy.hardware import compute_dtype
 from rdpo.policy.models import fingerprint
 from rdpo.records import digest
@@ -88,7 +88,7 @@ def _student(job: Job) -> dict[str, Any]:
 
 
 def _reward_settings(job: Job) -> list[dict[str, Any]]:
-    from rdpo.preference.rewards import load_function
+    from rdpo.preference.function import load_function
 
     settings = []
     for reward in job.rewards:
@@ -98,6 +98,8 @@ def _reward_settings(job: Job) -> list[dict[str, Any]]:
             entry["source"] = digest(inspect.getsource(module)) if module else ""
         else:
             entry["weights"] = fingerprint(reward.model or job.student.model)
+        if isinstance(reward, ImplicitReward):
+            entry["reference"] = fingerprint(reward.reference or job.student.model)
         settings.append(entry)
     return settings
 

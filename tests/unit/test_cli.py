@@ -79,3 +79,14 @@ def test_stage_commands_need_a_run(capsys, tmp_path, command):
     code, said = exit_code(capsys, command, str(tmp_path))
     assert code == 2
     assert "config.toml" in said
+
+
+def test_out_of_memory_is_one_message_with_remedies(capsys, tmp_path, job_table, monkeypatch):
+    def crash(*_, **__):
+        raise RuntimeError("Refer to the documentation on how to address the out of memory issue: ...")
+
+    monkeypatch.setattr("rdpo.cli._execute", crash)
+    path = write_job(tmp_path / "job.toml", job_table)
+    assert main(["run", path, "--run-dir", str(tmp_path / "run")]) == 1
+    message = capsys.readouterr().err
+    assert message.startswith("rdpo: a worker was killed because its machine ran out of memory; lower tokens_per_batch")

@@ -8,7 +8,7 @@ import pytest
 from rdpo.config import Job
 from rdpo.errors import InputError
 from rdpo.preference.pairs import pairs_table
-from rdpo.preference.rewards import combine_table
+from rdpo.preference.scores import combine_table
 from rdpo.synthesis.given import answered
 from rdpo.synthesis.prompts import _check_named, needed_columns, prompt_row
 

@@ -4,19 +4,18 @@ import math
 
 import pyarrow as pa
 import pytest
+import torch
+from transformers import LlamaForCausalLM
 
-from rdpo.config import ClassifierReward, FunctionReward, JudgeReward
+from rdpo.config import ClassifierReward, FunctionReward, ImplicitReward, Job, JudgeReward
 from rdpo.errors import InputError
 from rdpo.policy.chat import make_chat
-from rdpo.preference.rewards import (
-    Classifier,
-    checked_classifier,
-    combine_table,
-    expected_rating,
-    load_function,
-    rating_values,
-    score_by_function,
-)
+from rdpo.preference.classifier import Classifier, checked_classifier
+from rdpo.preference.function import load_function, score_by_function
+from rdpo.preference.implicit import Implicit, checked_implicit
+from rdpo.preference.judge import expected_rating, rating_values
+from rdpo.preference.scores import combine_table
+from tests.conftest import byte_tokenizer, save_model, tiny_config
 
 PROMPT = [{"role": "user", "content": "why?"}]
 ANSWERS = ["because", "I do not know, and nobody else does either.", "x", "rain " * 9]
@@ -96,3 +95,47 @@ def test_combined_score_is_the_weighted_sum_without_the_independent_one():
     table = pa.Table.from_pylist([{"a_scores": {"one": 2.0, "two": 10.0, "three": 1.0}}])
     combined = combine_table(table, {"one": 0.5, "two": 0.0, "three": -1.0}, ["a"])
     assert combined["a_score"].to_pylist() == [0.0]
+
+
+def implicit(models, **changes):
+    return ImplicitReward(kind="implicit", name="own", model=models[0], reference=models[1], dtype="float32", **changes)
+
+
+def plain_logp(folder, prompt_ids, answer_ids):
+    from transformers import AutoModelForCausalLM
+
+    logits = AutoModelForCausalLM.from_pretrained(folder)(torch.tensor([[*prompt_ids, *answer_ids]])).logits[0]
+    at = torch.arange(len(prompt_ids) - 1, len(prompt_ids) + len(answer_ids) - 1)
+    return float(logits.log_softmax(-1)[at, answer_ids].sum())
+
+
+@pytest.mark.parametrize("budget", [64, 4096])
+def test_implicit_reward_is_beta_times_the_log_ratio(wordy_models, job_table, budget):
+    job = Job.model_validate(job_table)
+    reward = implicit(wordy_models, beta=0.3, tokens_per_batch=budget)
+    rows = [{"prompt": PROMPT, "answer": text, "answer_finish_reason": "stop"} for text in ANSWERS[:3]]
+    rows.append({**rows[0], "answer_finish_reason": "length"})
+    actor = Implicit(reward, ["answer"], job)
+    scores = actor.score(rows, "answer")
+    for row, score in zip(rows, scores, strict=True):
+        prompt = actor.chat.prompt_ids(row["prompt"])
+        answer = actor.chat.completion_ids(row["answer"], row["answer_finish_reason"] == "stop")
+        trained, start = (plain_logp(folder, prompt, answer) for folder in wordy_models)
+        assert score == pytest.approx(0.3 * (trained - start), abs=1e-4)
+    assert scores[0] != scores[3]
+    per_token = Implicit(implicit(wordy_models, beta=0.3, normalization="token_mean"), ["answer"], job)
+    length = len(actor.chat.completion_ids(ANSWERS[0], True))
+    assert per_token.score(rows, "answer")[0] == pytest.approx(scores[0] / length, abs=1e-5)
+
+
+def test_implicit_reward_of_a_model_against_itself_is_zero(wordy_models, job_table):
+    actor = Implicit(implicit([wordy_models[0]] * 2), ["answer"], Job.model_validate(job_table))
+    rows = [{"prompt": PROMPT, "answer": text, "answer_finish_reason": "stop"} for text in ANSWERS]
+    assert actor.score(rows, "answer") == [0.0] * 4
+
+
+def test_models_with_different_tokenizers_are_refused(wordy_models, job_table, tmp_path):
+    other = byte_tokenizer(specials=("<a>", "<b>", "<|im_start|>", "<|im_end|>"))
+    save_model(tmp_path / "other", LlamaForCausalLM(tiny_config(other)), other)
+    with pytest.raises(InputError, match="have different tokenizers"):
+        checked_implicit(implicit([wordy_models[0], str(tmp_path / "other")]), Job.model_validate(job_table))

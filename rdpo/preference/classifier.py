@@ -1,0 +1,96 @@
+"""A reward model with a classification head, through transformers."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pyarrow as pa
+
+from rdpo.config import ClassifierReward
+from rdpo.errors import InputError
+from rdpo.policy.hardware import available_cores, compute_dtype
+from rdpo.policy.models import local_model
+from rdpo.preference.scores import record_scores
+from rdpo.records import Messages, table_of, text_of
+
+
+class Classifier:
+    """A Ray Data actor with a sequence-classification model of one output.
+
+    The conversation is rendered with the reward model's own chat template if it has one, else as
+    the text pair (prompt, answer); `answer_only` gives it the answer alone.
+    """
+
+    def __init__(self, reward: ClassifierReward, answers: list[str]):
+        import torch
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+        self.reward, self.answers = reward, answers
+        folder = checked_classifier(reward)
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        if self.tokenizer.pad_token_id is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        self.tokenizer.truncation_side, self.tokenizer.padding_side = "left", "right"
+        self.device = "cuda" if reward.gpus else "cpu"
+        if not reward.gpus:
+            torch.set_num_threads(len(available_cores()))
+        dtype = getattr(torch, compute_dtype(reward.dtype, reward.gpus > 0))
+        model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+        model.config.pad_token_id = self.tokenizer.pad_token_id
+        self.model = model.eval().to(self.device)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Score a block of rows."""
+        rows = batch.to_pylist()
+        for answer in self.answers:
+            scores = self.score([row["prompt"] for row in rows], [row[answer] for row in rows])
+            rows = record_scores(rows, answer, self.reward.name, scores)
+        return table_of(rows)
+
+    def score(self, prompts: list[Messages], answers: list[str]) -> list[float]:
+        """Scores of answers, in order; the forward runs over batches of similar length."""
+        ids = [self.input_ids(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+        order = sorted(range(len(ids)), key=lambda index: len(ids[index]["input_ids"]))
+        scores = [math.nan] * len(ids)
+        for start in range(0, len(order), self.reward.batch_size):
+            chosen = order[start : start + self.reward.batch_size]
+            for index, score in zip(chosen, self._forward([ids[i] for i in chosen]), strict=True):
+                scores[index] = score
+        return scores
+
+    def input_ids(self, prompt: Messages, answer: str) -> dict[str, list[int]]:
+        """What the model reads of one answer."""
+        limit: dict[str, Any] = {"truncation": True, "max_length": self.reward.max_length}
+        if self.reward.answer_only:
+            return dict(self.tokenizer(answer, **limit))
+        if self.tokenizer.chat_template:
+            messages = [*prompt, {"role": "assistant", "content": answer}]
+            encoded = self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **limit)
+            return {key: list(value) for key, value in encoded.items()}
+        return dict(self.tokenizer(text_of(prompt), answer, **limit))
+
+    def _forward(self, encoded: list[dict[str, list[int]]]) -> list[float]:
+        import torch
+
+        padded = self.tokenizer.pad(encoded, return_tensors="pt").to(self.device)
+        with torch.inference_mode():
+            return self.model(**padded).logits[:, 0].float().tolist()
+
+
+def checked_classifier(reward: ClassifierReward) -> str:
+    """Folder of a reward model, after a look at its configuration.
+
+    Raises:
+        InputError: it has no classification head, or more than one output.
+    """
+    from transformers import AutoConfig
+
+    folder = str(local_model(reward.model))
+    config = AutoConfig.from_pretrained(folder)
+    where = f"rewards.{reward.name}: {reward.model}"
+    if not any("SequenceClassification" in name for name in config.architectures or []):
+        raise InputError(f"{where} has no classification head ({config.architectures}); use kind = 'judge'")
+    if config.num_labels != 1:
+        raise InputError(f"{where} has {config.num_labels} outputs; a reward model has one")
+    return folder
