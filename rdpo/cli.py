@@ -129,6 +129,7 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     plan.add_argument("job", metavar="JOB.toml")
     plan.add_argument("--set", metavar="section.key=value", action="append", default=[], dest="overrides")
     plan.add_argument("--gpu", metavar="TYPE", help="a GPU type, for example H100")
+    plan.add_argument("--run-dir", metavar="DIR", help="a run whose reference stage is done: its pairs' lengths count")
     plan.add_argument("--workers", type=int, help="how many (default: training.num_workers)")
     plan.set_defaults(function=_plan)
 
@@ -218,9 +219,11 @@ def _show(options: argparse.Namespace) -> int:
 
 def _plan(options: argparse.Namespace) -> int:
     from rdpo.config import load_job
+    from rdpo.training.loop import PairTable
     from rdpo.training.plan import plan
 
-    for line in plan(load_job(options.job, options.overrides), options.gpu, options.workers):
+    sizes = PairTable.load(options.run_dir).sizes if options.run_dir else ()
+    for line in plan(load_job(options.job, options.overrides), options.gpu, options.workers, sizes):
         print(line)
     return 0
 

@@ -8,7 +8,9 @@ adapters and gradient checkpointing without a formula for any of them.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -20,8 +22,9 @@ from rdpo.config import Job
 from rdpo.policy.flops import Arithmetic
 from rdpo.policy.model import Policy, as_policy
 from rdpo.policy.models import local_model
-from rdpo.policy.packing import PairSize, batch_tokens
+from rdpo.policy.packing import PairSize, batch_tokens, epoch_steps, plan_step
 from rdpo.preference.reference import student_dtype
+from rdpo.training.loop import step_pairs
 from rdpo.training.zero import BUCKET, LIVE, stage_of
 
 GIB = 1 << 30
@@ -29,6 +32,9 @@ CPU_PROCESS = int(1.0 * GIB)
 """Python with torch, transformers, DeepSpeed and Ray, resident."""
 GPU_PROCESS = int(1.5 * GIB)
 """CUDA context and NCCL's buffers."""
+
+CPU_SLACK = 0.6
+"""What the C library keeps of the activations' memory beyond what is live (measured, jobs/bench/RESULTS.md)."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +54,13 @@ def typical_pair(job: Job) -> PairSize:
     return PairSize(longest - longest // 2, longest // 2, longest // 2)
 
 
-def rehearse(job: Job) -> Rehearsal:
-    """Run one full micro-batch of the job's student on fake tensors."""
+def rehearse(job: Job, sizes: Sequence[PairSize] = ()) -> Rehearsal:
+    """Run the heaviest micro-batch of the job's student on fake tensors.
+
+    Args:
+        job: the job.
+        sizes: of its pairs, where they are known; else all are taken to be as long as the job admits.
+    """
     from torch._subclasses.fake_tensor import FakeTensorMode
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -66,7 +77,7 @@ def rehearse(job: Job) -> Rehearsal:
         )
     with FakeTensorMode():
         _pretend_on_cpu(policy)
-        peak = _step_peak(policy, typical_pair(job), _pairs_per_forward(job, policy.packed))
+        peak = _step_peak(policy, heaviest(job, sizes or [typical_pair(job)] * job.training.batch_size, policy.packed))
     parameters = list(policy.parameters())
     return Rehearsal(
         weights=sum(one.numel() for one in parameters),
@@ -92,15 +103,19 @@ def _like(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
 
 
-def _pairs_per_forward(job: Job, packed: bool) -> int:
-    """Pairs of the job's longest size in one micro-batch: what the budget holds, or the worker's share of a step."""
-    share = -(-job.training.batch_size // job.training.num_workers)
-    return min(share, max(1, job.training.tokens_per_batch // batch_tokens([typical_pair(job)], packed)))
+def heaviest(job: Job, sizes: Sequence[PairSize], packed: bool) -> list[PairSize]:
+    """The micro-batch with the most positions among those of the first epoch."""
+    training = job.training
+    steps = islice(step_pairs(len(sizes), job), epoch_steps(len(sizes), training.batch_size, training.num_workers))
+    plans = (plan_step(pairs, sizes, training.num_workers, training.tokens_per_batch, packed) for pairs in steps)
+    micros = ([sizes[pair] for pair in micro.pairs] for plan in plans for share in plan for micro in share)
+    return max(micros, key=lambda micro: batch_tokens(micro, packed), default=list(sizes[:1]))
 
 
-def _step_peak(policy: Policy, pair: PairSize, count: int) -> int:
+def _step_peak(policy: Policy, pairs: Sequence[PairSize]) -> int:
     """Most bytes that forward and backward of a micro-batch hold beyond weights and their gradients."""
-    batch = policy.batch(*([[0] * length] * count for length in (pair.prompt, pair.chosen, pair.rejected)))
+    lengths = zip(*((pair.prompt, pair.chosen, pair.rejected) for pair in pairs), strict=True)
+    batch = policy.batch(*([[0] * length for length in column] for column in lengths))
     held = [*policy.parameters(), *policy.buffers()]
     for weight in policy.parameters():
         if weight.requires_grad:
@@ -166,6 +181,7 @@ def worker_memory(job: Job, rehearsal: Rehearsal, workers: int | None = None) ->
         "gradients": size * (share if stage >= 2 else trained) + (4 * share if stage else 0),
         "buckets": min(BUCKET, trained) * size if stage else 0,
         "activations and head": rehearsal.activations,
+        "allocator": 0 if training.gpus_per_worker else int(rehearsal.activations * CPU_SLACK),
     }
     return {name: amount for name, amount in parts.items() if name not in _offloaded(job, stage)}
 

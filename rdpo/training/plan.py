@@ -7,7 +7,7 @@ and says so.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from rdpo.config import Job
 from rdpo.errors import InputError
 from rdpo.policy.flops import matmul_rate
 from rdpo.policy.hardware import available_cores
+from rdpo.policy.packing import PairSize
 from rdpo.preference.reference import student_dtype
 from rdpo.training.memory import GIB, Rehearsal, rehearse, typical_pair, worker_memory
 
@@ -43,24 +44,27 @@ GPUS = {
 }
 
 
-def plan(job: Job, gpu: str | None, workers: int | None) -> Iterator[str]:
+def plan(job: Job, gpu: str | None, workers: int | None, sizes: Sequence[PairSize] = ()) -> Iterator[str]:
     """Lines that say what training takes: on the job's own workers, or on so many GPUs of a type.
 
+    `sizes` are those of the job's pairs, where they are known.
+
     Raises:
-        InputError: the GPU type is not known.
+        InputError: the GPU type is not known, or there are more workers than pairs in a step.
     """
     if gpu and gpu not in GPUS:
         raise InputError(f"--gpu {gpu}: known are {', '.join(GPUS)}")
-    if gpu:
-        training = job.training.model_copy(update={"gpus_per_worker": 1})
-        job = job.model_copy(update={"training": training})
     workers = workers or job.training.num_workers
-    rehearsal = rehearse(job)
+    if workers > job.training.batch_size:
+        raise InputError(f"--workers {workers}: each needs a pair in a step, and training.batch_size is less; raise it")
+    changes = {"num_workers": workers, **({"gpus_per_worker": 1} if gpu else {})}
+    job = job.model_copy(update={"training": job.training.model_copy(update=changes)})
+    rehearsal = rehearse(job, sizes)
     parts = worker_memory(job, rehearsal, workers)
     yield _headline(job, rehearsal, gpu, workers)
     yield from _memory(parts, GPUS[gpu].memory_gib if gpu else None)
     if gpu or not job.training.gpus_per_worker:
-        yield from _speed(job, rehearsal, gpu, workers)
+        yield from _speed(job, rehearsal, gpu, workers, sizes or [typical_pair(job)])
 
 
 def _headline(job: Job, rehearsal: Rehearsal, gpu: str | None, workers: int) -> str:
@@ -87,14 +91,13 @@ def _memory(parts: dict[str, int], limit: float | None) -> Iterator[str]:
         )
 
 
-def _speed(job: Job, rehearsal: Rehearsal, gpu: str | None, workers: int) -> Iterator[str]:
-    pair = typical_pair(job)
+def _speed(job: Job, rehearsal: Rehearsal, gpu: str | None, workers: int, sizes: Sequence[PairSize]) -> Iterator[str]:
     rate = GPUS[gpu].flops if gpu else _cpu_rate(job)
-    seconds = rehearsal.arithmetic.flops([pair], rehearsal.packed) / (rate * workers * ASSUMED_MFU)
+    seconds = rehearsal.arithmetic.flops(sizes, rehearsal.packed) / (rate * workers * ASSUMED_MFU)
     guess = f"{ASSUMED_MFU:.0%} of {rate / 1e12:,.2f} TFLOP/s per worker, guessed"
-    yield f"about {pair.tokens / seconds:,.0f} tokens/s ({guess})"
-    answers = f"{pair.prompt} prompt and 2 x {pair.chosen} answer tokens"
-    yield f"1,000 pairs of {answers} in about {1000 * seconds / 60:,.1f} min"
+    tokens = sum(pair.tokens for pair in sizes)
+    yield f"about {tokens / seconds:,.0f} tokens/s ({guess})"
+    yield f"1,000 pairs of {tokens / len(sizes):,.0f} tokens in about {1000 * seconds / len(sizes) / 60:,.1f} min"
 
 
 def _cpu_rate(job: Job) -> float:

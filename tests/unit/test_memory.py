@@ -5,10 +5,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rdpo.config import Job, Lora
+from rdpo.errors import InputError
 from rdpo.policy.flops import Arithmetic
 from rdpo.policy.model import as_policy, load_policy
 from rdpo.policy.packing import PairSize
-from rdpo.training.memory import Memory, rehearse, worker_memory
+from rdpo.training.memory import Memory, heaviest, rehearse, worker_memory
 from rdpo.training.plan import GPUS, Gpu, plan
 from tests.conftest import valid_job
 
@@ -32,15 +33,22 @@ def test_memory_counts_what_is_held_and_not_what_is_gone():
 
 @pytest.mark.parametrize("lora", [None, Lora(rank=4)])
 def test_rehearsal_on_fake_tensors_takes_as_much_as_the_real_step(tiny_model, tmp_path, lora):
-    from rdpo.training.memory import _pairs_per_forward, _step_peak, typical_pair
+    from rdpo.training.memory import _step_peak, typical_pair
 
     job = job_of(tiny_model, tmp_path, lora=lora)
     rehearsal = rehearse(job)
     real = load_policy(tiny_model, "float32", job.training.logprob_chunk, lora)
     assert rehearsal.weights == sum(weight.numel() for weight in real.parameters())
     assert rehearsal.trained == sum(weight.numel() for weight in real.parameters() if weight.requires_grad)
-    peak = _step_peak(real, typical_pair(job), _pairs_per_forward(job, packed=True))
+    peak = _step_peak(real, heaviest(job, [typical_pair(job)] * 4, packed=True))
     assert rehearsal.activations == pytest.approx(peak, rel=0.02)
+
+
+def test_known_lengths_take_the_place_of_the_longest(tiny_model, tmp_path):
+    job = job_of(tiny_model, tmp_path)
+    short, long = PairSize(5, 5, 5), PairSize(50, 60, 70)
+    assert rehearse(job, [short] * 8).activations < rehearse(job, [short] * 7 + [long]).activations
+    assert max(pair.packed for pair in heaviest(job, [short] * 7 + [long], packed=True)) == long.packed
 
 
 def test_checkpointing_needs_less(tiny_model, tmp_path):
@@ -83,10 +91,12 @@ def test_adapters_make_no_gradients_of_the_weights_under_them(tiny_model):
 
 
 def test_plan_says_what_does_not_fit(tiny_model, tmp_path, monkeypatch):
-    job = job_of(tiny_model, tmp_path)
+    job = job_of(tiny_model, tmp_path, batch_size=8)
     lines = "\n".join(plan(job, "H100", 8))
     assert "8 x H100" in lines
     assert "tokens/s" in lines
     assert "does not fit" not in lines
     monkeypatch.setitem(GPUS, "H100", Gpu(1e12, 0.5))
     assert "does not fit" in "\n".join(plan(job, "H100", 8))
+    with pytest.raises(InputError, match="--workers 9: each needs a pair"):
+        list(plan(job, "H100", 9))
