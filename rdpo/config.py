@@ -382,8 +382,8 @@ class Training(Loss):
     """Training processes; on GPUs one for each."""
     gpus_per_worker: int = Field(default=0, ge=0, le=1)
     """1 trains on GPUs over NCCL, 0 on the CPU over gloo."""
-    cpus_per_worker: int = Field(default=1, ge=1)
-    """CPU cores of one worker."""
+    cpus_per_worker: int | None = Field(default=None, ge=1)
+    """CPU cores of one worker; by default its share of the machine's cores without GPUs, one with them."""
     checkpoint_every: int = Field(default=50, ge=1)
     """Optimizer steps between two checkpoints."""
     keep_checkpoints: int = Field(default=2, ge=1)

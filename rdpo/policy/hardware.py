@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+    from rdpo.config import Training
+
 BF16_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")
 
 
@@ -38,6 +40,13 @@ def available_cores() -> list[int]:
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))
     return list(range(os.cpu_count() or 1))
+
+
+def worker_cores(training: Training) -> int:
+    """Cores of one training worker: as the job says, else its share of this machine's, or one beside a GPU."""
+    if training.cpus_per_worker or training.gpus_per_worker:
+        return training.cpus_per_worker or 1
+    return max(1, len(available_cores()) // training.num_workers)
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -15,7 +15,7 @@ import torch
 from rdpo.config import Job
 from rdpo.errors import InputError
 from rdpo.policy.flops import matmul_rate
-from rdpo.policy.hardware import available_cores
+from rdpo.policy.hardware import available_cores, worker_cores
 from rdpo.policy.packing import PairSize
 from rdpo.preference.reference import student_dtype
 from rdpo.training.memory import GIB, Rehearsal, rehearse, typical_pair, worker_memory
@@ -69,7 +69,7 @@ def plan(job: Job, gpu: str | None, workers: int | None, sizes: Sequence[PairSiz
 
 def _headline(job: Job, rehearsal: Rehearsal, gpu: str | None, workers: int) -> str:
     training = job.training
-    device = gpu or ("GPU" if training.gpus_per_worker else f"{training.cpus_per_worker}-core CPU")
+    device = gpu or ("GPU" if training.gpus_per_worker else f"{worker_cores(training)}-core CPU")
     return (
         f"{job.student.model}: {rehearsal.weights / 1e6:,.1f} M weights, {rehearsal.trained / 1e6:,.1f} M trained, "
         f"{student_dtype(job)}\n{workers} x {device}, ZeRO-{training.zero_stage}, "
@@ -103,4 +103,4 @@ def _speed(job: Job, rehearsal: Rehearsal, gpu: str | None, workers: int, sizes:
 def _cpu_rate(job: Job) -> float:
     """FLOP/s of one CPU worker: this machine's matrix products, by the worker's share of the cores."""
     rate = matmul_rate(1024, 4096, getattr(torch, student_dtype(job)), torch.device("cpu"))
-    return rate * min(1.0, job.training.cpus_per_worker / len(available_cores()))
+    return rate * min(1.0, worker_cores(job.training) / len(available_cores()))

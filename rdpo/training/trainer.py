@@ -15,6 +15,7 @@ import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from rdpo.config import Job
+from rdpo.policy.hardware import worker_cores
 from rdpo.storage import StageFolder
 from rdpo.training.checkpoint import EXPORT
 from rdpo.training.worker import train_worker
@@ -67,7 +68,7 @@ def _copy_policy(source: str, target: str) -> None:
 
 def _torch_trainer(job: Job, run_dir: str, folder: StageFolder, sink: Any) -> TorchTrainer:
     training = job.training
-    resources: dict[str, float] = {"CPU": training.cpus_per_worker}
+    resources: dict[str, float] = {"CPU": worker_cores(training)}
     if training.gpus_per_worker:
         resources["GPU"] = training.gpus_per_worker
     return TorchTrainer(

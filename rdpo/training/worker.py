@@ -11,6 +11,7 @@ import torch
 from ray.train.torch import get_device
 
 from rdpo.config import Job
+from rdpo.policy.hardware import worker_cores
 from rdpo.training.checkpoint import restore_checkpoint, save_checkpoint
 from rdpo.training.loop import PairTable, Trainer, step_pairs, total_steps
 
@@ -23,7 +24,7 @@ def train_worker(config: dict[str, Any]) -> None:
     """
     job: Job = config["job"]
     if not job.training.gpus_per_worker:
-        torch.set_num_threads(job.training.cpus_per_worker)
+        torch.set_num_threads(worker_cores(job.training))
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     data = PairTable.load(config["run_dir"])
     trainer = Trainer(job, data, get_device())
