@@ -69,8 +69,9 @@ def _broken(options: argparse.Namespace, error: Exception) -> int:
 
 def _in_one_line(error: Exception) -> str:
     if OUT_OF_MEMORY in str(error).lower():
+        what = "a GPU" if "cuda out of memory" in str(error).lower() else "a worker was killed: its machine"
         return (
-            "a worker was killed because its machine ran out of memory; lower tokens_per_batch (reference, training), "
+            f"{what} ran out of memory; lower tokens_per_batch (reference, training), "
             "logprob_chunk or engine.kv_cache_gib, or set training.gradient_checkpointing; `rdpo plan` says what takes "
             "how much"
         )
@@ -129,7 +130,12 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     plan.add_argument("job", metavar="JOB.toml")
     plan.add_argument("--set", metavar="section.key=value", action="append", default=[], dest="overrides")
     plan.add_argument("--gpu", metavar="TYPE", help="a GPU type, for example H100")
-    plan.add_argument("--run-dir", metavar="DIR", help="a run whose reference stage is done: its pairs' lengths count")
+    plan.add_argument(
+        "--run-dir",
+        metavar="DIR",
+        dest="lengths_from",
+        help="a run whose reference stage is done: its pairs' lengths count",
+    )
     plan.add_argument("--workers", type=int, help="how many (default: training.num_workers)")
     plan.set_defaults(function=_plan)
 
@@ -222,7 +228,7 @@ def _plan(options: argparse.Namespace) -> int:
     from rdpo.training.loop import PairTable
     from rdpo.training.plan import plan
 
-    sizes = PairTable.load(options.run_dir).sizes if options.run_dir else ()
+    sizes = PairTable.load(options.lengths_from).sizes if options.lengths_from else ()
     for line in plan(load_job(options.job, options.overrides), options.gpu, options.workers, sizes):
         print(line)
     return 0

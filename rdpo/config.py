@@ -106,26 +106,24 @@ class Engine(Section):
 class Endpoint(Section):
     """An OpenAI-compatible server as the teacher (a vLLM server, a hosted model), in place of engines."""
 
-    url: str = Field(pattern=r"^https?://[^@\s]+$")
+    url: str = Field(pattern=r"^https?://[^@?\s]+$")
     """Base of its API, for example `http://teacher:8000/v1`; a key does not belong here."""
     model: str
     """The model's name on that server."""
-    key_variable: str = Field(default="OPENAI_API_KEY", pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
-    """Environment variable that holds the key, where the run is started; unset, none is sent."""
+    key_variable: str | None = Field(default=None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
+    """Environment variable that holds the key, where the run is started; without one the server gets `none`."""
     concurrency: int = Field(default=16, ge=1)
     """Requests at the same time."""
     requests_per_minute: float | None = Field(default=None, gt=0)
-    """Requests begun per minute at most."""
+    """Requests begun per minute at most, repeated ones among them."""
     timeout_s: float = Field(default=120.0, gt=0)
     """Seconds until a request without an answer counts as failed."""
     retries: int = Field(default=5, ge=0)
-    """How often a failed request is made again, after growing pauses, or after as long as the server asks for."""
-    pause_s: float = Field(default=0.5, gt=0)
-    """First pause after an answer that is not the protocol's; it doubles each time."""
-    failures_in_a_row: int = Field(default=16, ge=1)
-    """So many failed requests one after the other end the run."""
+    """How often a failed request is made again."""
+    pause_s: float = Field(default=1.0, gt=0)
+    """First pause before that, in seconds; it doubles each time. A server that asks for longer gets it."""
     price_per_million: tuple[float, float] = (0.0, 0.0)
-    """Price of a million tokens read and a million written, for the cost in the manifest and the report."""
+    """Price of a million tokens read and a million written, for the cost in the manifest."""
 
 
 class Synthesis(Section):
@@ -383,7 +381,7 @@ class Training(Loss):
     gpus_per_worker: int = Field(default=0, ge=0, le=1)
     """1 trains on GPUs over NCCL, 0 on the CPU over gloo."""
     cpus_per_worker: int | None = Field(default=None, ge=1)
-    """CPU cores of one worker; by default its share of the machine's cores without GPUs, one with them."""
+    """CPU cores of one worker; by default its share of a lone machine's cores; one beside a GPU, or on a cluster."""
     checkpoint_every: int = Field(default=50, ge=1)
     """Optimizer steps between two checkpoints."""
     keep_checkpoints: int = Field(default=2, ge=1)
@@ -569,6 +567,8 @@ def _remedy(problem: Any, field: str) -> str:
         return f"unknown key; remove it or correct its name{_suggestion(field)}"
     if problem["type"] == "missing":
         return "is required"
+    if field.endswith("endpoint.url"):
+        return "a URL like http://teacher:8000/v1, without a key in it"
     value = repr(problem.get("input"))
     return f"{message} (got {value[:80]})" if len(value) < 200 else message
 

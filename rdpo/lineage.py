@@ -89,6 +89,7 @@ def _student(job: Job) -> dict[str, Any]:
 
 def _reward_settings(job: Job) -> list[dict[str, Any]]:
     from rdpo.preference.function import load_function
+    from rdpo.preference.implicit import reference_of
 
     settings = []
     for reward in job.rewards:
@@ -99,7 +100,7 @@ def _reward_settings(job: Job) -> list[dict[str, Any]]:
         else:
             entry["weights"] = fingerprint(reward.model or job.student.model)
         if isinstance(reward, ImplicitReward):
-            entry["reference"] = fingerprint(reward.reference or job.student.model)
+            entry["reference"] = fingerprint(*reference_of(reward, job)[:2])
         settings.append(entry)
     return settings
 
@@ -119,7 +120,11 @@ def synthesis(job: Job) -> dict[str, Any]:
         return {"split": job.synthesis.split, "limit": job.synthesis.limit}
     task = load_task(job.synthesis.task).model_dump()
     weights = None if job.synthesis.endpoint else fingerprint(teacher_model(job))
-    return {**job.synthesis.model_dump(), "turns": task, "weights": weights, "seed": job.seed}
+    settings = {**job.synthesis.model_dump(), "turns": task, "weights": weights, "seed": job.seed}
+    if endpoint := job.synthesis.endpoint:
+        # How it is asked does not change what it says.
+        settings |= {"endpoint": {"url": endpoint.url, "model": endpoint.model}, "engine": None}
+    return settings
 
 
 def rewards(job: Job) -> dict[str, Any]:

@@ -30,6 +30,7 @@ def prepare(job: Job) -> None:
     from rdpo.policy.chat import load_chat
     from rdpo.policy.models import local_model
     from rdpo.preference.rewards import check_rewards
+    from rdpo.synthesis.endpoint import check_endpoint
     from rdpo.synthesis.given import SIDES
     from rdpo.synthesis.instructions import check_prefills, load_task
     from rdpo.synthesis.teacher import teacher_model
@@ -45,6 +46,7 @@ def prepare(job: Job) -> None:
     if not job.synthesis.endpoint:
         local_model(teacher_model(job))
     elif job.synthesis.task:
+        check_endpoint(job.synthesis.endpoint)
         check_prefills(load_task(job.synthesis.task))
     check_rewards(job)
     check_devices(job, start_ray(job))
@@ -135,7 +137,8 @@ def _synthesis(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:
     check_fields(load_task(run.job.synthesis.task), table.slice(0, 1).to_pylist()[0])
     counted = _rows_stage(run, folder, meter, _table_source(table), synthesize, generates=True)
     if run.job.synthesis.endpoint:
-        counted |= endpoint_cost(folder.table().to_pylist(), run.job.synthesis.endpoint.price_per_million)
+        asked = [*(folder.table().to_pylist() if folder.parts() else []), *folder.table("dropped").to_pylist()]
+        counted |= endpoint_cost(asked, run.job.synthesis.endpoint.price_per_million)
         run.console.say(f"{'':<11}endpoint: {counted['tokens_read']} tokens read, cost {counted['cost']:.2f}")
     return counted
 

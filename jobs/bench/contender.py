@@ -114,11 +114,17 @@ def run_rdpo(job: Job, data: PairTable, batches: list[list[int]]) -> Steps:
     torch.distributed.init_process_group("nccl" if GPU else "gloo")
     trainer = Trainer(job, data, DEVICE)
     policy, budget = trainer.engine.module, job.training.tokens_per_batch
-    steps = [trainer.step(index, len(batches), batch) for index, batch in enumerate(batches)]
+    steps, seconds = [], []
+    for index, batch in enumerate(batches):
+        began = time.perf_counter()
+        steps.append(trainer.step(index, len(batches), batch))
+        if GPU:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
     forwards = [micro for batch in batches for micro in micro_batches(batch, data.sizes, budget, policy.packed)]
     return Steps(
         losses=[step["loss"] for step in steps],
-        seconds=[step["seconds"] for step in steps],
+        seconds=seconds,
         policy=policy,
         packed=policy.packed,
         positions=sum(batch_tokens([data.sizes[pair] for pair in micro.pairs], policy.packed) for micro in forwards),
@@ -230,6 +236,8 @@ def options_from(arguments: list[str]) -> argparse.Namespace:
 def main() -> None:
     """Prepare the workload, run the trainer, print its figures."""
     options = options_from(sys.argv[1:])
+    if options.batch_size % options.micro or options.steps <= WARM_STEPS:
+        sys.exit(f"--batch-size must be a multiple of --micro, and --steps more than {WARM_STEPS}")
     options.tokens_per_batch = max(options.tokens_per_batch, 2 * options.max_length)
     if not GPU:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -3,7 +3,9 @@
     python jobs/bench/gpu.py PAIRS.jsonl TOKENIZER_FOLDER [--case NAME] [--steps N]
 
 Needs rdpo's training dependencies and TRL, not Ray or vLLM. The models have random weights in real shapes, so
-nothing is downloaded. The case `trial` is small enough for a CPU and shows that the script runs.
+nothing is downloaded. In full fine-tuning rdpo keeps fp32 master weights, TRL trains the bfloat16 ones: its
+memory and losses there are not like for like. The case `trial` is small enough for a CPU and shows that the script
+runs.
 """
 
 import argparse

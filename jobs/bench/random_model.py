@@ -40,7 +40,8 @@ def write_random_model(shape: str, tokenizer: str, target: str) -> None:
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     words = len(AutoTokenizer.from_pretrained(tokenizer))
-    config = LlamaConfig(**{"vocab_size": words, "max_position_embeddings": 32_768, **SHAPES[shape]})
+    sizes = {"max_position_embeddings": 32_768, **SHAPES[shape]}
+    config = LlamaConfig(**{**sizes, "vocab_size": max(words, sizes.get("vocab_size", 0))})
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):

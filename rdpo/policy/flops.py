@@ -35,7 +35,7 @@ class Arithmetic:
 
     @classmethod
     def of(cls, policy: Policy) -> Arithmetic:
-        """Counted from the modules, whatever the architecture (and whatever ZeRO partitioned)."""
+        """Counted from the linear layers, whatever ZeRO partitioned; not for experts, of which few are active."""
         head = policy.head.weight
         linear = [module for module in policy.model.modules() if isinstance(module, nn.Linear)]
         inner = [module for module in linear if module.weight is not head]

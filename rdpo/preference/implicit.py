@@ -38,8 +38,10 @@ class Implicit:
         if not reward.gpus:
             torch.set_num_threads(len(available_cores()))
         dtype = compute_dtype(reward.dtype, reward.gpus > 0)
-        names = (reward.model, reward.reference or job.student.model)
-        self.policies = [load_policy(local_model(name), dtype, CHUNK).eval().to(self.device) for name in names]
+        self.policies = [
+            load_policy(local_model(name, revision), dtype, CHUNK, trust_remote_code=trust).eval().to(self.device)
+            for name, revision, trust in ((reward.model, None, False), reference_of(reward, job))
+        ]
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Score a block of rows."""
@@ -50,17 +52,24 @@ class Implicit:
 
     def score(self, rows: list[Row], answer: str) -> list[float]:
         """Implicit rewards of one answer of each row; NaN where it has no tokens."""
-        prompts = [self.chat.prompt_ids(row["prompt"]) for row in rows]
+        prompts = [self._prompt_ids(row) for row in rows]
         answers = [self.chat.completion_ids(row[answer], row[f"{answer}_finish_reason"] == "stop") for row in rows]
         sizes = [PairSize(len(prompt), len(ids), 0) for prompt, ids in zip(prompts, answers, strict=True)]
         scores = [math.nan] * len(rows)
-        whole = [index for index, ids in enumerate(answers) if ids]
+        whole = [index for index, ids in enumerate(answers) if ids and prompts[index]]
         for micro in micro_batches(whole, sizes, self.reward.tokens_per_batch, self.policies[0].packed):
             own = [[column[index] for index in micro.pairs] for column in (prompts, answers)]
             for index, ratio in zip(micro.pairs, self._log_ratios(*own), strict=True):
                 length = len(answers[index]) if self.reward.normalization == "token_mean" else 1
                 scores[index] = self.reward.beta * ratio / length
         return scores
+
+    def _prompt_ids(self, row: Row) -> list[int]:
+        """Ids of the prompt; none if the template refuses it."""
+        try:
+            return self.chat.prompt_ids(row["prompt"])
+        except ValueError:
+            return []
 
     def _log_ratios(self, prompts: list[list[int]], answers: list[list[int]]) -> list[float]:
         import torch
@@ -70,14 +79,22 @@ class Implicit:
         return (trained - start).tolist()
 
 
+def reference_of(reward: ImplicitReward, job: Job) -> tuple[str, str | None, bool]:
+    """Name, revision and trust of the reference model: the reward's own, or the student."""
+    if reward.reference:
+        return reward.reference, None, False
+    return job.student.model, job.student.revision, job.student.trust_remote_code
+
+
 def checked_implicit(reward: ImplicitReward, job: Job) -> Chat:
-    """The trained model's chat, after a look at whether the reference reads the same tokens.
+    """The trained model's chat, after a look at whether both models read a probe as the same tokens.
 
     Raises:
-        InputError: the two models' tokenizers differ.
+        InputError: they do not.
     """
-    reference = reward.reference or job.student.model
-    chat, other = load_chat(reward.model), load_chat(reference)
-    if chat.text_ids(PROBE) != other.text_ids(PROBE):
-        raise InputError(f"rewards.{reward.name}: {reward.model} and {reference} have different tokenizers")
+    reference = reference_of(reward, job)
+    chat, other = load_chat(reward.model), load_chat(*reference)
+    probe = [{"role": "user", "content": PROBE}]
+    if chat.prompt_ids(probe) != other.prompt_ids(probe):
+        raise InputError(f"rewards.{reward.name}: {reward.model} and {reference[0]} have different tokenizers")
     return chat

@@ -14,7 +14,9 @@ from rdpo.records import Row
 
 REFUSAL = re.compile(
     r"^\W*(i'?m sorry|i am sorry|sorry|i apologi[sz]e|unfortunately)?[,.]?\s*(but\s+)?"
-    r"(i\s+(can'?t|cannot|can not|won'?t|will not|am not able to|am unable to)|i'?m (unable|not able) to|as an ai\b)",
+    r"((i\s+(can'?t|cannot|can not|won'?t|will not|am not able to|am unable to)|i'?m (unable|not able) to)\s+"
+    r"(\w+ly\s+)?(help|assist|provide|answer|comply|fulfil|create|write|discuss|engage|support|continue|share|give|offer|do)"
+    r"|as an ai\b)",
     re.IGNORECASE,
 )
 NO_CHANGE = re.compile(
@@ -32,15 +34,15 @@ QUOTED_WORDS = 12
 
 
 def defects(row: Row, response: str, revision: str) -> list[Defect]:
-    """The defects of one row of the synthesis stage; `response` and `revision` name its turns."""
+    """The defects of one row of the synthesis stage; all turns but `response` and `revision` count as critiques."""
     texts = {name.removesuffix("_finish_reason") for name in row if name.endswith("_finish_reason")}
-    critiques = [row[name] or "" for name in texts - {response, revision}]
-    first, last = row[response] or "", row[revision] or ""
+    critiques = [_straight(row[name]) for name in texts - {response, revision}]
+    first, last = _straight(row[response]), _straight(row[revision])
     found: dict[Defect, bool] = {
         "refusal": bool(REFUSAL.match(last)),
         "empty_critique": any(len(text.split()) < EMPTY_WORDS for text in critiques),
         "no_change_asked": any(bool(NO_CHANGE.search(text)) for text in critiques),
-        "repeats_response": _words(first) == _words(last),
+        "repeats_response": first == last or _words(first) == _words(last) != [],
         "quotes_critique": any(_share_words(text, last) for text in critiques),
         "preamble": bool(PREAMBLE.match(last)),
     }
@@ -50,6 +52,10 @@ def defects(row: Row, response: str, revision: str) -> list[Defect]:
 def count_defects(rows: Iterable[Row], response: str, revision: str) -> dict[str, int]:
     """How many rows have each defect."""
     return dict(Counter(defect for row in rows for defect in defects(row, response, revision)))
+
+
+def _straight(text: str | None) -> str:
+    return (text or "").replace("\u2019", "'")
 
 
 def _words(text: str) -> list[str]:

@@ -1,8 +1,9 @@
 """The teacher behind an OpenAI-compatible server: requests at the same time, at a rate, again where they failed.
 
-Server errors (429, 5xx), timeouts, cut connections and answers that are not the protocol's are asked again, with
-the client library's growing pauses; a request that the server refuses drops its row; a refused key or an unknown
-model ends the run. Many failures in a row mean that the server is gone: the run ends, and the same command goes on.
+What the server will not answer drops its row: a request it refuses, an answer it withholds. What it cannot answer
+now is asked again: 429, 5xx, timeouts, cut connections, bodies that are not the protocol's. If that does not help
+and nothing else is answered either, the server is gone: the run ends, no row is lost, and the same command goes
+on. A refused key or an unknown model ends the run too.
 """
 
 from __future__ import annotations
@@ -23,25 +24,47 @@ if TYPE_CHECKING:
     from openai import AsyncOpenAI
 
 NO_KEY = "none"
-REFUSED_KEY = (401, 403)
+LATER = (408, 409, 425, 429)
+NO_ACCESS = (401, 402)
 UNKNOWN_MODEL = 404
+SERVER_ERROR = 500
+LONGEST_PAUSE_S = 600.0
 
 
 class EndpointDown(RuntimeError):
-    """Too many requests failed one after the other; the run stops, and can go on later."""
+    """The server answers nothing any more; the run stops, and can go on later."""
 
 
 class Unanswered(ValueError):
-    """One request that cannot be answered: refused by the server, or failed each time it was asked."""
+    """One request that the server will not answer."""
 
 
-class Malformed(RuntimeError):
-    """The server answered, but not in the protocol."""
+class Failed(RuntimeError):
+    """One attempt that may succeed later: `pause` is how long the server asks to wait, in seconds.
+
+    `broken` says that the server did reply, with an error or with what is no answer, so that the
+    fault may be the request's.
+    """
+
+    def __init__(self, message: str, pause: float = 0.0, broken: bool = False):
+        super().__init__(message)
+        self.pause, self.broken = pause, broken
+
+
+def check_endpoint(settings: EndpointSettings) -> None:
+    """Find out before the long work whether the endpoint can be asked at all.
+
+    Raises:
+        InputError: the openai package or the key is missing.
+    """
+    _client(settings, SecretStr(NO_KEY))
+    if settings.key_variable and settings.key_variable not in os.environ:
+        raise InputError(f"synthesis.endpoint.key_variable: {settings.key_variable} is not set in the environment")
 
 
 def endpoint_key(settings: EndpointSettings) -> SecretStr:
     """The key from the environment of the process that starts the run; hidden wherever it is printed."""
-    return SecretStr(os.environ.get(settings.key_variable, NO_KEY))
+    return SecretStr(os.environ.get(settings.key_variable, NO_KEY) if settings.key_variable else NO_KEY)
 
 
 def endpoint_cost(rows: list[Row], prices: tuple[float, float]) -> dict[str, float]:
@@ -64,42 +87,36 @@ class Endpoint:
         self.client = _client(settings, key)
         self.places = asyncio.Semaphore(settings.concurrency)
         self.next_start = 0.0
-        self.failed_in_a_row = 0
+        self.answered = 0
 
     async def say(self, messages: Messages, sampling: Sampling, seed: int) -> Generation:
         """One answer to a conversation.
 
         Raises:
-            Unanswered: the server refuses the request, or it failed too often.
+            Unanswered: the server will not answer it.
             InputError: the key or the model is refused.
-            EndpointDown: `failures_in_a_row` requests failed one after the other.
+            EndpointDown: it cannot be answered, nor can anything else.
         """
         async with self.places:
-            try:
-                answer = await self._ask(messages, sampling, seed)
-            except _failures() as error:
-                self._count_failure(error)
-                raise Unanswered(f"the endpoint failed: {error}") from None
-        self.failed_in_a_row = 0
-        return answer
-
-    async def _ask(self, messages: Messages, sampling: Sampling, seed: int) -> Generation:
-        """Ask until the answer is one; what the client has tried again already is not tried again."""
-        for attempt in range(self.settings.retries + 1):
-            await self._wait_for_turn()
-            try:
-                return _generation(await self._request(messages, sampling, seed))
-            except Malformed:
-                if attempt == self.settings.retries:
-                    raise
-                await asyncio.sleep(self.settings.pause_s * 2**attempt)
+            before = self.answered
+            for attempt in range(self.settings.retries + 1):
+                await self._wait_for_turn()
+                try:
+                    generation = await self._ask(messages, sampling, seed)
+                except Failed as failure:
+                    if attempt == self.settings.retries:
+                        raise self._given_up(failure, before) from None
+                    await asyncio.sleep(max(failure.pause, self.settings.pause_s * 2**attempt))
+                else:
+                    self.answered += 1
+                    return generation
         raise AssertionError("unreachable")
 
-    async def _request(self, messages: Messages, sampling: Sampling, seed: int) -> Any:
-        from openai import APIResponseValidationError, APIStatusError, InternalServerError, RateLimitError
+    async def _ask(self, messages: Messages, sampling: Sampling, seed: int) -> Generation:
+        from openai import APIConnectionError, APIResponseValidationError, APIStatusError
 
         try:
-            return await self.client.chat.completions.create(
+            response = await self.client.chat.completions.create(
                 model=self.settings.model,
                 messages=messages,  # type: ignore[arg-type]
                 temperature=sampling.temperature,
@@ -107,12 +124,13 @@ class Endpoint:
                 max_tokens=sampling.max_tokens,
                 seed=seed,
             )
-        except (RateLimitError, InternalServerError):
-            raise
         except APIStatusError as error:
-            raise self._refusal(error) from None
+            raise self._status(error) from None
+        except APIConnectionError as error:
+            raise Failed(f"{type(error).__name__}: {error}") from None
         except (ValueError, APIResponseValidationError) as error:
-            raise Malformed(f"the body is not JSON: {error}") from None
+            raise Failed(f"the body is not JSON: {error}", broken=True) from None
+        return _generation(response)
 
     async def _wait_for_turn(self) -> None:
         """Requests start evenly spaced, so many a minute."""
@@ -123,31 +141,39 @@ class Endpoint:
         self.next_start = start + 60 / self.settings.requests_per_minute
         await asyncio.sleep(start - now)
 
-    def _refusal(self, error: Any) -> Exception:
-        if error.status_code in REFUSED_KEY:
-            variable = self.settings.key_variable
-            return InputError(f"synthesis.endpoint: {self.settings.url} refuses the key in {variable}; set it right")
-        if error.status_code == UNKNOWN_MODEL:
+    def _status(self, error: Any) -> Exception:
+        """What an HTTP error means for the request or the run."""
+        status, said = error.status_code, f"({error.status_code}): {str(error.message)[:200]}"
+        if status >= SERVER_ERROR or status in LATER:
+            return Failed(said, _asked_pause(error.response.headers), broken=status == SERVER_ERROR)
+        if self.answered and status not in NO_ACCESS:
+            return Unanswered(f"the endpoint refuses it {said}")
+        if status in NO_ACCESS:
+            where = self.settings.key_variable or "key_variable, which names none"
+            return InputError(f"synthesis.endpoint: {self.settings.url} refuses the key in {where} {said}")
+        if status == UNKNOWN_MODEL:
             return InputError(
-                f"synthesis.endpoint: {self.settings.url} does not know {self.settings.model!r} (404); "
+                f"synthesis.endpoint: {self.settings.url} does not know {self.settings.model!r} {said}; "
                 f"correct `model`, or `url`, which mostly ends with /v1"
             )
-        return Unanswered(f"the endpoint refuses it ({error.status_code}): {str(error.message)[:200]}")
+        return Unanswered(f"the endpoint refuses it {said}")
 
-    def _count_failure(self, error: Exception) -> None:
-        self.failed_in_a_row += 1
-        if self.failed_in_a_row >= self.settings.failures_in_a_row:
-            raise EndpointDown(
-                f"{self.failed_in_a_row} requests to {self.settings.url} failed one after the other, the last with: "
-                f"{error}; the same command goes on when the server answers again"
-            ) from None
+    def _given_up(self, failure: Failed, before: int) -> Exception:
+        """The row's fault, if others were answered meanwhile, or if a server that has answered breaks on this one."""
+        if self.answered > before or (self.answered and failure.broken):
+            return Unanswered(f"the endpoint failed each time, the last with {failure}")
+        return EndpointDown(
+            f"{self.settings.url} answers nothing any more, {self.settings.retries + 1} attempts ended with {failure}; "
+            f"the same command goes on when it does"
+        )
 
 
-def _failures() -> tuple[type[Exception], ...]:
-    """What is left after the client has tried again: each counts towards a server that is gone."""
-    from openai import APIConnectionError, InternalServerError, RateLimitError
-
-    return (APIConnectionError, InternalServerError, RateLimitError, Malformed)
+def _asked_pause(headers: Any) -> float:
+    """Seconds that the server asks to wait; 0 if it does not say, or gives a date."""
+    try:
+        return min(float(headers.get("retry-after", 0)), LONGEST_PAUSE_S)
+    except ValueError:
+        return 0.0
 
 
 def _client(settings: EndpointSettings, key: SecretStr) -> AsyncOpenAI:
@@ -155,24 +181,21 @@ def _client(settings: EndpointSettings, key: SecretStr) -> AsyncOpenAI:
         from openai import AsyncOpenAI
     except ImportError:
         raise InputError('synthesis.endpoint needs the openai package; pip install "rdpo[endpoint]"') from None
-    return AsyncOpenAI(
-        base_url=settings.url,
-        api_key=key.get_secret_value(),
-        timeout=settings.timeout_s,
-        max_retries=settings.retries,
-    )
+    return AsyncOpenAI(base_url=settings.url, api_key=key.get_secret_value(), timeout=settings.timeout_s, max_retries=0)
 
 
 def _generation(response: Any) -> Generation:
     """The first choice of a chat completion."""
     try:
         choice, usage = response.choices[0], response.usage
-        text, reason = choice.message.content, choice.finish_reason
+        text, reason, refusal = choice.message.content, choice.finish_reason, choice.message.refusal
         tokens = (usage.completion_tokens, usage.prompt_tokens) if usage else (0, 0)
     except (AttributeError, TypeError, IndexError) as error:
-        raise Malformed(f"not a chat completion: {error}") from None
-    if reason == "content_filter":
-        raise Unanswered("the endpoint's content filter withheld the answer")
+        raise Failed(f"not a chat completion: {error}", broken=True) from None
+    if reason == "content_filter" or refusal:
+        raise Unanswered(f"the endpoint withholds the answer: {str(refusal or reason)[:200]}")
     if not isinstance(text, str):
-        raise Malformed("the answer has no text")
+        if reason == "length":
+            raise Unanswered("the endpoint wrote no text within max_tokens")
+        raise Failed("the answer has no text", broken=True)
     return Generation(text, "length" if reason == "length" else "stop", tokens[0], prompt_tokens=tokens[1])

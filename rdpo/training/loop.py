@@ -183,8 +183,8 @@ class Trainer:
         if self.skipped > self.job.training.max_skipped_steps:
             ids = ", ".join(self.data.rows(tuple(pairs))["prompt_id"])
             raise NonFiniteStep(
-                f"loss {loss}, gradient not finite, {self.skipped - 1} steps left out before; look at these rows, or "
-                f"lower training.learning_rate, or raise training.max_skipped_steps; rows of the batch: {ids}"
+                f"training: loss {loss}, gradient not finite, {self.skipped - 1} steps left out before; look at these "
+                f"rows, or lower training.learning_rate, or raise training.max_skipped_steps; rows of the batch: {ids}"
             )
 
     def _accumulate(self, micro: MicroBatch, scale: float, metrics: StepMetrics) -> None:

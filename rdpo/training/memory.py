@@ -2,7 +2,8 @@
 
 The forward and backward of one full micro-batch run on tensors without storage (torch's fake tensors), and
 every allocation and release is counted; so the figure follows the architecture, the layout, the chunked head,
-adapters and gradient checkpointing without a formula for any of them.
+adapters and gradient checkpointing without a formula for any of them. Attention is rehearsed as on the CPU, which
+repeats the keys of grouped heads; a GPU's needs less.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ CPU_PROCESS = int(1.0 * GIB)
 """Python with torch, transformers, DeepSpeed and Ray, resident."""
 GPU_PROCESS = int(1.5 * GIB)
 """CUDA context and NCCL's buffers."""
-
+NF4_BYTES = 4.127 / 8
+"""A weight in four bits, with its share of the doubly quantised scales (arXiv 2305.14314, section 3)."""
 CPU_SLACK = 0.6
 """What the C library keeps of the activations' memory beyond what is live (measured, jobs/bench/RESULTS.md)."""
 
@@ -49,9 +51,9 @@ class Rehearsal:
 
 
 def typical_pair(job: Job) -> PairSize:
-    """A pair as long as the job admits: half of it prompt."""
-    longest = job.reference.max_length
-    return PairSize(longest - longest // 2, longest // 2, longest // 2)
+    """A pair of three equal parts that takes as many positions as its longest sequence may, so that batches fill."""
+    part = job.reference.max_length // 3
+    return PairSize(job.reference.max_length - 2 * part, part, part)
 
 
 def rehearse(job: Job, sizes: Sequence[PairSize] = ()) -> Rehearsal:
@@ -174,7 +176,7 @@ def worker_memory(job: Job, rehearsal: Rehearsal, workers: int | None = None) ->
     trained, share = rehearsal.trained, -(-rehearsal.trained // workers)
     parts = {
         "process": GPU_PROCESS if training.gpus_per_worker else CPU_PROCESS,
-        "weights": rehearsal.weights * size // (workers if stage == 3 else 1),
+        "weights": _weights(job, rehearsal, size) // (workers if stage == 3 else 1),
         "gathered weights": min(rehearsal.weights, LIVE) * size if stage == 3 else 0,
         "master weights": 4 * share if stage else 0,
         "optimizer state": 8 * (share if stage else trained),
@@ -186,8 +188,15 @@ def worker_memory(job: Job, rehearsal: Rehearsal, workers: int | None = None) ->
     return {name: amount for name, amount in parts.items() if name not in _offloaded(job, stage)}
 
 
+def _weights(job: Job, rehearsal: Rehearsal, size: int) -> int:
+    if job.student.quantization == "none":
+        return rehearsal.weights * size
+    frozen = rehearsal.arithmetic.layers
+    return int(frozen * NF4_BYTES) + (rehearsal.weights - frozen) * size
+
+
 def _offloaded(job: Job, stage: int) -> set[str]:
-    if job.training.offload == "none" or not stage:
+    if job.training.offload == "none" or not stage or not job.training.gpus_per_worker:
         return set()
     moved = {"master weights", "optimizer state"}
     return moved | {"weights"} if job.training.offload == "all" and stage == 3 else moved

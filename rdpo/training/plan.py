@@ -19,6 +19,7 @@ from rdpo.policy.hardware import available_cores, worker_cores
 from rdpo.policy.packing import PairSize
 from rdpo.preference.reference import student_dtype
 from rdpo.training.memory import GIB, Rehearsal, rehearse, typical_pair, worker_memory
+from rdpo.training.zero import stage_of
 
 ASSUMED_MFU = 0.4
 
@@ -54,7 +55,9 @@ def plan(job: Job, gpu: str | None, workers: int | None, sizes: Sequence[PairSiz
     """
     if gpu and gpu not in GPUS:
         raise InputError(f"--gpu {gpu}: known are {', '.join(GPUS)}")
-    workers = workers or job.training.num_workers
+    workers = job.training.num_workers if workers is None else workers
+    if workers < 1:
+        raise InputError(f"--workers {workers}: at least 1")
     if workers > job.training.batch_size:
         raise InputError(f"--workers {workers}: each needs a pair in a step, and training.batch_size is less; raise it")
     changes = {"num_workers": workers, **({"gpus_per_worker": 1} if gpu else {})}
@@ -63,7 +66,7 @@ def plan(job: Job, gpu: str | None, workers: int | None, sizes: Sequence[PairSiz
     parts = worker_memory(job, rehearsal, workers)
     yield _headline(job, rehearsal, gpu, workers)
     yield from _memory(parts, GPUS[gpu].memory_gib if gpu else None)
-    if gpu or not job.training.gpus_per_worker:
+    if (gpu and student_dtype(job) == "bfloat16") or not job.training.gpus_per_worker:
         yield from _speed(job, rehearsal, gpu, workers, sizes or [typical_pair(job)])
 
 
@@ -72,7 +75,7 @@ def _headline(job: Job, rehearsal: Rehearsal, gpu: str | None, workers: int) -> 
     device = gpu or ("GPU" if training.gpus_per_worker else f"{worker_cores(training)}-core CPU")
     return (
         f"{job.student.model}: {rehearsal.weights / 1e6:,.1f} M weights, {rehearsal.trained / 1e6:,.1f} M trained, "
-        f"{student_dtype(job)}\n{workers} x {device}, ZeRO-{training.zero_stage}, "
+        f"{student_dtype(job)}\n{workers} x {device}, ZeRO-{stage_of(training, student_dtype(job))}, "
         f"{'packed' if rehearsal.packed else 'padded'} rows of {training.tokens_per_batch} tokens"
     )
 

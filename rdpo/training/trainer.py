@@ -18,6 +18,7 @@ from rdpo.config import Job
 from rdpo.policy.hardware import worker_cores
 from rdpo.storage import StageFolder
 from rdpo.training.checkpoint import EXPORT
+from rdpo.training.loop import NonFiniteStep
 from rdpo.training.worker import train_worker
 
 METRICS = "metrics.jsonl"
@@ -33,10 +34,19 @@ class MetricsSink:
 
     def __init__(self) -> None:
         self.pending: list[StepMetrics] = []
+        self.given_up: str | None = None
 
     def record(self, steps: list[StepMetrics]) -> None:
         """Add steps."""
         self.pending.extend(steps)
+
+    def give_up(self, reason: str) -> None:
+        """Keep why training must not go on."""
+        self.given_up = reason
+
+    def reason(self) -> str | None:
+        """Why training gave up, if it did."""
+        return self.given_up
 
     def take(self) -> list[StepMetrics]:
         """The steps since the last call."""
@@ -48,12 +58,18 @@ def train(job: Job, run_dir: str, folder: StageFolder, on_step: Callable[[StepMe
     """Train on the run's reference rows; leaves the policy in `training/policy`; metrics of all steps.
 
     A run that was interrupted goes on from its last checkpoint in `training/checkpoints`.
+
+    Raises:
+        NonFiniteStep: a loss or gradient is not finite, once more than the job allows.
     """
     history = _History(folder, on_step)
     sink = ray.remote(num_cpus=0)(MetricsSink).remote()
     trainer = _torch_trainer(job, run_dir, folder, sink)
     with history.following(sink):
         result = trainer.fit()
+    if reason := ray.get(sink.reason.remote()):
+        history.write()
+        raise NonFiniteStep(reason)
     if result.checkpoint is None:
         raise RuntimeError("training ended without a checkpoint")
     with result.checkpoint.as_directory() as directory:
@@ -68,12 +84,13 @@ def _copy_policy(source: str, target: str) -> None:
 
 def _torch_trainer(job: Job, run_dir: str, folder: StageFolder, sink: Any) -> TorchTrainer:
     training = job.training
-    resources: dict[str, float] = {"CPU": worker_cores(training)}
+    cores = worker_cores(training) if len(ray.nodes()) == 1 else training.cpus_per_worker or 1
+    resources: dict[str, float] = {"CPU": cores}
     if training.gpus_per_worker:
         resources["GPU"] = training.gpus_per_worker
     return TorchTrainer(
         train_worker,
-        train_loop_config={"job": job, "run_dir": run_dir, "sink": sink},
+        train_loop_config={"job": job, "run_dir": run_dir, "sink": sink, "cores": cores},
         torch_config=TorchConfig(backend="nccl" if training.gpus_per_worker else "gloo"),
         scaling_config=ray.train.ScalingConfig(
             num_workers=training.num_workers,
@@ -120,7 +137,7 @@ class _History:
 
 def _finite(metrics: StepMetrics) -> dict[str, float | None]:
     """Metrics with null for what is not a number, which JSON does not know."""
-    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+    return {name: value if value is not None and math.isfinite(value) else None for name, value in metrics.items()}
 
 
 class _Follower:

@@ -11,20 +11,20 @@ import torch
 from ray.train.torch import get_device
 
 from rdpo.config import Job
-from rdpo.policy.hardware import worker_cores
 from rdpo.training.checkpoint import restore_checkpoint, save_checkpoint
-from rdpo.training.loop import PairTable, Trainer, step_pairs, total_steps
+from rdpo.training.loop import NonFiniteStep, PairTable, Trainer, step_pairs, total_steps
 
 
 def train_worker(config: dict[str, Any]) -> None:
     """Entry point of a Ray Train worker.
 
     Args:
-        config: `job` (Job), `run_dir`, and `sink`, an actor whose `record` takes steps' metrics.
+        config: `job` (Job), `run_dir`, `cores`, and `sink`, an actor whose `record` takes steps' metrics and whose
+            `give_up` takes the reason why training must not go on.
     """
     job: Job = config["job"]
     if not job.training.gpus_per_worker:
-        torch.set_num_threads(worker_cores(job.training))
+        torch.set_num_threads(config["cores"])
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     data = PairTable.load(config["run_dir"])
     trainer = Trainer(job, data, get_device())
@@ -33,7 +33,13 @@ def train_worker(config: dict[str, Any]) -> None:
     if trainer.rank == 0:
         ray.get(config["sink"].record.remote(history))
     for index, pairs in islice(enumerate(step_pairs(len(data), job)), len(history), total):
-        history.append(trainer.step(index, total, pairs))
+        try:
+            history.append(trainer.step(index, total, pairs))
+        except NonFiniteStep as error:
+            # Ray Train would do it again from the last checkpoint, with the same end.
+            if trainer.rank == 0:
+                ray.get(config["sink"].give_up.remote(str(error)))
+            return
         if trainer.rank == 0:
             ray.get(config["sink"].record.remote(history[-1:]))
         if (index + 1) % job.training.checkpoint_every == 0 and index + 1 < total:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from rdpo.config import Job
 from rdpo.storage import Manifest, StageFolder
 from rdpo.training.checkpoint import finish_policy
+from rdpo.training.loop import NonFiniteStep
 from tests.conftest import valid_job
 
 pytestmark = pytest.mark.ray
@@ -166,3 +167,10 @@ def _die_at(run_dir, table, step):
         train(run_dir, table, "broken", num_workers=2, max_failures=0)
     finally:
         trainer.MetricsSink = original
+
+
+def test_a_loss_that_is_not_finite_ends_training_at_once_and_names_the_rows(run_dir, table):
+    with pytest.raises(NonFiniteStep, match=r"rows of the batch: p\d\d, p\d\d, p\d\d, p\d\d$"):
+        train(run_dir, table, "diverged", learning_rate=1e30, warmup_ratio=0.0, schedule="constant")
+    steps = [json.loads(line) for line in StageFolder(run_dir, "diverged").read_bytes("metrics.jsonl").splitlines()]
+    assert [step["step"] for step in steps] == [1]

@@ -89,4 +89,4 @@ def test_out_of_memory_is_one_message_with_remedies(capsys, tmp_path, job_table,
     path = write_job(tmp_path / "job.toml", job_table)
     assert main(["run", path, "--run-dir", str(tmp_path / "run")]) == 1
     message = capsys.readouterr().err
-    assert message.startswith("rdpo: a worker was killed because its machine ran out of memory; lower tokens_per_batch")
+    assert message.startswith("rdpo: a worker was killed: its machine ran out of memory; lower tokens_per_batch")

@@ -8,10 +8,12 @@ import pytest
 from aiohttp import web
 from pydantic import SecretStr
 
+from rdpo import lineage
 from rdpo.config import Endpoint as Settings
-from rdpo.config import Sampling
+from rdpo.config import Job, Sampling, load_job
 from rdpo.errors import InputError
-from rdpo.synthesis.endpoint import Endpoint, EndpointDown, Unanswered, endpoint_cost, endpoint_key
+from rdpo.synthesis.endpoint import Endpoint, EndpointDown, Unanswered, check_endpoint, endpoint_cost, endpoint_key
+from tests.conftest import write_job
 
 SAMPLING = Sampling(max_tokens=5)
 
@@ -51,7 +53,7 @@ class Server:
         if reply == "slow":
             await asyncio.sleep(3)
         if isinstance(reply, int):
-            return web.json_response({"error": {"message": "no"}}, status=reply, headers={"retry-after-ms": "10"})
+            return web.json_response({"error": {"message": "no"}}, status=reply, headers={"retry-after": "0.02"})
         if isinstance(reply, dict):
             return web.json_response(reply)
         return web.Response(text=reply, content_type="application/json")
@@ -99,12 +101,20 @@ def test_a_fault_is_asked_again(fault):
 
 
 @pytest.mark.parametrize("fault", [500, "{not json"])
-def test_a_row_that_fails_each_time_is_dropped_and_the_others_go_on(fault):
-    server = Server(fault, fault, fault)
-    first, second = ask(server, "poison", "good", concurrency=1)
-    assert isinstance(first, Unanswered)
-    assert "the endpoint failed" in str(first)
-    assert second.text == "fine"
+def test_a_row_that_breaks_a_server_which_answers_others_is_dropped(fault):
+    server = Server(completion(), fault, fault, fault)
+    first, second, third = ask(server, "good", "poison", "good", concurrency=1)
+    assert isinstance(second, Unanswered)
+    assert "the endpoint failed each time" in str(second)
+    assert (first.text, third.text) == ("fine", "fine")
+
+
+@pytest.mark.parametrize("fault", [503, 429, "cut"])
+def test_a_server_that_answers_nothing_any_more_ends_the_run_and_loses_no_row(fault):
+    server = Server(completion(), *[fault] * 40)
+    answers = ask(server, *"abcd", concurrency=1)
+    assert [type(answer) for answer in answers[1:]] == [EndpointDown] * 3
+    assert "the same command goes on" in str(answers[1])
 
 
 def test_a_refused_request_is_not_asked_again():
@@ -115,24 +125,25 @@ def test_a_refused_request_is_not_asked_again():
     assert len(server.asked) == 1
 
 
-def test_a_withheld_answer_drops_the_row():
-    (error,) = ask(Server(completion("", "content_filter")))
+@pytest.mark.parametrize("reply", [completion("", "content_filter"), completion(None, "length")])
+def test_an_answer_that_is_withheld_or_has_no_text_drops_the_row_at_once(reply):
+    server = Server(reply)
+    (error,) = ask(server)
     assert isinstance(error, Unanswered)
+    assert len(server.asked) == 1
 
 
-@pytest.mark.parametrize(
-    ("status", "message"), [(401, "refuses the key in OPENAI_API_KEY"), (404, "does not know 'm'")]
-)
+@pytest.mark.parametrize(("status", "message"), [(401, "refuses the key in TEACHER_KEY"), (404, "does not know 'm'")])
 def test_a_wrong_key_or_model_ends_the_run(status, message):
-    (error,) = ask(Server(status))
+    (error,) = ask(Server(status), key_variable="TEACHER_KEY")
     assert isinstance(error, InputError)
     assert message in str(error)
     assert "geheim" not in str(error)
 
 
-def test_a_server_that_is_gone_ends_the_run():
-    errors = ask(Server(*[500] * 40), *"abcd", retries=0, failures_in_a_row=3, concurrency=1)
-    assert [type(error) for error in errors] == [Unanswered, Unanswered, EndpointDown, EndpointDown]
+def test_a_single_forbidden_prompt_drops_its_row():
+    answers = ask(Server(completion(), 403), "good", "bad", concurrency=1)
+    assert isinstance(answers[1], Unanswered)
 
 
 def test_no_more_requests_at_once_than_allowed():
@@ -144,7 +155,7 @@ def test_no_more_requests_at_once_than_allowed():
 
 def test_requests_begin_at_the_rate_that_is_allowed():
     began = time.monotonic()
-    ask(Server(), *"abcdef", requests_per_minute=600)
+    ask(Server(500, 500), *"abcd", requests_per_minute=600)
     assert time.monotonic() - began >= 0.5
 
 
@@ -155,9 +166,26 @@ def test_key_comes_from_the_environment_and_is_not_shown(monkeypatch):
     assert "geheim" not in repr(key)
 
 
-def test_a_key_in_the_url_is_refused():
-    with pytest.raises(ValueError, match="url"):
-        Settings(url="http://user:key@host/v1", model="m")
+@pytest.mark.parametrize("url", ["http://user:geheim@host/v1", "https://host/v1?api_key=geheim"])
+def test_a_key_in_the_url_is_refused_and_not_shown(job_table, tmp_path, url):
+    job_table["synthesis"]["endpoint"] = {"url": url, "model": "m"}
+    with pytest.raises(InputError, match=r"synthesis.endpoint.url: a URL like") as refusal:
+        load_job(write_job(tmp_path / "job.toml", job_table))
+    assert "geheim" not in str(refusal.value)
+
+
+def test_a_key_that_is_not_set_is_found_before_the_run(monkeypatch):
+    monkeypatch.delenv("TEACHER_KEY", raising=False)
+    with pytest.raises(InputError, match="TEACHER_KEY is not set"):
+        check_endpoint(Settings(url="http://t/v1", model="m", key_variable="TEACHER_KEY"))
+
+
+def test_how_the_endpoint_is_asked_does_not_make_the_answers_again(job_table):
+    keys = []
+    for settings in ({}, {"retries": 9, "requests_per_minute": 5, "timeout_s": 3}, {"model": "other"}):
+        job_table["synthesis"]["endpoint"] = {"url": "http://t/v1", "model": "m", **settings}
+        keys.append(lineage.synthesis(Job.model_validate(job_table)))
+    assert keys[0] == keys[1] != keys[2]
 
 
 def test_cost():

@@ -66,8 +66,17 @@ def test_workers_share_what_zero_partitions(tiny_model, tmp_path):
     assert one["optimizer state"] == 8 * rehearsal.trained
     assert four["optimizer state"] == pytest.approx(2 * rehearsal.trained, abs=8)
     assert four["weights"] == pytest.approx(one["weights"] / 4, abs=1)
-    offloaded = worker_memory(job_of(tiny_model, tmp_path, offload="all"), rehearsal)
+    offloaded = worker_memory(job_of(tiny_model, tmp_path, offload="all", gpus_per_worker=1), rehearsal)
     assert not {"weights", "optimizer state"} & offloaded.keys()
+
+
+def test_weights_in_four_bits_are_counted_so(tiny_model, tmp_path):
+    lora = {"lora": {"rank": 4}, "zero_stage": 1}
+    plain = job_of(tiny_model, tmp_path, **lora)
+    four = plain.model_copy(update={"student": plain.student.model_copy(update={"quantization": "nf4"})})
+    rehearsal = rehearse(plain)
+    saved = worker_memory(plain, rehearsal)["weights"] - worker_memory(four, rehearsal)["weights"]
+    assert saved == pytest.approx(rehearsal.arithmetic.layers * (4 - 4.127 / 8), abs=1)
 
 
 def test_arithmetic_by_hand(tiny_model):
@@ -92,6 +101,8 @@ def test_adapters_make_no_gradients_of_the_weights_under_them(tiny_model):
 
 def test_plan_says_what_does_not_fit(tiny_model, tmp_path, monkeypatch):
     job = job_of(tiny_model, tmp_path, batch_size=8)
+    assert "tokens/s" not in "\n".join(plan(job, "H100", 8))
+    job = job.model_copy(update={"student": job.student.model_copy(update={"dtype": "auto"})})
     lines = "\n".join(plan(job, "H100", 8))
     assert "8 x H100" in lines
     assert "tokens/s" in lines
