@@ -15,7 +15,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 def test_the_jobs_in_the_readme_are_whole():
     blocks = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
-    assert [Job.model_validate(tomllib.loads(block)).name for block in blocks] == ["mine", "preferences"]
+    assert [Job.model_validate(tomllib.loads(block)).name for block in blocks] == ["mine", "hosted", "preferences"]
 
 
 def test_commands_in_the_readme_exist(capsys):
