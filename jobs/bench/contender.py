@@ -246,6 +246,10 @@ def main() -> None:
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as apart:
         data = apart.submit(reference_rows, job, options.pairs, options.steps * options.batch_size).result()
     batches = [batch for batch in step_pairs(len(data), job) if len(batch) == options.batch_size][: options.steps]
+    if len(batches) < options.steps:
+        sys.exit(
+            f"{options.pairs}: {len(data)} pairs fit into --max-length {options.max_length}, too few for the steps"
+        )
     ours = options.trainer == "rdpo"
     steps = run_rdpo(job, data, batches) if ours else run_trl(job, data, batches, options.micro)
     print(json.dumps({"trainer": options.trainer, **figures(data, batches, steps)}))

@@ -29,7 +29,7 @@ class Case:
 
 
 CASES = {
-    "trial": Case("tiny", 1024, 4),
+    "trial": Case("tiny", 2048, 4),
     "1b full, 4k": Case("1b", 4096, 32),
     "1b full, 16k": Case("1b", 16_384, 64),
     "8b LoRA, 8k": Case("8b", 8192, 32, ("--lora", "16", "--gradient-checkpointing")),
