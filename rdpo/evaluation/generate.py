@@ -14,8 +14,9 @@ import pyarrow as pa
 
 from rdpo.config import Job
 from rdpo.policy.chat import load_chat
-from rdpo.policy.hardware import available_cores
+from rdpo.policy.hardware import take_device
 from rdpo.policy.models import local_model
+from rdpo.policy.ratios import Ratios
 from rdpo.preference.reference import student_dtype
 from rdpo.records import Row, alive, draw_seed, drop, table_of
 from rdpo.synthesis.engine import ContextError, Engine, engine_pool, gather_rows
@@ -105,16 +106,11 @@ class Divergence:
     """A Ray Data actor that holds the start model and the trained one."""
 
     def __init__(self, job: Job, trained: str, column: str):
-        import torch
-
         from rdpo.policy.model import load_policy
 
         settings, student = job.reference, job.student
-        if not settings.gpus:
-            torch.set_num_threads(settings.cpus or len(available_cores()))
-        self.column, self.device = column, "cuda" if settings.gpus else "cpu"
-        self.chat = load_chat(student.model, student.revision, student.trust_remote_code)
-        self.policies = [
+        device = take_device(settings.gpus, settings.cpus)
+        after, before = (
             load_policy(
                 folder,
                 student_dtype(job),
@@ -123,28 +119,18 @@ class Divergence:
                 layout=job.training.layout,
             )
             .eval()
-            .to(self.device)
+            .to(device)
             for folder in (trained, local_model(student.model, student.revision))
-        ]
+        )
+        chat = load_chat(student.model, student.revision, student.trust_remote_code)
+        self.column, self.ratios = column, Ratios(chat, after, before, device, settings.tokens_per_batch)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Measure a block of rows."""
         rows = batch.to_pylist()
+        answered = [row for row in rows if alive(row) and row[self.column]]
         for row in rows:
             row["kl"] = None
-        self._measure([row for row in rows if alive(row) and row[self.column]])
+        for row, ratio in zip(answered, self.ratios(answered, self.column), strict=True):
+            row["kl"] = ratio.nats
         return table_of(rows)
-
-    def _measure(self, rows: list[Row]) -> None:
-        import torch
-
-        if not rows:
-            return
-        prompts = [self.chat.prompt_ids(row["prompt"]) for row in rows]
-        finished = [row[f"{self.column}_finish_reason"] == "stop" for row in rows]
-        answers = [self.chat.completion_ids(row[self.column], end) for row, end in zip(rows, finished, strict=True)]
-        batch = self.policies[0].batch(prompts, answers).to(self.device)
-        with torch.inference_mode():
-            trained, start = (policy(batch).tolist() for policy in self.policies)
-        for row, after, before in zip(rows, trained, start, strict=True):
-            row["kl"] = after - before

@@ -45,7 +45,7 @@ class Arithmetic:
             layers=sum(module.in_features * module.out_features for module in inner),
             head=config.vocab_size * config.hidden_size,
             attention=config.num_hidden_layers * config.num_attention_heads * head_size,
-            frozen=hasattr(policy.model, "peft_config"),
+            frozen=policy.adapted,
         )
 
     def flops(self, sizes: Sequence[PairSize], packed: bool) -> float:

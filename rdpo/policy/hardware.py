@@ -42,6 +42,16 @@ def available_cores() -> list[int]:
     return list(range(os.cpu_count() or 1))
 
 
+def take_device(gpus: float, cpus: int | None = None) -> str:
+    """The device of an actor: its GPU, or the CPU with torch's threads set to `cpus`, by default all cores."""
+    if gpus:
+        return "cuda"
+    import torch
+
+    torch.set_num_threads(cpus or len(available_cores()))
+    return "cpu"
+
+
 def worker_cores(training: Training) -> int:
     """Cores of one training worker: as the job says, else its share of this machine's, or one beside a GPU."""
     if training.cpus_per_worker or training.gpus_per_worker:

@@ -35,6 +35,11 @@ class Policy(nn.Module):
         """The language model's configuration."""
         return self._causal().config.get_text_config()
 
+    @property
+    def adapted(self) -> bool:
+        """Whether an adapter is trained over frozen weights."""
+        return hasattr(self.model, "peft_config")
+
     def _causal(self) -> Any:
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 

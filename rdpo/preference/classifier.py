@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from rdpo.config import ClassifierReward
 from rdpo.errors import InputError
-from rdpo.policy.hardware import available_cores, compute_dtype
+from rdpo.policy.hardware import compute_dtype, take_device
 from rdpo.policy.models import local_model
 from rdpo.preference.scores import record_scores
 from rdpo.records import Messages, table_of, text_of
@@ -32,9 +32,7 @@ class Classifier:
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.tokenizer.truncation_side, self.tokenizer.padding_side = "left", "right"
-        self.device = "cuda" if reward.gpus else "cpu"
-        if not reward.gpus:
-            torch.set_num_threads(len(available_cores()))
+        self.device = take_device(reward.gpus)
         dtype = getattr(torch, compute_dtype(reward.dtype, reward.gpus > 0))
         model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype, use_safetensors=True)
         model.config.pad_token_id = self.tokenizer.pad_token_id

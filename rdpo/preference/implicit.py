@@ -7,16 +7,14 @@ The self-reward of DICE (arXiv 2406.09760). The log-probs come from the forward 
 
 from __future__ import annotations
 
-import math
-
 import pyarrow as pa
 
 from rdpo.config import ImplicitReward, Job
 from rdpo.errors import InputError
 from rdpo.policy.chat import Chat, load_chat
-from rdpo.policy.hardware import available_cores, compute_dtype
+from rdpo.policy.hardware import compute_dtype, take_device
 from rdpo.policy.models import local_model
-from rdpo.policy.packing import PairSize, micro_batches
+from rdpo.policy.ratios import Ratios
 from rdpo.preference.scores import record_scores
 from rdpo.records import Row, table_of
 
@@ -28,20 +26,16 @@ class Implicit:
     """A Ray Data actor that holds the trained model and its reference."""
 
     def __init__(self, reward: ImplicitReward, answers: list[str], job: Job):
-        import torch
-
         from rdpo.policy.model import load_policy
 
         self.reward, self.answers = reward, answers
-        self.chat = checked_implicit(reward, job)
-        self.device = "cuda" if reward.gpus else "cpu"
-        if not reward.gpus:
-            torch.set_num_threads(len(available_cores()))
+        chat, device = checked_implicit(reward, job), take_device(reward.gpus)
         dtype = compute_dtype(reward.dtype, reward.gpus > 0)
-        self.policies = [
-            load_policy(local_model(name, revision), dtype, CHUNK, trust_remote_code=trust).eval().to(self.device)
+        trained, start = (
+            load_policy(local_model(name, revision), dtype, CHUNK, trust_remote_code=trust).eval().to(device)
             for name, revision, trust in ((reward.model, None, False), reference_of(reward, job))
-        ]
+        )
+        self.ratios = Ratios(chat, trained, start, device, reward.tokens_per_batch)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Score a block of rows."""
@@ -52,31 +46,9 @@ class Implicit:
 
     def score(self, rows: list[Row], answer: str) -> list[float]:
         """Implicit rewards of one answer of each row; NaN where it has no tokens."""
-        prompts = [self._prompt_ids(row) for row in rows]
-        answers = [self.chat.completion_ids(row[answer], row[f"{answer}_finish_reason"] == "stop") for row in rows]
-        sizes = [PairSize(len(prompt), len(ids), 0) for prompt, ids in zip(prompts, answers, strict=True)]
-        scores = [math.nan] * len(rows)
-        whole = [index for index, ids in enumerate(answers) if ids and prompts[index]]
-        for micro in micro_batches(whole, sizes, self.reward.tokens_per_batch, self.policies[0].packed):
-            own = [[column[index] for index in micro.pairs] for column in (prompts, answers)]
-            for index, ratio in zip(micro.pairs, self._log_ratios(*own), strict=True):
-                length = len(answers[index]) if self.reward.normalization == "token_mean" else 1
-                scores[index] = self.reward.beta * ratio / length
-        return scores
-
-    def _prompt_ids(self, row: Row) -> list[int]:
-        """Ids of the prompt; none if the template refuses it."""
-        try:
-            return self.chat.prompt_ids(row["prompt"])
-        except ValueError:
-            return []
-
-    def _log_ratios(self, prompts: list[list[int]], answers: list[list[int]]) -> list[float]:
-        import torch
-
-        with torch.inference_mode():
-            trained, start = (policy(policy.batch(prompts, answers).to(self.device)) for policy in self.policies)
-        return (trained - start).tolist()
+        mean = self.reward.normalization == "token_mean"
+        ratios = self.ratios(rows, answer)
+        return [self.reward.beta * ratio.nats / (max(ratio.tokens, 1) if mean else 1) for ratio in ratios]
 
 
 def reference_of(reward: ImplicitReward, job: Job) -> tuple[str, str | None, bool]:

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from rdpo.config import Job
 from rdpo.policy.chat import Chat, load_chat
-from rdpo.policy.hardware import available_cores, compute_dtype
+from rdpo.policy.hardware import compute_dtype, take_device
 from rdpo.policy.models import local_model
 from rdpo.policy.packing import MicroBatch, PairSize, micro_batches
 from rdpo.records import Row, alive, drop
@@ -70,14 +70,10 @@ class Reference:
     """A Ray Data actor that holds the reference model."""
 
     def __init__(self, job: Job):
-        import torch
-
         from rdpo.policy.model import load_policy
 
         self.settings, student = job.reference, job.student
-        self.device = "cuda" if self.settings.gpus else "cpu"
-        if not self.settings.gpus:
-            torch.set_num_threads(self.settings.cpus or len(available_cores()))
+        self.device = take_device(self.settings.gpus, self.settings.cpus)
         self.chat = load_chat(student.model, student.revision, student.trust_remote_code)
         folder = local_model(student.model, student.revision)
         policy = load_policy(

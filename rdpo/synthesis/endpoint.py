@@ -98,8 +98,8 @@ class Endpoint:
             EndpointDown: it cannot be answered, nor can anything else.
         """
         async with self.places:
-            before = self.answered
-            for attempt in range(self.settings.retries + 1):
+            before, attempt = self.answered, 0
+            while True:
                 await self._wait_for_turn()
                 try:
                     generation = await self._ask(messages, sampling, seed)
@@ -107,10 +107,10 @@ class Endpoint:
                     if attempt == self.settings.retries:
                         raise self._given_up(failure, before) from None
                     await asyncio.sleep(max(failure.pause, self.settings.pause_s * 2**attempt))
+                    attempt += 1
                 else:
                     self.answered += 1
                     return generation
-        raise AssertionError("unreachable")
 
     async def _ask(self, messages: Messages, sampling: Sampling, seed: int) -> Generation:
         from openai import APIConnectionError, APIResponseValidationError, APIStatusError

@@ -33,7 +33,7 @@ def save_checkpoint(engine: Any, history: list[StepMetrics], policy: Any = None)
             directory,
             tag=TAG,
             client_state={"history": history},
-            exclude_frozen_parameters=_is_adapter(engine.module),
+            exclude_frozen_parameters=engine.module.adapted,
         )
         if policy is not None:
             export_policy(policy, Path(directory) / EXPORT)
@@ -47,7 +47,7 @@ def restore_checkpoint(engine: Any) -> list[StepMetrics]:
     if checkpoint is None:
         return []
     with checkpoint.as_directory() as directory:
-        strict = not _is_adapter(engine.module)
+        strict = not engine.module.adapted
         _, state = engine.load_checkpoint(directory, tag=TAG, load_module_strict=strict)
     return list(state["history"])
 
@@ -55,7 +55,7 @@ def restore_checkpoint(engine: Any) -> list[StepMetrics]:
 def export_policy(policy: Any, folder: Path) -> None:
     """Gather the trained weights over all workers; rank 0 writes them as safetensors."""
     model = policy.model
-    state = gathered_state(model, adapter_only=_is_adapter(policy))
+    state = gathered_state(model, adapter_only=policy.adapted)
     if torch.distributed.get_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         model.save_pretrained(folder, state_dict=state)
@@ -99,7 +99,3 @@ def finish_policy(exported: Path, base: Path, merged: Path) -> None:
         for file in base.glob(pattern):
             if not (merged / file.name).exists() and not file.name.endswith(".index.json"):
                 shutil.copy(file, merged / file.name)
-
-
-def _is_adapter(policy: Any) -> bool:
-    return hasattr(policy.model, "peft_config")

@@ -151,7 +151,8 @@ class Trainer:
             self._accumulate(micro, self.workers / len(pairs), metrics)
         reduced = metrics.reduced()
         norm = self._apply()
-        if not math.isfinite(norm):
+        skipped = not math.isfinite(norm)
+        if skipped:
             self._skip(reduced["loss"], pairs)
         seconds = time.perf_counter() - began
         return {
@@ -159,7 +160,7 @@ class Trainer:
             **reduced,
             "grad_norm": norm,
             "learning_rate": rate,
-            "skipped": float(not math.isfinite(norm)),
+            "skipped": float(skipped),
             "seconds": seconds,
             "tokens_per_second": reduced["tokens"] / seconds,
             "peak_memory_gib": peak_memory_gib(self.device),

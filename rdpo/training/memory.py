@@ -36,7 +36,7 @@ GPU_PROCESS = int(1.5 * GIB)
 NF4_BYTES = 4.127 / 8
 """A weight in four bits, with its share of the doubly quantised scales (arXiv 2305.14314, section 3)."""
 CPU_SLACK = 0.6
-"""What the C library keeps of the activations' memory beyond what is live (measured, jobs/bench/RESULTS.md)."""
+"""What the C library keeps of the activations' memory beyond what is live (fitted, jobs/bench/RESULTS.md)."""
 
 
 @dataclass(frozen=True)
@@ -161,18 +161,12 @@ class Memory(TorchDispatchMode):
         self.now -= size
 
 
-def worker_memory(job: Job, rehearsal: Rehearsal, workers: int | None = None) -> dict[str, int]:
-    """Bytes by part that one training worker holds at its fullest, on its device.
-
-    Args:
-        job: the job.
-        rehearsal: `rehearse(job)`.
-        workers: number of workers, if not the job's.
-    """
+def worker_memory(job: Job, rehearsal: Rehearsal) -> dict[str, int]:
+    """Bytes by part that one of the job's training workers holds at its fullest, on its device."""
     training, dtype = job.training, student_dtype(job)
     size = getattr(torch, dtype).itemsize
     stage = stage_of(training, dtype)
-    workers = workers or training.num_workers
+    workers, offloaded = training.num_workers, _offloaded(job, stage)
     trained, share = rehearsal.trained, -(-rehearsal.trained // workers)
     parts = {
         "process": GPU_PROCESS if training.gpus_per_worker else CPU_PROCESS,
@@ -185,7 +179,7 @@ def worker_memory(job: Job, rehearsal: Rehearsal, workers: int | None = None) ->
         "activations and head": rehearsal.activations,
         "allocator": 0 if training.gpus_per_worker else int(rehearsal.activations * CPU_SLACK),
     }
-    return {name: amount for name, amount in parts.items() if name not in _offloaded(job, stage)}
+    return {name: amount for name, amount in parts.items() if name not in offloaded}
 
 
 def _weights(job: Job, rehearsal: Rehearsal, size: int) -> int:

@@ -63,19 +63,19 @@ def plan(job: Job, gpu: str | None, workers: int | None, sizes: Sequence[PairSiz
     changes = {"num_workers": workers, **({"gpus_per_worker": 1} if gpu else {})}
     job = job.model_copy(update={"training": job.training.model_copy(update=changes)})
     rehearsal = rehearse(job, sizes)
-    parts = worker_memory(job, rehearsal, workers)
-    yield _headline(job, rehearsal, gpu, workers)
+    parts = worker_memory(job, rehearsal)
+    yield _headline(job, rehearsal, gpu)
     yield from _memory(parts, GPUS[gpu].memory_gib if gpu else None)
     if (gpu and student_dtype(job) == "bfloat16") or not job.training.gpus_per_worker:
-        yield from _speed(job, rehearsal, gpu, workers, sizes or [typical_pair(job)])
+        yield from _speed(job, rehearsal, gpu, sizes or [typical_pair(job)])
 
 
-def _headline(job: Job, rehearsal: Rehearsal, gpu: str | None, workers: int) -> str:
+def _headline(job: Job, rehearsal: Rehearsal, gpu: str | None) -> str:
     training = job.training
     device = gpu or ("GPU" if training.gpus_per_worker else f"{worker_cores(training)}-core CPU")
     return (
         f"{job.student.model}: {rehearsal.weights / 1e6:,.1f} M weights, {rehearsal.trained / 1e6:,.1f} M trained, "
-        f"{student_dtype(job)}\n{workers} x {device}, ZeRO-{stage_of(training, student_dtype(job))}, "
+        f"{student_dtype(job)}\n{training.num_workers} x {device}, ZeRO-{stage_of(training, student_dtype(job))}, "
         f"{'packed' if rehearsal.packed else 'padded'} rows of {training.tokens_per_batch} tokens"
     )
 
@@ -94,8 +94,9 @@ def _memory(parts: dict[str, int], limit: float | None) -> Iterator[str]:
         )
 
 
-def _speed(job: Job, rehearsal: Rehearsal, gpu: str | None, workers: int, sizes: Sequence[PairSize]) -> Iterator[str]:
+def _speed(job: Job, rehearsal: Rehearsal, gpu: str | None, sizes: Sequence[PairSize]) -> Iterator[str]:
     rate = GPUS[gpu].flops if gpu else _cpu_rate(job)
+    workers = job.training.num_workers
     seconds = rehearsal.arithmetic.flops(sizes, rehearsal.packed) / (rate * workers * ASSUMED_MFU)
     guess = f"{ASSUMED_MFU:.0%} of {rate / 1e12:,.2f} TFLOP/s per worker, guessed"
     tokens = sum(pair.tokens for pair in sizes)

@@ -62,7 +62,9 @@ def test_checkpointing_needs_less(tiny_model, tmp_path):
 def test_workers_share_what_zero_partitions(tiny_model, tmp_path):
     job = job_of(tiny_model, tmp_path, zero_stage=3)
     rehearsal = rehearse(job)
-    one, four = (worker_memory(job, rehearsal, workers) for workers in (1, 4))
+    one, four = (
+        worker_memory(job_of(tiny_model, tmp_path, zero_stage=3, num_workers=workers), rehearsal) for workers in (1, 4)
+    )
     assert one["optimizer state"] == 8 * rehearsal.trained
     assert four["optimizer state"] == pytest.approx(2 * rehearsal.trained, abs=8)
     assert four["weights"] == pytest.approx(one["weights"] / 4, abs=1)
