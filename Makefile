@@ -14,7 +14,7 @@ INSTALL := $(PIP) install --no-compile
 export HF_HUB_OFFLINE ?= 1
 
 # The quickstart's models come inside Python packages: nothing is asked of the Hugging Face hub.
-.PHONY: help install quickstart reward-pairs test test-fast bench-training lint format type lock clean
+.PHONY: help install quickstart reward-pairs test test-fast bench-training bench-synthesis bench-dataplane lint format type lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -54,6 +54,16 @@ BENCH ?= --steps 5 --batch-size 4 --micro 2 --lora 16
 bench-training: $(READY)  ## rdpo against TRL's DPOTrainer: make bench-training PAIRS=pairs.jsonl BENCH='--steps 5'
 	@$(BIN)/python -c 'import trl' 2> /dev/null || $(INSTALL) --no-deps trl==1.16.0
 	$(BIN)/python jobs/bench/training.py $(PAIRS) $(BENCH)
+
+SPEAK ?= --rows 96 --max-tokens 96
+
+bench-synthesis: $(READY)  ## rdpo against bare vLLM and ray.data.llm: make bench-synthesis SPEAK='--rows 16'
+	$(BIN)/python jobs/bench/synthesis.py $(SPEAK)
+
+ROWS ?= 1000 10000 100000 1000000
+
+bench-dataplane: $(READY)  ## what rdpo itself costs for each row, with an engine that echoes: ROWS='1000 10000'
+	$(BIN)/python jobs/bench/dataplane.py --rows $(ROWS)
 
 lint: $(READY)  ## ruff and codespell
 	$(BIN)/ruff check .

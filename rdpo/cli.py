@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 OUT_OF_MEMORY = "out of memory"
 STAGE_COMMANDS = {
+    "calibrate": "calibration",
     "synthesize": "synthesis",
     "score": "rewards",
     "pair": "pairs",
@@ -100,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"rdpo {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_run(commands)
+    _add_compare(commands)
     for command, stage in STAGE_COMMANDS.items():
         one = commands.add_parser(command, help=f"bring the {stage} stage of an existing run up to date")
         one.add_argument("run_dir", metavar="RUN_DIR")
@@ -123,6 +125,13 @@ def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     run.add_argument("--dry-run", action="store_true", help="print the resolved job and what would run")
     run.add_argument("--fresh", action="store_true", help="start over: remove the run directory first")
     run.set_defaults(function=_run)
+
+
+def _add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    compare = commands.add_parser("compare", help="run arms and seeds of a job and compare them")
+    compare.add_argument("comparison", metavar="COMPARE.toml")
+    compare.add_argument("--run-dir", metavar="DIR", help="where the arms live (default: runs/NAME)")
+    compare.set_defaults(function=_compare)
 
 
 def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -171,7 +180,7 @@ def _dry_run(job: Job, run_dir: str) -> int:
 
     print(to_toml(job))
     for name, state in planned(job, run_dir, STAGES).items():
-        print(f"# {name:<11}{state}")
+        print(f"# {name:<12}{state}")
     return 0
 
 
@@ -205,8 +214,20 @@ def _finish(run: Run) -> None:
     path = write_report(run.dir)
     for line in headline(run.dir):
         run.console.say(line)
-    run.console.say(f"model      {run.folder('model').local()}")
-    run.console.say(f"report     {path}")
+    run.console.say(f"model       {run.folder('model').local()}")
+    run.console.say(f"report      {path}")
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from rdpo.cluster import ray_stopped_after
+    from rdpo.comparison import compare_arms, load_comparison
+    from rdpo.tracking import quiet_console
+
+    comparison, jobs = load_comparison(options.comparison)
+    options.run_dir = options.run_dir or os.path.join("runs", comparison.name)
+    with quiet_console(Path(options.run_dir) / "logs") as console, ray_stopped_after():
+        compare_arms(comparison, jobs, options.run_dir, console)
+    return 0
 
 
 def _report(options: argparse.Namespace) -> int:

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rdpo.config import ClassifierReward, ImplicitReward, Job, JudgeReward
+from rdpo.config import ClassifierReward, Concurrency, ImplicitReward, Job, JudgeReward
 from rdpo.errors import InputError
+
+if TYPE_CHECKING:
+    from ray.data import ActorPoolStrategy
 
 HEADROOM_CPUS = 2
 MIN_STORE_BYTES = 100 << 20
+FULL = 1.0
+POOL_ACTOR = "MapWorker"
+ENDS_WITHIN_S = 60.0
+PAUSE_S = 0.5
 
 
 def start_ray(job: Job) -> Any:
@@ -20,11 +28,15 @@ def start_ray(job: Job) -> Any:
     import ray
     import ray.data
 
+    if ray.is_initialized():
+        return ray
     address = job.cluster.address or os.environ.get("RAY_ADDRESS")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if address:
         ray.init(address=address, log_to_driver=True)
     else:
+        # By default Ray's workers, and the engines in them, give way to every other process of the machine.
+        os.environ.setdefault("RAY_worker_niceness", "0")
         ray.init(
             address="local",
             num_cpus=(os.cpu_count() or 1) + HEADROOM_CPUS,
@@ -32,9 +44,19 @@ def start_ray(job: Job) -> Any:
             dashboard_host="127.0.0.1",
             log_to_driver=True,
         )
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    adapt_pools()
     return ray
+
+
+def adapt_pools() -> None:
+    """Let pools grow as soon as all their places are taken.
+
+    Ray's own threshold is above the share that an actor with one waiting task ever reaches.
+    """
+    from ray.data import DataContext
+
+    DataContext.get_current().autoscaling_config.actor_pool_util_upscaling_threshold = FULL
 
 
 @contextmanager
@@ -47,24 +69,81 @@ def ray_stopped_after() -> Iterator[None]:
             sys.modules["ray"].shutdown()
 
 
-def check_devices(job: Job, ray: Any) -> None:
-    """Compare the GPUs the job asks for with those the cluster has.
+def pools_ended(within_s: float = ENDS_WITHIN_S) -> bool:
+    """Wait until no actor of this run's pools is left, so that what they held is free; whether that is so."""
+    import ray
+    from ray.util.state import list_actors
+
+    context = ray.get_runtime_context()
+    mine = [("job_id", "=", context.get_job_id()), ("state", "!=", "DEAD")]
+    deadline = time.monotonic() + within_s
+    while True:
+        actors = list_actors(address=context.gcs_address, filters=mine)
+        if not any(actor.class_name.startswith(POOL_ACTOR) for actor in actors):
+            return True
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(PAUSE_S)
+
+
+def check_devices(job: Job, ray: Any) -> float:
+    """Compare the GPUs the job asks for with those the cluster has; how many it has.
 
     Raises:
         InputError: a stage asks for more.
     """
-    wanted = {
-        "synthesis.engine.gpus": job.synthesis.engine.gpus,
+    wanted = {f"{name}.gpus": gpus for name, gpus, _ in _pools(job)} | {
         "evaluation.engine.gpus": job.evaluation.engine.gpus,
         "reference.gpus": job.reference.gpus,
         "training": job.training.num_workers * job.training.gpus_per_worker,
     }
-    for reward in job.rewards:
-        if isinstance(reward, JudgeReward):
-            wanted[f"rewards.{reward.name}.engine.gpus"] = reward.engine.gpus
-        elif isinstance(reward, ClassifierReward | ImplicitReward):
-            wanted[f"rewards.{reward.name}.gpus"] = reward.gpus
     available = ray.cluster_resources().get("GPU", 0)
     for name, count in wanted.items():
         if count > available:
             raise InputError(f"{name} asks for {count} GPU(s), but the cluster has {available:g}; set it to 0")
+    return available
+
+
+def fit_side_by_side(job: Job, gpus: float) -> bool:
+    """Whether teacher and rewards run at the same time: every pool has its GPUs, and one at most is on the CPU."""
+    if job.cluster.streaming != "auto":
+        return job.cluster.streaming == "on"
+    pools = _pools(job)
+    return sum(each * smallest(size) for _, each, size in pools) <= gpus and sum(not each for _, each, _ in pools) <= 1
+
+
+def _pools(job: Job) -> list[tuple[str, float, Concurrency]]:
+    """Those pools of teacher and rewards that hold a model: name, GPUs of an actor, number of actors."""
+    pools: list[tuple[str, float, Concurrency]] = []
+    if job.synthesis.task and not job.synthesis.endpoint:
+        pools.append(("synthesis.engine", job.synthesis.engine.gpus, job.synthesis.engine.concurrency))
+    for reward in job.rewards:
+        if isinstance(reward, JudgeReward):
+            pools.append((f"rewards.{reward.name}.engine", reward.engine.gpus, reward.engine.concurrency))
+        elif isinstance(reward, ClassifierReward | ImplicitReward):
+            pools.append((f"rewards.{reward.name}", reward.gpus, reward.concurrency))
+    return pools
+
+
+def smallest(concurrency: Concurrency) -> int:
+    """Number of actors that a pool begins with."""
+    return concurrency if isinstance(concurrency, int) else concurrency[0]
+
+
+def largest(concurrency: Concurrency) -> int:
+    """Number of actors that a pool grows to."""
+    return concurrency if isinstance(concurrency, int) else concurrency[1]
+
+
+def actor_pool(concurrency: Concurrency, at_once: int = 1) -> ActorPoolStrategy:
+    """A pool of actors that grows while all its places are taken and shrinks when work runs out.
+
+    Args:
+        concurrency: number of actors, or the smallest and the largest.
+        at_once: tasks that one actor works on at the same time.
+    """
+    from ray.data import ActorPoolStrategy
+
+    sizes = {"min_size": smallest(concurrency), "max_size": largest(concurrency)}
+    # One more task waits in each actor, so that an engine has no gap between two blocks.
+    return ActorPoolStrategy(**sizes, max_tasks_in_flight_per_actor=at_once + 1)

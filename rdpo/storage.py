@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
 import time
 import uuid
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +22,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
 
 from rdpo.errors import ConservationError, InputError
 from rdpo.records import digest
@@ -29,6 +32,8 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 IN_PROGRESS = "in_progress.json"
+TOKENS = "_tokens"
+OPEN_AT_ONCE = 16
 
 
 @dataclass
@@ -44,6 +49,7 @@ class Manifest:
     dropped: dict[str, int] = field(default_factory=dict)
     tokens: int = 0
     seconds: float = 0.0
+    together: list[str] = field(default_factory=list)
     seed: int = 0
     versions: dict[str, str] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
@@ -136,7 +142,26 @@ class StageFolder(Folder):
         in_progress = self.read_json(IN_PROGRESS) or {}
         if self.exists(MANIFEST) or in_progress.get("key") != key:
             self.clear()
-            self.write_json(IN_PROGRESS, {"key": key, "began": time.time()})
+            self.write_json(IN_PROGRESS, {"key": key, "birth": uuid.uuid4().hex, "began": time.time()})
+
+    @property
+    def birth(self) -> str:
+        """Name of this making of the folder: a part that is there is never made again with other content."""
+        return (self.read_json(IN_PROGRESS) or {}).get("birth", "")
+
+    def clear_parts(self) -> None:
+        """Remove what the folder holds, but not that it was begun."""
+        for name in self._all_files():
+            self.fs.rm(self._at(name))
+
+    def take_over(self, other: StageFolder) -> None:
+        """Hold what another committed folder holds; on a local disk the files are shared, not copied."""
+        self.clear()
+        if isinstance(self.fs, LocalFileSystem):
+            # Files are only ever put in another's place, so a change here does not reach the other folder.
+            shutil.copytree(other.root, self.root, copy_function=_linked)
+        else:
+            self.fs.copy(other.root, self.root, recursive=True)
 
     def write_parts(self, table: pa.Table, id_column: str) -> WriteProgress:
         """Write one block: kept rows to `part-*`, rows with a reason in `dropped` to `dropped/part-*`."""
@@ -148,9 +173,7 @@ class StageFolder(Folder):
             lost = table.filter(pc.is_valid(reasons))
         self._write_part(kept, id_column, "")
         self._write_part(lost, id_column, "dropped/")
-        counted = [name for name in kept.column_names if name.endswith("_tokens")]
-        tokens = sum(pc.sum(kept[name]).as_py() or 0 for name in counted)
-        return WriteProgress(kept.num_rows, lost.num_rows, tokens)
+        return WriteProgress(kept.num_rows, lost.num_rows, _sum_ending_in(TOKENS, kept))
 
     def _write_part(self, table: pa.Table, id_column: str, below: str) -> None:
         if not table.num_rows:
@@ -164,21 +187,41 @@ class StageFolder(Folder):
         """Names of the kept parts."""
         return self.names(".parquet")
 
-    def table(self, below: str = "", columns: list[str] | None = None) -> pa.Table:
-        """All kept rows (or, with `below="dropped"`, the dropped ones) as one table."""
-        tables = []
+    def tables(self, below: str = "", columns: list[str] | None = None) -> Iterator[pa.Table]:
+        """The kept rows (or, with `below="dropped"`, the dropped ones) part by part."""
         for name in self.names(".parquet", below):
-            with self.fs.open(self._at(name), "rb") as file:
-                tables.append(pq.read_table(file, columns=columns))
+            yield self.part(name, columns)
+
+    def part(self, name: str, columns: list[str] | None = None) -> pa.Table:
+        """The rows of one part."""
+        with self.fs.open(self._at(name), "rb") as file:
+            return pq.read_table(file, columns=columns)
+
+    def table(self, below: str = "", columns: list[str] | None = None) -> pa.Table:
+        """All kept (or dropped) rows as one table."""
+        tables = list(self.tables(below, columns))
         return pa.concat_tables(tables, promote_options="permissive") if tables else pa.table({})
 
-    def done_ids(self, id_column: str) -> set[str]:
-        """Ids of the rows that unfinished parts already hold, kept or dropped."""
-        done: set[str] = set()
-        for below in ("", "dropped"):
-            table = self.table(below, [id_column]) if self.names(".parquet", below) else None
-            done.update(table[id_column].to_pylist() if table else [])
-        return done
+    def total(self, ending: str, below: str = "") -> int:
+        """Sum of all columns of the kept (or dropped) rows whose names end so."""
+        return sum(_sum_ending_in(ending, table) for table in self.tables(below))
+
+    def rewrite(self, change: Callable[[pa.Table], pa.Table | None], id_column: str) -> None:
+        """Put what `change` makes of each part of kept rows in its place; a part of which it makes None stays."""
+        for name in self.parts():
+            changed = change(self.part(name))
+            if changed is not None:
+                self.fs.rm(self._at(name))
+                self.write_parts(changed, id_column)
+
+    def ids(self, id_column: str, below: str = "") -> pa.ChunkedArray:
+        """Ids of the kept (or dropped) rows, as the parts hold them."""
+        chunks = [chunk for table in self.tables(below, [id_column]) for chunk in table[id_column].chunks]
+        return pa.chunked_array(chunks, pa.string())
+
+    def done_ids(self, id_column: str) -> pa.ChunkedArray:
+        """Ids of all rows that the folder holds, kept and dropped."""
+        return pa.chunked_array([*self.ids(id_column).chunks, *self.ids(id_column, "dropped").chunks], pa.string())
 
     def dataset(self) -> ray.data.Dataset:
         """The kept rows as a Ray Dataset, whatever the types of empty columns in single parts."""
@@ -187,13 +230,14 @@ class StageFolder(Folder):
         parts = self.parts()
         if not parts:
             return ray.data.from_items([])
-        schemas = []
-        for name in parts:
-            with self.fs.open(self._at(name), "rb") as file:
-                schemas.append(pq.read_schema(file).remove_metadata())
-        schema = pa.unify_schemas(schemas, promote_options="permissive")
+        with ThreadPoolExecutor(OPEN_AT_ONCE) as openers:
+            schemas = set(openers.map(self._schema, parts))
         paths = [self.fs.unstrip_protocol(self._at(name)) for name in parts]
-        return ray.data.read_parquet(paths, schema=schema)
+        return ray.data.read_parquet(paths, schema=pa.unify_schemas(list(schemas), promote_options="permissive"))
+
+    def _schema(self, name: str) -> pa.Schema:
+        with self.fs.open(self._at(name), "rb") as file:
+            return pq.read_schema(file).remove_metadata()
 
     def commit(self, manifest: Manifest, id_column: str | None = None, expected: int | None = None) -> Manifest:
         """Check that every row is accounted for, then write the manifest.
@@ -210,20 +254,29 @@ class StageFolder(Folder):
         return manifest
 
     def _count(self, manifest: Manifest, id_column: str, expected: int | None) -> None:
-        kept = self.table(columns=[id_column]) if self.parts() else pa.table({id_column: []})
-        lost = self.table("dropped")
-        kept_ids = kept[id_column].to_pylist()
-        lost_ids = lost[id_column].to_pylist() if lost.num_rows else []
-        manifest.rows_out = len(kept_ids)
-        manifest.dropped = dict(Counter(lost["dropped"].to_pylist())) if lost.num_rows else {}
-        manifest.rows_in = len(kept_ids) + len(lost_ids) if expected is None else expected
-        twice = [name for name, count in Counter(kept_ids + lost_ids).items() if count > 1]
-        if twice:
-            raise ConservationError(f"{self.name}: {len(twice)} ids stand twice, the first is {twice[0]}")
-        if manifest.rows_in != len(kept_ids) + len(lost_ids):
-            raise ConservationError(
-                f"{self.name}: {manifest.rows_in} rows in, but {len(kept_ids)} out and {len(lost_ids)} dropped"
-            )
+        kept, lost = len(self.ids(id_column)), len(self.ids(id_column, "dropped"))
+        manifest.rows_out = kept
+        manifest.dropped = self.reasons()
+        manifest.rows_in = kept + lost if expected is None else expected
+        self._check_unique(id_column)
+        if manifest.rows_in != kept + lost:
+            raise ConservationError(f"{self.name}: {manifest.rows_in} rows in, but {kept} out and {lost} dropped")
+
+    def reasons(self) -> dict[str, int]:
+        """How many rows were dropped for each reason."""
+        counted: dict[str, int] = {}
+        for table in self.tables("dropped", ["dropped"]):
+            for entry in pc.value_counts(table["dropped"]).to_pylist():
+                counted[entry["values"]] = counted.get(entry["values"], 0) + entry["counts"]
+        return counted
+
+    def _check_unique(self, id_column: str) -> None:
+        ids = self.done_ids(id_column)
+        if pc.count_distinct(ids).as_py() == len(ids):
+            return
+        counts = pc.value_counts(ids)
+        twice = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
+        raise ConservationError(f"{self.name}: {len(twice)} ids stand twice, the first is {twice[0]}")
 
     def _all_files(self) -> list[str]:
         found = self.fs.find(self.root)
@@ -238,16 +291,38 @@ class StageFolder(Folder):
         return checksum.hexdigest()
 
 
+def _linked(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _sum_ending_in(ending: str, table: pa.Table) -> int:
+    return sum(pc.sum(table[name]).as_py() or 0 for name in table.column_names if name.endswith(ending))
+
+
+def stored(rows: ray.data.Dataset, folder: StageFolder, id_column: str, pass_on: bool) -> ray.data.Dataset:
+    """The data set with a last step that stores each block as a part of the folder.
+
+    It yields the kept rows where another stage takes them up (`pass_on`), else one `WriteProgress` for each block.
+    """
+    path, name = folder.path.rsplit("/", 1)[0], folder.name
+
+    def store(block: pa.Table) -> pa.Table:
+        progress = StageFolder(path, name).write_parts(block, id_column)
+        if pass_on:
+            return block.filter(pc.is_null(block["dropped"].cast(pa.string())))
+        return pa.Table.from_pylist([asdict(progress)])
+
+    return rows.map_batches(store, batch_format="pyarrow", batch_size=None)
+
+
 def write_rows(
     rows: ray.data.Dataset, folder: StageFolder, id_column: str, on_block: Callable[[WriteProgress], None]
 ) -> None:
     """Run a Ray Dataset and store its rows part by part; `on_block` hears of each as it is written."""
-    path, name = folder.path.rsplit("/", 1)[0], folder.name
-
-    def store(block: pa.Table) -> pa.Table:
-        return pa.Table.from_pylist([asdict(StageFolder(path, name).write_parts(block, id_column))])
-
-    written = rows.map_batches(store, batch_format="pyarrow", batch_size=None)
+    written = stored(rows, folder, id_column, pass_on=False)
     for counts in written.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
         for count in counts.to_pylist():
             on_block(WriteProgress(**count))

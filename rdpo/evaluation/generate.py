@@ -8,10 +8,11 @@ divergence of the policy from the reference.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from rdpo.cluster import actor_pool
 from rdpo.config import Job
 from rdpo.policy.chat import load_chat
 from rdpo.policy.hardware import take_device
@@ -19,7 +20,8 @@ from rdpo.policy.models import local_model
 from rdpo.policy.ratios import Ratios
 from rdpo.preference.reference import student_dtype
 from rdpo.records import Row, alive, draw_seed, drop, table_of
-from rdpo.synthesis.engine import ContextError, Engine, engine_pool, gather_rows
+from rdpo.synthesis.engine import Engine, EngineError, engine_pool
+from rdpo.synthesis.ledger import Hands
 
 if TYPE_CHECKING:
     import ray.data
@@ -56,15 +58,17 @@ def side_by_side(answered: list[Row], columns: list[str]) -> list[Row]:
 class Answerer:
     """A Ray Data actor that answers prompts, each with the model it is meant for; all draw with the same seeds."""
 
-    def __init__(self, job: Job, models: dict[str, str]):
-        self.job, self.models = job, models
+    def __init__(self, job: Job, models: dict[str, str], ledger: Any):
+        self.job, self.models, self.hands = job, models, Hands(ledger)
         self.chat = load_chat(job.student.model, job.student.revision, job.student.trust_remote_code)
         self.engine = Engine(next(iter(models.values())), job.evaluation.engine, job.seed)
 
     async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
         """Answer a block of rows."""
-        rows = await gather_rows([self.answer(row) for row in batch.to_pylist()])
-        yield table_of(rows)
+        answered = await self.hands.carry(
+            batch.to_pylist(), self.answer, lambda row: f"{row['contender']}:{row['prompt_id']}"
+        )
+        yield table_of(answered)
 
     async def answer(self, row: Row) -> Row:
         """One row with the answer of the model that it is meant for."""
@@ -75,7 +79,7 @@ class Answerer:
         try:
             async with self.engine.holding(self.models[column]):
                 generation = await self.engine.generate(prompt_ids, sampling, seed, self.chat.stop_ids)
-        except ContextError as error:
+        except EngineError as error:
             return drop(row, str(error))
         row[column] = generation.text.strip()
         row[f"{column}_finish_reason"] = generation.finish_reason
@@ -89,14 +93,12 @@ class Answerer:
 
 def add_divergence(rows: ray.data.Dataset, job: Job, trained: str, column: str) -> ray.data.Dataset:
     """Add `kl` of the trained model's answers in `column`."""
-    from ray.data import ActorPoolStrategy
-
     return rows.map_batches(
         Divergence,
         fn_constructor_kwargs={"job": job, "trained": trained, "column": column},
         batch_format="pyarrow",
         batch_size=FORWARD_ROWS,
-        compute=ActorPoolStrategy(size=job.reference.concurrency),
+        compute=actor_pool(job.reference.concurrency),
         num_cpus=1,
         num_gpus=job.reference.gpus,
     )

@@ -10,20 +10,24 @@ import io
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
 from rdpo.config import Job, load_job
 from rdpo.errors import InputError
+from rdpo.evaluation.arms import ArmResult
 from rdpo.pipeline import JOB_FILE
 from rdpo.records import Row, extra_of, text_of
 from rdpo.storage import Folder, Manifest, StageFolder
 from rdpo.training.metrics import NAMES
 
+if TYPE_CHECKING:
+    from rdpo.comparison import Comparison
+
 REPORT = "report.html"
-STAGES = ("prompts", "synthesis", "rewards", "pairs", "reference", "training", "evaluation", "model")
+STAGES = ("prompts", "calibration", "synthesis", "rewards", "pairs", "reference", "training", "evaluation", "model")
 SHOWN_CHARS = 4000
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f\u202a-\u202e\u2066-\u2069]")
 BEFORE, AFTER = "#8a8f98", "#2f6fde"
@@ -56,6 +60,8 @@ def write_report(run_dir: str) -> str:
             manifests=manifests,
             evaluation=_summary(manifests, "evaluation"),
             training=_summary(manifests, "training"),
+            agreement=_summary(manifests, "pairs").get("agreement", {}),
+            right=_summary(manifests, "calibration").get("right", {}) if job.calibration.source else {},
             charts=_charts(run_dir, job, manifests),
             samples=_samples(run_dir, job.evaluation.samples) if "evaluation" in manifests else [],
             conversations=_conversations(run_dir, 3) if "synthesis" in manifests else [],
@@ -66,6 +72,42 @@ def write_report(run_dir: str) -> str:
     return str(Path(run_dir) / REPORT)
 
 
+def write_comparison(run_dir: str, comparison: Comparison, results: list[ArmResult]) -> str:
+    """Write the report of a comparison; its path."""
+    rewards: dict[str, list[ArmResult]] = {}
+    for result in results:
+        rewards.setdefault(result.reward, []).append(result)
+    page = (
+        _environment()
+        .get_template("comparison.html.jinja")
+        .render(
+            name=comparison.name,
+            baseline=comparison.baseline,
+            seeds=comparison.seeds,
+            arms=comparison.arms,
+            rewards=rewards,
+            charts={reward: _differences(of_reward) for reward, of_reward in rewards.items()},
+        )
+    )
+    Folder(run_dir).write_bytes(REPORT, page.encode("utf-8", "replace"))
+    return str(Path(run_dir) / REPORT)
+
+
+def _differences(results: list[ArmResult]) -> Markup:
+    """Each arm's difference from the start model with its interval, as a row of a chart."""
+    figure, axes = _figure(height=0.6 + 0.32 * len(results))
+    axis = axes[0][0]
+    for place, result in enumerate(reversed(results)):
+        estimate = result.difference
+        axis.plot([estimate.low, estimate.high], [place, place], color=AFTER, linewidth=2)
+        axis.plot([estimate.mean], [place], "o", color=AFTER, markersize=5)
+    axis.axvline(0, color=BEFORE, linewidth=0.8)
+    axis.set_yticks(range(len(results)), [result.arm for result in reversed(results)])
+    axis.set_ylim(-0.6, len(results) - 0.4)
+    axis.set_xlabel(f"{results[0].reward}: trained minus start", fontsize=8)
+    return _svg(figure)
+
+
 def headline(run_dir: str) -> list[str]:
     """The result of a run in a few lines of text."""
     summary = _summary(_manifests(run_dir), "evaluation")
@@ -73,7 +115,7 @@ def headline(run_dir: str) -> list[str]:
     for reward in summary.get("rewards", []):
         rate, kind = reward["win_rate"], "optimised" if reward["weight"] else "independent"
         lines.append(
-            f"win rate   {rate['mean']:.3f} (95% interval {rate['low']:.3f} to {rate['high']:.3f}) of the trained "
+            f"win rate    {rate['mean']:.3f} (95% interval {rate['low']:.3f} to {rate['high']:.3f}) of the trained "
             f"model by {reward['reward']}, {kind}; mean {reward['start_mean']:.3f} -> {reward['trained_mean']:.3f}"
         )
     if summary.get("kl"):

@@ -1,91 +1,101 @@
-"""A language model as judge: the expected rating under a rubric."""
+"""A language model as judge: it rates each answer by a rubric, or compares two at a time."""
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import AsyncIterator
+from statistics import fmean
 from typing import Any
 
 import pyarrow as pa
 
 from rdpo.config import Job, JudgeReward, Sampling
-from rdpo.errors import InputError
 from rdpo.policy.chat import load_chat
 from rdpo.policy.models import local_model
+from rdpo.preference.ratings import expected_rating, rating_value, rating_values, written_rating
 from rdpo.preference.scores import record_scores
-from rdpo.records import Row, draw_seed, table_of, text_of
-from rdpo.synthesis.engine import ContextError, Engine, gather_rows
-from rdpo.synthesis.instructions import check_template, render
+from rdpo.records import Row, draw_seed, drop, table_of, text_of
+from rdpo.synthesis.engine import Engine
+from rdpo.synthesis.instructions import render
+from rdpo.synthesis.ledger import Hands
+
+REASON_CHARS = 300
 
 
 class Judge:
-    """A Ray Data actor with a vLLM engine whose model rates answers by a rubric.
+    """A Ray Data actor with a vLLM engine whose model judges answers.
 
-    The score is the expected rating: the rating tokens' probabilities, made to sum to one, times
-    their values (the number a rating stands for, else its position).
+    The score of an answer is the expected rating (the rating tokens' probabilities, made to sum to one, times their
+    values), the mean of the ratings that the judge writes down (`score = "written"`), or, with `pairwise`, the mean
+    probability to be preferred to the row's other answers, over both orders in which they can be shown.
     """
 
-    def __init__(self, reward: JudgeReward, answers: list[str], job: Job):
-        self.reward, self.answers, self.job = reward, answers, job
+    def __init__(self, reward: JudgeReward, answers: list[str], job: Job, ledger: Any):
+        self.reward, self.answers, self.job, self.hands = reward, answers, job, Hands(ledger)
         model = reward.model or job.student.model
         self.chat = load_chat(model)
-        self.values = rating_values(self.chat, reward)
+        self.values = {} if reward.score == "written" else rating_values(self.chat, reward)
         self.engine = Engine(str(local_model(model)), reward.engine, job.seed)
 
     async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
-        """Rate a block of rows."""
-        rows = batch.to_pylist()
-        for answer in self.answers:
-            scores = await gather_rows([self.rate(row, answer) for row in rows])
-            rows = record_scores(rows, answer, self.reward.name, scores)
-        yield table_of(rows)
+        """Judge a block of rows."""
+        yield table_of(await self.hands.carry(batch.to_pylist(), self.judged))
 
-    async def rate(self, row: Row, answer: str) -> float:
-        """Expected rating of one answer; NaN if the question does not fit the judge's context."""
-        question = render(self.reward.rubric, {"prompt": text_of(row["prompt"]), "answer": row[answer]})
-        prompt_ids = self.chat.prompt_ids([{"role": "user", "content": question}], self.reward.prefill)
-        seed = draw_seed(self.job.seed, row["prompt_id"], f"{self.reward.name}:{answer}")
-        ids = list(self.values)
+    async def judged(self, row: Row) -> Row:
+        """One row with the scores of its answers; a question that cannot be put drops it."""
+        score = self._preferred if self.reward.pairwise else self._rated
         try:
-            rated = await self.engine.generate(
-                prompt_ids,
-                Sampling(temperature=0.0, top_p=1.0, max_tokens=1),
-                seed,
-                (),
-                logprobs=len(ids),
-                logprob_token_ids=ids,
-            )
-        except ContextError:
-            return math.nan
-        return expected_rating(self.values, rated.logprobs or {})
+            scores = await asyncio.gather(*[score(row, answer) for answer in self.answers])
+        except ValueError as error:
+            row = drop(row, f"reward {self.reward.name}: {error}"[:REASON_CHARS])
+            scores = [math.nan] * len(self.answers)
+        for answer, value in zip(self.answers, scores, strict=True):
+            row = record_scores([row], answer, self.reward.name, [value])[0]
+        return row
+
+    async def _rated(self, row: Row, answer: str) -> float:
+        asked = {"prompt": text_of(row["prompt"]), "answer": row[answer]}
+        if self.reward.score == "expected":
+            return await self._expected(asked, row, answer)
+        votes = [self._written(asked, row, f"{answer}:{vote}") for vote in range(self.reward.votes)]
+        given = [vote for vote in await asyncio.gather(*votes) if math.isfinite(vote)]
+        return fmean(given) if given else math.nan
+
+    async def _preferred(self, row: Row, answer: str) -> float:
+        wins = []
+        for other in self.answers:
+            if other != answer:
+                wins.append(self._first_wins(row, answer, other))
+                wins.append(self._second_wins(row, other, answer))
+        return fmean(await asyncio.gather(*wins))
+
+    async def _first_wins(self, row: Row, first: str, second: str) -> float:
+        asked = {"prompt": text_of(row["prompt"]), "first": row[first], "second": row[second]}
+        return await self._expected(asked, row, f"{first}:{second}")
+
+    async def _second_wins(self, row: Row, first: str, second: str) -> float:
+        return 1.0 - await self._first_wins(row, first, second)
+
+    async def _expected(self, asked: dict[str, Any], row: Row, role: str) -> float:
+        ids = list(self.values)
+        one = Sampling(temperature=0.0, top_p=1.0, max_tokens=1)
+        reply = await self._reply(asked, row, role, one, (), logprobs=len(ids), logprob_token_ids=ids)
+        return expected_rating(self.values, reply.logprobs or {})
+
+    async def _written(self, asked: dict[str, Any], row: Row, role: str) -> float:
+        reply = await self._reply(asked, row, role, self.reward.sampling, self.chat.stop_ids)
+        scale = [rating_value(rating, position) for position, rating in enumerate(self.reward.ratings)]
+        return written_rating(reply.text, min(scale), max(scale))
+
+    async def _reply(
+        self, asked: dict[str, Any], row: Row, role: str, sampling: Sampling, stop_ids: tuple[int, ...], **extra: Any
+    ) -> Any:
+        question = [{"role": "user", "content": render(self.reward.rubric, asked)}]
+        seed = draw_seed(self.job.seed, row["prompt_id"], f"{self.reward.name}:{role}")
+        prompt_ids = self.chat.prompt_ids(question, self.reward.prefill)
+        return await self.engine.generate(prompt_ids, sampling, seed, stop_ids, **extra)
 
     def __del__(self) -> None:
         if hasattr(self, "engine"):
             self.engine.shutdown()
-
-
-def rating_values(chat: Any, reward: JudgeReward) -> dict[int, float]:
-    """Value of each rating by its token id.
-
-    Raises:
-        InputError: a rating is not one token, or the rubric is no valid template.
-    """
-    where = f"rewards.{reward.name}"
-    unknown = check_template(reward.rubric, where) - {"prompt", "answer"}
-    if unknown:
-        raise InputError(f"{where}.rubric uses {', '.join(sorted(unknown))}; it may use `prompt` and `answer`")
-    values = {}
-    for position, rating in enumerate(reward.ratings):
-        ids = chat.text_ids(rating)
-        if len(ids) != 1:
-            raise InputError(f"{where}.ratings: {rating!r} is {len(ids)} tokens; a rating must be one")
-        number = rating.strip().lstrip("-").isdigit()
-        values[ids[0]] = float(rating) if number else float(position)
-    return values
-
-
-def expected_rating(values: dict[int, float], logprobs: dict[int, float]) -> float:
-    """Mean of the ratings' values under their probabilities, made to sum to one."""
-    present = {token: math.exp(logprobs[token]) for token in values if token in logprobs}
-    total = sum(present.values())
-    return sum(values[token] * p for token, p in present.items()) / total if total > 0 else math.nan

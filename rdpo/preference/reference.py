@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from rdpo.cluster import actor_pool
 from rdpo.config import Job
 from rdpo.policy.chat import Chat, load_chat
 from rdpo.policy.hardware import compute_dtype, take_device
@@ -26,15 +27,13 @@ BLOCK_ROWS = 64
 
 def add_reference(rows: ray.data.Dataset, job: Job) -> ray.data.Dataset:
     """Add token ids and the reference's log-probs to the rows of pairs."""
-    from ray.data import ActorPoolStrategy
-
     settings = job.reference
     return rows.repartition(target_num_rows_per_block=BLOCK_ROWS).map_batches(
         Reference,
         fn_constructor_kwargs={"job": job},
         batch_format="pyarrow",
         batch_size=BLOCK_ROWS,
-        compute=ActorPoolStrategy(size=settings.concurrency),
+        compute=actor_pool(settings.concurrency),
         num_cpus=1,
         num_gpus=settings.gpus,
     )

@@ -10,12 +10,14 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+from rdpo.cluster import actor_pool
 from rdpo.config import ClassifierReward, FunctionReward, ImplicitReward, Job, JudgeReward, Reward
 from rdpo.policy.chat import load_chat
 from rdpo.preference.classifier import Classifier, checked_classifier
 from rdpo.preference.function import load_function, score_by_function
 from rdpo.preference.implicit import Implicit, checked_implicit
-from rdpo.preference.judge import Judge, rating_values
+from rdpo.preference.judge import Judge
+from rdpo.preference.ratings import check_rubric, rating_values
 from rdpo.preference.scores import combine_table
 from rdpo.synthesis.engine import engine_pool
 from rdpo.synthesis.given import REWARD as GIVEN
@@ -24,16 +26,19 @@ if TYPE_CHECKING:
     import ray.data
 
 BLOCK_ROWS = 64
+FUNCTION_BLOCK_ROWS = 512
 
 
-def score_answers(rows: ray.data.Dataset, job: Job, answers: list[str]) -> ray.data.Dataset:
+def score_answers(rows: ray.data.Dataset, job: Job, answers: list[str], together: bool = False) -> ray.data.Dataset:
     """Score the named answer columns by every reward of the job, then combine the scores.
 
     The rewards take their turn one after the other, so that a machine which holds only one of the
-    models can run them all.
+    models can run them all; `together` lets rows flow from one to the next.
     """
-    for reward in job.rewards:
-        rows = _score_by(rows, job, reward, answers).materialize()
+    for index, reward in enumerate(job.rewards):
+        if index and not together:
+            rows = rows.materialize()
+        rows = _score_by(rows, job, reward, answers)
     weights = {reward.name: reward.weight for reward in job.rewards} or {GIVEN: 1.0}
     return rows.map_batches(combine_table, fn_kwargs={"weights": weights, "answers": answers}, batch_format="pyarrow")
 
@@ -42,19 +47,18 @@ def _score_by(rows: ray.data.Dataset, job: Job, reward: Reward, answers: list[st
     arguments: dict[str, Any] = {"reward": reward, "answers": answers}
     if isinstance(reward, JudgeReward):
         return engine_pool(rows, Judge, reward.engine, {**arguments, "job": job})
-    blocks = rows.repartition(target_num_rows_per_block=BLOCK_ROWS)
     if isinstance(reward, FunctionReward):
         arguments["path"] = os.getcwd()
+        blocks = rows.repartition(target_num_rows_per_block=FUNCTION_BLOCK_ROWS)
         return blocks.map_batches(score_by_function, fn_kwargs=arguments, batch_format="pyarrow")
-    from ray.data import ActorPoolStrategy
-
+    blocks = rows.repartition(target_num_rows_per_block=BLOCK_ROWS)
     implicit = isinstance(reward, ImplicitReward)
     return blocks.map_batches(
         Implicit if implicit else Classifier,
         fn_constructor_kwargs={**arguments, "job": job} if implicit else arguments,
         batch_format="pyarrow",
         batch_size=BLOCK_ROWS,
-        compute=ActorPoolStrategy(size=reward.concurrency),
+        compute=actor_pool(reward.concurrency),
         num_gpus=reward.gpus,
     )
 
@@ -69,7 +73,10 @@ def check_rewards(job: Job) -> None:
         if isinstance(reward, ClassifierReward):
             checked_classifier(reward)
         elif isinstance(reward, JudgeReward):
-            rating_values(load_chat(reward.model or job.student.model), reward)
+            check_rubric(reward)
+            chat = load_chat(reward.model or job.student.model)
+            if reward.score == "expected":
+                rating_values(chat, reward)
         elif isinstance(reward, ImplicitReward):
             checked_implicit(reward, job)
         else:

@@ -6,8 +6,6 @@ The rules are for English; they say how often, not for certain. Peers train on s
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Iterable
 
 from rdpo.config import Defect
 from rdpo.records import Row
@@ -49,11 +47,6 @@ def defects(row: Row, response: str, revision: str) -> list[Defect]:
     return [name for name, present in found.items() if present]
 
 
-def count_defects(rows: Iterable[Row], response: str, revision: str) -> dict[str, int]:
-    """How many rows have each defect."""
-    return dict(Counter(defect for row in rows for defect in defects(row, response, revision)))
-
-
 def _straight(text: str | None) -> str:
     return (text or "").replace("\u2019", "'")
 
@@ -64,6 +57,8 @@ def _words(text: str) -> list[str]:
 
 def _share_words(critique: str, answer: str) -> bool:
     """Whether the answer has a dozen words of the critique in a row."""
-    said, written = _words(critique), f" {' '.join(_words(answer))} "
-    runs = (said[start : start + QUOTED_WORDS] for start in range(len(said) - QUOTED_WORDS + 1))
-    return any(f" {' '.join(run)} " in written for run in runs)
+    return not _runs(_words(critique)).isdisjoint(_runs(_words(answer)))
+
+
+def _runs(words: list[str]) -> set[tuple[str, ...]]:
+    return {tuple(words[start : start + QUOTED_WORDS]) for start in range(len(words) - QUOTED_WORDS + 1)}

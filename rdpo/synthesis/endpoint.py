@@ -17,7 +17,7 @@ from pydantic import SecretStr
 from rdpo.config import Endpoint as EndpointSettings
 from rdpo.config import Sampling
 from rdpo.errors import InputError
-from rdpo.records import Messages, Row
+from rdpo.records import Messages
 from rdpo.synthesis.engine import Generation
 
 if TYPE_CHECKING:
@@ -67,11 +67,9 @@ def endpoint_key(settings: EndpointSettings) -> SecretStr:
     return SecretStr(os.environ.get(settings.key_variable, NO_KEY) if settings.key_variable else NO_KEY)
 
 
-def endpoint_cost(rows: list[Row], prices: tuple[float, float]) -> dict[str, float]:
-    """Tokens read and written by the answers of `rows`, and their cost at prices per million of each."""
-    read = sum(count or 0 for row in rows for name, count in row.items() if name.endswith("_prompt_length"))
-    written = sum(count or 0 for row in rows for name, count in row.items() if name.endswith("_tokens"))
-    return {"tokens_read": read, "tokens_written": written, "cost": (read * prices[0] + written * prices[1]) / 1e6}
+def cost(read: int, written: int, prices: tuple[float, float]) -> float:
+    """Cost of tokens read and written at prices per million of each."""
+    return (read * prices[0] + written * prices[1]) / 1e6
 
 
 class Endpoint:

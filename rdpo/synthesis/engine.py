@@ -8,63 +8,82 @@ Ray replaces the actor and does its rows again.
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rdpo.cluster import actor_pool, largest
 from rdpo.config import Engine as EngineSettings
 from rdpo.config import Sampling
 from rdpo.policy.hardware import available_cores, compute_dtype
+from rdpo.synthesis.ledger import open_ledger
 
 if TYPE_CHECKING:
     import ray.data
 
 CPU_BATCHED_TOKENS = 4096
+ENGINE_PROCESS = "VLLM::"
+ENDS_WITHIN_S = 20.0
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
 @dataclass(frozen=True)
 class Generation:
-    """One answer: its text, how it ended (`stop` or `length`), and its number of tokens."""
+    """One answer: its text, how it ended (`stop` or `length`), its number of tokens.
+
+    Of the `prompt_tokens` of the conversation before it, `cached_tokens` were found in the prefix cache.
+    """
 
     text: str
     finish_reason: str
     tokens: int
     logprobs: dict[int, float] | None = None
     prompt_tokens: int = 0
+    cached_tokens: int = 0
 
 
-class ContextError(ValueError):
+class EngineError(ValueError):
+    """One request that the engine will not answer; the others go on."""
+
+
+class ContextError(EngineError):
     """The conversation leaves no room for an answer in the engine's context."""
 
 
 class Engine:
-    """An asynchronous vLLM engine for one model at a time."""
+    """An asynchronous vLLM engine for one model at a time, perhaps with the LoRA adapter of a folder on it."""
 
-    def __init__(self, folder: str, settings: EngineSettings, seed: int):
+    def __init__(self, folder: str, settings: EngineSettings, seed: int, adapter: str | None = None):
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         if settings.gpus == 0:
             os.environ.update(_cpu_environment(settings))
         from vllm import AsyncEngineArgs
+        from vllm.lora.request import LoRARequest
         from vllm.v1.engine.async_llm import AsyncLLM
 
         arguments: dict[str, Any] = {
             "model": folder,
             "dtype": compute_dtype(settings.dtype, settings.gpus > 0),
             "max_model_len": settings.max_model_len,
-            "tensor_parallel_size": max(1, settings.gpus),
+            "tensor_parallel_size": max(1, settings.gpus // settings.pipeline_parallel),
+            "pipeline_parallel_size": settings.pipeline_parallel,
             "enable_prefix_caching": True,
             "seed": seed,
             "generation_config": "vllm",
             "disable_log_stats": True,
             **({} if settings.gpus else _cpu_arguments(settings)),
+            **(_adapter_arguments(adapter) if adapter else {}),
             **settings.options,
         }
         self.max_model_len = settings.max_model_len
         self.engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
         self.folder = folder
+        self.adapter = LoRARequest("adapter", 1, adapter) if adapter else None
         self._requests = self._users = 0
         self._turn = asyncio.Condition()
 
@@ -99,8 +118,9 @@ class Engine:
 
         Raises:
             ContextError: the prompt fills the context.
+            EngineError: the engine refuses the request.
         """
-        from vllm import SamplingParams, TokensPrompt
+        from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
         room = self.max_model_len - len(prompt_ids)
@@ -115,31 +135,59 @@ class Engine:
             output_kind=RequestOutputKind.FINAL_ONLY,
             **extra,
         )
-        self._requests += 1
-        prompt = TokensPrompt(prompt_token_ids=prompt_ids)
-        final: Any = None
-        try:
-            async for output in self.engine.generate(prompt, parameters, request_id=str(self._requests)):
-                final = output.outputs[0]
-        except Exception:
-            self._leave_if_dead()
-            raise
-        logprobs = final.logprobs[0] if final.logprobs else None
+        final = await self._final(prompt_ids, parameters)
+        answer = final.outputs[0]
+        logprobs = answer.logprobs[0] if answer.logprobs else None
         return Generation(
-            final.text,
-            "length" if final.finish_reason == "length" else "stop",
-            len(final.token_ids),
+            answer.text,
+            "length" if answer.finish_reason == "length" else "stop",
+            len(answer.token_ids),
             {token: entry.logprob for token, entry in logprobs.items()} if logprobs else None,
             len(prompt_ids),
+            final.num_cached_tokens or 0,
         )
+
+    async def _final(self, prompt_ids: list[int], parameters: Any) -> Any:
+        from vllm import TokensPrompt
+
+        self._requests += 1
+        prompt, name = TokensPrompt(prompt_token_ids=prompt_ids), str(self._requests)
+        final: Any = None
+        try:
+            async for output in self.engine.generate(prompt, parameters, name, lora_request=self.adapter):
+                final = output
+        except Exception as error:
+            self._leave_if_dead()
+            raise EngineError(f"the engine refuses it: {type(error).__name__}: {error}") from error
+        return final
 
     def _leave_if_dead(self) -> None:
         if self.engine.errored:
             os._exit(1)
 
     def shutdown(self) -> None:
-        """End the engine's process and give its memory back."""
+        """End the engine's processes and give their memory back; one that does not end is killed."""
+        import psutil
+
+        children = [child for child in psutil.Process().children(recursive=True) if _is_engine(child)]
         self.engine.shutdown()
+        for child in psutil.wait_procs(children, timeout=ENDS_WITHIN_S)[1]:
+            child.kill()
+
+
+def _is_engine(process: Any) -> bool:
+    import psutil
+
+    try:
+        return process.name().startswith(ENGINE_PROCESS)
+    except psutil.Error:
+        return False
+
+
+def _adapter_arguments(adapter: str) -> dict[str, Any]:
+    """What vLLM needs to know of an adapter before it is loaded."""
+    rank = json.loads((Path(adapter) / "adapter_config.json").read_text(encoding="utf-8"))["r"]
+    return {"enable_lora": True, "max_loras": 1, "max_lora_rank": next(size for size in LORA_RANKS if size >= rank)}
 
 
 def _cpu_environment(settings: EngineSettings) -> dict[str, str]:
@@ -149,7 +197,7 @@ def _cpu_environment(settings: EngineSettings) -> dict[str, str]:
         "VLLM_CPU_KVCACHE_SPACE": str(max(1, round(settings.kv_cache_gib))),
         "OMP_NUM_THREADS": str(len(cores)),
     }
-    if settings.concurrency == 1:
+    if largest(settings.concurrency) == 1:
         environment["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))
     return environment
 
@@ -170,22 +218,18 @@ def _cpu_arguments(settings: EngineSettings) -> dict[str, Any]:
 def engine_pool(
     rows: ray.data.Dataset, actor: type, settings: EngineSettings, arguments: dict[str, Any]
 ) -> ray.data.Dataset:
-    """Stream rows through a pool of engine actors, several blocks at a time in each engine."""
-    from ray.data import ActorPoolStrategy
+    """Stream rows through a pool of engine actors, several blocks at a time in each engine.
 
+    The actor's class takes `arguments`, and `ledger` for its `Hands`.
+    """
     blocks = rows.repartition(target_num_rows_per_block=settings.batch_rows)
     return blocks.map_batches(
         actor,
-        fn_constructor_kwargs=arguments,
+        fn_constructor_kwargs={**arguments, "ledger": open_ledger()},
         batch_format="pyarrow",
         batch_size=settings.batch_rows,
-        compute=ActorPoolStrategy(size=settings.concurrency, max_tasks_in_flight_per_actor=settings.batches_in_flight),
+        compute=actor_pool(settings.concurrency, settings.batches_in_flight),
         num_cpus=settings.cpus or 1,
         num_gpus=settings.gpus,
         max_concurrency=settings.batches_in_flight,
     )
-
-
-async def gather_rows(coroutines: list[Any]) -> list[Any]:
-    """Await all rows of a block together; they share the engine's running batch."""
-    return list(await asyncio.gather(*coroutines))

@@ -2,7 +2,8 @@
 
 A task is a TOML file with a list of `[[turns]]`. A turn either begins a conversation or goes on
 `after` an earlier one; its `user` template may use `prompt`, the answers of earlier turns by name,
-and the other columns of the prompt's row. Templates are rendered in a sandbox.
+and the other columns of the prompt's row. A turn with `samples = 4` is spoken four times, as NAME_1 to
+NAME_4. Templates are rendered in a sandbox.
 """
 
 from __future__ import annotations
@@ -38,6 +39,14 @@ class Turn(BaseModel):
     temperature: float | None = Field(default=None, ge=0)
     top_p: float | None = Field(default=None, gt=0, le=1)
     max_tokens: int | None = Field(default=None, ge=1)
+    samples: int = Field(default=1, ge=1)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of its answers: its own, or NAME_1, NAME_2, ... where it is sampled several times."""
+        if self.samples == 1:
+            return [self.name]
+        return [f"{self.name}_{number}" for number in range(1, self.samples + 1)]
 
 
 class Task(BaseModel):
@@ -47,7 +56,12 @@ class Task(BaseModel):
 
     name: str
     description: str = ""
-    turns: list[Turn] = Field(min_length=2)
+    turns: list[Turn] = Field(min_length=1)
+
+    @property
+    def answers(self) -> list[str]:
+        """Names of all answers, in order."""
+        return [name for turn in self.turns for name in turn.names]
 
 
 def load_task(source: str) -> Task:
@@ -71,10 +85,12 @@ def load_task(source: str) -> Task:
 
 
 def _check_turns(task: Task, source: str) -> None:
+    if len(task.answers) < 2:
+        raise InputError(f"synthesis.task: {source}: one answer makes no pair; add a turn or `samples`")
     earlier: list[str] = []
     for turn in task.turns:
         where = f"synthesis.task: {source}: turn `{turn.name}`"
-        if turn.name in earlier:
+        if set(turn.names) & set(earlier):
             raise InputError(f"{where} stands twice; give each turn its own name")
         if turn.after is not None and turn.after not in earlier:
             raise InputError(f"{where}: after = {turn.after!r} is no earlier turn")
@@ -84,7 +100,7 @@ def _check_turns(task: Task, source: str) -> None:
             raise InputError(f"{where}: only a turn that begins a conversation can have `system`")
         for template in (turn.system, turn.user, turn.prefill):
             check_template(template or "", where)
-        earlier.append(turn.name)
+        earlier.extend(turn.names)
 
 
 def check_template(template: str, where: str) -> set[str]:
@@ -125,7 +141,7 @@ def check_fields(task: Task, row: Row) -> None:
                     f"synthesis.task: turn `{turn.name}` uses {', '.join(sorted(unknown))}, but the "
                     f"prompts have only {', '.join(sorted(known))}"
                 )
-        known.add(turn.name)
+        known.update(turn.names)
 
 
 @lru_cache(maxsize=256)

@@ -1,4 +1,4 @@
-"""Prompts from JSONL, Parquet, CSV or the Hugging Face hub to rows with an id and a split.
+"""Prompts: raw rows of the source become rows with an id and a split.
 
 In: files or a data set. Out: `prompt_id`, `prompt` (messages), `split`, `source`, `line`, and the
 source's other columns as JSON in `extra`. A line that cannot be used becomes a dropped row with
@@ -7,23 +7,18 @@ its file, line and reason; a source that cannot be used at all is an `InputError
 
 from __future__ import annotations
 
-import csv
 import json
-from collections.abc import Iterable, Iterator
-from functools import partial
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-import fsspec
 import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
 
 from rdpo.config import Job
-from rdpo.config import Prompts as Settings
-from rdpo.errors import InputError
 from rdpo.policy.chat import load_chat
-from rdpo.records import ROLES, Row, alive, drop, prompt_id, unit_draw
-from rdpo.synthesis.given import SIDES, pair_id, with_prompt
+from rdpo.records import ROLES, Row, drop, prompt_id, unit_draw
+from rdpo.storage import StageFolder
+from rdpo.synthesis.given import pair_id, with_prompt
+from rdpo.synthesis.sources import Raw, raw_rows
 
 if TYPE_CHECKING:
     import ray.data
@@ -41,159 +36,30 @@ SCHEMA = pa.schema(
         ("dropped", pa.string()),
     ]
 )
-FORMATS = (".jsonl", ".json", ".parquet", ".csv")
 SPLITS = {"test": "heldout", "validation": "heldout", "eval": "heldout", "held-out": "heldout"}
-READ_ROWS = 512
+BLOCK_ROWS = 4096
 SHOWN_CHARS = 500
-
-Numbered = tuple[int, dict[str, Any] | str]
 
 
 def read_prompts(job: Job) -> ray.data.Dataset:
-    """All rows of the job's source, usable and dropped.
+    """All rows of the job's source, usable and dropped; a prompt that stands there twice is there twice.
 
     Raises:
         InputError: the source is missing or empty, or has no such column.
     """
-    import ray
-
-    settings = job.prompts
-    tables = partial(_prompt_tables, job=job)
-    if settings.source.startswith("hf:"):
-        rows = _hub_rows(settings, needed_columns(job)).map_batches(
-            tables, batch_format="pyarrow", batch_size=READ_ROWS
-        )
-    else:
-        files = source_files(settings.source)
-        _check_columns(files[0], needed_columns(job))
-        paths = ray.data.from_items([{"path": path} for path in files], override_num_blocks=len(files))
-        rows = paths.map_batches(tables, batch_format="pyarrow", batch_size=1)
-    return _drop_duplicates(rows.materialize())
+    # The cut between reading and rendering lets all cores render what one file holds.
+    raw = raw_rows(job).repartition(target_num_rows_per_block=BLOCK_ROWS)
+    return raw.map_batches(_prompt_table, fn_kwargs={"job": job}, batch_format="pyarrow", batch_size=None)
 
 
-def source_files(source: str) -> list[str]:
-    """The files of a source: itself, or a folder's files of known formats in order of name.
-
-    Raises:
-        InputError: nothing is there, or nothing of a known format.
-    """
-    fs, root = fsspec.core.url_to_fs(source)
-    if fs.isfile(root):
-        found = [root]
-    elif fs.isdir(root):
-        found = sorted(path for path in fs.ls(root, detail=False) if path.endswith(FORMATS))
-    else:
-        raise InputError(f"prompts.source: {source} does not exist; give a file, a folder or hf:DATASET")
-    if not found or not all(path.endswith(FORMATS) for path in found):
-        raise InputError(f"prompts.source: {source} holds no file of a known format ({', '.join(FORMATS)})")
-    return [fs.unstrip_protocol(path) if "://" in source else path for path in found]
+def _prompt_table(raw: pa.Table, job: Job) -> pa.Table:
+    rows = [
+        prompt_row(row["source"], row["line"], row["problem"] or json.loads(row["raw"]), job) for row in raw.to_pylist()
+    ]
+    return pa.Table.from_pylist(rows, schema=SCHEMA)
 
 
-def read_rows(path: str) -> Iterator[Numbered]:
-    """Numbered rows of one file, from 1; a row that cannot be read is the reason as a string."""
-    if path.endswith(".parquet"):
-        yield from _parquet_rows(path)
-    elif path.endswith(".csv"):
-        yield from _csv_rows(path)
-    else:
-        yield from _json_rows(path)
-
-
-def _json_rows(path: str) -> Iterator[Numbered]:
-    with fsspec.open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield number, _parse_json(line)
-
-
-def _parse_json(line: bytes) -> dict[str, Any] | str:
-    try:
-        value = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError:
-        return "line is not UTF-8"
-    except (ValueError, RecursionError):
-        return "line is not JSON"
-    return value if isinstance(value, dict) else "line is not a JSON object"
-
-
-def _csv_rows(path: str) -> Iterator[Numbered]:
-    with fsspec.open(path, "r", encoding="utf-8-sig", errors="replace", newline="") as file:
-        for number, row in enumerate(csv.DictReader(file), start=2):
-            broken = any("\ufffd" in str(value) for value in row.values())
-            yield number, "line is not UTF-8" if broken else {str(k): v for k, v in row.items()}
-
-
-def _parquet_rows(path: str) -> Iterator[Numbered]:
-    with fsspec.open(path, "rb") as file:
-        try:
-            parquet = pq.ParquetFile(file)
-        except pa.ArrowInvalid as error:
-            raise InputError(f"prompts.source: {path} is not a readable Parquet file: {error}") from None
-        number = 0
-        for batch in parquet.iter_batches(READ_ROWS):
-            for row in batch.to_pylist():
-                number += 1
-                yield number, row
-
-
-def _hub_rows(settings: Settings, needed: list[list[str]]) -> ray.data.Dataset:
-    import datasets
-    import ray
-
-    name = settings.source.removeprefix("hf:")
-    try:
-        loaded = datasets.load_dataset(name, settings.subset, split=settings.dataset_split)
-    except Exception as error:
-        raise InputError(f"prompts.source: hf:{name} cannot be loaded: {error}") from None
-    _check_named(settings.source, loaded.column_names, needed)
-    return ray.data.from_huggingface(loaded.add_column("rdpo_line", range(1, len(loaded) + 1)))
-
-
-def needed_columns(job: Job) -> list[list[str]]:
-    """The columns that the source must have, one of each list."""
-    if job.synthesis.task is None:
-        return [[job.prompts.column, "chosen"], ["chosen"], ["rejected"]]
-    return [[job.prompts.column]]
-
-
-def _check_columns(path: str, needed: list[list[str]]) -> None:
-    first = next((row for _, row in islice(read_rows(path), 100) if isinstance(row, dict)), None)
-    if first is None:
-        raise InputError(f"prompts.source: {path} has no readable row in its first 100 lines")
-    _check_named(path, list(first), needed)
-
-
-def _check_named(source: str, columns: list[str], needed: list[list[str]]) -> None:
-    for choice in needed:
-        if not set(choice) & set(columns):
-            raise _no_such_column(source, choice[0], columns)
-
-
-def _no_such_column(source: str, column: str, columns: list[str]) -> InputError:
-    has = f"{source} has no column `{column}`; it has {', '.join(map(repr, columns))}"
-    if column in SIDES:
-        return InputError(f"prompts.source: {has}; a preference data set needs it, a source of prompts synthesis.task")
-    return InputError(f"prompts.column: {has}")
-
-
-def _prompt_tables(batch: pa.Table, job: Job) -> Iterator[pa.Table]:
-    if "path" in batch.column_names and "rdpo_line" not in batch.column_names:
-        for path in batch["path"].to_pylist():
-            numbered = islice(read_rows(path), job.prompts.limit)
-            yield from _tables(((path, number, row) for number, row in numbered), job)
-    else:
-        source = job.prompts.source
-        within = (row for row in batch.to_pylist() if row["rdpo_line"] <= (job.prompts.limit or 1 << 62))
-        yield from _tables(((source, row.pop("rdpo_line"), row) for row in within), job)
-
-
-def _tables(numbered: Iterable[tuple[str, int, dict[str, Any] | str]], job: Job) -> Iterator[pa.Table]:
-    rows = (prompt_row(source, number, row, job) for source, number, row in numbered)
-    while chunk := list(islice(rows, READ_ROWS)):
-        yield pa.Table.from_pylist(chunk, schema=SCHEMA)
-
-
-def prompt_row(source: str, line: int, raw: dict[str, Any] | str, job: Job) -> Row:
+def prompt_row(source: str, line: int, raw: Raw, job: Job) -> Row:
     """One row of the prompts table from one raw row, or a dropped row with its reason."""
     row: Row = {"source": source, "line": line, "prompt_id": f"{source}:{line}", "prompt": []}
     if isinstance(raw, str):
@@ -253,21 +119,29 @@ def _measure(row: Row, job: Job) -> Row:
     return row
 
 
-def _drop_duplicates(rows: ray.data.Dataset) -> ray.data.Dataset:
-    """The first row of each prompt stays (by source and line); later ones are dropped, whole."""
-    keys = rows.select_columns(["prompt_id", "source", "line", "dropped"]).to_pandas()
-    keys = keys[keys["dropped"].isna()].sort_values(["source", "line"])
-    later = keys[keys.duplicated("prompt_id")]
-    twins = set(zip(later["source"], later["line"], strict=True))
-    return rows.map_batches(partial(_mark_twins, twins=twins), batch_format="pyarrow") if twins else rows
+def drop_twins(folder: StageFolder) -> None:
+    """Keep the first row of each prompt (by source and line) in the parts of an unfinished folder; drop later ones."""
+    counts = pc.value_counts(folder.ids("prompt_id"))
+    several = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
+    if not len(several):
+        return
+    meeting = [
+        part.filter(pc.is_in(part["prompt_id"], several))
+        for part in folder.tables(columns=["prompt_id", "source", "line"])
+    ]
+    ordered = pa.concat_tables(meeting).sort_by([("source", "ascending"), ("line", "ascending")]).to_pylist()
+    first = {row["prompt_id"]: (row["source"], row["line"]) for row in reversed(ordered)}
+    folder.rewrite(lambda part: _mark_twins(part, first), "prompt_id")
 
 
-def _mark_twins(table: pa.Table, twins: set[tuple[str, int]]) -> pa.Table:
-    rows = table.to_pylist()
+def _mark_twins(part: pa.Table, first: dict[str, tuple[str, int]]) -> pa.Table | None:
+    """The part with later twins dropped; None if it has none."""
+    rows = part.to_pylist()
     marked = [
-        drop({**row, "prompt_id": f"{row['source']}:{row['line']}"}, "duplicate of an earlier prompt")
-        if (row["source"], row["line"]) in twins and alive(row)
-        else row
+        {**row, "prompt_id": f"{row['source']}:{row['line']}", "dropped": "duplicate of an earlier prompt"}
+        if first.get(row["prompt_id"], (row["source"], row["line"])) != (row["source"], row["line"])
+        else {**row, "dropped": None}
         for row in rows
     ]
-    return pa.Table.from_pylist(marked, schema=SCHEMA)
+    twins = any(row["dropped"] for row in marked)
+    return pa.Table.from_pylist(marked, schema=SCHEMA) if twins else None

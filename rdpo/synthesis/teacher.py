@@ -2,11 +2,13 @@
 
 A row's next turn starts when its last one ends, whatever the other rows do, and finds its own
 conversation in the prefix cache. Adds, for each turn: the answer under the turn's name,
-`NAME_finish_reason`, `NAME_tokens`, and in `NAME_prompt_length` the tokens of the conversation before it.
+`NAME_finish_reason`, `NAME_tokens`, in `NAME_prompt_length` the tokens of the conversation before it, and in
+`NAME_prompt_cached` how many of these the engine found in its prefix cache.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
@@ -21,11 +23,14 @@ from rdpo.policy.chat import load_chat
 from rdpo.policy.models import local_model
 from rdpo.records import Messages, Row, draw_seed, drop, table_of
 from rdpo.synthesis.endpoint import Endpoint, endpoint_key
-from rdpo.synthesis.engine import Engine, Generation, engine_pool, gather_rows
+from rdpo.synthesis.engine import Engine, Generation, engine_pool
 from rdpo.synthesis.instructions import Turn, load_task, template_values, turn_messages
+from rdpo.synthesis.ledger import Hands
 
 if TYPE_CHECKING:
     import ray.data
+
+REASON_CHARS = 300
 
 
 def teacher_model(job: Job) -> str:
@@ -63,9 +68,10 @@ class EngineVoice:
     """A vLLM engine of this process."""
 
     def __init__(self, job: Job):
-        model = teacher_model(job)
+        model, adapter = teacher_model(job), job.synthesis.adapter
         self.chat = load_chat(model, trust_remote_code=job.student.trust_remote_code)
-        self.engine = Engine(str(local_model(model)), job.synthesis.engine, job.seed)
+        worn = str(local_model(adapter)) if adapter else None
+        self.engine = Engine(str(local_model(model)), job.synthesis.engine, job.seed, worn)
 
     async def say(self, messages: Messages, turn: Turn, sampling: Sampling, seed: int) -> Generation:
         """The answer by the engine."""
@@ -96,41 +102,46 @@ class EndpointVoice:
 class Teacher:
     """A Ray Data actor that speaks every turn of a row's conversation."""
 
-    def __init__(self, job: Job, voice: Callable[[Job], Voice]):
-        self.job = job
+    def __init__(self, job: Job, voice: Callable[[Job], Voice], ledger: Any):
+        self.job, self.hands = job, Hands(ledger)
         assert job.synthesis.task is not None
         self.task = load_task(job.synthesis.task)
         self.voice = voice(job)
 
     async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
         """Carry a block of rows through all turns."""
-        rows = await gather_rows([self.converse(row) for row in batch.to_pylist()])
-        yield table_of(rows)
+        yield table_of(await self.hands.carry(batch.to_pylist(), self.converse))
 
     async def converse(self, row: Row) -> Row:
         """Carry one row through all turns; a turn that cannot be spoken drops the row."""
         told: dict[str, Messages] = {}
         values = template_values(row)
         for turn in self.task.turns:
-            try:
-                messages = turn_messages(turn, row, values, told)
-                await self._speak(turn, row, messages)
-            except ValueError as error:
-                return drop(row, f"{turn.name}: {error}"[:300])
-            answer = values[turn.name] = row[turn.name]
-            told[turn.name] = [*messages, {"role": "assistant", "content": answer}]
-            if not answer.strip():
-                return drop(row, f"{turn.name} is empty")
+            spoken = await asyncio.gather(*[self._speak(turn, name, row, values, told) for name in turn.names])
+            reason = next((reason for reason in spoken if reason), None)
+            if reason:
+                return drop(row, reason)
+            values.update({name: row[name] for name in turn.names})
         return row
 
-    async def _speak(self, turn: Turn, row: Row, messages: Messages) -> None:
+    async def _speak(
+        self, turn: Turn, name: str, row: Row, values: dict[str, Any], told: dict[str, Messages]
+    ) -> str | None:
+        """Write one answer of a turn into the row; the reason if that cannot be done."""
         sampling = turn_sampling(turn, self.job.synthesis.sampling)
-        seed = draw_seed(self.job.seed, row["prompt_id"], turn.name)
-        generation = await self.voice.say(messages, turn, sampling, seed)
-        row[turn.name] = (turn.prefill + generation.text).strip()
-        row[f"{turn.name}_finish_reason"] = generation.finish_reason
-        row[f"{turn.name}_tokens"] = generation.tokens
-        row[f"{turn.name}_prompt_length"] = generation.prompt_tokens
+        seed = draw_seed(self.job.seed, row["prompt_id"], name)
+        try:
+            messages = turn_messages(turn, row, values, told)
+            generation = await self.voice.say(messages, turn, sampling, seed)
+        except ValueError as error:
+            return f"{name}: {error}"[:REASON_CHARS]
+        answer = row[name] = (turn.prefill + generation.text).strip()
+        row[f"{name}_finish_reason"] = generation.finish_reason
+        row[f"{name}_tokens"] = generation.tokens
+        row[f"{name}_prompt_length"] = generation.prompt_tokens
+        row[f"{name}_prompt_cached"] = generation.cached_tokens
+        told[name] = [*messages, {"role": "assistant", "content": answer}]
+        return None if answer else f"{name} is empty"
 
     def __del__(self) -> None:
         if hasattr(self, "voice"):

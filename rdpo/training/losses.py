@@ -203,8 +203,13 @@ def bco(logps: PairLogps, reward: RewardTerms, label: Tensor, loss: Loss) -> Ten
     return -logsigmoid(loss.beta * logps.chosen_ratio - shift) - logsigmoid(shift - loss.beta * logps.rejected_ratio)
 
 
+def sft(logps: PairLogps, reward: RewardTerms, label: Tensor, loss: Loss) -> Tensor:
+    """Supervised fine-tuning on the chosen answer: its negative log-likelihood per token; a baseline of rDPO's."""
+    return logps.nll
+
+
 LOSSES: dict[str, Callable[[PairLogps, RewardTerms, Tensor, Loss], Tensor]] = {
-    function.__name__: function for function in (dpo, robust, hinge, ipo, regression, simpo, orpo, sppo, kto, bco)
+    function.__name__: function for function in (dpo, robust, hinge, ipo, regression, simpo, orpo, sppo, kto, bco, sft)
 }
 
 

@@ -53,3 +53,27 @@ def test_an_engine_answers_with_the_weights_that_are_asked_for(wordy_models, tok
             engine.shutdown()
 
     assert asyncio.run(main()) == [*first, *second, *first]
+
+
+def test_a_teacher_wears_its_adapter(wordy_models, tokenizer, tmp_path):
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(5)
+    base = AutoModelForCausalLM.from_pretrained(wordy_models[0], dtype=torch.float32)
+    adapted = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    adapted.save_pretrained(tmp_path / "adapter")
+    adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
+    bare, worn = greedy(wordy_models[0], tokenizer), greedy(tmp_path / "merged", tokenizer)
+    assert bare != worn
+
+    async def main():
+        settings = Settings(max_model_len=64, kv_cache_gib=1, dtype="float32")
+        engine = Engine(wordy_models[0], settings, 0, str(tmp_path / "adapter"))
+        try:
+            return await ask_all_at_once(engine, [wordy_models[0]], (tokenizer.eos_token_id,))
+        finally:
+            engine.shutdown()
+
+    assert asyncio.run(main()) == worn

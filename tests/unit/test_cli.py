@@ -70,7 +70,7 @@ def test_dry_run_prints_the_resolved_job_and_the_plan(capsys, tmp_path, job_tabl
     assert main(["run", path, "--dry-run", "--set", "training.beta=0.3", "--run-dir", str(tmp_path / "r")]) == 0
     printed = capsys.readouterr().out
     assert "beta = 0.3" in printed
-    assert "# synthesis  would run" in printed
+    assert "# synthesis   would run" in printed
     assert not (tmp_path / "r").exists()
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from rdpo.comparison import load_comparison
 from rdpo.config import Job, load_job, to_toml
 from rdpo.errors import InputError
 from rdpo.synthesis.instructions import load_task
@@ -16,8 +17,14 @@ JOBS = sorted((ROOT / "jobs").rglob("*.toml"))
 
 @pytest.mark.parametrize("path", JOBS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_job_loads(path):
-    is_task = "turns" in tomllib.loads(path.read_text(encoding="utf-8"))
-    assert load_task(str(path)).turns if is_task else load_job(path).name
+    table = tomllib.loads(path.read_text(encoding="utf-8"))
+    if "turns" in table:
+        assert load_task(str(path)).turns
+    elif "arms" in table:
+        comparison, jobs = load_comparison(path)
+        assert len(jobs) == len(comparison.arms) * len(comparison.seeds)
+    else:
+        assert load_job(path).name
 
 
 def test_there_are_jobs():

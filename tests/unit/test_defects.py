@@ -3,9 +3,9 @@
 import pytest
 
 from rdpo.config import Pairs
-from rdpo.preference.pairs import pairs_table
+from rdpo.preference.pairs import count_defects, pairs_table
 from rdpo.records import table_of
-from rdpo.synthesis.defects import count_defects, defects
+from rdpo.synthesis.defects import defects
 
 
 def row(response="Arr, Paris it be!", critique="It speaks as a pirate, which was not asked for.", revision="Paris."):
@@ -44,18 +44,20 @@ def test_defects(texts, expected):
     assert defects(row(**texts), "response", "revision") == expected
 
 
+def scored(*rows):
+    turns = ("response", "revision")
+    scores = {f"{turn}_score": 1.0 for turn in turns} | {f"{turn}_scores": {"r": 1.0} for turn in turns}
+    return table_of([{**one, "prompt": [], **scores} for one in rows])
+
+
 def test_counts():
-    rows = [row(), row(critique="Fine."), row(critique="Ok", revision="As an AI, no.")]
-    assert count_defects(rows, "response", "revision") == {"empty_critique": 2, "refusal": 1}
+    table = scored(row(), row(critique="Fine."), row(critique="Ok", revision="As an AI, no."))
+    assert count_defects([pairs_table(table, Pairs())] * 2) == {"empty_critique": 4, "refusal": 2}
+    assert count_defects([pairs_table(table, Pairs(), told=False)]) == {}
 
 
 def test_rows_with_a_defect_are_dropped_where_the_job_says_so():
-    scored = [
-        {**one, "prompt": [], **{f"{turn}_score": 1.0 for turn in ("response", "revision")}}
-        | {f"{turn}_scores": {"r": 1.0} for turn in ("response", "revision")}
-        for one in (row(), row(revision="As an AI, no."))
-    ]
-    kept = [one["dropped"] for one in pairs_table(table_of(scored), Pairs()).to_pylist()]
-    assert kept == [None, None]
-    dropped = [one["dropped"] for one in pairs_table(table_of(scored), Pairs(drop_defects=["refusal"])).to_pylist()]
+    table = scored(row(), row(revision="As an AI, no."))
+    assert pairs_table(table, Pairs())["dropped"].to_pylist() == [None, None]
+    dropped = pairs_table(table, Pairs(drop_defects=["refusal"]))["dropped"].to_pylist()
     assert dropped == [None, "revision: refusal"]

@@ -12,7 +12,7 @@ from rdpo import lineage
 from rdpo.config import Endpoint as Settings
 from rdpo.config import Job, Sampling, load_job
 from rdpo.errors import InputError
-from rdpo.synthesis.endpoint import Endpoint, EndpointDown, Unanswered, check_endpoint, endpoint_cost, endpoint_key
+from rdpo.synthesis.endpoint import Endpoint, EndpointDown, Unanswered, check_endpoint, cost, endpoint_key
 from tests.conftest import write_job
 
 SAMPLING = Sampling(max_tokens=5)
@@ -189,6 +189,4 @@ def test_how_the_endpoint_is_asked_does_not_make_the_answers_again(job_table):
 
 
 def test_cost():
-    rows = [{"response_tokens": 10, "response_prompt_length": 100, "revision_tokens": 5, "revision_prompt_length": 50}]
-    cost = endpoint_cost(rows, (2.0, 10.0))
-    assert cost == {"tokens_read": 150, "tokens_written": 15, "cost": (150 * 2 + 15 * 10) / 1e6}
+    assert cost(150, 15, (2.0, 10.0)) == (150 * 2 + 15 * 10) / 1e6

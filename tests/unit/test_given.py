@@ -10,7 +10,8 @@ from rdpo.errors import InputError
 from rdpo.preference.pairs import pairs_table
 from rdpo.preference.scores import combine_table
 from rdpo.synthesis.given import answered
-from rdpo.synthesis.prompts import _check_named, needed_columns, prompt_row
+from rdpo.synthesis.prompts import prompt_row
+from rdpo.synthesis.sources import _check_named, needed_columns
 
 
 @pytest.fixture

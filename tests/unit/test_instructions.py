@@ -12,7 +12,8 @@ SHIPPED_TASKS = sorted(path.name.removesuffix(".toml") for path in SHIPPED.iterd
 @pytest.mark.parametrize("name", SHIPPED_TASKS)
 def test_shipped_tasks_load_and_fit_plain_prompts(name):
     task = load_task(name)
-    assert [turn.name for turn in task.turns][:3] == ["response", "critique", "revision"]
+    expected = [f"response_{k}" for k in (1, 2, 3, 4)] if name == "best_of" else ["response", "critique", "revision"]
+    assert task.answers == expected
 
 
 def test_turns_build_their_conversations():

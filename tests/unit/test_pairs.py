@@ -3,9 +3,12 @@
 import pytest
 
 from rdpo.config import Pairs
+from rdpo.errors import InputError
 from rdpo.policy.chat import make_chat
-from rdpo.preference.pairs import agreement, filtered, pair_row
+from rdpo.preference.pairs import agreement, answers_of, filtered, pair_row, pairs_table
 from rdpo.preference.reference import tokenize_pair
+from rdpo.records import table_of
+from rdpo.synthesis.instructions import Turn
 
 
 def scored(response=1.0, revision=3.0, **changes):
@@ -71,9 +74,40 @@ def test_tokens_of_a_pair(tokenizer):
     assert tokenize_pair(row, chat, 256)["dropped"] == "a completion has no tokens"
 
 
-def test_agreement_of_a_reward_with_the_teacher():
+@pytest.mark.parametrize("direction", ["teacher", "reward"])
+def test_agreement_of_a_reward_with_the_teacher(direction):
     rows = [scored(), scored(response=4.0), scored(response=3.0)]
     for row in rows:
         row["response_scores"]["r"], row["revision_scores"]["r"] = row["response_score"], row["revision_score"]
-    assert agreement(rows, Pairs()) == {"r": 0.5}
-    assert agreement([], Pairs()) == {}
+    pairs = [pairs_table(table_of([row]), Pairs(direction=direction), told=False) for row in rows]
+    assert agreement(pairs, "revision") == {"r": 0.5}
+    assert agreement([], "revision") == {}
+
+
+def sampled(scores, **changes):
+    names = [f"response_{number}" for number in range(1, len(scores) + 1)]
+    row = {"prompt_id": "p", "prompt": [{"role": "user", "content": "why?"}]}
+    for name, score in zip(names, scores, strict=True):
+        row |= {name: f"text of {name}", f"{name}_score": score, f"{name}_scores": {"r": score}}
+        row[f"{name}_finish_reason"] = "stop"
+    return {**row, **changes}
+
+
+def test_best_and_worst_of_several_samples():
+    settings = Pairs(chosen="best", rejected="worst")
+    pair = pair_row(sampled([2.0, 5.0, 1.0, 5.0]), settings)
+    assert (pair["chosen_from"], pair["rejected_from"], pair["reward_gap"]) == ("response_2", "response_3", 4.0)
+    flat = pair_row(sampled([3.0, 3.0]), settings)
+    assert filtered(flat, settings)["dropped"] == "chosen and rejected are the same"
+
+
+def test_the_answers_that_are_scored():
+    turns = [Turn(name="response", samples=3), Turn(name="critique", after="response_1", user="?")]
+    best = Pairs(chosen="best", rejected="worst")
+    assert answers_of(best, turns) == ["response_1", "response_2", "response_3"]
+    assert answers_of(Pairs(chosen="critique", rejected="response_2"), turns) == ["critique", "response_2"]
+    assert answers_of(Pairs(chosen="chosen", rejected="rejected"), None) == ["chosen", "rejected"]
+    with pytest.raises(InputError, match=r"no answer `revision`; there are response_1, .*critique"):
+        answers_of(Pairs(), turns)
+    with pytest.raises(InputError, match="a turn `response` with `samples` would make best and worst"):
+        answers_of(best, [Turn(name="response"), Turn(name="other")])

@@ -6,7 +6,9 @@ import pytest
 
 from rdpo.config import Job
 from rdpo.errors import InputError
-from rdpo.synthesis.prompts import parse_messages, prompt_row, read_prompts, read_rows, source_files
+from rdpo.storage import StageFolder, write_rows
+from rdpo.synthesis.prompts import drop_twins, parse_messages, prompt_row, read_prompts
+from rdpo.synthesis.sources import read_rows, source_files
 
 
 @pytest.fixture
@@ -79,6 +81,15 @@ def test_missing_source_wrong_format_and_wrong_column_are_explained(tmp_path, jo
         read_prompts(Job.model_validate(job_table))
 
 
+def stored_prompts(job_table, tmp_path):
+    folder = StageFolder(str(tmp_path), "prompts")
+    folder.begin("k")
+    write_rows(read_prompts(Job.model_validate(job_table)), folder, "prompt_id", lambda block: None)
+    drop_twins(folder)
+    kept = [{**row, "dropped": None} for row in folder.table().to_pylist()]
+    return sorted(kept + folder.table("dropped").to_pylist(), key=lambda row: (row["source"], row["line"]))
+
+
 @pytest.mark.ray
 def test_bad_lines_are_dropped_with_their_reasons(ray_cluster, job_table, tmp_path):
     lines = [
@@ -94,7 +105,7 @@ def test_bad_lines_are_dropped_with_their_reasons(ray_cluster, job_table, tmp_pa
     ]
     (tmp_path / "bad.jsonl").write_bytes(b"\n".join(lines))
     job_table["prompts"]["source"] = str(tmp_path / "bad.jsonl")
-    rows = sorted(read_prompts(Job.model_validate(job_table)).take_all(), key=lambda row: row["line"])
+    rows = stored_prompts(job_table, tmp_path)
     assert [(row["line"], row["dropped"]) for row in rows] == [
         (1, None),
         (2, "line is not JSON"),
@@ -106,3 +117,15 @@ def test_bad_lines_are_dropped_with_their_reasons(ray_cluster, job_table, tmp_pa
         (9, None),
     ]
     assert len({row["prompt_id"] for row in rows}) == len(rows)
+
+
+@pytest.mark.ray
+def test_a_limit_counts_over_all_files_and_the_first_of_twins_stays(ray_cluster, job_table, tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    for name, texts in {"a": ["one", "two", "one"], "b": ["two", "three", "one"], "c": ["four"]}.items():
+        (source / f"{name}.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    job_table["prompts"] |= {"source": str(source), "limit": 5}
+    rows = [(row["source"][-7], row["line"], row["dropped"]) for row in stored_prompts(job_table, tmp_path)]
+    twin = "duplicate of an earlier prompt"
+    assert rows == [("a", 1, None), ("a", 2, None), ("a", 3, twin), ("b", 1, twin), ("b", 2, None)]

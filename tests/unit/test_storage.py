@@ -61,9 +61,13 @@ def test_the_same_block_again_replaces_itself(folder):
 def test_unfinished_parts_stay_for_the_same_key_and_go_for_another(folder):
     write(folder)
     folder.begin("k")
-    assert folder.done_ids("prompt_id") == {"a", "b", "c"}
+    assert sorted(folder.done_ids("prompt_id").to_pylist()) == ["a", "b", "c"]
+    begun = folder.birth
+    folder.begin("k")
+    assert folder.birth == begun
     folder.begin("other")
-    assert folder.done_ids("prompt_id") == set()
+    assert len(folder.done_ids("prompt_id")) == 0
+    assert folder.birth != begun
 
 
 def test_committed_folder_is_emptied_when_begun_again(folder):

@@ -1,0 +1,81 @@
+"""Rewards tried on known pairs before the long work: that each can be had, and how often it prefers the right side.
+
+Without pairs from the user there are two plain ones, on which the models are loaded and give a number or not;
+functions, which may need columns that only the teacher writes, are then left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from importlib.resources import files
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+
+from rdpo.config import FunctionReward, Job, JudgeReward, Pairs, Prompts, Reward, Synthesis
+from rdpo.errors import InputError
+from rdpo.preference.pairs import agreement, make_pairs
+from rdpo.preference.rewards import score_answers
+from rdpo.records import alive
+from rdpo.synthesis.given import SIDES, given_answers
+from rdpo.synthesis.prompts import read_prompts
+
+if TYPE_CHECKING:
+    import ray.data
+
+PLAIN = files("rdpo.preference") / "known_pairs.jsonl"
+
+
+def known_pairs(job: Job) -> str:
+    """Where the known pairs are."""
+    return job.calibration.source or str(PLAIN)
+
+
+def tried_rewards(job: Job) -> list[Reward]:
+    """The rewards that are tried: all on pairs of the user's, else those that load a model of their own."""
+    if job.calibration.source:
+        return job.rewards
+    return [reward for reward in job.rewards if not (isinstance(reward, FunctionReward) or _is_teacher(reward, job))]
+
+
+def _is_teacher(reward: Reward, job: Job) -> bool:
+    """Whether the reward is a judge by the model that writes the answers anyway."""
+    teacher = None if job.synthesis.endpoint else job.synthesis.teacher or job.student.model
+    return isinstance(reward, JudgeReward) and (reward.model or job.student.model) == teacher
+
+
+def calibrate(job: Job) -> list[ray.data.Dataset]:
+    """The known pairs with the scores of the tried rewards; and those lines of their source that are none."""
+    source = {**job.prompts.model_dump(), "source": known_pairs(job), "limit": job.calibration.limit}
+    if not job.calibration.source:
+        source |= {"column": "prompt", "system": None}
+    trial = job.model_copy(
+        update={
+            "prompts": Prompts.model_validate(source),
+            "synthesis": Synthesis(),
+            "rewards": tried_rewards(job),
+            "pairs": Pairs(chosen="chosen", rejected="rejected"),
+        }
+    )
+    read = read_prompts(trial).materialize()
+    pairs = given_answers(read.filter(alive), trial).materialize()
+    scored = score_answers(pairs.filter(alive), trial, list(SIDES))
+    unusable = [rows.filter(lambda row: not alive(row)) for rows in (read, pairs)]
+    return [*unusable, make_pairs(scored, trial)]
+
+
+def right_sides(kept: Iterable[pa.Table], job: Job) -> dict[str, float]:
+    """How often each reward prefers the side it should; ties count half."""
+    shares = agreement(kept, "rejected")
+    return {reward.name: shares[reward.name] for reward in tried_rewards(job)} if shares else {}
+
+
+def check_calibration(kept: int, reasons: dict[str, int], job: Job) -> None:
+    """Look at what came of the trial.
+
+    Raises:
+        InputError: no pair got scores, or one of rdpo's own did not.
+    """
+    if reasons and (not kept or not job.calibration.source):
+        where = job.calibration.source or "two plain pairs"
+        raise InputError(f"rewards: the trial on {where} failed: {next(iter(reasons))}")

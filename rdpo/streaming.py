@@ -1,0 +1,103 @@
+"""Rows through one stage, or through several at the same time.
+
+Each stage of a chain takes rows in, works on them in Ray Data, and stores what comes out block by block; the
+next one takes up the blocks as they are stored, so that rewards score the first rows while the teacher writes the
+last. What an interrupted run has stored is not made again: each stage takes from the one before also those stored
+rows that it has not yet seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from rdpo.cluster import pools_ended
+from rdpo.storage import StageFolder, WriteProgress, stored
+from rdpo.tracking import Meter
+
+if TYPE_CHECKING:
+    import ray.data
+
+    from rdpo.pipeline import Run
+
+ID = "prompt_id"
+
+
+@dataclass(frozen=True)
+class Source:
+    """The rows that enter a stage, and their ids."""
+
+    rows: Callable[[], ray.data.Dataset]
+    ids: pa.ChunkedArray
+
+
+@dataclass(frozen=True)
+class RowWork:
+    """What a stage does that maps rows to rows.
+
+    `summarize` looks at the finished folder. `generates`: the rows' `*_tokens` are this stage's work and
+    count for its rate.
+    """
+
+    source: Callable[[Run], Source]
+    make: Callable[[ray.data.Dataset, Run], ray.data.Dataset]
+    summarize: Callable[[Run, StageFolder], dict[str, Any]] = lambda run, folder: {}
+    generates: bool = False
+
+
+def stage_source(run: Run, stage: str) -> Source:
+    """The kept rows of a stage."""
+    folder = run.folder(stage)
+    return Source(folder.dataset, folder.ids(ID))
+
+
+def stream_rows(run: Run, links: Sequence[tuple[RowWork, StageFolder]], meter: Meter) -> None:
+    """Run a chain of stages, each from what the one before stores; `meter` counts the last one's rows."""
+    first, last = links[0][0].source(run).ids, links[-1][1].done_ids(ID)
+    meter.total = len(first)
+    meter.advance(len(last))
+    rows: ray.data.Dataset | None = None
+    for work, folder in links:
+        rows = _joined(rows, _not_done(work.source(run), folder.done_ids(ID)))
+        if rows is not None:
+            rows = stored(work.make(rows, run), folder, ID, pass_on=folder is not links[-1][1])
+    if rows is not None:
+        _drain(rows, meter, any(work.generates for work, _ in links))
+        if not pools_ended():
+            run.console.say(f"{'':<12}warning: actors of {links[-1][1].name} have not ended and still hold memory")
+    # What an earlier stage of the chain dropped has not come by.
+    meter.done = meter.total
+
+
+def _joined(passed_on: ray.data.Dataset | None, waiting: ray.data.Dataset | None) -> ray.data.Dataset | None:
+    if passed_on is None or waiting is None:
+        return passed_on or waiting
+    return passed_on.union(waiting)
+
+
+def _not_done(source: Source, done: pa.ChunkedArray) -> ray.data.Dataset | None:
+    """The rows of a source that the stage has not stored yet; None if there are none."""
+    if not len(done):
+        return source.rows() if len(source.ids) else None
+    if pc.all(pc.is_in(source.ids, done)).as_py():
+        return None
+    import ray
+
+    return source.rows().map_batches(_without, fn_kwargs={"done": ray.put(done)}, batch_format="pyarrow")
+
+
+def _without(batch: pa.Table, done: Any) -> pa.Table:
+    import ray
+
+    return batch.filter(pc.invert(pc.is_in(batch[ID], ray.get(done))))
+
+
+def _drain(rows: ray.data.Dataset, meter: Meter, generates: bool) -> None:
+    for counts in rows.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        for count in counts.to_pylist():
+            block = WriteProgress(**count)
+            meter.advance(block.rows + block.dropped, block.tokens if generates else 0)

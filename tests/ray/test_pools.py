@@ -1,0 +1,89 @@
+"""Pools of actors: they grow under load and shrink after it, and a row that kills its actor takes no other with it."""
+
+import asyncio
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from rdpo.cluster import adapt_pools
+from rdpo.config import Engine
+from rdpo.records import table_of
+from rdpo.synthesis.engine import engine_pool
+from rdpo.synthesis.ledger import Hands
+
+pytestmark = pytest.mark.ray
+
+WAIT_S = 60
+
+
+class Echo:
+    """What an engine's actor is to Ray, with a diary in place of an engine."""
+
+    def __init__(self, diary, ledger):
+        self.diary, self.hands = Path(diary), Hands(ledger)
+        self.note("alive")
+
+    def note(self, name):
+        with open(self.diary / name, "a") as notes:
+            notes.write(f"{os.getpid()}\n")
+
+    def noted(self, name):
+        return [int(line) for line in (self.diary / name).read_text().split()]
+
+    async def __call__(self, batch):
+        yield table_of(await self.hands.carry(batch.to_pylist(), self.work))
+
+    async def work(self, row):
+        self.note(row["prompt_id"])
+        if row["text"] == "poison":
+            await asyncio.sleep(0.3)
+            os._exit(1)
+        if row["text"] == "straggler":
+            await asyncio.to_thread(self.outlive)
+        await asyncio.sleep(0.2)
+        return {**row, "echo": row["text"]}
+
+    def outlive(self):
+        """Wait until the pool has let the other actors go."""
+        deadline = time.monotonic() + WAIT_S
+        while any(is_alive(pid) for pid in set(self.noted("alive")) - {os.getpid()}):
+            assert time.monotonic() < deadline, "the pool did not shrink"
+            time.sleep(0.2)
+        self.note("outlived")
+
+
+def is_alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+    except OSError:
+        return False
+
+
+def echoed(diary, texts, **engine):
+    import ray.data
+
+    rows = [{"prompt_id": f"{index:03d}", "text": text} for index, text in enumerate(texts)]
+    settings = Engine(cpus=1, batches_in_flight=2, **engine)
+    return engine_pool(ray.data.from_items(rows), Echo, settings, {"diary": str(diary)}).take_all()
+
+
+def test_a_pool_grows_to_its_largest_size_and_falls_back(ray_cluster, tmp_path):
+    adapt_pools()
+    texts = ["plain"] * 60
+    texts[-1] = "straggler"
+    done = echoed(tmp_path, texts, concurrency=(1, 2), batch_rows=2)
+    assert len(done) == len(texts)
+    assert len(set((tmp_path / "alive").read_text().split())) == 2
+    assert len((tmp_path / "outlived").read_text().split()) == 1
+
+
+def test_a_row_that_kills_its_engine_is_dropped_and_no_other(ray_cluster, tmp_path):
+    texts = [f"plain {index}" for index in range(12)]
+    texts[5] = "poison"
+    done = {row["prompt_id"]: row for row in echoed(tmp_path, texts, batch_rows=4)}
+    assert len(done) == len(texts)
+    assert done.pop("005")["dropped"] == "its engine died 3 times, the last time with this row alone"
+    assert all(row["echo"].startswith("plain") and row["dropped"] is None for row in done.values())
+    assert len((tmp_path / "005").read_text().split()) == 3

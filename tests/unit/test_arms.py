@@ -1,0 +1,67 @@
+"""Arms of a comparison: the same prompts, means over seeds, intervals over prompts, wins against start and baseline."""
+
+import csv
+import io
+
+import pytest
+
+from rdpo.evaluation.arms import arm_results, table, to_csv
+
+PROMPTS = [f"p{index}" for index in range(20)]
+
+
+def rows(lift, prompts=PROMPTS):
+    return [
+        {
+            "prompt_id": name,
+            "start_scores": {"main": float(index % 3), "other": 0.0},
+            "trained_scores": {"main": index % 3 + lift, "other": 0.0},
+            "trained_tokens": 10,
+            "kl": None if index == 0 else 2.0,
+        }
+        for index, name in enumerate(prompts)
+    ]
+
+
+WEIGHTS = {"other": 0.0, "main": 1.0}
+
+
+def results(evaluated, baseline="dpo"):
+    return {(result.reward, result.arm): result for result in arm_results(evaluated, WEIGHTS, baseline)}
+
+
+def test_each_arm_against_start_and_baseline():
+    found = results({("dpo", 0): rows(0.5), ("rdpo", 0): rows(1.5), ("none", 0): rows(0.0)})
+    assert next(iter(found)) == ("main", "dpo")
+    best = found["main", "rdpo"]
+    assert (best.difference.mean, best.difference.low, best.difference.high) == pytest.approx((1.5, 1.5, 1.5))
+    assert (best.wins_start.mean, best.wins_baseline.mean) == (1.0, 1.0)
+    assert found["main", "dpo"].wins_baseline.mean == 0.5
+    assert found["main", "none"].wins_start.mean == 0.5
+    assert found["main", "none"].wins_baseline.mean == 0.0
+    assert (best.kl, best.tokens) == (2.0, 10.0)
+    assert found["other", "rdpo"].weight == 0.0
+
+
+def test_seeds_are_averaged_prompt_by_prompt_before_the_bootstrap():
+    opposite = results({("a", 0): rows(1.0), ("a", 1): rows(-1.0)}, "a")["main", "a"]
+    assert (opposite.difference.mean, opposite.difference.low, opposite.difference.high) == (0.0, 0.0, 0.0)
+    assert (opposite.seeds, opposite.wins_start.mean) == (2, 0.5)
+
+
+def test_only_prompts_that_every_arm_answered_count():
+    found = results({("dpo", 0): rows(0.0), ("rdpo", 0): rows(9.0, PROMPTS[:5])})
+    assert {result.prompts for result in found.values()} == {5}
+    assert arm_results({("dpo", 0): rows(0.0), ("rdpo", 0): []}, WEIGHTS, "dpo") == []
+
+
+def test_table_and_csv_hold_every_arm_and_reward():
+    found = arm_results({("dpo", 0): rows(0.5), ("rdpo", 0): rows(1.5)}, WEIGHTS, "dpo")
+    text = "\n".join(table(found, "dpo"))
+    assert "main (optimised), 20 prompts, 1 seeds" in text
+    assert "other (independent)" in text
+    assert "+1.500 (+1.500 to +1.500)" in text
+    lines = list(csv.DictReader(io.StringIO(to_csv(found))))
+    assert [(line["arm"], line["reward"]) for line in lines][:2] == [("dpo", "main"), ("rdpo", "main")]
+    assert float(lines[1]["wins_baseline"]) == 1.0
+    assert table([], "dpo") == []

@@ -1,0 +1,84 @@
+"""Comparison files: every arm is the base job with its changes; what is wrong is said with the arm's name."""
+
+import pytest
+import tomli_w
+
+from rdpo.comparison import load_comparison, merged
+from rdpo.errors import InputError
+from rdpo.pipeline import Run, run_stages
+from rdpo.storage import StageFolder
+from tests.conftest import write_job
+
+ARMS = {"dpo": {"training": {"offset_coef": 0.0}}, "rdpo": {"training": {"offset_coef": 0.5}}}
+
+
+@pytest.fixture
+def write(job_table, tmp_path):
+    write_job(tmp_path / "base.toml", job_table)
+
+    def written(**changes):
+        table = {"name": "two", "job": "base.toml", "baseline": "dpo", "seeds": [0, 1], "arms": ARMS, **changes}
+        (tmp_path / "compare.toml").write_text(tomli_w.dumps(table))
+        return tmp_path / "compare.toml"
+
+    return written
+
+
+def test_every_arm_and_seed_is_a_job(write):
+    _, jobs = load_comparison(write(all={"training": {"beta": 0.3}}))
+    assert list(jobs) == [("dpo", 0), ("dpo", 1), ("rdpo", 0), ("rdpo", 1)]
+    job = jobs["rdpo", 1]
+    assert (job.name, job.seed, job.training.beta, job.training.offset_coef) == ("rdpo-1", 1, 0.3, 0.5)
+    assert job.training.batch_size == 4
+
+
+def test_merging_leaves_the_base_as_it_is():
+    base = {"a": {"b": 1, "c": [1]}, "d": 2}
+    assert merged(base, {"a": {"b": 5}, "e": {"f": 1}}) == {"a": {"b": 5, "c": [1]}, "d": 2, "e": {"f": 1}}
+    assert base == {"a": {"b": 1, "c": [1]}, "d": 2}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"baseline": "sft"}, "baseline = 'sft' is no arm; the arms are dpo, rdpo"),
+        ({"seeds": [1, 1]}, "one stands twice"),
+        ({"arms": {"dpo": {}, "a/b": {}}}, "arm 'a/b'"),
+        ({"arms": {"dpo": {"training": {"bta": 1}}}}, "arm dpo: 1 problem.*\n.*bta: unknown key"),
+        ({"job": "none.toml"}, "none.toml: no such job file"),
+        ({"arm": {}}, "arm: unknown key"),
+    ],
+)
+def test_what_is_wrong_is_said(write, changes, said):
+    with pytest.raises(InputError, match=said):
+        load_comparison(write(**changes))
+
+
+def test_a_stage_of_a_sibling_is_taken_over_and_never_written_to(write, tmp_path):
+    import io
+
+    import pyarrow as pa
+
+    from rdpo.pipeline import Stage
+    from rdpo.tracking import Console
+
+    _, jobs = load_comparison(write())
+    made = []
+
+    def execute(run, folder, meter):
+        made.append(run.dir)
+        folder.write_parts(pa.table({"prompt_id": ["a"], "by": [run.dir]}), "prompt_id")
+        return {"rows_in": 1}
+
+    def bring_up(name, value, *siblings):
+        stage = Stage("prompts", (), lambda job: {"value": value}, execute)
+        run = Run(jobs["dpo", 0], str(tmp_path / name), Console(io.StringIO()), lambda job: False, siblings)
+        run_stages(run, [stage])
+        return StageFolder(run.dir, "prompts").table()["by"].to_pylist()
+
+    first = str(tmp_path / "first")
+    assert bring_up("first", 1) == [first]
+    assert bring_up("second", 1, first) == [first]
+    assert bring_up("second", 2, first) == [str(tmp_path / "second")]
+    assert bring_up("first", 1) == [first]
+    assert made == [first, str(tmp_path / "second")]

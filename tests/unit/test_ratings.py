@@ -1,0 +1,74 @@
+"""Ratings out of a judge's words: the one it ends with, with its sign and decimals, on the scale or none."""
+
+import math
+
+import pytest
+
+from rdpo.config import JudgeReward
+from rdpo.errors import InputError
+from rdpo.policy.chat import make_chat
+from rdpo.preference.ratings import check_rubric, expected_rating, rating_values, written_rating
+from tests.conftest import byte_tokenizer
+
+
+def judge(**changes):
+    settings = {"kind": "judge", "name": "j", "rubric": "{{ prompt }} {{ answer }}", **changes}
+    return JudgeReward.model_validate(settings)
+
+
+@pytest.mark.parametrize(
+    ("reply", "rating"),
+    [
+        ("3 things are wrong, 2 of them grave.\nOverall: -4", -4.0),
+        ("It is mostly fine. Score: 4.5", 4.5),
+        ("Rating: 4,5", 4.5),
+        ("I say \u22122.", -2.0),
+        ("The answer has 3 errors: 4/5", 4.0),
+        ("4 out of 5, since 2 parts are missing", 4.0),
+        ("[[2]] although 5 was near", 2.0),
+        ("+3", 3.0),
+        ("Overall 12", math.nan),
+        ("no number here, only v2b and x7", math.nan),
+        ("", math.nan),
+    ],
+)
+def test_written_rating(reply, rating):
+    assert written_rating(reply, -5, 5) == pytest.approx(rating, nan_ok=True)
+
+
+def test_expected_rating_is_over_the_ratings_alone():
+    logprobs = {1: math.log(0.3), 2: math.log(0.1), 9: math.log(0.5)}
+    assert expected_rating({1: 5.0, 2: 1.0}, logprobs) == pytest.approx(4.0)
+    assert math.isnan(expected_rating({1: 5.0}, {9: 0.0}))
+
+
+def test_values_of_ratings():
+    chat = make_chat(byte_tokenizer(), [], "m")
+    ids = [chat.text_ids(word)[0] for word in ("7", "b", "c")]
+    assert rating_values(chat, judge(ratings=["7", "b", "c"])) == dict(zip(ids, (7.0, 1.0, 2.0), strict=True))
+    pair = judge(ratings=["b", "c"], pairwise=True, rubric="{{ first }} {{ second }}")
+    assert rating_values(chat, pair) == {ids[1]: 1.0, ids[2]: 0.0}
+    with pytest.raises(InputError, match="'-5' is 2 tokens"):
+        rating_values(chat, judge(ratings=["-5", "5"]))
+
+
+def test_a_rubric_may_use_what_the_judge_is_told():
+    check_rubric(judge())
+    with pytest.raises(InputError, match="uses answer; it may use `first`, `prompt`, `second`"):
+        check_rubric(judge(pairwise=True, ratings=["A", "B"]))
+    with pytest.raises(InputError, match="template"):
+        check_rubric(judge(rubric="{{ answer"))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"pairwise": True},
+        {"pairwise": True, "ratings": ["A", "B"], "score": "written"},
+        {"votes": 3},
+        {"votes": 3, "score": "written", "sampling": {"temperature": 0}},
+    ],
+)
+def test_settings_that_do_not_go_together(changes):
+    with pytest.raises(ValueError, match=r"pairwise takes two|votes are drawn"):
+        judge(**changes)

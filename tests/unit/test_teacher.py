@@ -1,0 +1,104 @@
+"""The teacher's turns, with a voice in place of an engine: samples, drops, and a text that depends on nothing else."""
+
+import asyncio
+
+import pyarrow as pa
+import pytest
+
+from rdpo.config import Job
+from rdpo.synthesis.engine import EngineError, Generation
+from rdpo.synthesis.teacher import Teacher
+
+TASK = """
+name = "sampled"
+
+[[turns]]
+name = "response"
+samples = 3
+
+[[turns]]
+name = "critique"
+after = "response_2"
+user = "What is wrong with it? You also said: {{ response_1 }}"
+
+[[turns]]
+name = "revision"
+after = "critique"
+user = "Again, please."
+"""
+
+
+class Voice:
+    """Says which seed it got and how long the conversation was; refuses what it is told to."""
+
+    def __init__(self, job):
+        self.heard = []
+
+    async def say(self, messages, turn, sampling, seed):
+        self.heard.append((turn.name, [message["content"] for message in messages]))
+        if "refused" in messages[0]["content"] and turn.name == "critique":
+            raise EngineError("the engine refuses it: ValueError: no")
+        text = "  " if "empty" in messages[0]["content"] else f"{turn.name} {seed} of {len(messages)}"
+        return Generation(text, "stop", 5, None, 7, 3)
+
+    def shutdown(self):
+        pass
+
+
+class NoLedger:
+    class begin:
+        @staticmethod
+        async def remote(ids):
+            return [0] * len(ids)
+
+    class end:
+        @staticmethod
+        async def remote(ids):
+            pass
+
+
+@pytest.fixture
+def speak(job_table, tmp_path):
+    (tmp_path / "task.toml").write_text(TASK)
+    job_table["synthesis"]["task"] = str(tmp_path / "task.toml")
+    teacher = Teacher(Job.model_validate(job_table), Voice, NoLedger)
+
+    def spoken(*prompts):
+        rows = [
+            {"prompt_id": text, "prompt": [{"role": "user", "content": text}], "extra": "{}", "prompt_length": 1}
+            for text in prompts
+        ]
+
+        async def blocks():
+            return [block async for block in teacher(pa.Table.from_pylist(rows))]
+
+        return {row["prompt_id"]: row for row in asyncio.run(blocks())[0].to_pylist()}
+
+    spoken.voice = teacher.voice
+    return spoken
+
+
+def test_a_turn_is_sampled_several_times_and_goes_on_from_one_of_them(speak):
+    row = speak("why?")["why?"]
+    assert len({row[f"response_{number}"] for number in (1, 2, 3)}) == 3
+    critique = next(heard for name, heard in speak.voice.heard if name == "critique")
+    assert critique[1] == row["response_2"]
+    assert row["response_1"] in critique[2]
+    assert row["revision"].endswith("of 5")
+    assert (row["revision_prompt_length"], row["revision_prompt_cached"], row["dropped"]) == (7, 3, None)
+
+
+def test_a_row_that_cannot_be_spoken_is_dropped_and_its_neighbours_are_not(speak):
+    rows = speak("fine", "refused", "empty", "also fine")
+    reasons = {name: row["dropped"] for name, row in rows.items()}
+    assert reasons.pop("refused") == "critique: the engine refuses it: ValueError: no"
+    assert reasons.pop("empty") == "response_1 is empty"
+    assert reasons == {"fine": None, "also fine": None}
+    assert "revision" in rows["refused"]
+    assert rows["refused"]["revision"] is None
+
+
+def test_a_rows_text_depends_on_neither_order_nor_neighbours(speak):
+    together, alone = speak("one", "two", "three"), speak("two")
+    assert together["two"] == alone["two"]
+    assert speak("three", "two")["two"] == alone["two"]
