@@ -154,6 +154,8 @@ class Synthesis(Section):
     """Task file with the templates of the turns; a path, or the name of one that ships with rdpo. Without one
     nothing is synthesised: the source of the prompts is a preference data set, with the columns `chosen`
     and `rejected`, perhaps `score_chosen` and `score_rejected`."""
+    values: dict[str, str] = Field(default_factory=dict)
+    """Words that the task's templates use by name, the style of a counterfactual task for example."""
     split: str = "train"
     """Which split of the prompts is trained on."""
     limit: int | None = Field(default=None, ge=1)
@@ -278,6 +280,15 @@ class Calibration(Section):
     """Use only the first so many of them."""
 
 
+class Sides(Section):
+    """Two answers that make a pair."""
+
+    chosen: str
+    """The turn whose answer is preferred."""
+    rejected: str
+    """The turn whose answer is not."""
+
+
 class Pairs(Section):
     """How scored answers become preference pairs."""
 
@@ -288,6 +299,11 @@ class Pairs(Section):
     """The turn whose answer is not (`rejected` in a ready preference data set), or `worst`."""
     among: str = "response"
     """The turn with several `samples` from which `best` and `worst` are taken."""
+    also: list[Sides] = []
+    """Further pairs from each row, as `[{ chosen = "control", rejected = "negative" }]`."""
+    condition: str | None = None
+    """The turn whose question becomes the pair's prompt; by default the prompt itself, whatever was asked to get the
+    answers."""
     direction: Literal["teacher", "reward"] = "teacher"
     """`teacher`: chosen is as named above; `reward`: the answer with the higher score is chosen."""
     min_gap: float | None = None
@@ -463,6 +479,8 @@ class Evaluation(Section):
 
     limit: int | None = Field(default=None, ge=1)
     """At most so many held-out prompts, the first by id."""
+    condition: str | None = None
+    """The turn of the task whose question is asked; by default the prompt itself."""
     sampling: Sampling = Sampling()
     """How both models answer."""
     engine: Engine = Engine()

@@ -111,6 +111,15 @@ def prompts(job: Job) -> dict[str, Any]:
     return {**job.prompts.model_dump(), "content": content, "student": job.student.model, "seed": job.seed}
 
 
+def _wording(job: Job, condition: str | None) -> dict[str, Any]:
+    """The words of the task, where a stage asks one of its questions."""
+    from rdpo.synthesis.instructions import load_task
+
+    if not (condition and job.synthesis.task):
+        return {}
+    return {"turns": load_task(job.synthesis.task).model_dump(), "words": job.synthesis.values}
+
+
 def synthesis(job: Job) -> dict[str, Any]:
     """Settings of the synthesis stage, with the task's wording and the teacher's weights."""
     from rdpo.synthesis.instructions import load_task
@@ -152,12 +161,14 @@ def training(job: Job) -> dict[str, Any]:
 
 def evaluation(job: Job) -> dict[str, Any]:
     """Settings of the evaluation stage."""
-    return {**job.evaluation.model_dump(), "rewards": _reward_settings(job), "seed": job.seed}
+    asked = _wording(job, job.evaluation.condition)
+    return {**job.evaluation.model_dump(), **asked, "rewards": _reward_settings(job), "seed": job.seed}
 
 
 def pairs(job: Job) -> dict[str, Any]:
     """Settings of the pairs stage."""
-    return {**job.pairs.model_dump(), "seed": job.seed if job.pairs.flip else None}
+    asked = _wording(job, job.pairs.condition)
+    return {**job.pairs.model_dump(), **asked, "seed": job.seed if job.pairs.flip else None}
 
 
 def reference(job: Job) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import asdict
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,10 +49,13 @@ def _check_teacher(job: Job) -> None:
     from rdpo.policy.models import local_model
     from rdpo.preference.pairs import scored_answers
     from rdpo.synthesis.endpoint import check_endpoint
-    from rdpo.synthesis.instructions import check_prefills, load_task
+    from rdpo.synthesis.instructions import beginning, check_prefills, load_task
     from rdpo.synthesis.teacher import teacher_model
 
     scored_answers(job)
+    for section, condition in (("pairs", job.pairs.condition), ("evaluation", job.evaluation.condition)):
+        if condition:
+            beginning(load_task(job.synthesis.task or ""), condition, f"{section}.condition")
     if not job.synthesis.endpoint:
         local_model(teacher_model(job))
     elif job.synthesis.task:
@@ -124,7 +129,7 @@ def _write_answers(rows: ray.data.Dataset, run: Run) -> ray.data.Dataset:
     if not run.job.synthesis.task:
         return given_answers(rows, run.job)
     first = next(run.folder("prompts").tables()).slice(0, 1)
-    check_fields(load_task(run.job.synthesis.task), first.to_pylist()[0])
+    check_fields(load_task(run.job.synthesis.task), first.to_pylist()[0], run.job.synthesis.values)
     return synthesize(rows, run.job)
 
 
@@ -146,6 +151,17 @@ def _score(rows: ray.data.Dataset, run: Run) -> ray.data.Dataset:
     return score_answers(rows, run.job, scored_answers(run.job), run.streams)
 
 
+def _scored(run: Run) -> Source:
+    """The scored rows, each as often as it makes pairs."""
+    from rdpo.preference.pairs import copies, copy_names
+
+    source, count = stage_source(run, "rewards"), 1 + len(run.job.pairs.also)
+    if count == 1:
+        return source
+    rows = partial(copies, count=count)
+    return Source(lambda: source.rows().map_batches(rows, batch_format="pyarrow"), copy_names(source.ids, count))
+
+
 def _make_pairs(rows: ray.data.Dataset, run: Run) -> ray.data.Dataset:
     from rdpo.preference.pairs import make_pairs
 
@@ -153,16 +169,22 @@ def _make_pairs(rows: ray.data.Dataset, run: Run) -> ray.data.Dataset:
 
 
 def _pairs_summary(run: Run, folder: StageFolder) -> dict[str, Any]:
-    from rdpo.preference.pairs import agreement, count_defects
+    from rdpo.preference.agreement import agreement, count_defects
 
     settings = run.job.pairs
-    agreed = agreement(chain(folder.tables(), folder.tables("dropped")), settings.rejected)
+    agreed = agreement(chain(folder.tables(), folder.tables("dropped")), settings)
     found = count_defects(chain(folder.tables(), folder.tables("dropped")))
     for defect, count in found.items():
         run.console.say(f"{'':<12}{count} of {len(folder.done_ids(ID))} conversations: {defect}")
-    for reward, share in agreed.items():
-        run.console.say(f"{'':<12}{reward} prefers {settings.chosen} to {settings.rejected}: {share:.2f}")
-    return {"agreement": agreed, "defects": found} if run.job.synthesis.task else {"agreement": agreed}
+    for reward, sides in agreed.items():
+        means = f"means {sides.chosen_mean:.2f} and {sides.rejected_mean:.2f}"
+        run.console.say(
+            f"{'':<12}{reward} prefers {settings.chosen} to {settings.rejected}: {sides.preferred:.2f}; {means}"
+        )
+        if sides.constant:
+            run.console.say(f"{'':<12}warning: {reward} gives every answer the same score; it tells nothing here")
+    told = {"agreement": {reward: asdict(sides) for reward, sides in agreed.items()}}
+    return {**told, "defects": found} if run.job.synthesis.task else told
 
 
 def _reference(rows: ray.data.Dataset, run: Run) -> ray.data.Dataset:
@@ -265,12 +287,7 @@ STAGES = (
         rows=RowWork(lambda run: stage_source(run, "synthesis"), _score),
         joins=True,
     ),
-    Stage(
-        "pairs",
-        ("rewards",),
-        lineage.pairs,
-        rows=RowWork(lambda run: stage_source(run, "rewards"), _make_pairs, _pairs_summary),
-    ),
+    Stage("pairs", ("rewards",), lineage.pairs, rows=RowWork(_scored, _make_pairs, _pairs_summary)),
     Stage("reference", ("pairs",), lineage.reference, rows=RowWork(_pairs_source, _reference)),
     Stage("training", ("reference",), lineage.training, _training, id_column=None, unit="steps"),
     Stage(

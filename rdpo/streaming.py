@@ -74,9 +74,9 @@ def stream_rows(run: Run, links: Sequence[tuple[RowWork, StageFolder]], meter: M
 
 
 def _joined(passed_on: ray.data.Dataset | None, waiting: ray.data.Dataset | None) -> ray.data.Dataset | None:
-    if passed_on is None or waiting is None:
-        return passed_on or waiting
-    return passed_on.union(waiting)
+    if passed_on is None:
+        return waiting
+    return passed_on if waiting is None else passed_on.union(waiting)
 
 
 def _not_done(source: Source, done: pa.ChunkedArray) -> ray.data.Dataset | None:

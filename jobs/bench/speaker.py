@@ -81,7 +81,7 @@ def prompt_row(raw: dict[str, Any]) -> Row:
 
 def conversation(task: Task, turn: Turn, row: Row) -> Messages:
     """What a turn answers, from the prompt and the answers of earlier turns in the row."""
-    values, told = template_values(row), {}
+    values, told = template_values(row, {}), {}
     for earlier in task.turns:
         messages = turn_messages(earlier, row, values, told)
         if earlier == turn:

@@ -4,10 +4,12 @@
 
 Each contender has its own process, one after the other. Seconds are those with all engines up: from the first row
 entering the first turn to the last row coming out of the last; `all s` is the whole process, starting included.
+`load` is the machine's load average of the last five minutes: figures compare only where nothing else ran.
 """
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -54,8 +56,11 @@ def run(contender: str, options: list[str]) -> dict:
     found = [line for line in output.splitlines() if line.startswith('{"speaker"')]
     if process.returncode or not found:
         sys.exit(f"{' '.join(command)} failed:\n{errors[-3000:]}")
-    figures = {**json.loads(found[-1]), "all_seconds": time.monotonic() - began, "peak_gib": max(samples)}
-    print(f"{contender}: {figures['tokens']} tokens in {figures['seconds']:.1f} s", file=sys.stderr, flush=True)
+    load = os.getloadavg()[1]
+    whole = {"all_seconds": time.monotonic() - began, "peak_gib": max(samples), "load": load}
+    figures = {**json.loads(found[-1]), **whole}
+    shown = {name: value for name, value in figures.items() if name != "texts"}
+    print(json.dumps(shown), file=sys.stderr, flush=True)
     return figures
 
 
@@ -81,12 +86,12 @@ def table(results: dict[str, dict]) -> str:
     turns = list(next(iter(results.values()))["prefix_hits"])[1:]
     head = f"{'contender':<10}{'tokens':>8}{'seconds':>9}{'tokens/s':>10}{'/ raw':>7}{'/ raydata':>11}"
     head += "".join(f"{turn + ' hits':>15}" for turn in turns)
-    lines = [f"{head}{'all s':>8}{'peak GiB':>10}{'same as raw':>13}"]
+    lines = [f"{head}{'all s':>8}{'peak GiB':>10}{'load':>6}{'same as raw':>13}"]
     for name, row in results.items():
         line = f"{name:<10}{row['tokens']:>8}{row['seconds']:>9.1f}{row['tokens_per_second']:>10.1f}"
         line += cell(row["ratio_to_raw"], ".2f", 7) + cell(row["ratio_to_raydata"], ".2f", 11)
         line += "".join(cell(row["prefix_hits"][turn], ".2f", 15) for turn in turns)
-        line += f"{row['all_seconds']:>8.0f}{row['peak_gib']:>10.2f}"
+        line += f"{row['all_seconds']:>8.0f}{row['peak_gib']:>10.2f}{row['load']:>6.1f}"
         lines.append(line + cell(row["same_as_raw"], "d", 6) + f" of {row['rows']:>3}")
     return "\n".join(lines)
 

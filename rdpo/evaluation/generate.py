@@ -21,6 +21,7 @@ from rdpo.policy.ratios import Ratios
 from rdpo.preference.reference import student_dtype
 from rdpo.records import Row, alive, draw_seed, drop, table_of
 from rdpo.synthesis.engine import Engine, EngineError, engine_pool
+from rdpo.synthesis.instructions import beginning, load_task, question_of
 from rdpo.synthesis.ledger import Hands
 
 if TYPE_CHECKING:
@@ -36,10 +37,19 @@ def answer_prompts(rows: list[Row], job: Job, models: dict[str, str]) -> list[Ro
     """
     import ray.data
 
-    asked = table_of([{**row, "contender": column} for column in models for row in rows])
+    questions = _questions(rows, job)
+    asked = table_of([{**row, "contender": column} for column in models for row in questions])
     arguments = {"job": job, "models": models}
     answered = engine_pool(ray.data.from_arrow(asked), Answerer, job.evaluation.engine, arguments)
     return side_by_side(answered.take_all(), list(models))
+
+
+def _questions(rows: list[Row], job: Job) -> list[Row]:
+    """The rows, with the question of the turn that `evaluation.condition` names in place of their prompts."""
+    if not (job.evaluation.condition and job.synthesis.task):
+        return rows
+    turn = beginning(load_task(job.synthesis.task), job.evaluation.condition)
+    return [{**row, "prompt": question_of(turn, row, job.synthesis.values)} for row in rows]
 
 
 def side_by_side(answered: list[Row], columns: list[str]) -> list[Row]:

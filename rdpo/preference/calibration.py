@@ -14,7 +14,8 @@ import pyarrow as pa
 
 from rdpo.config import FunctionReward, Job, JudgeReward, Pairs, Prompts, Reward, Synthesis
 from rdpo.errors import InputError
-from rdpo.preference.pairs import agreement, make_pairs
+from rdpo.preference.agreement import agreement
+from rdpo.preference.pairs import make_pairs
 from rdpo.preference.rewards import score_answers
 from rdpo.records import alive
 from rdpo.synthesis.given import SIDES, given_answers
@@ -23,6 +24,7 @@ from rdpo.synthesis.prompts import read_prompts
 if TYPE_CHECKING:
     import ray.data
 
+KNOWN = Pairs(chosen="chosen", rejected="rejected")
 PLAIN = files("rdpo.preference") / "known_pairs.jsonl"
 
 
@@ -54,7 +56,7 @@ def calibrate(job: Job) -> list[ray.data.Dataset]:
             "prompts": Prompts.model_validate(source),
             "synthesis": Synthesis(),
             "rewards": tried_rewards(job),
-            "pairs": Pairs(chosen="chosen", rejected="rejected"),
+            "pairs": KNOWN,
         }
     )
     read = read_prompts(trial).materialize()
@@ -66,8 +68,8 @@ def calibrate(job: Job) -> list[ray.data.Dataset]:
 
 def right_sides(kept: Iterable[pa.Table], job: Job) -> dict[str, float]:
     """How often each reward prefers the side it should; ties count half."""
-    shares = agreement(kept, "rejected")
-    return {reward.name: shares[reward.name] for reward in tried_rewards(job)} if shares else {}
+    found = agreement(kept, KNOWN)
+    return {reward.name: found[reward.name].preferred for reward in tried_rewards(job)} if found else {}
 
 
 def check_calibration(kept: int, reasons: dict[str, int], job: Job) -> None:

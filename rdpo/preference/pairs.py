@@ -8,42 +8,69 @@ whether the answer was finished, and the `defects` of the conversation that they
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from rdpo.config import BEST, WORST, Job
+from rdpo.config import BEST, WORST, Job, Sides
 from rdpo.config import Pairs as Settings
 from rdpo.errors import InputError
 from rdpo.records import Row, drop, table_of, unit_draw
 from rdpo.synthesis.defects import defects
 from rdpo.synthesis.given import SIDES
-from rdpo.synthesis.instructions import Turn, load_task
+from rdpo.synthesis.instructions import Task, Turn, beginning, load_task, question_of
 
 if TYPE_CHECKING:
     import ray.data
 
+COPY = "#"
+
 
 def make_pairs(rows: ray.data.Dataset, job: Job) -> ray.data.Dataset:
     """Turn rows with scores into rows with a preference pair, or drop them with a reason."""
-    told = job.synthesis.task is not None and not {job.pairs.chosen, job.pairs.rejected} & {BEST, WORST}
-    arguments = {"settings": job.pairs, "told": told, "seed": job.seed}
-    return rows.map_batches(pairs_table, fn_kwargs=arguments, batch_format="pyarrow")
+    return rows.map_batches(pairs_table, fn_kwargs={"job": job}, batch_format="pyarrow")
 
 
-def pairs_table(table: pa.Table, settings: Settings, told: bool = True, seed: int = 0) -> pa.Table:
-    """Pairs of one block; `told`: the answers are turns of one conversation, whose defects are looked for."""
-    return table_of([_pair(row, settings, told, seed) for row in table.to_pylist()])
+def pairs_table(table: pa.Table, job: Job) -> pa.Table:
+    """Pairs of one block."""
+    task = load_task(job.synthesis.task) if job.synthesis.task else None
+    return table_of([_pair(row, job, task) for row in table.to_pylist()])
 
 
-def _pair(row: Row, settings: Settings, told: bool, seed: int) -> Row:
-    flipped = unit_draw(seed, row["prompt_id"], "flip") < settings.flip
-    pair = pair_row(row, settings, flipped)
-    pair["defects"] = defects(row, settings.rejected, settings.chosen) if told else []
+def copies(table: pa.Table, count: int) -> pa.Table:
+    """Each row as often as it makes pairs; the number of its pair is in the copy's id."""
+    parts = [
+        table.set_column(table.column_names.index("prompt_id"), "prompt_id", copy_names(table["prompt_id"], 1, start))
+        for start in range(count)
+    ]
+    return pa.concat_tables(parts)
+
+
+def copy_names(ids: pa.ChunkedArray, count: int, start: int = 0) -> pa.ChunkedArray:
+    """Ids of rows for their pairs from number `start` on: the first keeps the row's."""
+    named = [
+        ids if pair == 0 else pc.binary_join_element_wise(ids, str(pair), COPY) for pair in range(start, start + count)
+    ]
+    return pa.chunked_array([chunk for array in named for chunk in array.chunks], pa.string())
+
+
+def _sides(row: Row, settings: Settings) -> Sides:
+    """The sides of the row's pair, by the number in its id."""
+    _, _, number = row["prompt_id"].partition(COPY)
+    return settings.also[int(number) - 1] if number else Sides(chosen=settings.chosen, rejected=settings.rejected)
+
+
+def _pair(row: Row, job: Job, task: Task | None) -> Row:
+    settings, sides = job.pairs, _sides(row, job.pairs)
+    flipped = unit_draw(job.seed, row["prompt_id"], "flip") < settings.flip
+    pair = pair_row(row, settings, sides, flipped)
+    if settings.condition and task:
+        pair["prompt"] = question_of(beginning(task, settings.condition), row, job.synthesis.values)
+    told = task is not None and any(turn.after for turn in task.turns)
+    pair["defects"] = defects(row, sides.rejected, sides.chosen) if told else []
     wrong = [defect for defect in pair["defects"] if defect in settings.drop_defects]
-    return filtered(drop(pair, f"{settings.chosen}: {wrong[0]}") if wrong else pair, settings)
+    return filtered(drop(pair, f"{sides.chosen}: {wrong[0]}") if wrong else pair, settings)
 
 
 def scored_answers(job: Job) -> list[str]:
@@ -60,7 +87,8 @@ def answers_of(settings: Settings, turns: list[Turn] | None) -> list[str]:
     known = [name for turn in turns for name in turn.names] if turns is not None else list(SIDES)
     sampled = [name for turn in turns or [] if turn.name == settings.among and turn.samples > 1 for name in turn.names]
     wanted: list[str] = []
-    for side in (settings.chosen, settings.rejected):
+    named = [settings.chosen, settings.rejected]
+    for side in (*named, *(side for sides in settings.also for side in (sides.chosen, sides.rejected))):
         of_side = sampled if side in (BEST, WORST) else [name for name in known if name == side]
         if not of_side:
             more = f"; a turn `{settings.among}` with `samples` would make best and worst" if not sampled else ""
@@ -69,32 +97,10 @@ def answers_of(settings: Settings, turns: list[Turn] | None) -> list[str]:
     return wanted
 
 
-def agreement(parts: Iterable[pa.Table], rejected: str) -> dict[str, float]:
-    """How often each reward prefers the teacher's `chosen` turn to its `rejected` one; ties count half."""
-    preferred: dict[str, float] = {}
-    rows = 0
-    for part in parts:
-        for pair in part.select(["chosen_from", "chosen_scores", "rejected_scores"]).to_pylist():
-            rows += 1
-            for name, score in (pair["chosen_scores"] or {}).items():
-                gap = score - pair["rejected_scores"][name]
-                win = _preference(-gap if pair["chosen_from"] == rejected else gap)
-                preferred[name] = preferred.get(name, 0.0) + win
-    return {name: count / rows for name, count in preferred.items()}
-
-
-def _preference(gap: float) -> float:
-    return 1.0 if gap > 0 else 0.5 if gap == 0 else 0.0
-
-
-def count_defects(parts: Iterable[pa.Table]) -> dict[str, int]:
-    """How many rows have each defect."""
-    return dict(Counter(defect for part in parts for defects in part["defects"].to_pylist() for defect in defects))
-
-
-def pair_row(row: Row, settings: Settings, flipped: bool = False) -> Row:
-    """One row with its pair: sides as named in the settings, or by score with `direction = "reward"`."""
-    chosen, rejected = (_turn(row, settings, side) for side in (settings.chosen, settings.rejected))
+def pair_row(row: Row, settings: Settings, sides: Sides | None = None, flipped: bool = False) -> Row:
+    """One row with its pair: sides as named, or by score with `direction = "reward"`; `flipped` exchanges them."""
+    sides = sides or Sides(chosen=settings.chosen, rejected=settings.rejected)
+    chosen, rejected = (_turn(row, settings, side) for side in (sides.chosen, sides.rejected))
     if settings.direction == "reward" and row[f"{rejected}_score"] > row[f"{chosen}_score"]:
         chosen, rejected = rejected, chosen
     if flipped:

@@ -126,13 +126,14 @@ def check_prefills(task: Task) -> None:
             raise InputError(f"synthesis.task: turn `{turn.name}` has a `prefill`, which an endpoint cannot go on from")
 
 
-def check_fields(task: Task, row: Row) -> None:
-    """Check the templates' names against the columns of the data.
+def check_fields(task: Task, row: Row, words: Mapping[str, str]) -> None:
+    """Check the templates against the columns of the data and the job's words, on one row.
 
     Raises:
-        InputError: a template uses a name that is neither a column nor an earlier turn.
+        InputError: a template uses a name that is neither a column, a word of the job nor an earlier turn, or two
+            turns ask the same.
     """
-    known = {"prompt", *extra_of(row)}
+    known = {"prompt", *extra_of(row), *words}
     for turn in task.turns:
         for template in (turn.system, turn.user, turn.prefill):
             unknown = check_template(template or "", f"turn `{turn.name}`") - known
@@ -142,6 +143,37 @@ def check_fields(task: Task, row: Row) -> None:
                     f"prompts have only {', '.join(sorted(known))}"
                 )
         known.update(turn.names)
+    _check_different(task, row, words)
+
+
+def _check_different(task: Task, row: Row, words: Mapping[str, str]) -> None:
+    asked: dict[str, str] = {}
+    for turn in task.turns:
+        if turn.after is None and not check_template(turn.user or "", turn.name) & set(task.answers):
+            question = str((question_of(turn, row, words), turn.prefill, turn.temperature, turn.top_p))
+            if question in asked:
+                raise InputError(
+                    f"synthesis.task: turns `{asked[question]}` and `{turn.name}` ask the same; give them different "
+                    "words, or one of them `samples`"
+                )
+            asked[question] = turn.name
+
+
+def beginning(task: Task, name: str, where: str = "condition") -> Turn:
+    """The turn of this name that begins a conversation.
+
+    Raises:
+        InputError: there is none.
+    """
+    begins = {turn.name: turn for turn in task.turns if turn.after is None}
+    if name not in begins:
+        raise InputError(f"{where}: {name!r} is no turn that begins a conversation; those are {', '.join(begins)}")
+    return begins[name]
+
+
+def question_of(turn: Turn, row: Row, words: Mapping[str, str]) -> Messages:
+    """What a turn that begins a conversation asks."""
+    return turn_messages(turn, row, template_values(row, words), {})
 
 
 @lru_cache(maxsize=256)
@@ -161,9 +193,9 @@ def render(template: str, values: Mapping[str, Any]) -> str:
         raise ValueError(f"template: {error}") from None
 
 
-def template_values(row: Row) -> dict[str, Any]:
-    """What templates may use of a row before the first turn."""
-    return {**extra_of(row), "prompt": text_of(row["prompt"])}
+def template_values(row: Row, words: Mapping[str, str]) -> dict[str, Any]:
+    """What templates may use before the first turn: the job's words, the row's other columns, its prompt."""
+    return {**words, **extra_of(row), "prompt": text_of(row["prompt"])}
 
 
 def turn_messages(turn: Turn, row: Row, values: Mapping[str, Any], told: Mapping[str, Messages]) -> Messages:

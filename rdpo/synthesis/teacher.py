@@ -115,7 +115,7 @@ class Teacher:
     async def converse(self, row: Row) -> Row:
         """Carry one row through all turns; a turn that cannot be spoken drops the row."""
         told: dict[str, Messages] = {}
-        values = template_values(row)
+        values = template_values(row, self.job.synthesis.values)
         for turn in self.task.turns:
             spoken = await asyncio.gather(*[self._speak(turn, name, row, values, told) for name in turn.names])
             reason = next((reason for reason in spoken if reason), None)

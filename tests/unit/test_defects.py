@@ -2,8 +2,9 @@
 
 import pytest
 
-from rdpo.config import Pairs
-from rdpo.preference.pairs import count_defects, pairs_table
+from rdpo.config import Job
+from rdpo.preference.agreement import count_defects
+from rdpo.preference.pairs import pairs_table
 from rdpo.records import table_of
 from rdpo.synthesis.defects import defects
 
@@ -50,14 +51,20 @@ def scored(*rows):
     return table_of([{**one, "prompt": [], **scores} for one in rows])
 
 
-def test_counts():
+def job_with(job_table, **pairs):
+    return Job.model_validate({**job_table, "pairs": pairs})
+
+
+def test_counts(job_table):
     table = scored(row(), row(critique="Fine."), row(critique="Ok", revision="As an AI, no."))
-    assert count_defects([pairs_table(table, Pairs())] * 2) == {"empty_critique": 4, "refusal": 2}
-    assert count_defects([pairs_table(table, Pairs(), told=False)]) == {}
+    found = count_defects([pairs_table(table, job_with(job_table))] * 2)
+    assert found == {"empty_critique": 4, "refusal": 2}
+    given = job_with({**job_table, "synthesis": {}}, chosen="revision", rejected="response")
+    assert count_defects([pairs_table(table, given)]) == {}
 
 
-def test_rows_with_a_defect_are_dropped_where_the_job_says_so():
+def test_rows_with_a_defect_are_dropped_where_the_job_says_so(job_table):
     table = scored(row(), row(revision="As an AI, no."))
-    assert pairs_table(table, Pairs())["dropped"].to_pylist() == [None, None]
-    dropped = pairs_table(table, Pairs(drop_defects=["refusal"]))["dropped"].to_pylist()
+    assert pairs_table(table, job_with(job_table))["dropped"].to_pylist() == [None, None]
+    dropped = pairs_table(table, job_with(job_table, drop_defects=["refusal"]))["dropped"].to_pylist()
     assert dropped == [None, "revision: refusal"]

@@ -12,8 +12,11 @@ SHIPPED_TASKS = sorted(path.name.removesuffix(".toml") for path in SHIPPED.iterd
 @pytest.mark.parametrize("name", SHIPPED_TASKS)
 def test_shipped_tasks_load_and_fit_plain_prompts(name):
     task = load_task(name)
-    expected = [f"response_{k}" for k in (1, 2, 3, 4)] if name == "best_of" else ["response", "critique", "revision"]
-    assert task.answers == expected
+    special = {
+        "best_of": [f"response_{k}" for k in range(1, 5)],
+        "counterfactual": ["control", "treatment", "negative"],
+    }
+    assert task.answers == special.get(name, ["response", "critique", "revision"])
 
 
 def test_turns_build_their_conversations():
@@ -52,7 +55,15 @@ def test_unknown_field_is_named_with_those_that_exist(tmp_path):
     path = tmp_path / "task.toml"
     path.write_text('name = "t"\n' + TURNS.format(first="", second='user = "{{ topic }} {{ mood }} {{ response }}"'))
     with pytest.raises(InputError, match="uses mood, but the prompts have only prompt, response, topic"):
-        check_fields(load_task(str(path)), ROW)
+        check_fields(load_task(str(path)), ROW, {})
+
+
+def test_turns_that_ask_the_same_are_refused(tmp_path):
+    path = tmp_path / "task.toml"
+    path.write_text('name = "t"\n' + TURNS.format(first="", second='user = "{{ prompt }}{{ style }}"'))
+    check_fields(load_task(str(path)), ROW, {"style": " Be brief."})
+    with pytest.raises(InputError, match="ask the same"):
+        check_fields(load_task(str(path)), ROW, {"style": ""})
 
 
 def test_sandbox_refuses_python_internals():

@@ -1,11 +1,21 @@
 """Pairs: sides, gaps, and the reasons for which a pair is no use."""
 
+import pyarrow as pa
 import pytest
 
-from rdpo.config import Pairs
+from rdpo.config import Job, Pairs
 from rdpo.errors import InputError
 from rdpo.policy.chat import make_chat
-from rdpo.preference.pairs import agreement, answers_of, filtered, pair_row, pairs_table
+from rdpo.preference.agreement import agreement
+from rdpo.preference.pairs import (
+    answers_of,
+    copies,
+    copy_names,
+    filtered,
+    pair_row,
+    pairs_table,
+    scored_answers,
+)
 from rdpo.preference.reference import tokenize_pair
 from rdpo.records import table_of
 from rdpo.synthesis.instructions import Turn
@@ -75,13 +85,47 @@ def test_tokens_of_a_pair(tokenizer):
 
 
 @pytest.mark.parametrize("direction", ["teacher", "reward"])
-def test_agreement_of_a_reward_with_the_teacher(direction):
+def test_agreement_of_a_reward_with_the_teacher(direction, job_table):
     rows = [scored(), scored(response=4.0), scored(response=3.0)]
     for row in rows:
         row["response_scores"]["r"], row["revision_scores"]["r"] = row["response_score"], row["revision_score"]
-    pairs = [pairs_table(table_of([row]), Pairs(direction=direction), told=False) for row in rows]
-    assert agreement(pairs, "revision") == {"r": 0.5}
-    assert agreement([], "revision") == {}
+    job = job_with(job_table, direction=direction)
+    parts = [pairs_table(table_of([row]), job) for row in rows]
+    found = agreement(parts, job.pairs)["r"]
+    assert (found.preferred, found.chosen_mean, found.rejected_mean) == (0.5, 3.0, pytest.approx(8 / 3))
+    assert not found.constant
+    assert agreement([], job.pairs) == {}
+    assert agreement([pairs_table(table_of([rows[2]]), job)], job.pairs)["r"].constant
+
+
+def job_with(job_table, **pairs):
+    return Job.model_validate({**job_table, "pairs": pairs})
+
+
+def test_a_row_makes_several_pairs_and_their_prompt_may_be_a_turns_question(job_table):
+    job_table["synthesis"] |= {"task": "counterfactual", "values": {"treatment": "Be brief.", "negative": "Ramble."}}
+    also = [{"chosen": "control", "rejected": "negative"}]
+    job = job_with(job_table, chosen="treatment", rejected="control", also=also, condition="treatment")
+    assert scored_answers(job) == ["treatment", "control", "negative"]
+    row = {"prompt_id": "p", "prompt": [{"role": "user", "content": "why?"}], "extra": "{}"}
+    for name in ("control", "treatment", "negative"):
+        row |= {name: name, f"{name}_score": 0.0, f"{name}_scores": {"r": 0.0}, f"{name}_finish_reason": "stop"}
+    pairs = pairs_table(copies(table_of([row]), 2), job).to_pylist()
+    assert [pair["prompt_id"] for pair in pairs] == copy_names(pa.chunked_array([["p"]]), 2).to_pylist() == ["p", "p#1"]
+    assert [(pair["chosen_from"], pair["rejected_from"]) for pair in pairs] == [
+        ("treatment", "control"),
+        ("control", "negative"),
+    ]
+    assert pairs[0]["prompt"] == [{"role": "user", "content": "why?\n\nBe brief."}]
+
+
+def test_flipped_pairs_keep_their_scores(job_table):
+    rows = table_of([{**scored(), "prompt_id": f"p{index}"} for index in range(400)])
+    pairs = pairs_table(rows, job_with(job_table, flip=0.3)).to_pylist()
+    flipped = [pair for pair in pairs if pair["chosen_from"] == "response"]
+    assert 0.2 < len(flipped) / len(pairs) < 0.4
+    assert {pair["reward_gap"] for pair in flipped} == {-2.0}
+    assert {pair["reward_gap"] for pair in pairs if pair not in flipped} == {2.0}
 
 
 def sampled(scores, **changes):

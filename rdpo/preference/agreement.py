@@ -1,0 +1,68 @@
+"""How far rewards and teacher agree, over all pairs: shares, means, and the defects of the conversations."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from rdpo.config import Pairs
+
+COLUMNS = ["chosen_from", "rejected_from", "chosen_scores", "rejected_scores"]
+
+
+@dataclass
+class Agreement:
+    """What one reward says of the teacher's direction, over all rows: ties count half in `preferred`."""
+
+    preferred: float
+    chosen_mean: float
+    rejected_mean: float
+    constant: bool
+
+
+def agreement(parts: Iterable[pa.Table], settings: Pairs) -> dict[str, Agreement]:
+    """Each reward's scores of the teacher's chosen answers against those of its rejected ones."""
+    named = [(settings.chosen, settings.rejected), *((sides.chosen, sides.rejected) for sides in settings.also)]
+    sums: dict[str, Tally] = {}
+    for part in parts:
+        for pair in part.select(COLUMNS).to_pylist():
+            against = (pair["rejected_from"], pair["chosen_from"]) in named
+            sides = ("rejected_scores", "chosen_scores") if against else ("chosen_scores", "rejected_scores")
+            for name in pair["chosen_scores"] or {}:
+                sums.setdefault(name, Tally()).add(*(pair[side][name] for side in sides))
+    return {name: tally.agreement() for name, tally in sums.items()}
+
+
+@dataclass
+class Tally:
+    """Sums over the pairs of one reward."""
+
+    rows: int = 0
+    preferred: float = 0.0
+    chosen: float = 0.0
+    rejected: float = 0.0
+    lowest: float = math.inf
+    highest: float = -math.inf
+
+    def add(self, chosen: float, rejected: float) -> None:
+        """Count one pair."""
+        self.rows += 1
+        self.preferred += 1.0 if chosen > rejected else 0.5 if chosen == rejected else 0.0
+        self.chosen += chosen
+        self.rejected += rejected
+        self.lowest = min(self.lowest, chosen, rejected)
+        self.highest = max(self.highest, chosen, rejected)
+
+    def agreement(self) -> Agreement:
+        """The means."""
+        share, chosen, rejected = (total / self.rows for total in (self.preferred, self.chosen, self.rejected))
+        return Agreement(share, chosen, rejected, self.lowest == self.highest)
+
+
+def count_defects(parts: Iterable[pa.Table]) -> dict[str, int]:
+    """How many rows have each defect."""
+    return dict(Counter(defect for part in parts for defects in part["defects"].to_pylist() for defect in defects))
