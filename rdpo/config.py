@@ -299,6 +299,11 @@ class Pairs(Section):
     """The turn whose answer is not (`rejected` in a ready preference data set), or `worst`."""
     among: str = "response"
     """The turn with several `samples` from which `best` and `worst` are taken."""
+    min_samples: int = Field(default=2, ge=2)
+    """Drop rows with fewer usable ones: those that `min_answer_chars` and `drop_truncated` would not drop."""
+    length_coef: float | Literal["auto"] = 0.0
+    """What a character costs a sample in the choice of `best` and `worst`; `auto`: so much that chosen answers are
+    on average as long as rejected ones (DICE, arXiv 2406.09760)."""
     also: list[Sides] = []
     """Further pairs from each row, as `[{ chosen = "control", rejected = "negative" }]`."""
     condition: str | None = None

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
     import ray.data
 
+    from rdpo.preference.shaping import Shaping
+
 HELDOUT = "heldout"
 PROMPT_LENGTH = "_prompt_length"
 
@@ -165,7 +167,14 @@ def _scored(run: Run) -> Source:
 def _make_pairs(rows: ray.data.Dataset, run: Run) -> ray.data.Dataset:
     from rdpo.preference.pairs import make_pairs
 
-    return make_pairs(rows, run.job)
+    shaping = _shaping(run)
+    return make_pairs(rows, run.job, shaping.length_coef if shaping else 0.0)
+
+
+def _shaping(run: Run) -> Shaping | None:
+    from rdpo.preference.pairs import shaping_of
+
+    return shaping_of(run.folder("rewards").tables(), run.job.pairs)
 
 
 def _pairs_summary(run: Run, folder: StageFolder) -> dict[str, Any]:
@@ -183,7 +192,11 @@ def _pairs_summary(run: Run, folder: StageFolder) -> dict[str, Any]:
         )
         if sides.constant:
             run.console.say(f"{'':<12}warning: {reward} gives every answer the same score; it tells nothing here")
-    told = {"agreement": {reward: asdict(sides) for reward, sides in agreed.items()}}
+    told: dict[str, Any] = {"agreement": {reward: asdict(sides) for reward, sides in agreed.items()}}
+    if shaping := _shaping(run):
+        told["shaping"] = asdict(shaping)
+        gap = f"the best are {shaping.mean_length_gap:+.1f} characters longer than the worst"
+        run.console.say(f"{'':<12}a character costs {shaping.length_coef:g}: {gap}")
     return {**told, "defects": found} if run.job.synthesis.task else told
 
 

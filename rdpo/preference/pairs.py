@@ -8,6 +8,7 @@ whether the answer was finished, and the `defects` of the conversation that they
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
@@ -16,6 +17,7 @@ import pyarrow.compute as pc
 from rdpo.config import BEST, WORST, Job, Sides
 from rdpo.config import Pairs as Settings
 from rdpo.errors import InputError
+from rdpo.preference.shaping import Shaping, find_length_coef, matrix, mean_length_gap
 from rdpo.records import Row, drop, table_of, unit_draw
 from rdpo.synthesis.defects import defects
 from rdpo.synthesis.given import SIDES
@@ -27,15 +29,35 @@ if TYPE_CHECKING:
 COPY = "#"
 
 
-def make_pairs(rows: ray.data.Dataset, job: Job) -> ray.data.Dataset:
-    """Turn rows with scores into rows with a preference pair, or drop them with a reason."""
-    return rows.map_batches(pairs_table, fn_kwargs={"job": job}, batch_format="pyarrow")
+def make_pairs(rows: ray.data.Dataset, job: Job, length_coef: float = 0.0) -> ray.data.Dataset:
+    """Turn rows with scores into rows with a preference pair, or drop them with a reason.
+
+    `length_coef` is what a character costs in the choice of best and worst.
+    """
+    arguments = {"job": job, "length_coef": length_coef}
+    return rows.map_batches(pairs_table, fn_kwargs=arguments, batch_format="pyarrow")
 
 
-def pairs_table(table: pa.Table, job: Job) -> pa.Table:
+def pairs_table(table: pa.Table, job: Job, length_coef: float = 0.0) -> pa.Table:
     """Pairs of one block."""
     task = load_task(job.synthesis.task) if job.synthesis.task else None
-    return table_of([_pair(row, job, task) for row in table.to_pylist()])
+    return table_of([_pair(row, job, task, length_coef) for row in table.to_pylist()])
+
+
+def shaping_of(parts: Iterable[pa.Table], settings: Settings) -> Shaping | None:
+    """How long samples are held back, found on all rows if `length_coef` is `auto`; None without best and worst."""
+    if not {settings.chosen, settings.rejected} & {BEST, WORST}:
+        return None
+    scores, lengths = [], []
+    for row in (row for part in parts for row in part.to_pylist()):
+        usable = _usable(row, settings)
+        if len(usable) >= settings.min_samples:
+            scores.append([row[f"{name}_score"] for name in usable])
+            lengths.append([float(len(row[name])) for name in usable])
+    wide = matrix(scores), matrix(lengths)
+    if settings.length_coef == "auto":
+        return find_length_coef(*wide) if scores else Shaping(0.0, 0.0)
+    return Shaping(settings.length_coef, mean_length_gap(*wide, settings.length_coef) if scores else 0.0)
 
 
 def copies(table: pa.Table, count: int) -> pa.Table:
@@ -61,10 +83,12 @@ def _sides(row: Row, settings: Settings) -> Sides:
     return settings.also[int(number) - 1] if number else Sides(chosen=settings.chosen, rejected=settings.rejected)
 
 
-def _pair(row: Row, job: Job, task: Task | None) -> Row:
+def _pair(row: Row, job: Job, task: Task | None, length_coef: float) -> Row:
     settings, sides = job.pairs, _sides(row, job.pairs)
     flipped = unit_draw(job.seed, row["prompt_id"], "flip") < settings.flip
-    pair = pair_row(row, settings, sides, flipped)
+    pair = pair_row(row, settings, sides, flipped, length_coef)
+    if {sides.chosen, sides.rejected} & {BEST, WORST} and len(_usable(row, settings)) < settings.min_samples:
+        pair = drop(pair, "fewer usable samples than pairs.min_samples")
     if settings.condition and task:
         pair["prompt"] = question_of(beginning(task, settings.condition), row, job.synthesis.values)
     told = task is not None and any(turn.after for turn in task.turns)
@@ -97,10 +121,12 @@ def answers_of(settings: Settings, turns: list[Turn] | None) -> list[str]:
     return wanted
 
 
-def pair_row(row: Row, settings: Settings, sides: Sides | None = None, flipped: bool = False) -> Row:
+def pair_row(
+    row: Row, settings: Settings, sides: Sides | None = None, flipped: bool = False, length_coef: float = 0.0
+) -> Row:
     """One row with its pair: sides as named, or by score with `direction = "reward"`; `flipped` exchanges them."""
     sides = sides or Sides(chosen=settings.chosen, rejected=settings.rejected)
-    chosen, rejected = (_turn(row, settings, side) for side in (sides.chosen, sides.rejected))
+    chosen, rejected = (_turn(row, settings, side, length_coef) for side in (sides.chosen, sides.rejected))
     if settings.direction == "reward" and row[f"{rejected}_score"] > row[f"{chosen}_score"]:
         chosen, rejected = rejected, chosen
     if flipped:
@@ -122,12 +148,23 @@ def pair_row(row: Row, settings: Settings, sides: Sides | None = None, flipped: 
     return pair
 
 
-def _turn(row: Row, settings: Settings, side: str) -> str:
+def _turn(row: Row, settings: Settings, side: str, length_coef: float) -> str:
     """The answer that a setting names in this row; of equal scores the first sample has it."""
     if side not in (BEST, WORST):
         return side
-    scores = {name: row[f"{name}_score"] for name in _samples(row, settings.among)}
-    return max(scores, key=scores.__getitem__) if side == BEST else min(scores, key=scores.__getitem__)
+    names = _usable(row, settings) or _samples(row, settings.among)
+    shaped = {name: row[f"{name}_score"] - length_coef * len(row[name]) for name in names}
+    return max(shaped, key=shaped.__getitem__) if side == BEST else min(shaped, key=shaped.__getitem__)
+
+
+def _usable(row: Row, settings: Settings) -> list[str]:
+    """The samples that no filter would drop."""
+    return [
+        name
+        for name in _samples(row, settings.among)
+        if len(row[name]) >= settings.min_answer_chars
+        and (settings.drop_truncated == "never" or row[f"{name}_finish_reason"] == "stop")
+    ]
 
 
 def _samples(row: Row, turn: str) -> list[str]:

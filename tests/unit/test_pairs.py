@@ -15,6 +15,7 @@ from rdpo.preference.pairs import (
     pair_row,
     pairs_table,
     scored_answers,
+    shaping_of,
 )
 from rdpo.preference.reference import tokenize_pair
 from rdpo.records import table_of
@@ -143,6 +144,25 @@ def test_best_and_worst_of_several_samples():
     assert (pair["chosen_from"], pair["rejected_from"], pair["reward_gap"]) == ("response_2", "response_3", 4.0)
     flat = pair_row(sampled([3.0, 3.0]), settings)
     assert filtered(flat, settings)["dropped"] == "chosen and rejected are the same"
+
+
+def test_longer_samples_are_held_back_and_unusable_ones_left_out():
+    settings = Pairs(chosen="best", rejected="worst", length_coef="auto", drop_truncated="any")
+    row = sampled([1.0, 1.2, 0.0], response_2="x" * 40, response_3_finish_reason="length")
+    parts = [table_of([row]), table_of([sampled([9.0, 0.0], response_1="y" * 48)])]
+    found = shaping_of(parts, settings)
+    assert (found.length_coef, found.mean_length_gap) == (0.01, 4.0)
+    pair = pair_row(row, settings, length_coef=found.length_coef)
+    assert (pair["chosen_from"], pair["rejected_from"]) == ("response_1", "response_2")
+    assert pair_row(row, settings)["chosen_from"] == "response_2"
+    assert shaping_of(parts, Pairs()) is None
+
+
+def test_a_row_with_too_few_usable_samples_is_dropped(job_table):
+    job_table["synthesis"]["task"] = "best_of"
+    job = job_with(job_table, chosen="best", rejected="worst", min_samples=3, drop_truncated="chosen")
+    rows = table_of([sampled([1.0, 2.0, 3.0]), sampled([1.0, 2.0, 3.0], response_1_finish_reason="length")])
+    assert pairs_table(rows, job)["dropped"].to_pylist() == [None, "fewer usable samples than pairs.min_samples"]
 
 
 def test_the_answers_that_are_scored():

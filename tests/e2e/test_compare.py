@@ -1,0 +1,51 @@
+"""Two arms of one job through the command line: what they have in common is made once, and out comes a table."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tomli_w
+
+from rdpo.storage import StageFolder
+from tests.conftest import valid_job, write_job
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+SHARED = ("prompts", "synthesis", "rewards", "pairs", "reference")
+ROOT = Path(__file__).parents[2]
+
+
+def test_arms_share_what_they_have_in_common(wordy_models, tmp_path):
+    job = valid_job(wordy_models[0], tmp_path)
+    job["training"] |= {"max_steps": 1, "lora": {"rank": 4}}
+    job["pairs"] = {"direction": "reward"}
+    write_job(tmp_path / "base.toml", job)
+    arms = {"dpo": {"training": {"offset_coef": 0.0}}, "rdpo": {"training": {"offset_coef": 0.5}}}
+    comparison = {"name": "two", "job": "base.toml", "baseline": "dpo", "arms": arms}
+    (tmp_path / "compare.toml").write_text(tomli_w.dumps(comparison))
+    command = [sys.executable, "-m", "rdpo", "compare", str(tmp_path / "compare.toml")]
+    ended = subprocess.run([*command, "--run-dir", str(tmp_path / "run")], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    printed = ended.stdout
+    first, second = (tmp_path / "run" / "arms" / f"{arm}-0" for arm in arms)
+    for stage in SHARED:
+        one, other = (StageFolder(str(arm), stage).manifest() for arm in (first, second))
+        assert (one.digest, one.created) == (other.digest, other.created)
+        assert f"{stage:<12}as in dpo-0" in printed
+    assert manifest_key(first, "training") != manifest_key(second, "training")
+    part = StageFolder(str(first), "pairs").parts()[0]
+    assert os.stat(first / "pairs" / part).st_ino == os.stat(second / "pairs" / part).st_ino
+    lines = list(csv.DictReader((tmp_path / "run" / "comparison.csv").open()))
+    assert (lines[0]["arm"], lines[0]["reward"], lines[0]["wins_baseline"]) == ("dpo", "length", "0.5")
+    assert "length (optimised), 3 prompts, 1 seeds" in printed
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert page.count("<svg") == 1
+    assert "src=" not in page
+
+
+def manifest_key(run_dir, stage):
+    return json.loads((run_dir / stage / "manifest.json").read_text())["key"]
