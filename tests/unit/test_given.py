@@ -27,7 +27,7 @@ def from_source(raw, job):
 
 def paired(rows, job):
     scored = combine_table(pa.Table.from_pylist(rows), {"given": 1.0}, ["chosen", "rejected"])
-    return pairs_table(scored, job.pairs).to_pylist()
+    return pairs_table(scored, job).to_pylist()
 
 
 def test_text_becomes_a_pair(job):
