@@ -178,11 +178,12 @@ def _shaping(run: Run) -> Shaping | None:
 
 
 def _pairs_summary(run: Run, folder: StageFolder) -> dict[str, Any]:
-    from rdpo.preference.agreement import agreement, count_defects
+    from rdpo.preference.agreement import COLUMNS, agreement, count_defects
 
     settings = run.job.pairs
-    agreed = agreement(chain(folder.tables(), folder.tables("dropped")), settings)
-    found = count_defects(chain(folder.tables(), folder.tables("dropped")))
+    # Only the columns that count are read: the texts would stay in the driver's memory.
+    agreed = agreement(chain(*(folder.tables(below, COLUMNS) for below in ("", "dropped"))), settings)
+    found = count_defects(chain(*(folder.tables(below, ["defects"]) for below in ("", "dropped"))))
     for defect, count in found.items():
         run.console.say(f"{'':<12}{count} of {len(folder.done_ids(ID))} conversations: {defect}")
     for reward, sides in agreed.items():

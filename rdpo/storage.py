@@ -204,7 +204,11 @@ class StageFolder(Folder):
 
     def total(self, ending: str, below: str = "") -> int:
         """Sum of all columns of the kept (or dropped) rows whose names end so."""
-        return sum(_sum_ending_in(ending, table) for table in self.tables(below))
+        total = 0
+        for part in self.names(".parquet", below):
+            columns = [name for name in self._schema(part).names if name.endswith(ending)]
+            total += _sum_ending_in(ending, self.part(part, columns)) if columns else 0
+        return total
 
     def rewrite(self, change: Callable[[pa.Table], pa.Table | None], id_column: str) -> None:
         """Put what `change` makes of each part of kept rows in its place; a part of which it makes None stays."""
