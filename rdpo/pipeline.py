@@ -145,7 +145,7 @@ def _work(run: Run, chain: Sequence[Stage], folders: Sequence[StageFolder], mete
 
 def _commit(run: Run, stage: Stage, folder: StageFolder, manifest: Manifest) -> None:
     if stage.rows:
-        manifest.summary = {"rows_in": len(stage.rows.source(run).ids), **stage.rows.summarize(run, folder)}
+        manifest.summary = {"rows_in": stage.rows.source(run).count, **stage.rows.summarize(run, folder)}
         manifest.tokens = folder.total(TOKENS) if stage.rows.generates else 0
     expected = manifest.summary.pop("rows_in", None)
     manifest.seed, manifest.versions = run.job.seed, versions()

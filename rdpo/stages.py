@@ -86,7 +86,7 @@ def _calibration(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:
     folder.clear_parts()
     for rows in calibrate(run.job) if tried_rewards(run.job) else ():
         write_rows(rows, folder, ID, lambda block: meter.advance(block.rows + block.dropped))
-    check_calibration(len(folder.ids(ID)), folder.reasons(), run.job)
+    check_calibration(folder.count(), folder.reasons(), run.job)
     shares = right_sides(folder.tables(), run.job)
     for reward, share in shares.items() if run.job.calibration.source else ():
         run.console.say(f"{'':<12}{reward} prefers the better answer in {share:.2f} of the known pairs")
@@ -104,19 +104,31 @@ def _splits(folder: StageFolder) -> dict[str, int]:
 
 def _split_source(run: Run, split: str, limit: int | None) -> Source:
     """The prompts of one split, at most so many: the first by id."""
-    import pyarrow as pa
     import pyarrow.compute as pc
 
     folder = run.folder("prompts")
-    parts = [part.filter(pc.equal(part["split"], split))[ID] for part in folder.tables(columns=[ID, "split"])]
-    ids = pa.chunked_array([chunk for part in parts for chunk in part.chunks], pa.string())
-    ids = ids.take(pc.sort_indices(ids))[:limit]
-    last = ids[-1].as_py() if len(ids) else ""
+    count, last = _splits(folder).get(split, 0), None
+    if limit is not None and limit < count:
+        ids = _split_ids(folder, split)
+        count, last = limit, ids[pc.sort_indices(ids)[limit - 1].as_py()].as_py()
 
     def chosen(batch: pa.Table) -> pa.Table:
-        return batch.filter(pc.and_(pc.equal(batch["split"], split), pc.less_equal(batch[ID], last)))
+        wanted = pc.equal(batch["split"], split)
+        return batch.filter(wanted if last is None else pc.and_(wanted, pc.less_equal(batch[ID], last)))
 
-    return Source(lambda: folder.dataset().map_batches(chosen, batch_format="pyarrow"), ids)
+    def ids_of() -> pa.ChunkedArray:
+        ids = _split_ids(folder, split)
+        return ids if last is None else ids.filter(pc.less_equal(ids, last))
+
+    return Source(lambda: folder.dataset().map_batches(chosen, batch_format="pyarrow"), count, ids_of)
+
+
+def _split_ids(folder: StageFolder, split: str) -> pa.ChunkedArray:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    parts = [part.filter(pc.equal(part["split"], split))[ID] for part in folder.tables(columns=[ID, "split"])]
+    return pa.chunked_array([chunk for part in parts for chunk in part.chunks], pa.string())
 
 
 def _training_prompts(run: Run) -> Source:
@@ -161,7 +173,11 @@ def _scored(run: Run) -> Source:
     if count == 1:
         return source
     rows = partial(copies, count=count)
-    return Source(lambda: source.rows().map_batches(rows, batch_format="pyarrow"), copy_names(source.ids, count))
+    return Source(
+        lambda: source.rows().map_batches(rows, batch_format="pyarrow"),
+        source.count * count,
+        lambda: copy_names(source.ids(), count),
+    )
 
 
 def _make_pairs(rows: ray.data.Dataset, run: Run) -> ray.data.Dataset:
@@ -184,8 +200,9 @@ def _pairs_summary(run: Run, folder: StageFolder) -> dict[str, Any]:
     # Only the columns that count are read: the texts would stay in the driver's memory.
     agreed = agreement(chain(*(folder.tables(below, COLUMNS) for below in ("", "dropped"))), settings)
     found = count_defects(chain(*(folder.tables(below, ["defects"]) for below in ("", "dropped"))))
+    rows = folder.count() + folder.count("dropped")
     for defect, count in found.items():
-        run.console.say(f"{'':<12}{count} of {len(folder.done_ids(ID))} conversations: {defect}")
+        run.console.say(f"{'':<12}{count} of {rows} conversations: {defect}")
     for reward, sides in agreed.items():
         means = f"means {sides.chosen_mean:.2f} and {sides.rejected_mean:.2f}"
         run.console.say(
@@ -209,7 +226,7 @@ def _reference(rows: ray.data.Dataset, run: Run) -> ray.data.Dataset:
 
 def _pairs_source(run: Run) -> Source:
     source = stage_source(run, "pairs")
-    if not len(source.ids):
+    if not source.count:
         raise InputError("pairs: no pair is left to train on; see the dropped reasons of the pairs stage")
     return source
 

@@ -19,10 +19,12 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import fsspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
+from numpy.typing import NDArray
 
 from rdpo.errors import ConservationError, InputError
 from rdpo.records import digest
@@ -227,6 +229,26 @@ class StageFolder(Folder):
         """Ids of all rows that the folder holds, kept and dropped."""
         return pa.chunked_array([*self.ids(id_column).chunks, *self.ids(id_column, "dropped").chunks], pa.string())
 
+    def count(self, below: str = "") -> int:
+        """Number of kept (or dropped) rows."""
+        return sum(self._length(name) for name in self.names(".parquet", below))
+
+    def twins(self, id_column: str) -> pa.ChunkedArray:
+        """Ids that stand more than once, kept and dropped."""
+        # A million ids are large, their hashes are not; only ids whose hashes meet are compared.
+        hashes = np.sort(np.concatenate([np.empty(0, np.int64), *map(_hashes, self._id_chunks(id_column))]))
+        meeting = np.unique(hashes[1:][hashes[1:] == hashes[:-1]])
+        if not len(meeting):
+            return pa.chunked_array([], pa.string())
+        suspects = [chunk.filter(np.isin(_hashes(chunk), meeting)) for chunk in self._id_chunks(id_column)]
+        counts = pc.value_counts(pa.chunked_array(suspects, pa.string()))
+        return pa.chunked_array([counts.filter(pc.greater(counts.field("counts"), 1)).field("values")])
+
+    def _id_chunks(self, id_column: str) -> Iterator[pa.Array]:
+        for below in ("", "dropped"):
+            for table in self.tables(below, [id_column]):
+                yield from table[id_column].chunks
+
     def dataset(self) -> ray.data.Dataset:
         """The kept rows as a Ray Dataset, whatever the types of empty columns in single parts."""
         import ray.data
@@ -238,6 +260,10 @@ class StageFolder(Folder):
             schemas = set(openers.map(self._schema, parts))
         paths = [self.fs.unstrip_protocol(self._at(name)) for name in parts]
         return ray.data.read_parquet(paths, schema=pa.unify_schemas(list(schemas), promote_options="permissive"))
+
+    def _length(self, name: str) -> int:
+        with self.fs.open(self._at(name), "rb") as file:
+            return pq.read_metadata(file).num_rows
 
     def _schema(self, name: str) -> pa.Schema:
         with self.fs.open(self._at(name), "rb") as file:
@@ -258,7 +284,7 @@ class StageFolder(Folder):
         return manifest
 
     def _count(self, manifest: Manifest, id_column: str, expected: int | None) -> None:
-        kept, lost = len(self.ids(id_column)), len(self.ids(id_column, "dropped"))
+        kept, lost = self.count(), self.count("dropped")
         manifest.rows_out = kept
         manifest.dropped = self.reasons()
         manifest.rows_in = kept + lost if expected is None else expected
@@ -275,12 +301,8 @@ class StageFolder(Folder):
         return counted
 
     def _check_unique(self, id_column: str) -> None:
-        ids = self.done_ids(id_column)
-        if pc.count_distinct(ids).as_py() == len(ids):
-            return
-        counts = pc.value_counts(ids)
-        twice = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
-        raise ConservationError(f"{self.name}: {len(twice)} ids stand twice, the first is {twice[0]}")
+        if len(twice := self.twins(id_column)):
+            raise ConservationError(f"{self.name}: {len(twice)} ids stand twice, the first is {twice[0]}")
 
     def _all_files(self) -> list[str]:
         found = self.fs.find(self.root)
@@ -293,6 +315,10 @@ class StageFolder(Folder):
             while block := file.read(1 << 22):
                 checksum.update(block)
         return checksum.hexdigest()
+
+
+def _hashes(ids: pa.Array) -> NDArray[np.int64]:
+    return np.fromiter(map(hash, ids.to_pylist()), np.int64, len(ids))
 
 
 def _linked(source: str, target: str) -> None:

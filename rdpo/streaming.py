@@ -29,10 +29,11 @@ ID = "prompt_id"
 
 @dataclass(frozen=True)
 class Source:
-    """The rows that enter a stage, and their ids."""
+    """The rows that enter a stage, how many they are, and their ids, read when they are asked for."""
 
     rows: Callable[[], ray.data.Dataset]
-    ids: pa.ChunkedArray
+    count: int
+    ids: Callable[[], pa.ChunkedArray]
 
 
 @dataclass(frozen=True)
@@ -52,23 +53,23 @@ class RowWork:
 def stage_source(run: Run, stage: str) -> Source:
     """The kept rows of a stage."""
     folder = run.folder(stage)
-    return Source(folder.dataset, folder.ids(ID))
+    return Source(folder.dataset, folder.count(), lambda: folder.ids(ID))
 
 
 def stream_rows(run: Run, links: Sequence[tuple[RowWork, StageFolder]], meter: Meter) -> None:
     """Run a chain of stages, each from what the one before stores; `meter` counts the last one's rows."""
-    first, last = links[0][0].source(run).ids, links[-1][1].done_ids(ID)
-    meter.total = len(first)
-    meter.advance(len(last))
+    last = links[-1][1]
+    meter.total = links[0][0].source(run).count
+    meter.advance(last.count() + last.count("dropped"))
     rows: ray.data.Dataset | None = None
     for work, folder in links:
-        rows = _joined(rows, _not_done(work.source(run), folder.done_ids(ID)))
+        rows = _joined(rows, _not_done(work.source(run), folder))
         if rows is not None:
-            rows = stored(work.make(rows, run), folder, ID, pass_on=folder is not links[-1][1])
+            rows = stored(work.make(rows, run), folder, ID, pass_on=folder is not last)
     if rows is not None:
         _drain(rows, meter, any(work.generates for work, _ in links))
         if not pools_ended():
-            run.console.say(f"{'':<12}warning: actors of {links[-1][1].name} have not ended and still hold memory")
+            run.console.say(f"{'':<12}warning: actors of {last.name} have not ended and still hold memory")
     # What an earlier stage of the chain dropped has not come by.
     meter.done = meter.total
 
@@ -79,11 +80,12 @@ def _joined(passed_on: ray.data.Dataset | None, waiting: ray.data.Dataset | None
     return passed_on if waiting is None else passed_on.union(waiting)
 
 
-def _not_done(source: Source, done: pa.ChunkedArray) -> ray.data.Dataset | None:
+def _not_done(source: Source, folder: StageFolder) -> ray.data.Dataset | None:
     """The rows of a source that the stage has not stored yet; None if there are none."""
+    done = folder.done_ids(ID)
     if not len(done):
-        return source.rows() if len(source.ids) else None
-    if pc.all(pc.is_in(source.ids, done)).as_py():
+        return source.rows() if source.count else None
+    if pc.all(pc.is_in(source.ids(), done)).as_py():
         return None
     import ray
 

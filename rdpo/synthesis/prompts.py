@@ -121,8 +121,7 @@ def _measure(row: Row, job: Job) -> Row:
 
 def drop_twins(folder: StageFolder) -> None:
     """Keep the first row of each prompt (by source and line) in the parts of an unfinished folder; drop later ones."""
-    counts = pc.value_counts(folder.ids("prompt_id"))
-    several = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
+    several = folder.twins("prompt_id")
     if not len(several):
         return
     meeting = [

@@ -29,7 +29,7 @@ def source(run):
     import ray.data
 
     rows = [{"prompt_id": name, "dropped": None} for name in IDS]
-    return Source(lambda: ray.data.from_items(rows, override_num_blocks=8), pa.chunked_array([IDS]))
+    return Source(lambda: ray.data.from_items(rows, override_num_blocks=8), len(IDS), lambda: pa.chunked_array([IDS]))
 
 
 def worker(name, diary, pause=0.0, drops=(), stop_at=None):

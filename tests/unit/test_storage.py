@@ -52,6 +52,14 @@ def test_a_row_made_twice_stops_the_run(folder):
         folder.commit(manifest(), "prompt_id", expected=4)
 
 
+def test_twins_are_found_among_kept_and_dropped_rows(folder):
+    write(folder)
+    assert len(folder.twins("prompt_id")) == 0
+    write(folder, [{**ROWS[1], "dropped": None}, {**ROWS[0], "prompt_id": "d"}])
+    assert folder.twins("prompt_id").to_pylist() == ["b"]
+    assert (folder.count(), folder.count("dropped")) == (4, 1)
+
+
 def test_the_same_block_again_replaces_itself(folder):
     write(folder)
     write(folder, ROWS[::-1])
