@@ -161,25 +161,41 @@ def _add_show(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 
 def _run(options: argparse.Namespace) -> int:
     from rdpo.config import load_job
-    from rdpo.stages import STAGES
+    from rdpo.stages import stages_of
 
     job = load_job(options.job, options.overrides)
     options.run_dir = options.run_dir or os.path.join("runs", job.name)
-    names = [stage.name for stage in STAGES]
+    names = [stage.name for stage in stages_of(job)]
     if options.until and options.until not in names:
         raise InputError(f"--until {options.until}: the stages are {', '.join(names)}")
     if options.dry_run:
         return _dry_run(job, options.run_dir)
+    if job.rounds.count > 1:
+        return _rounds(job, options)
     return _execute(job, options.run_dir, fresh=options.fresh, until=options.until)
+
+
+def _rounds(job: Job, options: argparse.Namespace) -> int:
+    from rdpo.cluster import ray_stopped_after
+    from rdpo.pipeline import locked
+    from rdpo.rounds import run_rounds
+    from rdpo.tracking import quiet_console
+
+    if options.until:
+        raise InputError("--until: a job of several rounds is run whole; add --set rounds.count=1")
+    run_dir = options.run_dir
+    with locked(job, run_dir, options.fresh), quiet_console(Path(run_dir) / "logs") as console, ray_stopped_after():
+        run_rounds(job, os.path.abspath(run_dir), console)
+    return 0
 
 
 def _dry_run(job: Job, run_dir: str) -> int:
     from rdpo.config import to_toml
     from rdpo.pipeline import planned
-    from rdpo.stages import STAGES
+    from rdpo.stages import stages_of
 
     print(to_toml(job))
-    for name, state in planned(job, run_dir, STAGES).items():
+    for name, state in planned(job, run_dir, stages_of(job)).items():
         print(f"# {name:<12}{state}")
     return 0
 
@@ -195,14 +211,15 @@ def _stage(options: argparse.Namespace) -> int:
 def _execute(job, run_dir: str, fresh: bool = False, until: str | None = None, only: str | None = None) -> int:  # type: ignore[no-untyped-def]
     from rdpo.cluster import ray_stopped_after
     from rdpo.pipeline import Run, locked, run_stages
-    from rdpo.stages import STAGES, prepare
+    from rdpo.stages import prepare, stages_of
     from rdpo.tracking import quiet_console
 
-    names = [stage.name for stage in STAGES]
+    stages = stages_of(job)
+    names = [stage.name for stage in stages]
     last = names.index(until or only or names[-1])
     with locked(job, run_dir, fresh), quiet_console(Path(run_dir) / "logs") as console, ray_stopped_after():
         run = Run(job, os.path.abspath(run_dir), console, prepare)
-        run_stages(run, STAGES[last if only else 0 : last + 1])
+        run_stages(run, stages[last if only else 0 : last + 1])
         if not only and not until:
             _finish(run)
     return 0

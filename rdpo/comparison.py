@@ -16,7 +16,7 @@ from pydantic import Field, ValidationError, model_validator
 from rdpo.config import Job, Section, explained, job_of, read_toml
 from rdpo.errors import InputError
 from rdpo.pipeline import Run, Stage, locked, run_stages
-from rdpo.stages import STAGES, prepare
+from rdpo.stages import prepare, stages_of
 from rdpo.storage import Folder, StageFolder
 from rdpo.tracking import Console
 
@@ -68,7 +68,9 @@ def load_comparison(path: str | Path) -> tuple[Comparison, dict[tuple[str, int],
     for name, changes in comparison.arms.items():
         for seed in comparison.seeds:
             changed = merged(merged(table, comparison.all), {**changes, "seed": seed, "name": f"{name}-{seed}"})
-            jobs[name, seed] = job_of(changed, f"{path}: arm {name}")
+            jobs[name, seed] = job = job_of(changed, f"{path}: arm {name}")
+            if job.rounds.count > 1:
+                raise InputError(f"{path}: arm {name}: several rounds are run by `rdpo run`, not compared; remove them")
     return comparison, jobs
 
 
@@ -93,7 +95,7 @@ def run_arms(jobs: dict[tuple[str, int], Job], run_dir: str, console: Console) -
         console.say(f"\n{arm}, seed {seed}")
         folder = os.path.abspath(arm_dir(run_dir, arm, seed))
         with locked(job, folder):
-            run_stages(Run(job, folder, console, prepare, siblings=tuple(done)), list(_stages()))
+            run_stages(Run(job, folder, console, prepare, siblings=tuple(done)), list(_stages(job)))
         done.append(folder)
 
 
@@ -112,8 +114,8 @@ def compare_arms(comparison: Comparison, jobs: dict[tuple[str, int], Job], run_d
     console.say(f"\nreport      {write_comparison(run_dir, comparison, results)}")
 
 
-def _stages() -> Iterator[Stage]:
-    for stage in STAGES:
+def _stages(job: Job) -> Iterator[Stage]:
+    for stage in stages_of(job):
         yield stage
         if stage.name == LAST:
             return

@@ -241,8 +241,8 @@ class ImplicitReward(RewardSection):
     """DPO's implicit reward of a trained model against the model it was trained from (arXiv 2406.09760)."""
 
     kind: Literal["implicit"]
-    model: str
-    """The trained model, named as in `student.model`, with its adapter merged."""
+    model: str | None = None
+    """The trained model, named as in `student.model`, with its adapter merged; by default the student."""
     reference: str | None = None
     """The model it was trained from; by default the student. Both have the same tokenizer."""
     beta: float = Field(default=0.1, gt=0)
@@ -257,6 +257,12 @@ class ImplicitReward(RewardSection):
     """Number of reward actors, or `[smallest, largest]`."""
     gpus: float = Field(default=0, ge=0)
     """GPUs of one actor, which holds both models."""
+
+    @model_validator(mode="after")
+    def _check_models(self) -> ImplicitReward:
+        if self.model is None and self.reference is None:
+            raise ValueError("the student against itself is 0 everywhere; give model, or the reference it came from")
+        return self
 
 
 class FunctionReward(RewardSection):
@@ -317,11 +323,28 @@ class Pairs(Section):
     """Drop pairs with a shorter answer."""
     drop_defects: list[Defect] = []
     """Drop rows with these defects of the teacher's turns, see `rdpo.synthesis.defects`; all are counted anyway."""
+    heldout_fraction: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the prompts whose pairs are not trained on, and not flipped: after training it is measured how often
+    the model prefers their chosen side."""
     flip: float = Field(default=0.0, ge=0, le=1)
     """Share of the pairs whose sides change places, scores and all: noise in the teacher's direction, to see what a
     method makes of it."""
     drop_truncated: Literal["never", "chosen", "any"] = "never"
     """Drop pairs whose chosen answer (or either) was cut off at the token limit."""
+
+
+class Replay(Section):
+    """Ready preference pairs that are trained on beside the generated ones (DICE, arXiv 2406.09760)."""
+
+    source: str
+    """A preference data set, read as `prompts.source` is, with `chosen` and `rejected`; the `pairs` folder of
+    another run is one."""
+    share: float = Field(default=0.5, ge=0, le=1)
+    """Gamma: their share of the pairs that are trained on."""
+    column: str = "prompt"
+    """Their column with the prompt."""
+    limit: int | None = Field(default=None, ge=1)
+    """Use only the first so many of them."""
 
 
 class Reference(Section):
@@ -494,6 +517,20 @@ class Evaluation(Section):
     """Prompts whose answers are shown side by side in the report."""
 
 
+class Rounds(Section):
+    """The whole run several times, each time from the model that the last one made (`rdpo run` does it)."""
+
+    count: int = Field(default=1, ge=1)
+    """How many rounds at most."""
+    watch: str = "optimised"
+    """The reward that must rise on the held-out prompts, by its name; `optimised` is the weighted sum."""
+    min_gain: float = 0.0
+    """A round that does not raise its mean by more is the last, and its model is not taken."""
+    reward_reference: Literal["previous", "fixed"] = "previous"
+    """What an implicit reward is measured against from round 2 on: the start model of the round before, as in DICE, or
+    the `reference` of the job in all rounds."""
+
+
 class Publish(Section):
     """The Hugging Face folder that leaves the run."""
 
@@ -532,9 +569,11 @@ class Job(Section):
     """The external rewards; at least one, unless the pairs come with the prompts."""
     calibration: Calibration = Calibration()
     pairs: Pairs = Pairs()
+    replay: Replay | None = None
     reference: Reference = Reference()
     training: Training = Training()
     evaluation: Evaluation = Evaluation()
+    rounds: Rounds = Rounds()
     publish: Publish = Publish()
     cluster: Cluster = Cluster()
 
@@ -548,7 +587,7 @@ class Job(Section):
         return {**table, "pairs": {"chosen": "chosen", "rejected": "rejected", **pairs}}
 
     @model_validator(mode="after")
-    def _check_relations(self) -> Job:
+    def _check_rewards(self) -> Job:
         names = [reward.name for reward in self.rewards]
         if len(set(names)) < len(names):
             raise ValueError("rewards: two rewards have the same name; give each its own `name`")
@@ -556,6 +595,14 @@ class Job(Section):
             raise ValueError("rewards: give at least one; only a ready preference data set can do without")
         if self.rewards and not any(reward.weight for reward in self.rewards):
             raise ValueError("rewards: every weight is 0; give the optimised reward a weight above 0")
+        if self.rounds.watch not in {"optimised", *names}:
+            raise ValueError(
+                f"rounds: watch = {self.rounds.watch!r} is no reward; there are {', '.join(names)}, optimised"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_relations(self) -> Job:
         if self.synthesis.endpoint and (self.synthesis.teacher or self.synthesis.adapter):
             raise ValueError("synthesis: endpoint names a teacher already; remove teacher and adapter, or endpoint")
         if self.pairs.chosen == self.pairs.rejected:

@@ -171,6 +171,14 @@ def pairs(job: Job) -> dict[str, Any]:
     return {**job.pairs.model_dump(), **asked, "seed": job.seed if job.pairs.flip else None}
 
 
+def replay(job: Job) -> dict[str, Any]:
+    """Settings of the replay stage, with the content of its source."""
+    if job.replay is None:
+        return {}
+    system = {"system": job.prompts.system, "max_prompt_tokens": job.prompts.max_prompt_tokens}
+    return {**job.replay.model_dump(), **system, "content": _file_hash(job.replay.source), "seed": job.seed}
+
+
 def reference(job: Job) -> dict[str, Any]:
     """Settings of the reference stage, with the student's weights."""
     return {**job.reference.model_dump(), "student": _student(job)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -224,8 +224,52 @@ def _reference(rows: ray.data.Dataset, run: Run) -> ray.data.Dataset:
     return add_reference(rows, run.job)
 
 
+def _replay(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:
+    from rdpo.preference.replay import draw_mix, keyed, offline_pairs, usable, with_reasons
+
+    assert run.job.replay is not None
+    folder.clear_parts()
+    pairs, heldout = run.folder("pairs"), _split_ids(run.folder("prompts"), HELDOUT).to_pylist()
+    ready = offline_pairs(run.job, run.job.replay).materialize()
+    offline = keyed(ready.map_batches(usable, batch_format="pyarrow").iter_batches(batch_format="pyarrow"))
+    generated = keyed(pairs.tables(columns=[ID, "prompt"]))
+    mix = draw_mix(generated, offline, frozenset(heldout), run.job.replay.share, run.job.seed)
+    schema = pairs.schema() if generated else ready.schema().base_schema
+    told = ready.map_batches(with_reasons, fn_kwargs={"reasons": mix.reasons, "schema": schema}, batch_format="pyarrow")
+    write_rows(told, folder, ID, lambda block: meter.advance(block.rows + block.dropped))
+    run.console.say(f"{'':<12}{mix.generated} generated pairs and {mix.offline} ready ones")
+    return {"rows_in": ready.count(), "generated": mix.generated, "last": mix.last}
+
+
+def _drawn_pairs(run: Run) -> Source:
+    """The pairs that are trained on: all generated ones, or those of the mix with ready ones."""
+    from rdpo.preference.replay import place, until
+
+    generated = stage_source(run, "pairs")
+    if run.job.replay is None:
+        return generated
+    ready, seed = stage_source(run, "replay"), run.job.seed
+    mix = run.manifest("replay", "reference").summary
+    last = mix["last"]
+
+    def rows() -> ray.data.Dataset:
+        parts = [generated.rows()] if mix["generated"] else []
+        if last and parts:
+            parts[0] = parts[0].map_batches(until, fn_kwargs={"last": last, "seed": seed}, batch_format="pyarrow")
+        parts += [ready.rows()] if ready.count else []
+        return parts[0].union(*parts[1:])
+
+    def ids() -> pa.ChunkedArray:
+        import pyarrow as pa
+
+        drawn = [name for name in generated.ids().to_pylist() if last is None or place(name, seed) <= last]
+        return pa.chunked_array([pa.array(drawn, pa.string()), *ready.ids().chunks])
+
+    return Source(rows, mix["generated"] + ready.count, ids)
+
+
 def _pairs_source(run: Run) -> Source:
-    source = stage_source(run, "pairs")
+    source = _drawn_pairs(run)
     if not source.count:
         raise InputError("pairs: no pair is left to train on; see the dropped reasons of the pairs stage")
     return source
@@ -236,7 +280,7 @@ def _training(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:
     from rdpo.training.checkpoint import EXPORT, MERGED, finish_policy
     from rdpo.training.gaps import GapScale, advice
     from rdpo.training.loop import PairTable, total_steps
-    from rdpo.training.trainer import train
+    from rdpo.training.trainer import heldout_margins, train
 
     job, data = run.job, PairTable.load(run.dir)
     meter.total = total_steps(len(data), job)
@@ -252,7 +296,12 @@ def _training(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:
     taken = [step for step in history if not step["skipped"]]
     if not taken:
         raise InputError("training: every step had a loss or gradient that is not finite; lower training.learning_rate")
-    return {"steps": len(taken), "pairs": len(data), "first": taken[0], "last": taken[-1]}
+    told = {"steps": len(taken), "pairs": len(data), "first": taken[0], "last": taken[-1]}
+    if margins := heldout_margins(folder):
+        right = sum(margin > 0 for margin in margins.values()) / len(margins)
+        run.console.say(f"{'':<12}prefers the chosen side of {right:.2f} of {len(margins)} held-out pairs")
+        told["heldout"] = {"pairs": len(margins), "accuracy": right, "margin": sum(margins.values()) / len(margins)}
+    return told
 
 
 def _step(meter: Meter, metrics: dict[str, float]) -> None:
@@ -289,7 +338,7 @@ def _evaluate(rows: ray.data.Dataset, run: Run) -> ray.data.Dataset:
 def _publish(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:
     from rdpo.evaluation.publish import publish
 
-    inputs = {stage.name: run.manifest(stage.name, "model") for stage in STAGES[:-1]}
+    inputs = {stage.name: run.manifest(stage.name, "model") for stage in stages_of(run.job)[:-1]}
     facts = {
         "version": lineage.versions()["rdpo"],
         "evaluation": inputs["evaluation"].summary,
@@ -319,7 +368,8 @@ STAGES = (
         joins=True,
     ),
     Stage("pairs", ("rewards",), lineage.pairs, rows=RowWork(_scored, _make_pairs, _pairs_summary)),
-    Stage("reference", ("pairs",), lineage.reference, rows=RowWork(_pairs_source, _reference)),
+    Stage("replay", ("prompts", "pairs"), lineage.replay, _replay, unit="ready pairs"),
+    Stage("reference", ("pairs", "replay"), lineage.reference, rows=RowWork(_pairs_source, _reference)),
     Stage("training", ("reference",), lineage.training, _training, id_column=None, unit="steps"),
     Stage(
         "evaluation",
@@ -334,3 +384,13 @@ STAGES = (
     ),
     Stage("model", ("training", "evaluation"), lineage.publish, _publish, id_column=None, unit="model"),
 )
+
+
+def stages_of(job: Job) -> tuple[Stage, ...]:
+    """The stages of a job, in order: all but those that it leaves out."""
+    left_out = () if job.replay else ("replay",)
+    return tuple(
+        replace(stage, inputs=tuple(name for name in stage.inputs if name not in left_out))
+        for stage in STAGES
+        if stage.name not in left_out
+    )

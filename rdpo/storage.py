@@ -256,10 +256,14 @@ class StageFolder(Folder):
         parts = self.parts()
         if not parts:
             return ray.data.from_items([])
-        with ThreadPoolExecutor(OPEN_AT_ONCE) as openers:
-            schemas = set(openers.map(self._schema, parts))
         paths = [self.fs.unstrip_protocol(self._at(name)) for name in parts]
-        return ray.data.read_parquet(paths, schema=pa.unify_schemas(list(schemas), promote_options="permissive"))
+        return ray.data.read_parquet(paths, schema=self.schema())
+
+    def schema(self) -> pa.Schema:
+        """The columns of the kept rows; a column that is empty in some parts has the type it has in others."""
+        with ThreadPoolExecutor(OPEN_AT_ONCE) as openers:
+            schemas = set(openers.map(self._schema, self.parts()))
+        return pa.unify_schemas(list(schemas), promote_options="permissive")
 
     def _length(self, name: str) -> int:
         with self.fs.open(self._at(name), "rb") as file:

@@ -27,7 +27,18 @@ if TYPE_CHECKING:
     from rdpo.comparison import Comparison
 
 REPORT = "report.html"
-STAGES = ("prompts", "calibration", "synthesis", "rewards", "pairs", "reference", "training", "evaluation", "model")
+STAGES = (
+    "prompts",
+    "calibration",
+    "synthesis",
+    "rewards",
+    "pairs",
+    "replay",
+    "reference",
+    "training",
+    "evaluation",
+    "model",
+)
 SHOWN_CHARS = 4000
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f\u202a-\u202e\u2066-\u2069]")
 BEFORE, AFTER = "#8a8f98", "#2f6fde"

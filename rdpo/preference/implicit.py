@@ -33,7 +33,7 @@ class Implicit:
         dtype = compute_dtype(reward.dtype, reward.gpus > 0)
         trained, start = (
             load_policy(local_model(name, revision), dtype, CHUNK, trust_remote_code=trust).eval().to(device)
-            for name, revision, trust in ((reward.model, None, False), reference_of(reward, job))
+            for name, revision, trust in (trained_of(reward, job), reference_of(reward, job))
         )
         self.ratios = Ratios(chat, trained, start, device, reward.tokens_per_batch)
 
@@ -51,10 +51,19 @@ class Implicit:
         return [self.reward.beta * ratio.nats / (max(ratio.tokens, 1) if mean else 1) for ratio in ratios]
 
 
+def trained_of(reward: ImplicitReward, job: Job) -> tuple[str, str | None, bool]:
+    """Name, revision and trust of the trained model: the reward's own, or the student."""
+    return _named(reward.model, job)
+
+
 def reference_of(reward: ImplicitReward, job: Job) -> tuple[str, str | None, bool]:
     """Name, revision and trust of the reference model: the reward's own, or the student."""
-    if reward.reference:
-        return reward.reference, None, False
+    return _named(reward.reference, job)
+
+
+def _named(model: str | None, job: Job) -> tuple[str, str | None, bool]:
+    if model:
+        return model, None, False
     return job.student.model, job.student.revision, job.student.trust_remote_code
 
 
@@ -64,9 +73,9 @@ def checked_implicit(reward: ImplicitReward, job: Job) -> Chat:
     Raises:
         InputError: they do not.
     """
-    reference = reference_of(reward, job)
-    chat, other = load_chat(reward.model), load_chat(*reference)
+    trained, reference = trained_of(reward, job), reference_of(reward, job)
+    chat, other = load_chat(*trained), load_chat(*reference)
     probe = [{"role": "user", "content": PROBE}]
     if chat.prompt_ids(probe) != other.prompt_ids(probe):
-        raise InputError(f"rewards.{reward.name}: {reward.model} and {reference[0]} have different tokenizers")
+        raise InputError(f"rewards.{reward.name}: {trained[0]} and {reference[0]} have different tokenizers")
     return chat

@@ -2,7 +2,8 @@
 
 Adds `chosen` and `rejected` (one assistant message each, so that the table is a conversational
 preference data set as it stands), `score_chosen`, `score_rejected`, `reward_gap`, for both sides
-whether the answer was finished, and the `defects` of the conversation that they come from.
+whether the answer was finished, `heldout` for those that are not trained on, and the `defects` of the conversation that
+they come from.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from rdpo.config import BEST, WORST, Job, Sides
 from rdpo.config import Pairs as Settings
 from rdpo.errors import InputError
 from rdpo.preference.shaping import Shaping, find_length_coef, matrix, mean_length_gap
-from rdpo.records import Row, drop, table_of, unit_draw
+from rdpo.records import Row, drop, prompt_id, table_of, unit_draw
 from rdpo.synthesis.defects import defects
 from rdpo.synthesis.given import SIDES
 from rdpo.synthesis.instructions import Task, Turn, beginning, load_task, question_of
@@ -85,8 +86,10 @@ def _sides(row: Row, settings: Settings) -> Sides:
 
 def _pair(row: Row, job: Job, task: Task | None, length_coef: float) -> Row:
     settings, sides = job.pairs, _sides(row, job.pairs)
-    flipped = unit_draw(job.seed, row["prompt_id"], "flip") < settings.flip
-    pair = pair_row(row, settings, sides, flipped, length_coef)
+    # The same prompts whatever the seed, so that runs with other seeds are measured on the same pairs.
+    heldout = unit_draw(0, prompt_id(row["prompt"]), "heldout pairs") < settings.heldout_fraction
+    flipped = not heldout and unit_draw(job.seed, row["prompt_id"], "flip") < settings.flip
+    pair = pair_row(row, settings, sides, flipped, length_coef) | {"heldout": heldout}
     if {sides.chosen, sides.rejected} & {BEST, WORST} and len(_usable(row, settings)) < settings.min_samples:
         pair = drop(pair, "fewer usable samples than pairs.min_samples")
     if settings.condition and task:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
 from rdpo.config import Job
@@ -39,6 +40,7 @@ COLUMNS = [
     "reference_rejected_logps",
     "reward_gap",
 ]
+HELDOUT = "heldout"
 
 
 class NonFiniteStep(RuntimeError):
@@ -53,9 +55,10 @@ class PairTable:
     sizes: list[PairSize]
 
     @classmethod
-    def load(cls, run_dir: str) -> PairTable:
-        """The pairs of a run's reference stage."""
-        return cls.of(StageFolder(run_dir, "reference").table(columns=COLUMNS))
+    def load(cls, run_dir: str, heldout: bool = False) -> PairTable:
+        """The pairs of a run's reference stage: those to train on, or those that are held out."""
+        rows = StageFolder(run_dir, "reference").table(columns=[*COLUMNS, HELDOUT])
+        return cls.of(rows.filter(pc.equal(pc.fill_null(rows[HELDOUT], False), heldout)))
 
     @classmethod
     def of(cls, rows: pa.Table) -> PairTable:
@@ -166,6 +169,27 @@ class Trainer:
             "peak_memory_gib": peak_memory_gib(self.device),
         }
 
+    def margins(self, heldout: PairTable) -> list[dict[str, Any]]:
+        """How far the policy prefers the chosen side of pairs it was not trained on, on every worker.
+
+        `margin` is beta * Delta, the difference of the implicit rewards.
+        """
+        packed = self.engine.module.packed
+        found: list[tuple[str, float]] = []
+        everything = list(range(len(heldout)))
+        plan = plan_step(everything, heldout.sizes, self.workers, self.job.training.tokens_per_batch, packed)
+        self.engine.eval()
+        with torch.no_grad():
+            for micro in plan[self.rank]:
+                outcome = self.outcome(micro, heldout)
+                if not micro.idle:
+                    rewards = (outcome.chosen_rewards - outcome.rejected_rewards).tolist()
+                    found.extend(zip(heldout.rows(micro.pairs)["prompt_id"], rewards, strict=True))
+        self.engine.train()
+        shares: list[Any] = [None] * self.workers
+        torch.distributed.all_gather_object(shares, found)
+        return [{"prompt_id": name, "margin": margin} for share in shares for name, margin in share]
+
     def _apply(self) -> float:
         """Take the optimizer step if the gradient is finite; its global norm, or infinity."""
         if self.engine.zero_optimization():
@@ -189,7 +213,7 @@ class Trainer:
             )
 
     def _accumulate(self, micro: MicroBatch, scale: float, metrics: StepMetrics) -> None:
-        outcome = self.outcome(micro)
+        outcome = self.outcome(micro, self.data)
         total = outcome.loss.sum()
         # An infinite loss can have a finite gradient; the step must not be taken all the same.
         spoil = torch.where(total.isfinite(), 1.0, torch.nan)
@@ -197,9 +221,9 @@ class Trainer:
         if not micro.idle:
             metrics.add(outcome, sum(self.data.sizes[pair].tokens for pair in micro.pairs))
 
-    def outcome(self, micro: MicroBatch) -> PairOutcome:
+    def outcome(self, micro: MicroBatch, data: PairTable) -> PairOutcome:
         """Forward of one micro-batch: losses and what is reported."""
-        training, rows = self.job.training, self.data.rows(micro.pairs)
+        training, rows = self.job.training, data.rows(micro.pairs)
         batch = self.engine.module.batch(rows["prompt_ids"], rows["chosen_ids"], rows["rejected_ids"])
         batch = batch.to(self.device)
         chosen, rejected = self.engine(batch).chunk(2)

@@ -22,6 +22,7 @@ from rdpo.training.loop import NonFiniteStep
 from rdpo.training.worker import train_worker
 
 METRICS = "metrics.jsonl"
+HELDOUT_MARGINS = "heldout.jsonl"
 CHECKPOINTS = "checkpoints"
 POLL_SECONDS = 0.5
 WRITE_SECONDS = 10.0
@@ -35,10 +36,19 @@ class MetricsSink:
     def __init__(self) -> None:
         self.pending: list[StepMetrics] = []
         self.given_up: str | None = None
+        self.margins: list[Any] = []
 
     def record(self, steps: list[StepMetrics]) -> None:
         """Add steps."""
         self.pending.extend(steps)
+
+    def measure(self, margins: list[Any]) -> None:
+        """Keep the margins of held-out pairs."""
+        self.margins = margins
+
+    def measured(self) -> list[Any]:
+        """The margins of held-out pairs, if there are any."""
+        return self.margins
 
     def give_up(self, reason: str) -> None:
         """Keep why training must not go on."""
@@ -57,6 +67,8 @@ class MetricsSink:
 def train(job: Job, run_dir: str, folder: StageFolder, on_step: Callable[[StepMetrics], None]) -> list[StepMetrics]:
     """Train on the run's reference rows; leaves the policy in `training/policy`; metrics of all steps.
 
+    Margins of pairs that were held out are left in `training/heldout.jsonl`.
+
     A run that was interrupted goes on from its last checkpoint in `training/checkpoints`.
 
     Raises:
@@ -72,9 +84,17 @@ def train(job: Job, run_dir: str, folder: StageFolder, on_step: Callable[[StepMe
         raise NonFiniteStep(reason)
     if result.checkpoint is None:
         raise RuntimeError("training ended without a checkpoint")
+    if margins := ray.get(sink.measured.remote()):
+        folder.write_bytes(HELDOUT_MARGINS, "".join(json.dumps(margin) + "\n" for margin in margins).encode())
     with result.checkpoint.as_directory() as directory:
         _copy_policy(f"{directory}/{EXPORT}", folder.local(EXPORT))
     return history.write()
+
+
+def heldout_margins(folder: StageFolder) -> dict[str, float]:
+    """The margins of held-out pairs by id, as training left them."""
+    content = folder.read_bytes(HELDOUT_MARGINS).decode() if folder.exists(HELDOUT_MARGINS) else ""
+    return {row["prompt_id"]: row["margin"] for row in map(json.loads, content.splitlines())}
 
 
 def _copy_policy(source: str, target: str) -> None:

@@ -19,8 +19,9 @@ def train_worker(config: dict[str, Any]) -> None:
     """Entry point of a Ray Train worker.
 
     Args:
-        config: `job` (Job), `run_dir`, `cores`, and `sink`, an actor whose `record` takes steps' metrics and whose
-            `give_up` takes the reason why training must not go on.
+        config: `job` (Job), `run_dir`, `cores`, and `sink`, an actor whose `record` takes steps' metrics, whose
+            `measure` takes the margins of held-out pairs, and whose `give_up` takes the reason why training must not go
+            on.
     """
     job: Job = config["job"]
     if not job.training.gpus_per_worker:
@@ -44,4 +45,9 @@ def train_worker(config: dict[str, Any]) -> None:
             ray.get(config["sink"].record.remote(history[-1:]))
         if (index + 1) % job.training.checkpoint_every == 0 and index + 1 < total:
             save_checkpoint(trainer.engine, history)
+    heldout = PairTable.load(config["run_dir"], heldout=True)
+    if len(heldout):
+        margins = trainer.margins(heldout)
+        if trainer.rank == 0:
+            ray.get(config["sink"].measure.remote(margins))
     save_checkpoint(trainer.engine, history, policy=trainer.engine.module)

@@ -15,6 +15,7 @@ from rdpo.config import Job
 from rdpo.storage import Manifest, StageFolder
 from rdpo.training.checkpoint import finish_policy
 from rdpo.training.loop import NonFiniteStep
+from rdpo.training.trainer import heldout_margins
 from tests.conftest import valid_job
 
 pytestmark = pytest.mark.ray
@@ -35,15 +36,15 @@ def table(tiny_model, place):
 
 @pytest.fixture(scope="module")
 def run_dir(ray_cluster, place, table):
-    """A run whose reference stage is done: 24 pairs of random tokens, log-probs by the reference actor."""
+    """A run whose reference stage is done: 24 pairs of random tokens and three held out, with the actor's log-probs."""
     from rdpo.preference.reference import Reference
 
     draw = random.Random(0)
-    rows = Reference(Job.model_validate(table))(pa.Table.from_pylist([pair(draw, index) for index in range(24)]))
+    rows = Reference(Job.model_validate(table))(pa.Table.from_pylist([pair(draw, index) for index in range(27)]))
     folder = StageFolder(str(place), "reference")
     folder.begin("k")
     folder.write_parts(rows, "prompt_id")
-    folder.commit(Manifest("reference", "k", {}, {}), "prompt_id", 24)
+    folder.commit(Manifest("reference", "k", {}, {}), "prompt_id", 27)
     return str(place)
 
 
@@ -59,6 +60,7 @@ def pair(draw, index):
         "chosen_finished": True,
         "rejected_finished": index % 3 > 0,
         "reward_gap": draw.uniform(-1, 2),
+        "heldout": index >= 24,
     }
 
 
@@ -79,7 +81,9 @@ def train_alone(run_dir, table, **training):
     job = Job.model_validate({**table, "training": {**table["training"], **training}})
     data = PairTable.load(run_dir)
     trainer, steps = Trainer(job, data, torch.device("cpu")), list(step_pairs(len(data), job))
-    return [trainer.step(index, len(steps), pairs) for index, pairs in enumerate(steps)]
+    history = [trainer.step(index, len(steps), pairs) for index, pairs in enumerate(steps)]
+    margins = trainer.margins(PairTable.load(run_dir, heldout=True))
+    return history, {margin["prompt_id"]: margin["margin"] for margin in margins}
 
 
 @pytest.fixture(scope="module")
@@ -109,13 +113,16 @@ def test_first_loss_is_minus_log_sigmoid_of_minus_the_offset(run_dir, undisturbe
 
 @pytest.mark.usefixtures("process_group")
 def test_two_workers_under_zero3_equal_one_with_smaller_micro_batches(run_dir, table, undisturbed):
-    one, two = train_alone(run_dir, table, zero_stage=1, tokens_per_batch=128), undisturbed[0]
+    (one, margins), two = train_alone(run_dir, table, zero_stage=1, tokens_per_batch=128), undisturbed[0]
     assert len(one) == 12
     assert losses(two) == pytest.approx(losses(one), abs=1e-3)
     assert sum(step["rewards/margins"] for step in one[6:]) > 0.1
     norms = [step["grad_norm"] for step in two]
     assert [step["grad_norm"] for step in one] == pytest.approx(norms, rel=1e-2)
     assert norms[0] > 0
+    assert sorted(margins) == ["p24", "p25", "p26"]
+    assert min(map(abs, margins.values())) > 1e-3
+    assert heldout_margins(undisturbed[1]) == pytest.approx(margins, abs=2e-2)
 
 
 def test_adapter_trains_and_merges(run_dir, table):

@@ -129,6 +129,19 @@ def test_flipped_pairs_keep_their_scores(job_table):
     assert {pair["reward_gap"] for pair in pairs if pair not in flipped} == {2.0}
 
 
+def test_held_out_pairs_are_never_flipped_and_the_same_for_every_seed(job_table):
+    prompts = [[{"role": "user", "content": f"question {index}"}] for index in range(200)]
+    rows = table_of([{**scored(), "prompt_id": f"p{index}", "prompt": prompt} for index, prompt in enumerate(prompts)])
+    made = []
+    for seed in (0, 1):
+        job = job_with({**job_table, "seed": seed}, flip=1.0, heldout_fraction=0.25)
+        pairs = pairs_table(rows, job).to_pylist()
+        assert all((pair["chosen_from"] == "revision") == pair["heldout"] for pair in pairs)
+        made.append([pair["prompt_id"] for pair in pairs if pair["heldout"]])
+    assert made[0] == made[1]
+    assert 35 < len(made[0]) < 65
+
+
 def sampled(scores, **changes):
     names = [f"response_{number}" for number in range(1, len(scores) + 1)]
     row = {"prompt_id": "p", "prompt": [{"role": "user", "content": "why?"}]}

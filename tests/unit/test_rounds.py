@@ -1,0 +1,110 @@
+"""Rounds: each round's job, when they end, and what they leave."""
+
+import io
+
+import pytest
+
+from rdpo.config import Job
+from rdpo.errors import InputError
+from rdpo.rounds import job_of_round, run_rounds
+from rdpo.stages import STAGES, stages_of
+from rdpo.storage import Manifest, StageFolder
+from rdpo.tracking import Console
+
+STARTS = ["dpo-model", "runs/rounds/1/model", "runs/rounds/2/model"]
+
+
+@pytest.fixture
+def dice(job_table):
+    """A job whose policy is its own reward, against the model that it came from."""
+    own = {"kind": "implicit", "name": "own", "reference": "sft-model"}
+    other = {"kind": "implicit", "name": "other", "model": "elsewhere", "reference": "its-start"}
+    job_table |= {"rewards": [own, other], "rounds": {"count": 3}}
+    job_table["student"] |= {"model": "dpo-model", "revision": "main"}
+    return job_table
+
+
+def models(job):
+    own, other = job.rewards
+    assert (other.model, other.reference) == ("elsewhere", "its-start")
+    return job.student.model, own.reference
+
+
+def test_the_reference_of_the_implicit_reward_moves_one_round_behind_the_policy(dice):
+    jobs = [job_of_round(Job.model_validate(dice), number, STARTS) for number in (1, 2, 3)]
+    assert [models(job) for job in jobs] == [
+        ("dpo-model", "sft-model"),
+        ("runs/rounds/1/model", "dpo-model"),
+        ("runs/rounds/2/model", "runs/rounds/1/model"),
+    ]
+    assert [job.student.revision for job in jobs] == ["main", None, None]
+    assert {job.rounds.count for job in jobs} == {1}
+
+
+def test_the_reference_may_stay(dice):
+    dice["rounds"]["reward_reference"] = "fixed"
+    jobs = [job_of_round(Job.model_validate(dice), number, STARTS) for number in (2, 3)]
+    assert [models(job)[1] for job in jobs] == ["sft-model", "sft-model"]
+
+
+def test_a_policy_against_itself_is_no_reward(dice):
+    del dice["rewards"][0]["reference"]
+    with pytest.raises(ValueError, match="student against itself"):
+        Job.model_validate(dice)
+
+
+def test_only_a_reward_can_be_watched(dice):
+    dice["rounds"]["watch"] = "nothing"
+    with pytest.raises(ValueError, match="watch = 'nothing' is no reward; there are own, other, optimised"):
+        Job.model_validate(dice)
+
+
+def test_a_job_without_replay_leaves_its_stage_out(job_table):
+    names = [stage.name for stage in stages_of(Job.model_validate(job_table))]
+    assert names == [stage.name for stage in STAGES if stage.name != "replay"]
+    job_table["replay"] = {"source": "pairs.jsonl"}
+    (reference,) = [stage for stage in stages_of(Job.model_validate(job_table)) if stage.name == "reference"]
+    assert reference.inputs == ("pairs", "replay")
+
+
+def test_rounds_end_where_the_watched_reward_no_longer_rises(job_table, tmp_path, monkeypatch):
+    """Gains are given, not trained: what is tested is which rounds are made and whose model is taken."""
+    gains, starts = {1: 0.5, 2: -0.1, 3: 0.7}, []
+
+    def make(run, stages):
+        number = int(run.dir.rsplit("/", 1)[1])
+        starts.append(run.job.student.model)
+        difference = {"mean": gains[number], "low": 0.0, "high": 1.0}
+        won = {"reward": "length", "weight": 1.0, "start_mean": 0.0, "trained_mean": 1.0, "win_rate": difference}
+        summary = {"prompts": 3, "rewards": [won], "optimised": {"difference": difference}, "kl": None}
+        summary["length"] = summary["stop_rate"] = {"start": {"mean": 1.0}, "trained": {"mean": 1.0}}
+        for name in ("pairs", "reference", "evaluation", "model"):
+            told = summary if name == "evaluation" else {}
+            folder = StageFolder(run.dir, name)
+            folder.write_bytes("weights", str(number).encode())
+            run.manifests[name] = folder.commit(Manifest(name, "k", {}, {}, summary=told))
+
+    monkeypatch.setattr("rdpo.rounds.run_stages", make)
+    monkeypatch.setattr("rdpo.evaluation.report.write_report", lambda run_dir: f"{run_dir}/report.html")
+    said = io.StringIO()
+    job = Job.model_validate(job_table | {"rounds": {"count": 3}})
+    run_rounds(job, str(tmp_path / "run"), Console(said))
+    assert starts == [job.student.model, str(tmp_path / "run/rounds/1/model")]
+    assert "round 2 moved optimised by -0.100: the last one" in said.getvalue()
+    assert (tmp_path / "run" / "model" / "weights").read_text() == "1"
+    gains[1] = 0.0
+    run_rounds(job, str(tmp_path / "run"), Console(said))
+    assert "no round raised the watched reward" in said.getvalue()
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_rounds_are_not_compared(job_table, tmp_path):
+    import tomli_w
+
+    from rdpo.comparison import load_comparison
+
+    (tmp_path / "base.toml").write_text(tomli_w.dumps(job_table | {"rounds": {"count": 2}}))
+    table = {"name": "two", "job": "base.toml", "baseline": "a", "arms": {"a": {}}}
+    (tmp_path / "compare.toml").write_text(tomli_w.dumps(table))
+    with pytest.raises(InputError, match="arm a: several rounds"):
+        load_comparison(tmp_path / "compare.toml")
