@@ -36,6 +36,7 @@ MANIFEST = "manifest.json"
 IN_PROGRESS = "in_progress.json"
 TOKENS = "_tokens"
 OPEN_AT_ONCE = 16
+PART_ROWS = 4096
 
 
 @dataclass
@@ -166,20 +167,22 @@ class StageFolder(Folder):
             self.fs.copy(other.root, self.root, recursive=True)
 
     def write_parts(self, table: pa.Table, id_column: str) -> WriteProgress:
-        """Write one block: kept rows to `part-*`, rows with a reason in `dropped` to `dropped/part-*`."""
+        """Write one block: kept rows to `part-*`, rows with a reason in `dropped` to `dropped/part-*`.
+
+        A part has a bounded number of rows, so that whoever reads one after the other holds no more.
+        """
         reasons = table["dropped"].cast(pa.string()) if "dropped" in table.column_names else None
         if reasons is None:
             kept, lost = table, table.slice(0, 0)
         else:
             kept = table.filter(pc.is_null(reasons)).drop_columns(["dropped"])
             lost = table.filter(pc.is_valid(reasons))
-        self._write_part(kept, id_column, "")
-        self._write_part(lost, id_column, "dropped/")
+        for below, rows in (("", kept), ("dropped/", lost)):
+            for start in range(0, rows.num_rows, PART_ROWS):
+                self._write_part(rows.slice(start, PART_ROWS), id_column, below)
         return WriteProgress(kept.num_rows, lost.num_rows, _sum_ending_in(TOKENS, kept))
 
     def _write_part(self, table: pa.Table, id_column: str, below: str) -> None:
-        if not table.num_rows:
-            return
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink)
         name = f"{below}part-{digest(sorted(table[id_column].to_pylist()))[:16]}.parquet"

@@ -47,8 +47,9 @@ def read_prompts(job: Job) -> ray.data.Dataset:
     Raises:
         InputError: the source is missing or empty, or has no such column.
     """
-    # The cut between reading and rendering lets all cores render what one file holds.
-    raw = raw_rows(job).repartition(target_num_rows_per_block=BLOCK_ROWS)
+    # The cut between reading and rendering lets all cores render what one file holds; one that is not strict would be
+    # fused with both sides of it.
+    raw = raw_rows(job).repartition(target_num_rows_per_block=BLOCK_ROWS, strict=True)
     return raw.map_batches(_prompt_table, fn_kwargs={"job": job}, batch_format="pyarrow", batch_size=None)
 
 

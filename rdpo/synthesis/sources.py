@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from rdpo.config import Job
 from rdpo.config import Prompts as Settings
 from rdpo.errors import InputError
+from rdpo.storage import IN_PROGRESS, MANIFEST
 from rdpo.synthesis.given import SIDES
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def _raw_table(source: str, numbered: list[Numbered]) -> pa.Table:
 
 
 def source_files(source: str) -> list[str]:
-    """The files of a source: itself, or a folder's files of known formats in order of name.
+    """The files of a source: itself, or a folder's files of known formats in order of name (of a stage's, its parts).
 
     Raises:
         InputError: nothing is there, or nothing of a known format.
@@ -91,12 +92,16 @@ def source_files(source: str) -> list[str]:
     if fs.isfile(root):
         found = [root]
     elif fs.isdir(root):
-        found = sorted(path for path in fs.ls(root, detail=False) if path.endswith(FORMATS))
+        found = sorted(path for path in fs.ls(root, detail=False) if path.endswith(FORMATS) and not _own(path))
     else:
         raise InputError(f"prompts.source: {source} does not exist; give a file, a folder or hf:DATASET")
     if not found or not all(path.endswith(FORMATS) for path in found):
         raise InputError(f"prompts.source: {source} holds no file of a known format ({', '.join(FORMATS)})")
     return [fs.unstrip_protocol(path) if "://" in source else path for path in found]
+
+
+def _own(path: str) -> bool:
+    return path.rsplit("/", 1)[1] in (MANIFEST, IN_PROGRESS)
 
 
 def read_rows(path: str) -> Iterator[Numbered]:

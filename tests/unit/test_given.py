@@ -92,3 +92,20 @@ def test_a_job_that_synthesises_needs_a_reward(job_table):
     del job_table["rewards"]
     with pytest.raises(ValueError, match="give at least one"):
         Job.model_validate(job_table)
+
+
+def test_the_folder_of_a_pairs_stage_is_a_source_of_pairs(job, tmp_path):
+    from rdpo.storage import Manifest, StageFolder
+    from rdpo.synthesis.sources import read_rows, source_files
+
+    (pair,) = paired([from_source({"prompt": "q", "chosen": "good", "rejected": "bad"}, job)], job)
+    folder = StageFolder(str(tmp_path), "pairs")
+    folder.begin("k")
+    folder.write_parts(pa.Table.from_pylist([pair]), "prompt_id")
+    folder.commit(Manifest("pairs", "k", {}, {}), "prompt_id", 1)
+    (path,) = source_files(folder.path)
+    ((_, raw),) = read_rows(path)
+    (again,) = paired([from_source(raw, job)], job)
+    assert [again[name] for name in ("prompt", "chosen", "rejected")] == [
+        pair[n] for n in ("prompt", "chosen", "rejected")
+    ]

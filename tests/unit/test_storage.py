@@ -52,6 +52,14 @@ def test_a_row_made_twice_stops_the_run(folder):
         folder.commit(manifest(), "prompt_id", expected=4)
 
 
+def test_a_large_block_becomes_several_parts(folder, monkeypatch):
+    monkeypatch.setattr("rdpo.storage.PART_ROWS", 2)
+    progress = write(folder, [{**ROWS[index % 3], "prompt_id": str(index)} for index in range(9)])
+    assert (progress.rows, progress.dropped, progress.tokens) == (6, 3, 24)
+    assert (len(folder.parts()), len(folder.names(".parquet", "dropped"))) == (3, 2)
+    assert sorted(folder.done_ids("prompt_id").to_pylist()) == sorted(map(str, range(9)))
+
+
 def test_twins_are_found_among_kept_and_dropped_rows(folder):
     write(folder)
     assert len(folder.twins("prompt_id")) == 0
