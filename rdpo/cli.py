@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import traceback
 from pathlib import Path
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from rdpo.pipeline import Run
 
 OUT_OF_MEMORY = "out of memory"
+ERROR_LINE = re.compile(r"[\w.]+(Error|Exception): ")
 STAGE_COMMANDS = {
     "calibrate": "calibration",
     "synthesize": "synthesis",
@@ -77,7 +79,9 @@ def _in_one_line(error: Exception) -> str:
             "how much"
         )
     lines = [line for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[-1].strip() if lines else ''}"
+    # What a worker raised comes with its traceback: the first error named there is the cause of the others.
+    named = next((line for line in lines if ERROR_LINE.match(line)), None)
+    return named or f"{type(error).__name__}: {lines[-1].strip() if lines else ''}"
 
 
 def _input_error_within(error: BaseException | None) -> InputError | None:

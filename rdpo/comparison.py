@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -19,8 +20,16 @@ from rdpo.pipeline import Run, Stage, locked, run_stages
 from rdpo.stages import prepare, stages_of
 from rdpo.storage import Folder, StageFolder
 from rdpo.tracking import Console
+from rdpo.training.trainer import heldout_margins
 
-LAST = "evaluation"
+
+class Vary(Section):
+    """A setting that every arm is run with in several values."""
+
+    key: str = Field(pattern=r"^[a-z_]+(\.[a-z_0-9]+)+$")
+    """The setting, as in `--set`: `pairs.flip`."""
+    values: list[float] = Field(min_length=2)
+    """Its values, in order."""
 
 
 class Comparison(Section):
@@ -34,6 +43,10 @@ class Comparison(Section):
     """Seeds with which each arm is run."""
     baseline: str
     """The arm that the others are held against."""
+    until: Literal["training", "evaluation"] = "evaluation"
+    """The last stage. `training` is enough where `pairs.heldout_fraction` holds out pairs to measure on."""
+    vary: Vary | None = None
+    """A setting (a `[vary]` table) in whose values each arm is run, held against the baseline with the same value."""
     all: dict[str, Any] = Field(default_factory=dict)
     """Changes to the base job that all arms have, as tables like those of a job."""
     arms: dict[str, dict[str, Any]] = Field(min_length=1)
@@ -50,6 +63,35 @@ class Comparison(Section):
             raise ValueError("seeds: one stands twice")
         return self
 
+    @property
+    def variants(self) -> list[Variant]:
+        """The arms, each in every value of what varies."""
+        values: list[float | None] = [*self.vary.values] if self.vary else [None]
+        return [Variant(arm, value) for value in values for arm in self.arms]
+
+    @property
+    def rivals(self) -> dict[str, str]:
+        """Names of the variants, each with that of the baseline it is held against."""
+        return {str(variant): str(Variant(self.baseline, variant.value)) for variant in self.variants}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """An arm with one value of the setting that varies, if one does."""
+
+    arm: str
+    value: float | None = None
+
+    def __str__(self) -> str:
+        return self.arm if self.value is None else f"{self.arm}@{self.value:g}"
+
+    def changes(self, comparison: Comparison) -> dict[str, Any]:
+        """Its changes to the base job."""
+        changes: Any = self.value
+        for section in reversed(comparison.vary.key.split(".")) if comparison.vary else ():
+            changes = {section: changes}
+        return merged(merged(comparison.all, comparison.arms[self.arm]), changes or {})
+
 
 def load_comparison(path: str | Path) -> tuple[Comparison, dict[tuple[str, int], Job]]:
     """A comparison file and the job of each of its arms and seeds.
@@ -65,12 +107,13 @@ def load_comparison(path: str | Path) -> tuple[Comparison, dict[tuple[str, int],
     base = path.parent / comparison.job
     table = read_toml(base)
     jobs = {}
-    for name, changes in comparison.arms.items():
+    for variant in comparison.variants:
         for seed in comparison.seeds:
-            changed = merged(merged(table, comparison.all), {**changes, "seed": seed, "name": f"{name}-{seed}"})
-            jobs[name, seed] = job = job_of(changed, f"{path}: arm {name}")
+            own = {"seed": seed, "name": f"{str(variant).replace('@', '-')}-{seed}"}
+            job = job_of(merged(table, {**variant.changes(comparison), **own}), f"{path}: arm {variant}")
             if job.rounds.count > 1:
-                raise InputError(f"{path}: arm {name}: several rounds are run by `rdpo run`, not compared; remove them")
+                raise InputError(f"{path}: arm {variant}: several rounds are run by `rdpo run`, not compared")
+            jobs[str(variant), seed] = job
     return comparison, jobs
 
 
@@ -85,37 +128,42 @@ def merged(table: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 def arm_dir(run_dir: str, arm: str, seed: int) -> str:
     """Run directory of one arm and seed."""
-    return os.path.join(run_dir, "arms", f"{arm}-{seed}")
+    return os.path.join(run_dir, "arms", f"{arm.replace('@', '-')}-{seed}")
 
 
-def run_arms(jobs: dict[tuple[str, int], Job], run_dir: str, console: Console) -> None:
-    """Bring every arm up to date, as far as its evaluation."""
+def run_arms(jobs: dict[tuple[str, int], Job], run_dir: str, console: Console, until: str) -> None:
+    """Bring every arm up to date, as far as the stage `until`."""
     done: list[str] = []
     for (arm, seed), job in jobs.items():
         console.say(f"\n{arm}, seed {seed}")
         folder = os.path.abspath(arm_dir(run_dir, arm, seed))
         with locked(job, folder):
-            run_stages(Run(job, folder, console, prepare, siblings=tuple(done)), list(_stages(job)))
+            run_stages(Run(job, folder, console, prepare, siblings=tuple(done)), list(_stages(job, until)))
         done.append(folder)
 
 
 def compare_arms(comparison: Comparison, jobs: dict[tuple[str, int], Job], run_dir: str, console: Console) -> None:
-    """Run all arms; print the table, write it as `comparison.csv` and as a report."""
-    from rdpo.evaluation.arms import arm_results, table, to_csv
+    """Run all arms; print the tables, write them as CSV and as a report."""
+    from rdpo.evaluation import arms, heldout
     from rdpo.evaluation.report import write_comparison
 
-    run_arms(jobs, run_dir, console)
-    evaluated = {(arm, seed): StageFolder(arm_dir(run_dir, arm, seed), LAST).table().to_pylist() for arm, seed in jobs}
-    weights = {reward.name: reward.weight for reward in next(iter(jobs.values())).rewards}
-    results = arm_results(evaluated, weights, comparison.baseline)
-    for line in table(results, comparison.baseline):
+    run_arms(jobs, run_dir, console, comparison.until)
+    found = []
+    if comparison.until == "evaluation":
+        evaluated = {run: StageFolder(arm_dir(run_dir, *run), "evaluation").table().to_pylist() for run in jobs}
+        weights = {reward.name: reward.weight for reward in next(iter(jobs.values())).rewards}
+        found = arms.arm_results(evaluated, weights, comparison.rivals)
+    margins = {run: heldout_margins(StageFolder(arm_dir(run_dir, *run), "training")) for run in jobs}
+    measured = heldout.heldout_results(margins, comparison.rivals)
+    for line in [*arms.table(found, comparison.baseline), *heldout.table(measured, comparison.baseline)]:
         console.say(line)
-    Folder(run_dir).write_bytes("comparison.csv", to_csv(results).encode())
-    console.say(f"\nreport      {write_comparison(run_dir, comparison, results)}")
+    for name, content in (("comparison", arms.to_csv(found)), ("heldout", heldout.to_csv(measured))):
+        Folder(run_dir).write_bytes(f"{name}.csv", content.encode())
+    console.say(f"\nreport      {write_comparison(run_dir, comparison, found, measured)}")
 
 
-def _stages(job: Job) -> Iterator[Stage]:
+def _stages(job: Job, until: str) -> Iterator[Stage]:
     for stage in stages_of(job):
         yield stage
-        if stage.name == LAST:
+        if stage.name == until:
             return

@@ -41,15 +41,15 @@ Evaluated = dict[tuple[str, int], list[Row]]
 """Rows of the evaluation stage by arm and seed."""
 
 
-def arm_results(evaluated: Evaluated, weights: dict[str, float], baseline: str) -> list[ArmResult]:
-    """Every reward's verdict on every arm, the rewards with a weight first."""
+def arm_results(evaluated: Evaluated, weights: dict[str, float], rivals: dict[str, str]) -> list[ArmResult]:
+    """Every reward's verdict on every arm, the rewards with a weight first; `rivals`: what each arm is held against."""
     arms = list(dict.fromkeys(arm for arm, _ in evaluated))
     by_prompt = {run: {row["prompt_id"]: row for row in rows} for run, rows in evaluated.items()}
     prompts = sorted(set.intersection(*(set(rows) for rows in by_prompt.values())))
     ordered = sorted(weights.items(), key=lambda item: not item[1])
     tables = {arm: [by_prompt[run] for run in by_prompt if run[0] == arm] for arm in arms}
     return [
-        _result(arm, reward, weight, tables[arm], tables[baseline], prompts)
+        _result(arm, reward, weight, tables[arm], tables[rivals[arm]], prompts)
         for reward, weight in ordered
         for arm in arms
         if prompts
@@ -108,8 +108,8 @@ def table(results: list[ArmResult], baseline: str) -> list[str]:
             head = f"{'':<{width}}{'mean':>8}  {'against start (95%)':<26}{'beats start':<24}"
             lines.append(f"{head}{'beats ' + baseline:<24}{'KL':>6}{'tokens':>8}")
         lines.append(
-            f"{result.arm:<{width}}{result.mean:>8.3f}  {_shown(result.difference, '+.3f'):<26}"
-            f"{_shown(result.wins_start, '.2f'):<24}{_shown(result.wins_baseline, '.2f'):<24}"
+            f"{result.arm:<{width}}{result.mean:>8.3f}  {shown(result.difference, '+.3f'):<26}"
+            f"{shown(result.wins_start, '.2f'):<24}{shown(result.wins_baseline, '.2f'):<24}"
             f"{result.kl:>6.1f}{result.tokens:>8.0f}"
         )
     return lines
@@ -122,7 +122,8 @@ def _with_first(results: list[ArmResult]) -> Iterable[tuple[bool, ArmResult]]:
         seen = result.reward
 
 
-def _shown(estimate: Estimate, form: str) -> str:
+def shown(estimate: Estimate, form: str) -> str:
+    """A mean with its interval as text."""
     return f"{estimate.mean:{form}} ({estimate.low:{form}} to {estimate.high:{form}})"
 
 

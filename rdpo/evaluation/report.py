@@ -18,6 +18,8 @@ from markupsafe import Markup
 from rdpo.config import Job, load_job
 from rdpo.errors import InputError
 from rdpo.evaluation.arms import ArmResult
+from rdpo.evaluation.compare import Estimate
+from rdpo.evaluation.heldout import HeldoutResult
 from rdpo.pipeline import JOB_FILE
 from rdpo.records import Row, extra_of, text_of
 from rdpo.storage import Folder, Manifest, StageFolder
@@ -83,39 +85,60 @@ def write_report(run_dir: str) -> str:
     return str(Path(run_dir) / REPORT)
 
 
-def write_comparison(run_dir: str, comparison: Comparison, results: list[ArmResult]) -> str:
+def write_comparison(
+    run_dir: str, comparison: Comparison, results: list[ArmResult], heldout: list[HeldoutResult]
+) -> str:
     """Write the report of a comparison; its path."""
     rewards: dict[str, list[ArmResult]] = {}
     for result in results:
         rewards.setdefault(result.reward, []).append(result)
+    charts = {
+        reward: _compared({result.arm: result.difference for result in of_reward}, comparison, f"{reward}: gain")
+        for reward, of_reward in rewards.items()
+    }
+    accuracies = {result.arm: result.accuracy for result in heldout}
     page = (
         _environment()
         .get_template("comparison.html.jinja")
         .render(
-            name=comparison.name,
-            baseline=comparison.baseline,
-            seeds=comparison.seeds,
-            arms=comparison.arms,
+            comparison=comparison,
             rewards=rewards,
-            charts={reward: _differences(of_reward) for reward, of_reward in rewards.items()},
+            charts=charts,
+            heldout=heldout,
+            accuracies=_compared(accuracies, comparison, "share of pairs") if heldout else None,
         )
     )
     Folder(run_dir).write_bytes(REPORT, page.encode("utf-8", "replace"))
     return str(Path(run_dir) / REPORT)
 
 
-def _differences(results: list[ArmResult]) -> Markup:
-    """Each arm's difference from the start model with its interval, as a row of a chart."""
-    figure, axes = _figure(height=0.6 + 0.32 * len(results))
+def _compared(estimates: dict[str, Estimate], comparison: Comparison, label: str) -> Markup:
+    """The arms' figures with their intervals: over the values of what varies, or one row for each arm."""
+    if comparison.vary is None:
+        return _rows(estimates, label)
+    figure, axes = _figure(height=3.0)
     axis = axes[0][0]
-    for place, result in enumerate(reversed(results)):
-        estimate = result.difference
+    for arm in comparison.arms:
+        points = [(v.value, estimates[str(v)]) for v in comparison.variants if v.arm == arm and str(v) in estimates]
+        places, means = [value for value, _ in points], [estimate.mean for _, estimate in points]
+        ends = [[e.mean - e.low for _, e in points], [e.high - e.mean for _, e in points]]
+        axis.errorbar(places, means, yerr=ends, marker="o", markersize=4, linewidth=1.4, capsize=2, label=arm)
+    axis.set_xlabel(comparison.vary.key, fontsize=8)
+    axis.set_ylabel(label, fontsize=8)
+    axis.legend(fontsize=8, frameon=False)
+    return _svg(figure)
+
+
+def _rows(estimates: dict[str, Estimate], label: str) -> Markup:
+    figure, axes = _figure(height=0.6 + 0.32 * len(estimates))
+    axis = axes[0][0]
+    for place, estimate in enumerate(reversed(estimates.values())):
         axis.plot([estimate.low, estimate.high], [place, place], color=AFTER, linewidth=2)
         axis.plot([estimate.mean], [place], "o", color=AFTER, markersize=5)
     axis.axvline(0, color=BEFORE, linewidth=0.8)
-    axis.set_yticks(range(len(results)), [result.arm for result in reversed(results)])
-    axis.set_ylim(-0.6, len(results) - 0.4)
-    axis.set_xlabel(f"{results[0].reward}: trained minus start", fontsize=8)
+    axis.set_yticks(range(len(estimates)), list(reversed(estimates)))
+    axis.set_ylim(-0.6, len(estimates) - 0.4)
+    axis.set_xlabel(label, fontsize=8)
     return _svg(figure)
 
 

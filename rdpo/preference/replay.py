@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 GENERATED = "its prompt is among the generated pairs"
 HELD_OUT = "its prompt is held out for evaluation"
 LEFT_OVER = "not drawn for the mix"
+COMMON = ["prompt_id", "prompt", "dropped"]
+"""The columns of a line that is no pair."""
 
 Keyed = list[tuple[str, str]]
 """Ids of pairs, each with the identity of its prompt."""
@@ -102,7 +104,7 @@ def offline_pairs(job: Job, replay: Replay) -> ray.data.Dataset:
     read = read_prompts(reading).materialize()
     given = given_answers(read.filter(alive), reading).materialize()
     paired = make_pairs(score_answers(given.filter(alive), reading, list(SIDES)), reading)
-    unusable = [rows.filter(lambda row: not alive(row)) for rows in (read, given)]
+    unusable = [rows.filter(lambda row: not alive(row)).select_columns(COMMON) for rows in (read, given)]
     return paired.union(*unusable)
 
 

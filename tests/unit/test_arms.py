@@ -27,7 +27,11 @@ WEIGHTS = {"other": 0.0, "main": 1.0}
 
 
 def results(evaluated, baseline="dpo"):
-    return {(result.reward, result.arm): result for result in arm_results(evaluated, WEIGHTS, baseline)}
+    return {(result.reward, result.arm): result for result in arm_results(evaluated, WEIGHTS, held_against(baseline))}
+
+
+def held_against(baseline):
+    return dict.fromkeys(("dpo", "rdpo", "none", "a"), baseline)
 
 
 def test_each_arm_against_start_and_baseline():
@@ -52,11 +56,11 @@ def test_seeds_are_averaged_prompt_by_prompt_before_the_bootstrap():
 def test_only_prompts_that_every_arm_answered_count():
     found = results({("dpo", 0): rows(0.0), ("rdpo", 0): rows(9.0, PROMPTS[:5])})
     assert {result.prompts for result in found.values()} == {5}
-    assert arm_results({("dpo", 0): rows(0.0), ("rdpo", 0): []}, WEIGHTS, "dpo") == []
+    assert arm_results({("dpo", 0): rows(0.0), ("rdpo", 0): []}, WEIGHTS, held_against("dpo")) == []
 
 
 def test_table_and_csv_hold_every_arm_and_reward():
-    found = arm_results({("dpo", 0): rows(0.5), ("rdpo", 0): rows(1.5)}, WEIGHTS, "dpo")
+    found = arm_results({("dpo", 0): rows(0.5), ("rdpo", 0): rows(1.5)}, WEIGHTS, held_against("dpo"))
     text = "\n".join(table(found, "dpo"))
     assert "main (optimised), 20 prompts, 1 seeds" in text
     assert "other (independent)" in text

@@ -90,3 +90,15 @@ def test_out_of_memory_is_one_message_with_remedies(capsys, tmp_path, job_table,
     assert main(["run", path, "--run-dir", str(tmp_path / "run")]) == 1
     message = capsys.readouterr().err
     assert message.startswith("rdpo: a worker was killed: its machine ran out of memory; lower tokens_per_batch")
+
+
+def test_an_error_of_a_worker_is_told_by_its_cause():
+    from rdpo.cli import _in_one_line
+
+    told = (
+        'ray::MapBatches()\n  File "x.py", line 3, in f\npyarrow.lib.ArrowTypeError: Could not convert\n\n'
+        "The above exception was the direct cause of the following exception:\n\n"
+        "ray.exceptions.UserCodeException: UDF failed to process a data block.\nTo change retry attempts, configure it."
+    )
+    assert _in_one_line(RuntimeError(told)) == "pyarrow.lib.ArrowTypeError: Could not convert"
+    assert _in_one_line(ValueError("one\ntwo")) == "ValueError: two"

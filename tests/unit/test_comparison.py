@@ -32,6 +32,16 @@ def test_every_arm_and_seed_is_a_job(write):
     assert job.training.batch_size == 4
 
 
+def test_each_arm_is_run_in_every_value_of_what_varies(write):
+    comparison, jobs = load_comparison(write(vary={"key": "pairs.flip", "values": [0.0, 0.4]}, until="training"))
+    assert list(jobs)[::2] == [("dpo@0", 0), ("rdpo@0", 0), ("dpo@0.4", 0), ("rdpo@0.4", 0)]
+    assert [job.pairs.flip for job in jobs.values()] == [0.0] * 4 + [0.4] * 4
+    job = jobs["rdpo@0.4", 1]
+    assert (job.training.offset_coef, job.seed, job.name) == (0.5, 1, "rdpo-0.4-1")
+    assert comparison.rivals["rdpo@0.4"] == "dpo@0.4"
+    assert comparison.rivals["dpo@0"] == "dpo@0"
+
+
 def test_merging_leaves_the_base_as_it_is():
     base = {"a": {"b": 1, "c": [1]}, "d": 2}
     assert merged(base, {"a": {"b": 5}, "e": {"f": 1}}) == {"a": {"b": 5, "c": [1]}, "d": 2, "e": {"f": 1}}
@@ -47,6 +57,8 @@ def test_merging_leaves_the_base_as_it_is():
         ({"arms": {"dpo": {"training": {"bta": 1}}}}, "arm dpo: 1 problem.*\n.*bta: unknown key"),
         ({"job": "none.toml"}, "none.toml: no such job file"),
         ({"arm": {}}, "arm: unknown key"),
+        ({"vary": {"key": "flip", "values": [0, 1]}}, "vary.key: "),
+        ({"vary": {"key": "pairs.flop", "values": [0, 1]}}, "arm dpo@0: 1 problem.*\n.*flop: unknown key"),
     ],
 )
 def test_what_is_wrong_is_said(write, changes, said):

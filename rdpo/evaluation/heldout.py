@@ -1,0 +1,88 @@
+"""Arms of a comparison on the same held-out preference pairs: how often each prefers the side that should be chosen.
+
+A pair's figure is its mean over the seeds; every interval is a 95% percentile interval of a paired bootstrap over
+pairs.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from dataclasses import dataclass
+
+import numpy as np
+
+from rdpo.evaluation.arms import BOOTSTRAP_SEED, shown
+from rdpo.evaluation.compare import Estimate, Values, bootstrap
+
+Margins = dict[tuple[str, int], dict[str, float]]
+"""Margins of held-out pairs by id, for each arm and seed."""
+
+
+@dataclass(frozen=True)
+class HeldoutResult:
+    """One arm on the pairs that all arms were measured on with all seeds; a tie counts as half right."""
+
+    arm: str
+    pairs: int
+    seeds: int
+    accuracy: Estimate
+    against: Estimate
+    margin: float
+
+
+def heldout_results(margins: Margins, rivals: dict[str, str]) -> list[HeldoutResult]:
+    """Every arm's accuracy, and its difference from that of the arm it is held against (`rivals`)."""
+    pairs = sorted(set.intersection(*(set(of_run) for of_run in margins.values()))) if margins else []
+    if not pairs:
+        return []
+    arms = dict.fromkeys(arm for arm, _ in margins)
+    tables = {arm: _margins([margins[run] for run in margins if run[0] == arm], pairs) for arm in arms}
+    right = {arm: _right(table).mean(axis=0) for arm, table in tables.items()}
+    return [
+        HeldoutResult(
+            arm=arm,
+            pairs=len(pairs),
+            seeds=len(tables[arm]),
+            accuracy=bootstrap(right[arm], BOOTSTRAP_SEED),
+            against=bootstrap(right[arm] - right[rivals[arm]], BOOTSTRAP_SEED),
+            margin=float(tables[arm].mean()),
+        )
+        for arm in arms
+    ]
+
+
+def _margins(runs: list[dict[str, float]], pairs: list[str]) -> Values:
+    """Margins (seeds, pairs)."""
+    return np.array([[run[pair] for pair in pairs] for run in runs], dtype=float)
+
+
+def _right(margins: Values) -> Values:
+    return (margins > 0) + 0.5 * (margins == 0)
+
+
+def table(results: list[HeldoutResult], baseline: str) -> list[str]:
+    """The results as lines of text."""
+    if not results:
+        return []
+    width = max(len(result.arm) for result in results) + 2
+    head = f"{'':<{width}}{'prefers the chosen side (95%)':<31}{'against ' + baseline + ' (95%)':<28}{'margin':>8}"
+    title = f"held-out pairs, {results[0].pairs} pairs, {results[0].seeds} seeds"
+    lines = ["", title, head]
+    for result in results:
+        accuracy, against = shown(result.accuracy, ".3f"), shown(result.against, "+.3f")
+        lines.append(f"{result.arm:<{width}}{accuracy:<31}{against:<28}{result.margin:>8.2f}")
+    return lines
+
+
+def to_csv(results: list[HeldoutResult]) -> str:
+    """The results as CSV, one line for each arm."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    ends = [f"{name}{end}" for name in ("accuracy", "against") for end in ("", "_low", "_high")]
+    writer.writerow(["arm", "pairs", "seeds", "margin", *ends])
+    for result in results:
+        estimates = (result.accuracy, result.against)
+        numbers = [result.margin, *(value for each in estimates for value in (each.mean, each.low, each.high))]
+        writer.writerow([result.arm, result.pairs, result.seeds, *(round(number, 6) for number in numbers)])
+    return buffer.getvalue()
