@@ -73,6 +73,11 @@ class Prompts(Section):
     """Column with the prompt: text (one user turn) or a list of `{role, content}` messages."""
     system: str | None = None
     """System message put before each prompt that has none."""
+    templates: list[str] = []
+    """Each prompt is put into one of these, drawn by its id; a template has `{{ prompt }}`, and may use the row's other
+    columns. The bare prompt stays in the row as `bare`. For a jailbreak's wording around a question, for example."""
+    heldout_templates: list[str] = []
+    """Those of the held-out prompts; by default the same."""
     limit: int | None = Field(default=None, ge=1)
     """Use only the first so many rows of the source."""
     heldout_fraction: float = Field(default=0.1, gt=0, lt=1)
@@ -456,8 +461,8 @@ class Training(Loss):
 
     epochs: int = Field(default=1, ge=1)
     """Passes over the pairs."""
-    max_steps: int | None = Field(default=None, ge=1)
-    """Stop after so many optimizer steps."""
+    max_steps: int | None = Field(default=None, ge=0)
+    """Stop after so many optimizer steps; 0 trains nothing, and the start model goes on as it is."""
     batch_size: int = Field(default=32, ge=1)
     """Pairs in one optimizer step, over all workers."""
     tokens_per_batch: int = Field(default=4096, ge=16)
@@ -509,6 +514,9 @@ class Evaluation(Section):
     """At most so many held-out prompts, the first by id."""
     condition: str | None = None
     """The turn of the task whose question is asked; by default the prompt itself."""
+    refine: bool = False
+    """The trained model's answer goes through the turns of the task, and the one that `pairs.chosen` names counts:
+    self-refinement at inference. With `training.max_steps = 0` that is the baseline that trains nothing."""
     sampling: Sampling = Sampling()
     """How both models answer."""
     engine: Engine = Engine()
@@ -603,6 +611,8 @@ class Job(Section):
 
     @model_validator(mode="after")
     def _check_relations(self) -> Job:
+        if self.evaluation.refine and not self.synthesis.task:
+            raise ValueError("evaluation: refine speaks the turns of a task; give synthesis.task")
         if self.synthesis.endpoint and (self.synthesis.teacher or self.synthesis.adapter):
             raise ValueError("synthesis: endpoint names a teacher already; remove teacher and adapter, or endpoint")
         if self.pairs.chosen == self.pairs.rejected:

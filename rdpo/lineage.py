@@ -161,8 +161,9 @@ def training(job: Job) -> dict[str, Any]:
 
 def evaluation(job: Job) -> dict[str, Any]:
     """Settings of the evaluation stage."""
-    asked = _wording(job, job.evaluation.condition)
-    return {**job.evaluation.model_dump(), **asked, "rewards": _reward_settings(job), "seed": job.seed}
+    asked = _wording(job, job.evaluation.condition or ("refine" if job.evaluation.refine else None))
+    final = {"final": job.pairs.chosen} if job.evaluation.refine else {}
+    return {**final, **job.evaluation.model_dump(), **asked, "rewards": _reward_settings(job), "seed": job.seed}
 
 
 def pairs(job: Job) -> dict[str, Any]:

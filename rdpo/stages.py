@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from dataclasses import asdict, replace
 from functools import partial
@@ -38,7 +39,9 @@ def prepare(job: Job) -> bool:
     from rdpo.policy.chat import load_chat
     from rdpo.policy.models import local_model
     from rdpo.preference.rewards import check_rewards
+    from rdpo.synthesis.prompts import check_templates
 
+    check_templates(job.prompts)
     local_model(job.student.model, job.student.revision)
     load_chat(job.student.model, job.student.revision, job.student.trust_remote_code)
     _check_teacher(job)
@@ -283,6 +286,8 @@ def _training(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:
     from rdpo.training.trainer import heldout_margins, train
 
     job, data = run.job, PairTable.load(run.dir)
+    if job.training.max_steps == 0:
+        return _untrained(run, folder)
     meter.total = total_steps(len(data), job)
     if not meter.total:
         raise InputError(f"training: {len(data)} pairs make no optimizer step; add prompts or lower batch_size")
@@ -304,6 +309,18 @@ def _training(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:
     return told
 
 
+def _untrained(run: Run, folder: StageFolder) -> dict[str, Any]:
+    """The start model as the policy that leaves training."""
+    from rdpo.policy.models import local_model
+    from rdpo.training.checkpoint import MERGED
+    from rdpo.training.trainer import METRICS
+
+    start = local_model(run.job.student.model, run.job.student.revision)
+    shutil.copytree(start, folder.local(MERGED), dirs_exist_ok=True)
+    folder.write_bytes(METRICS, b"")
+    return {"steps": 0, "pairs": 0}
+
+
 def _step(meter: Meter, metrics: dict[str, float]) -> None:
     meter.done = int(metrics["step"]) - 1
     note = f"loss {metrics['loss']:.4f}  margin {metrics['rewards/margins']:.3f}"
@@ -322,7 +339,7 @@ def _evaluate(rows: ray.data.Dataset, run: Run) -> ray.data.Dataset:
     """Answers of both models, their scores and the divergence."""
     import ray.data
 
-    from rdpo.evaluation.generate import add_divergence, answer_prompts
+    from rdpo.evaluation.generate import START, TRAINED, add_divergence, answer_prompts
     from rdpo.policy.models import local_model
     from rdpo.preference.rewards import score_answers
     from rdpo.training.checkpoint import MERGED
@@ -330,9 +347,9 @@ def _evaluate(rows: ray.data.Dataset, run: Run) -> ray.data.Dataset:
     job = run.job
     start = str(local_model(job.student.model, job.student.revision))
     trained = run.folder("training").local(MERGED)
-    answered = answer_prompts(rows.take_all(), job, {"start": start, "trained": trained})
-    scored = score_answers(ray.data.from_arrow(table_of(answered)), job, ["start", "trained"]).materialize()
-    return add_divergence(scored, job, trained, "trained")
+    answered = answer_prompts(rows.take_all(), job, {START: start, TRAINED: trained})
+    scored = score_answers(ray.data.from_arrow(table_of(answered)), job, [START, TRAINED]).materialize()
+    return add_divergence(scored, job, trained, TRAINED)
 
 
 def _publish(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:

@@ -13,21 +13,23 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from rdpo.cluster import actor_pool
-from rdpo.config import Job
+from rdpo.config import Job, Sampling
 from rdpo.policy.chat import load_chat
 from rdpo.policy.hardware import take_device
 from rdpo.policy.models import local_model
 from rdpo.policy.ratios import Ratios
 from rdpo.preference.reference import student_dtype
-from rdpo.records import Row, alive, draw_seed, drop, table_of
-from rdpo.synthesis.engine import Engine, EngineError, engine_pool
-from rdpo.synthesis.instructions import beginning, load_task, question_of
+from rdpo.records import Messages, Row, alive, draw_seed, drop, table_of
+from rdpo.synthesis.engine import Engine, EngineError, Generation, engine_pool
+from rdpo.synthesis.instructions import Turn, beginning, load_task, question_of
 from rdpo.synthesis.ledger import Hands
+from rdpo.synthesis.teacher import Conversation
 
 if TYPE_CHECKING:
     import ray.data
 
 FORWARD_ROWS = 8
+START, TRAINED = "start", "trained"
 
 
 def answer_prompts(rows: list[Row], job: Job, models: dict[str, str]) -> list[Row]:
@@ -84,17 +86,36 @@ class Answerer:
         """One row with the answer of the model that it is meant for."""
         column = row["contender"]
         row = {**row, column: "", f"{column}_finish_reason": "length", f"{column}_tokens": 0}
-        seed = draw_seed(self.job.seed, row["prompt_id"], "evaluation")
-        prompt_ids, sampling = self.chat.prompt_ids(row["prompt"]), self.job.evaluation.sampling
         try:
             async with self.engine.holding(self.models[column]):
-                generation = await self.engine.generate(prompt_ids, sampling, seed, self.chat.stop_ids)
+                if column == TRAINED and self.job.evaluation.refine:
+                    return await self._refined(row)
+                generation = await self._say(row["prompt"], self.job.evaluation.sampling, self._seed(row))
         except EngineError as error:
             return drop(row, str(error))
         row[column] = generation.text.strip()
         row[f"{column}_finish_reason"] = generation.finish_reason
         row[f"{column}_tokens"] = generation.tokens
         return row
+
+    async def _refined(self, row: Row) -> Row:
+        """The row with the answer that the task's turns lead to, as the trained model speaks them."""
+        task, final = load_task(self.job.synthesis.task or ""), self.job.pairs.chosen
+
+        async def say(messages: Messages, turn: Turn, sampling: Sampling, seed: int) -> Generation:
+            return await self._say(messages, sampling, seed, turn.prefill)
+
+        told = await Conversation(self.job, task, self.job.evaluation.sampling, say)(dict(row))
+        if told.get("dropped"):
+            return drop(row, told["dropped"])
+        answer = {TRAINED + end: told[final + end] for end in ("", "_finish_reason", "_tokens")}
+        return {**row, **answer}
+
+    async def _say(self, messages: Messages, sampling: Sampling, seed: int, prefill: str = "") -> Generation:
+        return await self.engine.generate(self.chat.prompt_ids(messages, prefill), sampling, seed, self.chat.stop_ids)
+
+    def _seed(self, row: Row) -> int:
+        return draw_seed(self.job.seed, row["prompt_id"], "evaluation")
 
     def __del__(self) -> None:
         if hasattr(self, "engine"):

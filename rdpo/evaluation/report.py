@@ -187,7 +187,7 @@ def _summary(manifests: dict[str, Manifest], stage: str) -> dict[str, Any]:
 def _warnings(manifests: dict[str, Manifest]) -> list[str]:
     training, evaluation = _summary(manifests, "training"), _summary(manifests, "evaluation")
     found = []
-    if training and training["last"]["logps/chosen"] < training["first"]["logps/chosen"] - 10:
+    if training.get("steps") and training["last"]["logps/chosen"] < training["first"]["logps/chosen"] - 10:
         found.append(
             "The log-probs of the chosen answers fell in training; an SFT term (training.sft_coef) holds them."
         )
@@ -242,7 +242,8 @@ def _charts(run_dir: str, job: Job, manifests: dict[str, Manifest]) -> dict[str,
     if "training" in manifests:
         folder = StageFolder(run_dir, "training")
         steps = [json.loads(line) for line in folder.read_bytes("metrics.jsonl").decode().splitlines()]
-        charts["curves"] = _curves(steps)
+        if steps:
+            charts["curves"] = _curves(steps)
     if "evaluation" in manifests:
         rows = StageFolder(run_dir, "evaluation").table().to_pylist()
         for reward in job.rewards:

@@ -14,10 +14,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rdpo.config import Job
+from rdpo.config import Prompts as Settings
+from rdpo.errors import InputError
 from rdpo.policy.chat import load_chat
-from rdpo.records import ROLES, Row, drop, prompt_id, unit_draw
+from rdpo.records import ROLES, Messages, Row, draw_seed, drop, prompt_id, unit_draw
 from rdpo.storage import StageFolder
 from rdpo.synthesis.given import pair_id, with_prompt
+from rdpo.synthesis.instructions import check_template, render
 from rdpo.synthesis.sources import Raw, raw_rows
 
 if TYPE_CHECKING:
@@ -36,7 +39,8 @@ SCHEMA = pa.schema(
         ("dropped", pa.string()),
     ]
 )
-SPLITS = {"test": "heldout", "validation": "heldout", "eval": "heldout", "held-out": "heldout"}
+HELDOUT = "heldout"
+SPLITS = dict.fromkeys(("test", "validation", "eval", "held-out"), HELDOUT)
 BLOCK_ROWS = 4096
 SHOWN_CHARS = 500
 
@@ -74,9 +78,45 @@ def prompt_row(source: str, line: int, raw: Raw, job: Job) -> Row:
         shown = str(raw.get(settings.column))[:SHOWN_CHARS]
         row["extra"] = json.dumps({**others, settings.column: shown}, ensure_ascii=False, default=str)
         return drop(row, f"{settings.column}: {reason}")
-    row["prompt"], row["prompt_id"] = messages, pair_id(messages, raw) if given else prompt_id(messages)
     row["split"] = _split(raw.get("split"), prompt_id(messages), job)
+    if templates := _templates(settings, row["split"]):
+        others["bare"] = messages[-1]["content"]
+        row["extra"] = json.dumps(others, ensure_ascii=False, default=str)
+        messages, reason = _wrapped(messages, templates, others, job.seed)
+        if reason:
+            return drop(row, reason)
+    row["prompt"], row["prompt_id"] = messages, pair_id(messages, raw) if given else prompt_id(messages)
     return _measure(row, job)
+
+
+def check_templates(settings: Settings) -> None:
+    """Look at the templates that prompts are put into.
+
+    Raises:
+        InputError: one is broken, or has no place for the prompt.
+    """
+    for name in ("templates", "heldout_templates"):
+        for template in getattr(settings, name):
+            if "prompt" not in check_template(template, f"prompts.{name}"):
+                raise InputError(
+                    f"prompts.{name}: {template[:80]!r} has no place for the prompt; write {{{{ prompt }}}}"
+                )
+
+
+def _templates(settings: Settings, split: str) -> list[str]:
+    return settings.heldout_templates or settings.templates if split == HELDOUT else settings.templates
+
+
+def _wrapped(
+    messages: Messages, templates: list[str], others: dict[str, Any], seed: int
+) -> tuple[Messages, str | None]:
+    """The messages with the last one put into one of the templates; with the reason if that cannot be done."""
+    template = templates[draw_seed(seed, prompt_id(messages), "template") % len(templates)]
+    try:
+        content = render(template, {**others, "prompt": messages[-1]["content"]})
+    except ValueError as error:
+        return messages, str(error)
+    return [*messages[:-1], {**messages[-1], "content": content}], None
 
 
 def parse_messages(value: Any, system: str | None = None) -> tuple[list[dict[str, str]], str | None]:
@@ -106,7 +146,7 @@ def _clean(text: str) -> str:
 def _split(value: Any, row_id: str, job: Job) -> str:
     if isinstance(value, str) and value:
         return SPLITS.get(value, value)
-    return "heldout" if unit_draw(job.seed, row_id, "split") < job.prompts.heldout_fraction else "train"
+    return HELDOUT if unit_draw(job.seed, row_id, "split") < job.prompts.heldout_fraction else "train"
 
 
 def _measure(row: Row, job: Job) -> Row:

@@ -9,7 +9,8 @@ conversation in the prefix cache. Adds, for each turn: the answer under the turn
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -24,7 +25,7 @@ from rdpo.policy.models import local_model
 from rdpo.records import Messages, Row, draw_seed, drop, table_of
 from rdpo.synthesis.endpoint import Endpoint, endpoint_key
 from rdpo.synthesis.engine import Engine, Generation, engine_pool
-from rdpo.synthesis.instructions import Turn, load_task, template_values, turn_messages
+from rdpo.synthesis.instructions import Task, Turn, load_task, template_values, turn_messages
 from rdpo.synthesis.ledger import Hands
 
 if TYPE_CHECKING:
@@ -103,16 +104,34 @@ class Teacher:
     """A Ray Data actor that speaks every turn of a row's conversation."""
 
     def __init__(self, job: Job, voice: Callable[[Job], Voice], ledger: Any):
-        self.job, self.hands = job, Hands(ledger)
+        self.hands = Hands(ledger)
         assert job.synthesis.task is not None
-        self.task = load_task(job.synthesis.task)
         self.voice = voice(job)
+        self.conversation = Conversation(job, load_task(job.synthesis.task), job.synthesis.sampling, self.voice.say)
 
     async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
         """Carry a block of rows through all turns."""
         yield table_of(await self.hands.carry(batch.to_pylist(), self.converse))
 
     async def converse(self, row: Row) -> Row:
+        """Carry one row through all turns."""
+        return await self.conversation(row)
+
+    def __del__(self) -> None:
+        if hasattr(self, "voice"):
+            self.voice.shutdown()
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """The turns of a task, spoken by somebody; `sampling` is what turns have without settings of their own."""
+
+    job: Job
+    task: Task
+    sampling: Sampling
+    say: Callable[[Messages, Turn, Sampling, int], Awaitable[Generation]]
+
+    async def __call__(self, row: Row) -> Row:
         """Carry one row through all turns; a turn that cannot be spoken drops the row."""
         told: dict[str, Messages] = {}
         values = template_values(row, self.job.synthesis.values)
@@ -128,11 +147,11 @@ class Teacher:
         self, turn: Turn, name: str, row: Row, values: dict[str, Any], told: dict[str, Messages]
     ) -> str | None:
         """Write one answer of a turn into the row; the reason if that cannot be done."""
-        sampling = turn_sampling(turn, self.job.synthesis.sampling)
+        sampling = turn_sampling(turn, self.sampling)
         seed = draw_seed(self.job.seed, row["prompt_id"], name)
         try:
             messages = turn_messages(turn, row, values, told)
-            generation = await self.voice.say(messages, turn, sampling, seed)
+            generation = await self.say(messages, turn, sampling, seed)
         except ValueError as error:
             return f"{name}: {error}"[:REASON_CHARS]
         answer = row[name] = (turn.prefill + generation.text).strip()
@@ -142,10 +161,6 @@ class Teacher:
         row[f"{name}_prompt_cached"] = generation.cached_tokens
         told[name] = [*messages, {"role": "assistant", "content": answer}]
         return None if answer else f"{name} is empty"
-
-    def __del__(self) -> None:
-        if hasattr(self, "voice"):
-            self.voice.shutdown()
 
 
 def turn_sampling(turn: Turn, common: Sampling) -> Sampling:

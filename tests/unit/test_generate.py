@@ -1,6 +1,11 @@
-"""Two models' answers side by side."""
+"""Two models' answers side by side, and answers that are refined before they count."""
 
-from rdpo.evaluation.generate import side_by_side
+import asyncio
+from contextlib import asynccontextmanager
+
+from rdpo.config import Job
+from rdpo.evaluation.generate import Answerer, side_by_side
+from rdpo.synthesis.engine import Generation
 
 
 def answered(name, contender, answer, dropped=None):
@@ -27,3 +32,38 @@ def test_a_prompt_that_one_model_cannot_answer_is_dropped():
     rows = [answered("a", "start", "", "no room"), answered("a", "trained", "yes")]
     assert side_by_side(rows, ["start", "trained"])[0]["dropped"] == "no room"
     assert side_by_side(rows[::-1], ["start", "trained"])[0]["dropped"] == "no room"
+
+
+class Engine:
+    """Answers every conversation with the number of its messages, and knows whose weights it holds."""
+
+    def __init__(self):
+        self.held = None
+
+    @asynccontextmanager
+    async def holding(self, folder):
+        self.held = folder
+        yield
+
+    async def generate(self, prompt_ids, sampling, seed, stop_ids):
+        return Generation(f"{self.held} heard {prompt_ids}", "stop", 5, None, 7, 3)
+
+
+class Chat:
+    stop_ids = ()
+
+    def prompt_ids(self, messages, prefill=""):
+        return len(messages)
+
+
+def test_only_the_trained_models_answer_goes_through_the_turns_of_the_task(job_table):
+    answerer = object.__new__(Answerer)
+    answerer.job = Job.model_validate({**job_table, "evaluation": {"refine": True}})
+    answerer.models, answerer.engine, answerer.chat = {"start": "old", "trained": "new"}, Engine(), Chat()
+    asked = {"prompt_id": "a", "prompt": [{"role": "user", "content": "why?"}], "extra": "{}"}
+    rows = [asyncio.run(answerer.answer({**asked, "contender": side})) for side in ("start", "trained")]
+    (row,) = side_by_side(rows, ["start", "trained"])
+    # Answer, critique and revision: the last is said after five messages.
+    assert (row["start"], row["trained"]) == ("old heard 1", "new heard 5")
+    assert (row["trained_tokens"], row["trained_finish_reason"]) == (5, "stop")
+    del answerer.engine

@@ -7,7 +7,7 @@ import pytest
 from rdpo.config import Job
 from rdpo.errors import InputError
 from rdpo.storage import StageFolder, write_rows
-from rdpo.synthesis.prompts import drop_twins, parse_messages, prompt_row, read_prompts
+from rdpo.synthesis.prompts import check_templates, drop_twins, parse_messages, prompt_row, read_prompts
 from rdpo.synthesis.sources import read_rows, source_files
 
 
@@ -50,6 +50,39 @@ def test_split_comes_from_the_source_or_from_the_id(job):
     drawn = [prompt_row("a", i, {"prompt": f"hello {i}"}, job)["split"] for i in range(400)]
     assert 20 <= drawn.count("heldout") <= 60
     assert drawn == [prompt_row("b", 0, {"prompt": f"hello {i}"}, job)["split"] for i in range(400)]
+
+
+WRAPPINGS = [f"Story {number}: {{{{ prompt }}}} ({{{{ tone }}}})" for number in range(4)]
+
+
+def test_prompts_are_put_into_templates_by_their_id(job_table):
+    job_table["prompts"] |= {"templates": WRAPPINGS, "heldout_templates": ["Now: {{ prompt }}"]}
+    job = Job.model_validate(job_table)
+    rows = [prompt_row("a", i, {"prompt": f"how {i}", "tone": "sly"}, job) for i in range(60)]
+    train = [row for row in rows if row["split"] == "train"]
+    drawn = [row["prompt"][0]["content"].split(":")[0] for row in train]
+    assert sorted(set(drawn)) == [f"Story {number}" for number in range(4)]
+    bare = [json.loads(row["extra"])["bare"] for row in train]
+    assert [row["prompt"][0]["content"].split(": ")[1] for row in train] == [f"{text} (sly)" for text in bare]
+    assert {row["prompt"][0]["content"][:7] for row in rows if row["split"] == "heldout"} == {"Now: how"[:7]}
+    assert (
+        rows[0]["prompt_id"]
+        != prompt_row("a", 0, {"prompt": "how 0"}, Job.model_validate(bare_of(job_table)))["prompt_id"]
+    )
+    missing = prompt_row("a", 1, {"prompt": train[0]["extra"]}, job)
+    assert "tone" in missing["dropped"]
+
+
+def bare_of(table):
+    prompts = {key: value for key, value in table["prompts"].items() if "templates" not in key}
+    return {**table, "prompts": prompts}
+
+
+@pytest.mark.parametrize(("template", "said"), [("Tell me", "no place for the prompt"), ("{{ prompt", "template: ")])
+def test_a_template_that_cannot_hold_a_prompt_is_bad_input(job_table, template, said):
+    job_table["prompts"]["templates"] = [template]
+    with pytest.raises(InputError, match=said):
+        check_templates(Job.model_validate(job_table).prompts)
 
 
 def test_long_prompt_is_dropped_not_cut(job):
