@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import ray.data
 
 COPY = "#"
+BATCH_ROWS = 1024
 
 
 def make_pairs(rows: ray.data.Dataset, job: Job, length_coef: float = 0.0) -> ray.data.Dataset:
@@ -36,7 +37,7 @@ def make_pairs(rows: ray.data.Dataset, job: Job, length_coef: float = 0.0) -> ra
     `length_coef` is what a character costs in the choice of best and worst.
     """
     arguments = {"job": job, "length_coef": length_coef}
-    return rows.map_batches(pairs_table, fn_kwargs=arguments, batch_format="pyarrow")
+    return rows.map_batches(pairs_table, fn_kwargs=arguments, batch_format="pyarrow", batch_size=BATCH_ROWS)
 
 
 def pairs_table(table: pa.Table, job: Job, length_coef: float = 0.0) -> pa.Table:
