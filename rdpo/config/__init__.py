@@ -1,0 +1,55 @@
+"""The whole configuration of a run: a TOML job file becomes one validated `Job`.
+
+The sections are named after the stages. Unknown keys are refused, and relations between fields are checked here,
+before any model is loaded.
+"""
+
+from rdpo.config.evaluation import Evaluation, Publish, Rounds
+from rdpo.config.files import explained, job_of, load_job, read_toml, to_toml
+from rdpo.config.job import Cluster, Job
+from rdpo.config.models import Endpoint, Engine, Sampling, Student
+from rdpo.config.pairs import BEST, WORST, Defect, Pairs, Reference, Replay, Sides
+from rdpo.config.prompts import Prompts, Synthesis
+from rdpo.config.rewards import Calibration, ClassifierReward, FunctionReward, ImplicitReward, JudgeReward, Reward
+from rdpo.config.section import Concurrency, Dtype, Layout, Section
+from rdpo.config.training import LOSS_OPTIONS, Lora, Loss, Training
+
+__all__ = [
+    "BEST",
+    "LOSS_OPTIONS",
+    "WORST",
+    "Calibration",
+    "ClassifierReward",
+    "Cluster",
+    "Concurrency",
+    "Defect",
+    "Dtype",
+    "Endpoint",
+    "Engine",
+    "Evaluation",
+    "FunctionReward",
+    "ImplicitReward",
+    "Job",
+    "JudgeReward",
+    "Layout",
+    "Lora",
+    "Loss",
+    "Pairs",
+    "Prompts",
+    "Publish",
+    "Reference",
+    "Replay",
+    "Reward",
+    "Rounds",
+    "Sampling",
+    "Section",
+    "Sides",
+    "Student",
+    "Synthesis",
+    "Training",
+    "explained",
+    "job_of",
+    "load_job",
+    "read_toml",
+    "to_toml",
+]

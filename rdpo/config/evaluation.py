@@ -1,0 +1,53 @@
+"""What is done with the trained model: evaluation, further rounds, publishing."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from rdpo.config.models import Engine, Sampling
+from rdpo.config.section import Section
+
+
+class Evaluation(Section):
+    """Held-out prompts answered by the start model and the trained one, and compared."""
+
+    limit: int | None = Field(default=None, ge=1)
+    """At most so many held-out prompts, the first by id."""
+    condition: str | None = None
+    """The turn of the task whose question is asked; by default the prompt itself."""
+    refine: bool = False
+    """The trained model's answer goes through the turns of the task, and the one that `pairs.chosen` names counts:
+    self-refinement at inference. With `training.max_steps = 0` that is the baseline that trains nothing."""
+    sampling: Sampling = Sampling()
+    """How both models answer."""
+    engine: Engine = Engine()
+    """The engines of both models."""
+    samples: int = Field(default=20, ge=0)
+    """Prompts whose answers are shown side by side in the report."""
+
+
+class Rounds(Section):
+    """The whole run several times, each time from the model that the last one made (`rdpo run` does it)."""
+
+    count: int = Field(default=1, ge=1)
+    """How many rounds at most."""
+    watch: str = "optimised"
+    """The reward that must rise on the held-out prompts, by its name; `optimised` is the weighted sum."""
+    min_gain: float = 0.0
+    """A round that does not raise its mean by more is the last, and its model is not taken."""
+    reward_reference: Literal["previous", "fixed"] = "previous"
+    """What an implicit reward is measured against from round 2 on: the start model of the round before, as in DICE, or
+    the `reference` of the job in all rounds."""
+
+
+class Publish(Section):
+    """The Hugging Face folder that leaves the run."""
+
+    merge: bool = True
+    """Merge a LoRA adapter into the weights; the adapter is kept in `model/adapter` in any case."""
+    max_shard_gb: float = Field(default=4.0, gt=0)
+    """Size of one safetensors file."""
+    license: str | None = None
+    """Licence named on the model card."""

@@ -1,0 +1,133 @@
+"""Job files: TOML in, a validated `Job` or one message that names file and field out."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from rdpo.config.job import Job
+from rdpo.config.section import Section
+from rdpo.errors import InputError
+
+
+def load_job(path: str | Path, overrides: list[str] | None = None) -> Job:
+    """Read a job file, apply `section.key=value` overrides, validate.
+
+    Raises:
+        InputError: the file is missing, not TOML, or a key or value is wrong; names file and field.
+    """
+    table = read_toml(path)
+    for override in overrides or []:
+        _apply_override(table, override)
+    return job_of(table, str(path))
+
+
+def job_of(table: dict[str, Any], where: str) -> Job:
+    """The job that a table describes.
+
+    Raises:
+        InputError: a key or value is wrong; names `where` the table is from, and the field.
+    """
+    try:
+        return Job.model_validate(table)
+    except ValidationError as error:
+        raise InputError(explained(where, error)) from None
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """The tables of a TOML file.
+
+    Raises:
+        InputError: it is missing or not TOML.
+    """
+    path = Path(path)
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such job file") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not valid TOML: {error}") from None
+
+
+def to_toml(job: Job) -> str:
+    """The resolved job as TOML; `load_job` reads it back."""
+    import tomli_w
+
+    return tomli_w.dumps(job.model_dump(mode="json", exclude_none=True))
+
+
+def _apply_override(table: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise InputError(f"--set {override}: write it as section.key=value")
+    *sections, last = key.strip().split(".")
+    target: Any = table
+    for section in sections:
+        target = _descend(target, section, override)
+    if isinstance(target, list):
+        raise InputError(f"--set {override}: name an entry of the list, as in rewards.0.weight=1")
+    target[last] = _toml_value(text)
+
+
+def _descend(target: Any, section: str, override: str) -> Any:
+    if isinstance(target, list):
+        if not section.isdigit() or int(section) >= len(target):
+            raise InputError(f"--set {override}: the list has entries 0 to {len(target) - 1}")
+        return target[int(section)]
+    child = target.setdefault(section, {})
+    if not isinstance(child, dict | list):
+        raise InputError(f"--set {override}: {section} is a value, not a section")
+    return child
+
+
+def _toml_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def explained(where: str | Path, error: ValidationError) -> str:
+    """What is wrong with a table, field by field."""
+    lines = [f"{where}: {len(error.errors())} problem(s) in the job file"]
+    for problem in error.errors():
+        field = ".".join(str(part) for part in problem["loc"])
+        lines.append(f"  {field or 'job'}: {_remedy(problem, field)}")
+    return "\n".join(lines)
+
+
+def _remedy(problem: Any, field: str) -> str:
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "extra_forbidden":
+        return f"unknown key; remove it or correct its name{_suggestion(field)}"
+    if problem["type"] == "missing":
+        return "is required"
+    if field.endswith("endpoint.url"):
+        return "a URL like http://teacher:8000/v1, without a key in it"
+    value = repr(problem.get("input"))
+    return f"{message} (got {value[:80]})" if len(value) < 200 else message
+
+
+def _suggestion(field: str) -> str:
+    from difflib import get_close_matches
+
+    section, _, key = field.rpartition(".")
+    known = _known_keys(section)
+    close = get_close_matches(key, known, n=1)
+    return f" (did you mean `{close[0]}`?)" if close else ""
+
+
+def _known_keys(section: str) -> list[str]:
+    model: Any = Job
+    for part in section.split(".") if section else []:
+        field = getattr(model, "model_fields", {}).get(part)
+        if field is None:
+            return []
+        options = getattr(field.annotation, "__args__", (field.annotation,))
+        model = next((o for o in options if isinstance(o, type) and issubclass(o, Section)), None)
+    return list(getattr(model, "model_fields", {}))

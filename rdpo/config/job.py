@@ -1,0 +1,101 @@
+"""A whole job: its sections, in the order in which data passes them, and the relations between them."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from rdpo.config.evaluation import Evaluation, Publish, Rounds
+from rdpo.config.models import Student
+from rdpo.config.pairs import Pairs, Reference, Replay
+from rdpo.config.prompts import Prompts, Synthesis
+from rdpo.config.rewards import Calibration, Reward
+from rdpo.config.section import Section
+from rdpo.config.training import Training
+
+
+class Cluster(Section):
+    """The Ray cluster the run uses."""
+
+    address: str | None = None
+    """Address of a running cluster; by default the one in RAY_ADDRESS, else a local one is started.
+    `auto` finds the one that `ray start` began on this machine."""
+    object_store_gib: float = Field(default=1.0, gt=0)
+    """Memory of the object store of a local cluster, in GiB."""
+    streaming: Literal["auto", "on", "off"] = "auto"
+    """Whether rewards score the first rows while the teacher still writes the last. `auto`: where every model has
+    GPUs of its own, or only one runs on the CPU; `off`: one model after the other, on a machine that holds one."""
+
+
+class Job(Section):
+    """One job file."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the run; its directory is `runs/NAME` unless `--run-dir` says otherwise."""
+    seed: int = Field(default=0, ge=0)
+    """All random draws are functions of this seed and of what they are for."""
+    student: Student
+    prompts: Prompts
+    synthesis: Synthesis = Synthesis()
+    rewards: list[Reward] = Field(default_factory=list)
+    """The external rewards; at least one, unless the pairs come with the prompts."""
+    calibration: Calibration = Calibration()
+    pairs: Pairs = Pairs()
+    replay: Replay | None = None
+    reference: Reference = Reference()
+    training: Training = Training()
+    evaluation: Evaluation = Evaluation()
+    rounds: Rounds = Rounds()
+    publish: Publish = Publish()
+    cluster: Cluster = Cluster()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_given_answers(cls, table: Any) -> Any:
+        synthesis = table.get("synthesis", {}) if isinstance(table, dict) else None
+        if not isinstance(synthesis, dict) or synthesis.get("task") is not None:
+            return table
+        pairs = table.get("pairs", {})
+        return {**table, "pairs": {"chosen": "chosen", "rejected": "rejected", **pairs}}
+
+    @model_validator(mode="after")
+    def _check_rewards(self) -> Job:
+        names = [reward.name for reward in self.rewards]
+        if len(set(names)) < len(names):
+            raise ValueError("rewards: two rewards have the same name; give each its own `name`")
+        if self.synthesis.task and not self.rewards:
+            raise ValueError("rewards: give at least one; only a ready preference data set can do without")
+        if self.rewards and not any(reward.weight for reward in self.rewards):
+            raise ValueError("rewards: every weight is 0; give the optimised reward a weight above 0")
+        if self.rounds.watch not in {"optimised", *names}:
+            raise ValueError(
+                f"rounds: watch = {self.rounds.watch!r} is no reward; there are {', '.join(names)}, optimised"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_relations(self) -> Job:
+        if self.evaluation.refine and not self.synthesis.task:
+            raise ValueError("evaluation: refine speaks the turns of a task; give synthesis.task")
+        if self.synthesis.endpoint and (self.synthesis.teacher or self.synthesis.adapter):
+            raise ValueError("synthesis: endpoint names a teacher already; remove teacher and adapter, or endpoint")
+        if self.pairs.chosen == self.pairs.rejected:
+            raise ValueError("pairs: chosen and rejected name the same turn; name two turns of the task")
+        for section in ("reference", "training"):
+            if getattr(self, section).tokens_per_batch < 2 * self.reference.max_length:
+                raise ValueError(
+                    f"{section}: tokens_per_batch must hold one pair, so at least twice "
+                    f"reference.max_length = {2 * self.reference.max_length}"
+                )
+        if self.student.quantization != "none" and (self.training.lora is None or self.training.zero_stage == 3):
+            raise ValueError(
+                "student: quantization trains an adapter over weights that are not partitioned; "
+                "give training.lora, and training.zero_stage 2 or lower"
+            )
+        if self.training.batch_size < self.training.num_workers:
+            raise ValueError(
+                f"training: batch_size {self.training.batch_size} is below num_workers "
+                f"{self.training.num_workers}; each worker needs at least one pair in a step"
+            )
+        return self

@@ -1,0 +1,91 @@
+"""Models, how answers are drawn from them, and the engines and servers that run them."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from rdpo.config.section import Concurrency, Dtype, Section
+
+
+class Student(Section):
+    """The model to align. It is also the reference, and its tokenizer renders the training data."""
+
+    model: str
+    """Folder, hub id (`owner/name`), `.gguf` file, or `package:NAME/FILE` inside an installed package."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+    dtype: Dtype = "auto"
+    """Precision of the forward of reference and training; the published weights keep the model's own."""
+    quantization: Literal["none", "nf4"] = "none"
+    """`nf4`: the frozen weights under a LoRA adapter in 4 bits (QLoRA, arXiv 2305.14314), in training and reference;
+    the adapter is merged into the unquantised weights. Needs `training.lora`, ZeRO stage 2 or lower, bitsandbytes."""
+    trust_remote_code: bool = False
+    """Run Python code that ships with the model. Off unless the job file says so."""
+
+
+class Sampling(Section):
+    """How answers are drawn from a model."""
+
+    temperature: float = Field(default=0.7, ge=0)
+    """0 is greedy decoding."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Nucleus sampling: keep the smallest set of tokens with this total probability. Below 1 the vocabulary is
+    sorted at every step, which costs a CPU about a quarter of its speed."""
+    max_tokens: int = Field(default=512, ge=1)
+    """An answer that reaches this many tokens is cut off and marked `finish_reason = "length"`."""
+
+
+class Engine(Section):
+    """The vLLM engines of one stage."""
+
+    concurrency: Concurrency = 1
+    """Number of engine actors, or `[smallest, largest]`."""
+    gpus: int = Field(default=0, ge=0)
+    """GPUs of one engine, on one node; 0 runs it on the CPU."""
+    pipeline_parallel: int = Field(default=1, ge=1)
+    """Into how many groups, each with some of the layers, its GPUs are divided; a group splits every layer."""
+    cpus: int | None = Field(default=None, ge=1)
+    """CPU cores of one engine; by default all cores of the machine without GPUs, one with them."""
+    max_model_len: int = Field(default=2048, ge=16)
+    """Context length of the engine, in tokens."""
+    dtype: Dtype = "auto"
+    """Precision of the engine."""
+    kv_cache_gib: float = Field(default=2.0, gt=0)
+    """Memory for the key-value cache of an engine on the CPU, in GiB."""
+    batch_rows: int = Field(default=16, ge=1)
+    """Rows in one block of work; the rows of `batches_in_flight` blocks are in the engine at once."""
+    batches_in_flight: int = Field(default=4, ge=1)
+    """Blocks that one engine works on at the same time."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments of vLLM's `AsyncEngineArgs`, passed on as they are (`quantization`, for example)."""
+
+    @model_validator(mode="after")
+    def _check_groups(self) -> Engine:
+        if max(self.gpus, 1) % self.pipeline_parallel:
+            raise ValueError(f"gpus = {self.gpus} cannot be divided into pipeline_parallel = {self.pipeline_parallel}")
+        return self
+
+
+class Endpoint(Section):
+    """An OpenAI-compatible server as the teacher (a vLLM server, a hosted model), in place of engines."""
+
+    url: str = Field(pattern=r"^https?://[^@?\s]+$")
+    """Base of its API, for example `http://teacher:8000/v1`; a key does not belong here."""
+    model: str
+    """The model's name on that server."""
+    key_variable: str | None = Field(default=None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
+    """Environment variable that holds the key, where the run is started; without one the server gets `none`."""
+    concurrency: int = Field(default=16, ge=1)
+    """Requests at the same time."""
+    requests_per_minute: float | None = Field(default=None, gt=0)
+    """Requests begun per minute at most, repeated ones among them."""
+    timeout_s: float = Field(default=120.0, gt=0)
+    """Seconds until a request without an answer counts as failed."""
+    retries: int = Field(default=5, ge=0)
+    """How often a failed request is made again."""
+    pause_s: float = Field(default=1.0, gt=0)
+    """First pause before that, in seconds; it doubles each time. A server that asks for longer gets it."""
+    price_per_million: tuple[float, float] = (0.0, 0.0)
+    """Price of a million tokens read and a million written, for the cost in the manifest."""

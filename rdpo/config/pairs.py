@@ -1,0 +1,90 @@
+"""Preference pairs: how they are made, mixed with ready ones, and given the reference's log-probs."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from rdpo.config.section import Concurrency, Section
+
+BEST, WORST = "best", "worst"
+
+Defect = Literal["refusal", "empty_critique", "no_change_asked", "repeats_response", "quotes_critique", "preamble"]
+"""What can be wrong with the teacher's turns."""
+
+
+class Sides(Section):
+    """Two answers that make a pair."""
+
+    chosen: str
+    """The turn whose answer is preferred."""
+    rejected: str
+    """The turn whose answer is not."""
+
+
+class Pairs(Section):
+    """How scored answers become preference pairs."""
+
+    chosen: str = "revision"
+    """The turn whose answer is preferred (`chosen` in a ready preference data set), or `best`: the answer with the
+    highest score among the samples of `among`."""
+    rejected: str = "response"
+    """The turn whose answer is not (`rejected` in a ready preference data set), or `worst`."""
+    among: str = "response"
+    """The turn with several `samples` from which `best` and `worst` are taken."""
+    min_samples: int = Field(default=2, ge=2)
+    """Drop rows with fewer usable ones: those that `min_answer_chars` and `drop_truncated` would not drop."""
+    length_coef: float | Literal["auto"] = 0.0
+    """What a character costs a sample in the choice of `best` and `worst`; `auto`: so much that chosen answers are
+    on average as long as rejected ones (DICE, arXiv 2406.09760)."""
+    also: list[Sides] = Field(default_factory=list)
+    """Further pairs from each row, as `[{ chosen = "control", rejected = "negative" }]`."""
+    condition: str | None = None
+    """The turn whose question becomes the pair's prompt; by default the prompt itself, whatever was asked to get the
+    answers."""
+    direction: Literal["teacher", "reward"] = "teacher"
+    """`teacher`: chosen is as named above; `reward`: the answer with the higher score is chosen."""
+    min_gap: float | None = None
+    """Drop pairs with `score_chosen - score_rejected` below this."""
+    min_answer_chars: int = Field(default=1, ge=1)
+    """Drop pairs with a shorter answer."""
+    drop_defects: list[Defect] = Field(default_factory=list)
+    """Drop rows with these defects of the teacher's turns, see `rdpo.synthesis.defects`; all are counted anyway."""
+    heldout_fraction: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the prompts whose pairs are not trained on, and not flipped: after training it is measured how often
+    the model prefers their chosen side."""
+    flip: float = Field(default=0.0, ge=0, le=1)
+    """Share of the pairs whose sides change places, scores and all: noise in the teacher's direction, to see what a
+    method makes of it."""
+    drop_truncated: Literal["never", "chosen", "any"] = "never"
+    """Drop pairs whose chosen answer (or either) was cut off at the token limit."""
+
+
+class Replay(Section):
+    """Ready preference pairs that are trained on beside the generated ones (DICE, arXiv 2406.09760)."""
+
+    source: str
+    """A preference data set, read as `prompts.source` is, with `chosen` and `rejected`; the `pairs` folder of
+    another run is one."""
+    share: float = Field(default=0.5, ge=0, le=1)
+    """Gamma: their share of the pairs that are trained on."""
+    column: str = "prompt"
+    """Their column with the prompt."""
+    limit: int | None = Field(default=None, ge=1)
+    """Use only the first so many of them."""
+
+
+class Reference(Section):
+    """The cached log-probs of the reference, computed by the forward that training uses."""
+
+    concurrency: Concurrency = 1
+    """Number of reference actors, or `[smallest, largest]`."""
+    gpus: float = Field(default=0, ge=0)
+    """GPUs of one actor."""
+    cpus: int | None = Field(default=None, ge=1)
+    """CPU cores of one actor; by default all cores of the machine without GPUs, one with them."""
+    max_length: int = Field(default=1024, ge=16)
+    """Pairs with a longer prompt and completion together (tokens) are dropped, never cut."""
+    tokens_per_batch: int = Field(default=4096, ge=32)
+    """Token budget of one forward, padding included."""

@@ -1,0 +1,59 @@
+"""The prompts, and who answers, critiques and revises."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from rdpo.config.models import Endpoint, Engine, Sampling
+from rdpo.config.section import Section
+
+
+class Prompts(Section):
+    """Where the prompts come from and how they are split."""
+
+    source: str
+    """A JSONL, Parquet or CSV file or folder, or `hf:DATASET` for a Hugging Face dataset."""
+    subset: str | None = None
+    """Configuration name of a Hugging Face dataset."""
+    dataset_split: str = "train"
+    """Which split of a Hugging Face dataset is read."""
+    column: str = "prompt"
+    """Column with the prompt: text (one user turn) or a list of `{role, content}` messages."""
+    system: str | None = None
+    """System message put before each prompt that has none."""
+    templates: list[str] = Field(default_factory=list)
+    """Each prompt is put into one of these, drawn by its id; a template has `{{ prompt }}`, and may use the row's other
+    columns. The bare prompt stays in the row as `bare`. For a jailbreak's wording around a question, for example."""
+    heldout_templates: list[str] = Field(default_factory=list)
+    """Those of the held-out prompts; by default the same."""
+    limit: int | None = Field(default=None, ge=1)
+    """Use only the first so many rows of the source."""
+    heldout_fraction: float = Field(default=0.1, gt=0, lt=1)
+    """Share of prompts held out for evaluation, where the source has no `split` column."""
+    max_prompt_tokens: int = Field(default=1024, ge=1)
+    """Longer prompts (student's tokenizer, chat template included) are dropped, never cut."""
+
+
+class Synthesis(Section):
+    """Who answers, critiques and revises, and in which words."""
+
+    task: str | None = None
+    """Task file with the templates of the turns; a path, or the name of one that ships with rdpo. Without one
+    nothing is synthesised: the source of the prompts is a preference data set, with the columns `chosen`
+    and `rejected`, perhaps `score_chosen` and `score_rejected`."""
+    values: dict[str, str] = Field(default_factory=dict)
+    """Words that the task's templates use by name, the style of a counterfactual task for example."""
+    split: str = "train"
+    """Which split of the prompts is trained on."""
+    limit: int | None = Field(default=None, ge=1)
+    """At most so many prompts, the first by id."""
+    teacher: str | None = None
+    """The teacher's model, named as in `student.model`; by default the student itself."""
+    adapter: str | None = None
+    """Folder of a LoRA adapter that the teacher wears."""
+    endpoint: Endpoint | None = None
+    """A server as the teacher (a `[synthesis.endpoint]` table) instead of `teacher` and `engine`."""
+    sampling: Sampling = Sampling()
+    """How the teacher's turns are sampled."""
+    engine: Engine = Engine()
+    """The teacher's engines."""

@@ -1,0 +1,31 @@
+"""What all tables of a job file have in common, and types that several of them use."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+
+class Section(BaseModel):
+    """A table of the job file: unknown keys are errors, and values are not changed after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+Dtype = Literal["auto", "bfloat16", "float32"]
+"""`auto`: bfloat16 on GPUs and on CPUs that multiply in it, else float32."""
+
+Layout = Literal["auto", "packed", "padded"]
+"""How token rows reach the model, see `Training.layout`."""
+
+
+def _ordered(value: int | tuple[int, int]) -> int | tuple[int, int]:
+    if isinstance(value, tuple) and value[0] > value[1]:
+        raise ValueError("write it as [smallest, largest]")
+    return value
+
+
+Actors = Annotated[int, Field(ge=1)]
+Concurrency = Annotated[Actors | tuple[Actors, Actors], AfterValidator(_ordered)]
+"""Number of actors of a pool, or `[smallest, largest]`: it grows while all actors are busy and more rows wait."""

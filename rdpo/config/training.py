@@ -1,0 +1,149 @@
+"""The preference loss and its training."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from rdpo.config.section import Layout, Section
+
+
+class Lora(Section):
+    """Low-rank adapters; the reference is the model with the adapter switched off."""
+
+    rank: int = Field(default=16, ge=1)
+    """Rank of the update matrices."""
+    alpha: float = Field(default=32.0, gt=0)
+    """The update is scaled by alpha / rank."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout on the adapter's input; above 0 the log-probs of training become random."""
+    target_modules: str | list[str] = "all-linear"
+    """Modules that get an adapter, as in peft."""
+
+
+PER_RATIO = {"normalization", "length_coef", "margin", "offset", "weight"}
+LOSS_OPTIONS = {
+    "dpo": PER_RATIO | {"label_smoothing", "soft_label", "geometric_label"},
+    "robust": PER_RATIO | {"label_smoothing", "geometric_label"},
+    "hinge": PER_RATIO | {"geometric_label"},
+    "ipo": PER_RATIO | {"geometric_label"},
+    "regression": PER_RATIO,
+    "simpo": {"label_smoothing", "length_coef", "margin", "offset", "weight", "soft_label", "geometric_label"},
+    "orpo": {"label_smoothing", "offset", "weight", "soft_label"},
+    "sppo": {"label_smoothing", "weight", "soft_label"},
+    "kto": {"reference_point", "offset", "weight"},
+    "bco": {"reference_point", "weight"},
+    "sft": {"weight"},
+}
+"""What each loss takes besides beta and sft_coef: options, and ways in which the reward gap can enter."""
+
+REWARD_USES = {"offset", "soft_label", "geometric_label", "weight"}
+OPTIONS_AT_REST = {
+    "normalization": "sum",
+    "label_smoothing": 0.0,
+    "length_coef": 0.0,
+    "margin": 0.0,
+    "reference_point": 0.0,
+}
+
+
+class Loss(Section):
+    """The preference loss, see `rdpo.training.losses`: a shape, and how the external reward enters it."""
+
+    loss: Literal["dpo", "robust", "hinge", "ipo", "regression", "simpo", "orpo", "sppo", "kto", "bco", "sft"] = "dpo"
+    """Score and shape; `dpo` with an offset is refined DPO, `sft` trains on the chosen answers alone."""
+    beta: float = Field(default=0.1, gt=0)
+    """Strength of the pull towards the reference (ipo: tau; sppo: 1 / eta; orpo: lambda)."""
+    normalization: Literal["sum", "token_mean"] = "sum"
+    """Log-ratios of whole answers, or their means per token."""
+    reward_as: Literal["auto", "offset", "soft_label", "geometric_label", "weight", "none"] = "auto"
+    """How the external reward gap enters: `offset` lowers the logit by `offset_coef * gap`; `soft_label` makes
+    sigmoid(gap / reward_temperature) the probability that the label is right; `geometric_label` scales
+    beta by 2 p - 1; `weight` weighs the pair by p; `none`: not at all; `auto`: offset where the loss takes it."""
+    offset_coef: float = Field(default=1.0, ge=0)
+    """Lambda: weight of the external reward gap in the offset; 0 is the plain loss."""
+    offset_transform: Literal["identity", "log"] = "identity"
+    """`log` is ODPO's; gaps of at most 0 count as 1e-6 there."""
+    reward_norm: Literal["none", "zscore", "range01"] = "none"
+    """Scale of the reward gap: as it is, divided by its standard deviation, or by its largest size."""
+    reward_temperature: float = Field(default=1.0, gt=0)
+    """Gap at which a soft label, geometric label or weight is sigmoid(1) = 0.73."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
+    """Assumed share of flipped pairs (dpo: conservative DPO)."""
+    length_coef: float = Field(default=0.0, ge=0)
+    """R-DPO's alpha, per token: a longer chosen answer must win by more."""
+    margin: float = 0.0
+    """A constant offset (simpo: gamma itself, not gamma / beta)."""
+    reference_point: float = 0.0
+    """kto: z0, nats of log-ratio; bco: the shift of the rewards."""
+    sft_coef: float = Field(default=0.0, ge=0)
+    """Weight of the mean negative log-likelihood of the chosen tokens, added to the loss (RPO)."""
+
+    @model_validator(mode="after")
+    def _check_options(self) -> Loss:
+        takes = LOSS_OPTIONS[self.loss]
+        if self.reward_as not in {"auto", "none", *takes}:
+            raise ValueError(f"loss {self.loss} takes reward_as {', '.join(sorted(takes & REWARD_USES))} or none")
+        for name, at_rest in OPTIONS_AT_REST.items():
+            if getattr(self, name) != at_rest and name not in takes:
+                raise ValueError(f"loss {self.loss} does not take {name}; remove it")
+        return self
+
+    @property
+    def reward_use(self) -> str:
+        """`reward_as` made definite."""
+        if self.reward_as != "auto":
+            return self.reward_as
+        return "offset" if "offset" in LOSS_OPTIONS[self.loss] else "none"
+
+
+class Training(Loss):
+    """The rDPO training by Ray Train and DeepSpeed."""
+
+    epochs: int = Field(default=1, ge=1)
+    """Passes over the pairs."""
+    max_steps: int | None = Field(default=None, ge=0)
+    """Stop after so many optimizer steps; 0 trains nothing, and the start model goes on as it is."""
+    batch_size: int = Field(default=32, ge=1)
+    """Pairs in one optimizer step, over all workers."""
+    tokens_per_batch: int = Field(default=4096, ge=16)
+    """Token budget of one forward on one worker, padding included; a pair is never split."""
+    learning_rate: float = Field(default=5e-6, gt=0)
+    """Peak learning rate of AdamW; LoRA wants about 10 times that of full fine-tuning."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Decay after the warm-up."""
+    warmup_ratio: float = Field(default=0.1, ge=0, lt=1)
+    """Share of the steps in which the rate rises from 0."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """AdamW's decoupled weight decay."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradients are clipped to this global norm."""
+    lora: Lora | None = None
+    """Train adapters (a `[training.lora]` table) instead of all weights."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    zero_stage: Literal[0, 1, 2, 3] = 3
+    """DeepSpeed ZeRO stage: what is partitioned over the workers. 0 is for float32; in bfloat16 it means 1."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """Keep optimizer state (and parameters) in CPU memory; for GPU training."""
+    num_workers: int = Field(default=1, ge=1)
+    """Training processes; on GPUs one for each."""
+    gpus_per_worker: int = Field(default=0, ge=0, le=1)
+    """1 trains on GPUs over NCCL, 0 on the CPU over gloo."""
+    cpus_per_worker: int | None = Field(default=None, ge=1)
+    """CPU cores of one worker; by default its share of a lone machine's cores; one beside a GPU, or on a cluster."""
+    checkpoint_every: int = Field(default=50, ge=1)
+    """Optimizer steps between two checkpoints."""
+    keep_checkpoints: int = Field(default=2, ge=1)
+    """How many of the last checkpoints are kept."""
+    max_skipped_steps: int = Field(default=0, ge=0)
+    """Optimizer steps that may be left out because their loss or gradient is not finite; one more stops the run
+    and names the rows."""
+    max_failures: int = Field(default=3, ge=-1)
+    """Worker failures that are repaired from the last checkpoint; -1 is without limit."""
+    logprob_chunk: int = Field(default=1024, ge=1)
+    """Completion tokens whose logits exist at the same time."""
+    layout: Layout = "auto"
+    """`packed`: one row without padding, each prompt once for both its answers; `padded`: a row for each
+    sequence; `auto`: packed where the architecture can."""
