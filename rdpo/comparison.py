@@ -144,7 +144,7 @@ def run_arms(jobs: dict[tuple[str, int], Job], run_dir: str, console: Console, u
 
 def compare_arms(comparison: Comparison, jobs: dict[tuple[str, int], Job], run_dir: str, console: Console) -> None:
     """Run all arms; print the tables, write them as CSV and as a report."""
-    from rdpo.evaluation import arms, heldout
+    from rdpo.evaluation import arms, heldout, retention
     from rdpo.evaluation.report import write_comparison
 
     run_arms(jobs, run_dir, console, comparison.until)
@@ -155,7 +155,9 @@ def compare_arms(comparison: Comparison, jobs: dict[tuple[str, int], Job], run_d
         found = arms.arm_results(evaluated, weights, comparison.rivals)
     margins = {run: heldout_margins(StageFolder(arm_dir(run_dir, *run), "training")) for run in jobs}
     measured = heldout.heldout_results(margins, comparison.rivals)
-    for line in [*arms.table(found, comparison.baseline), *heldout.table(measured, comparison.baseline)]:
+    kept = {run: StageFolder(arm_dir(run_dir, *run), "retention").manifest() for run in jobs}
+    lost = retention.table({run: manifest.summary for run, manifest in kept.items() if manifest})
+    for line in [*arms.table(found, comparison.baseline), *heldout.table(measured, comparison.baseline), *lost]:
         console.say(line)
     for name, content in (("comparison", arms.to_csv(found)), ("heldout", heldout.to_csv(measured))):
         Folder(run_dir).write_bytes(f"{name}.csv", content.encode())

@@ -159,6 +159,13 @@ def training(job: Job) -> dict[str, Any]:
     return {**job.training.model_dump(), "student": _student(job), "seed": job.seed}
 
 
+def retention(job: Job) -> dict[str, Any]:
+    """Settings of the retention stage, with the content of its source."""
+    if job.retention is None:
+        return {}
+    return {**job.retention.model_dump(), "system": job.prompts.system, "content": _file_hash(job.retention.source)}
+
+
 def evaluation(job: Job) -> dict[str, Any]:
     """Settings of the evaluation stage."""
     asked = _wording(job, job.evaluation.condition or ("refine" if job.evaluation.refine else None))

@@ -281,6 +281,7 @@ def _pairs_source(run: Run) -> Source:
 def _training(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:
     from rdpo.policy.models import local_model
     from rdpo.training.checkpoint import EXPORT, MERGED, finish_policy
+    from rdpo.training.extrapolation import extrapolate
     from rdpo.training.gaps import GapScale, advice
     from rdpo.training.loop import PairTable, total_steps
     from rdpo.training.trainer import heldout_margins, train
@@ -297,6 +298,8 @@ def _training(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:
     history = train(job, run.dir, folder, lambda metrics: _step(meter, metrics))
     base = local_model(job.student.model, job.student.revision)
     exported, merged = Path(folder.local(EXPORT)), Path(folder.local(MERGED))
+    if job.training.extrapolation:
+        extrapolate(exported, base, job.training.extrapolation)
     finish_policy(exported, base, merged)
     taken = [step for step in history if not step["skipped"]]
     if not taken:
@@ -325,6 +328,24 @@ def _step(meter: Meter, metrics: dict[str, float]) -> None:
     meter.done = int(metrics["step"]) - 1
     note = f"loss {metrics['loss']:.4f}  margin {metrics['rewards/margins']:.3f}"
     meter.advance(1, int(metrics["tokens"]), note)
+
+
+def _retention(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:
+    from rdpo.evaluation.retention import measured, summary, texts
+    from rdpo.training.checkpoint import MERGED
+
+    assert run.job.retention is not None
+    folder.clear_parts()
+    rows = texts(run.job, run.job.retention)
+    trained = run.folder("training").local(MERGED)
+    write_rows(measured(rows, run.job, trained), folder, ID, lambda block: meter.advance(block.rows + block.dropped))
+    told = summary(folder.table().sort_by(ID).to_pylist() if folder.parts() else [], run.job.seed)
+    if not told["texts"]:
+        raise InputError(f"retention: no usable conversation in {run.job.retention.source}; {folder.reasons()}")
+    factor = told["perplexity_factor"]
+    interval = f"{factor['low']:.3f} to {factor['high']:.3f}"
+    run.console.say(f"{'':<12}perplexity of {told['texts']} other texts: {factor['mean']:.3f} times ({interval})")
+    return {"rows_in": len(rows), **told}
 
 
 def _evaluation_summary(run: Run, folder: StageFolder) -> dict[str, Any]:
@@ -388,6 +409,7 @@ STAGES = (
     Stage("replay", ("prompts", "pairs"), lineage.replay, _replay, unit="ready pairs"),
     Stage("reference", ("pairs", "replay"), lineage.reference, rows=RowWork(_pairs_source, _reference)),
     Stage("training", ("reference",), lineage.training, _training, id_column=None, unit="steps"),
+    Stage("retention", ("training",), lineage.retention, _retention, unit="texts"),
     Stage(
         "evaluation",
         ("prompts", "training"),
@@ -405,7 +427,7 @@ STAGES = (
 
 def stages_of(job: Job) -> tuple[Stage, ...]:
     """The stages of a job, in order: all but those that it leaves out."""
-    left_out = () if job.replay else ("replay",)
+    left_out = {name for name, wanted in (("replay", job.replay), ("retention", job.retention)) if wanted is None}
     return tuple(
         replace(stage, inputs=tuple(name for name in stage.inputs if name not in left_out))
         for stage in STAGES

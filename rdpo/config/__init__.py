@@ -4,7 +4,7 @@ The sections are named after the stages. Unknown keys are refused, and relations
 before any model is loaded.
 """
 
-from rdpo.config.evaluation import Evaluation, Publish, Rounds
+from rdpo.config.evaluation import Evaluation, Publish, Retention, Rounds
 from rdpo.config.files import explained, job_of, load_job, read_toml, to_toml
 from rdpo.config.job import Cluster, Job
 from rdpo.config.models import Endpoint, Engine, Sampling, Student
@@ -39,6 +39,7 @@ __all__ = [
     "Publish",
     "Reference",
     "Replay",
+    "Retention",
     "Reward",
     "Rounds",
     "Sampling",

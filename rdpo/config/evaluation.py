@@ -28,6 +28,19 @@ class Evaluation(Section):
     """Prompts whose answers are shown side by side in the report."""
 
 
+class Retention(Section):
+    """Conversations that the training is not about; measured is how much likelihood they lose by it."""
+
+    source: str
+    """Where they are, read as `prompts.source` is."""
+    column: str = "prompt"
+    """Their column with the prompt."""
+    answer: str = "answer"
+    """Their column with the answer, a text."""
+    limit: int = Field(default=200, ge=1)
+    """Use only the first so many of them."""
+
+
 class Rounds(Section):
     """The whole run several times, each time from the model that the last one made (`rdpo run` does it)."""
 

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from rdpo.config.evaluation import Evaluation, Publish, Rounds
+from rdpo.config.evaluation import Evaluation, Publish, Retention, Rounds
 from rdpo.config.models import Student
 from rdpo.config.pairs import Pairs, Reference, Replay
 from rdpo.config.prompts import Prompts, Synthesis
@@ -45,6 +45,7 @@ class Job(Section):
     replay: Replay | None = None
     reference: Reference = Reference()
     training: Training = Training()
+    retention: Retention | None = None
     evaluation: Evaluation = Evaluation()
     rounds: Rounds = Rounds()
     publish: Publish = Publish()

@@ -140,6 +140,8 @@ class Training(Loss):
     max_skipped_steps: int = Field(default=0, ge=0)
     """Optimizer steps that may be left out because their loss or gradient is not finite; one more stops the run
     and names the rows."""
+    extrapolation: float = Field(default=0.0, ge=0)
+    """ExPO's alpha (arXiv 2404.16792): how much further than training moved it the policy is moved at the end."""
     max_failures: int = Field(default=3, ge=-1)
     """Worker failures that are repaired from the last checkpoint; -1 is without limit."""
     logprob_chunk: int = Field(default=1024, ge=1)

@@ -38,6 +38,7 @@ STAGES = (
     "replay",
     "reference",
     "training",
+    "retention",
     "evaluation",
     "model",
 )
@@ -73,6 +74,7 @@ def write_report(run_dir: str) -> str:
             manifests=manifests,
             evaluation=_summary(manifests, "evaluation"),
             training=_summary(manifests, "training"),
+            retention=_summary(manifests, "retention"),
             agreement=_summary(manifests, "pairs").get("agreement", {}),
             right=_summary(manifests, "calibration").get("right", {}) if job.calibration.source else {},
             charts=_charts(run_dir, job, manifests),
@@ -144,7 +146,8 @@ def _rows(estimates: dict[str, Estimate], label: str) -> Markup:
 
 def headline(run_dir: str) -> list[str]:
     """The result of a run in a few lines of text."""
-    summary = _summary(_manifests(run_dir), "evaluation")
+    manifests = _manifests(run_dir)
+    summary, retention = _summary(manifests, "evaluation"), _summary(manifests, "retention")
     lines = []
     for reward in summary.get("rewards", []):
         rate, kind = reward["win_rate"], "optimised" if reward["weight"] else "independent"
@@ -158,6 +161,12 @@ def headline(run_dir: str) -> list[str]:
         lines.append(
             f"on {summary['prompts']} held-out prompts: KL {summary['kl']['mean']:.1f} nats, tokens "
             f"{length['start']:.0f} -> {length['trained']:.0f}, stop rate {stop['start']:.2f} -> {stop['trained']:.2f}"
+        )
+    if retention:
+        factor = retention["perplexity_factor"]
+        interval = f"95% interval {factor['low']:.3f} to {factor['high']:.3f}"
+        lines.append(
+            f"on {retention['texts']} other texts: perplexity {factor['mean']:.3f} times the start model's ({interval})"
         )
     return lines
 
