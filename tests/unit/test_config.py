@@ -8,7 +8,9 @@ import pytest
 from rdpo.comparison import load_comparison
 from rdpo.config import Job, load_job, to_toml
 from rdpo.errors import InputError
+from rdpo.preference.pairs import scored_answers
 from rdpo.synthesis.instructions import load_task
+from rdpo.synthesis.prompts import check_templates
 from tests.conftest import write_job
 
 ROOT = Path(__file__).parents[2]
@@ -16,15 +18,17 @@ JOBS = sorted((ROOT / "jobs").rglob("*.toml"))
 
 
 @pytest.mark.parametrize("path", JOBS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_every_job_loads(path):
+def test_every_job_loads(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
     table = tomllib.loads(path.read_text(encoding="utf-8"))
     if "turns" in table:
         assert load_task(str(path)).turns
-    elif "arms" in table:
-        comparison, jobs = load_comparison(path)
-        assert len(jobs) == len(comparison.arms) * len(comparison.seeds)
-    else:
-        assert load_job(path).name
+        return
+    comparison, jobs = load_comparison(path) if "arms" in table else (None, {"": load_job(path)})
+    assert not comparison or len(jobs) == len(comparison.variants) * len(comparison.seeds)
+    for job in jobs.values():
+        check_templates(job.prompts)
+        assert scored_answers(job)
 
 
 def test_there_are_jobs():

@@ -7,10 +7,7 @@ from pathlib import Path
 import pytest
 
 from rdpo.cli import main
-from rdpo.comparison import load_comparison
-from rdpo.config import Job, load_job
-from rdpo.preference.pairs import scored_answers
-from rdpo.synthesis.prompts import check_templates
+from rdpo.config import Job
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -22,17 +19,9 @@ def test_the_jobs_in_the_readme_are_whole():
     assert names == ["mine", "hosted", "preferences", "self"]
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "jobs").glob("*.toml")), ids=lambda path: path.stem)
-def test_every_job_file_is_whole_and_in_the_table_of_jobs(path, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    if "arms" in tomllib.loads(path.read_text(encoding="utf-8")):
-        jobs = list(load_comparison(path)[1].values())
-    else:
-        jobs = [load_job(path)]
-    for job in jobs:
-        check_templates(job.prompts)
-        scored_answers(job)
-    assert f"`{path.name}`" in (ROOT / "jobs" / "README.md").read_text(encoding="utf-8")
+def test_every_job_is_in_the_table_of_jobs():
+    told = (ROOT / "jobs" / "README.md").read_text(encoding="utf-8")
+    assert not [path.name for path in (ROOT / "jobs").glob("*.toml") if f"`{path.name}`" not in told]
 
 
 def test_commands_in_the_readme_exist(capsys):
