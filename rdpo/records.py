@@ -52,6 +52,11 @@ def alive(row: Row) -> bool:
     return not row.get("dropped")
 
 
+def clean(text: str) -> str:
+    """The text without half characters, which no Arrow string takes."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
 def text_of(messages: Messages) -> str:
     """The conversation as plain text for templates: the contents, or role by role if several."""
     if len(messages) == 1:

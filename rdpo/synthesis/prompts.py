@@ -17,7 +17,7 @@ from rdpo.config import Job
 from rdpo.config import Prompts as Settings
 from rdpo.errors import InputError
 from rdpo.policy.chat import load_chat
-from rdpo.records import ROLES, Messages, Row, draw_seed, drop, prompt_id, unit_draw
+from rdpo.records import ROLES, Messages, Row, alive, clean, draw_seed, drop, prompt_id, unit_draw
 from rdpo.storage import StageFolder
 from rdpo.synthesis.given import pair_id, with_prompt
 from rdpo.synthesis.instructions import check_template, render
@@ -66,27 +66,29 @@ def _prompt_table(raw: pa.Table, job: Job) -> pa.Table:
 
 def prompt_row(source: str, line: int, raw: Raw, job: Job) -> Row:
     """One row of the prompts table from one raw row, or a dropped row with its reason."""
-    row: Row = {"source": source, "line": line, "prompt_id": f"{source}:{line}", "prompt": []}
-    if isinstance(raw, str):
-        return drop(row, raw)
+    place = f"{source}:{line}"
+    row: Row = {"source": source, "line": line, "prompt_id": place, "prompt": []}
+    row = drop(row, raw) if isinstance(raw, str) else _measure(_parsed(row, raw, job), job)
+    # Dropped rows may have one prompt several times; their place tells them apart.
+    return row if alive(row) else {**row, "prompt_id": place}
+
+
+def _parsed(row: Row, raw: dict[str, Any], job: Job) -> Row:
+    """The row with prompt, id and split."""
     settings, given = job.prompts, job.synthesis.task is None
     raw = with_prompt(raw, settings.column) if given else raw
     others = {key: value for key, value in raw.items() if key not in (settings.column, "split")}
-    row["extra"] = json.dumps(others, ensure_ascii=False, default=str)
     messages, reason = parse_messages(raw.get(settings.column), settings.system)
     if reason:
-        shown = str(raw.get(settings.column))[:SHOWN_CHARS]
-        row["extra"] = json.dumps({**others, settings.column: shown}, ensure_ascii=False, default=str)
-        return drop(row, f"{settings.column}: {reason}")
-    row["split"] = _split(raw.get("split"), prompt_id(messages), job)
-    if templates := _templates(settings, row["split"]):
+        others[settings.column] = str(raw.get(settings.column))[:SHOWN_CHARS]
+        return drop({**row, "extra": _as_json(others)}, f"{settings.column}: {reason}")
+    split = _split(raw.get("split"), prompt_id(messages), job)
+    if templates := _templates(settings, split):
         others["bare"] = messages[-1]["content"]
-        row["extra"] = json.dumps(others, ensure_ascii=False, default=str)
         messages, reason = _wrapped(messages, templates, others, job.seed)
-        if reason:
-            return drop(row, reason)
-    row["prompt"], row["prompt_id"] = messages, pair_id(messages, raw) if given else prompt_id(messages)
-    return _measure(row, job)
+    name = pair_id(messages, raw) if given else prompt_id(messages)
+    row = {**row, "extra": _as_json(others), "split": split, "prompt": messages, "prompt_id": name}
+    return drop(row, reason) if reason else row
 
 
 def check_templates(settings: Settings) -> None:
@@ -116,7 +118,7 @@ def _wrapped(
         content = render(template, {**others, "prompt": messages[-1]["content"]})
     except ValueError as error:
         return messages, str(error)
-    return [*messages[:-1], {**messages[-1], "content": content}], None
+    return [*messages[:-1], {**messages[-1], "content": clean(content)}], None
 
 
 def parse_messages(value: Any, system: str | None = None) -> tuple[list[dict[str, str]], str | None]:
@@ -131,7 +133,7 @@ def parse_messages(value: Any, system: str | None = None) -> tuple[list[dict[str
             return [], f"a message needs a role out of {', '.join(ROLES)}"
         if not isinstance(message.get("content"), str) or not message["content"].strip():
             return [], "empty"
-        messages.append({"role": message["role"], "content": _clean(message["content"])})
+        messages.append({"role": message["role"], "content": clean(message["content"])})
     if messages[-1]["role"] == "assistant":
         return [], "ends with an assistant message"
     if system and messages[0]["role"] != "system":
@@ -139,17 +141,19 @@ def parse_messages(value: Any, system: str | None = None) -> tuple[list[dict[str
     return messages, None
 
 
-def _clean(text: str) -> str:
-    return text.encode("utf-8", "replace").decode("utf-8")
+def _as_json(columns: dict[str, Any]) -> str:
+    return clean(json.dumps(columns, ensure_ascii=False, default=str))
 
 
 def _split(value: Any, row_id: str, job: Job) -> str:
     if isinstance(value, str) and value:
-        return SPLITS.get(value, value)
+        return clean(SPLITS.get(value, value))
     return HELDOUT if unit_draw(job.seed, row_id, "split") < job.prompts.heldout_fraction else "train"
 
 
 def _measure(row: Row, job: Job) -> Row:
+    if not alive(row):
+        return row
     chat = load_chat(job.student.model, job.student.revision, job.student.trust_remote_code)
     try:
         row["prompt_length"] = len(chat.prompt_ids(row["prompt"]))

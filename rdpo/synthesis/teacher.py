@@ -22,7 +22,7 @@ from rdpo.config import Engine as EngineSettings
 from rdpo.config import Job, Sampling
 from rdpo.policy.chat import load_chat
 from rdpo.policy.models import local_model
-from rdpo.records import Messages, Row, draw_seed, drop, table_of
+from rdpo.records import Messages, Row, clean, draw_seed, drop, table_of
 from rdpo.synthesis.endpoint import Endpoint, endpoint_key
 from rdpo.synthesis.engine import Engine, Generation, engine_pool
 from rdpo.synthesis.instructions import Task, Turn, load_task, template_values, turn_messages
@@ -154,7 +154,7 @@ class Conversation:
             generation = await self.say(messages, turn, sampling, seed)
         except ValueError as error:
             return f"{name}: {error}"[:REASON_CHARS]
-        answer = row[name] = (turn.prefill + generation.text).strip()
+        answer = row[name] = clean(turn.prefill + generation.text).strip()
         row[f"{name}_finish_reason"] = generation.finish_reason
         row[f"{name}_tokens"] = generation.tokens
         row[f"{name}_prompt_length"] = generation.prompt_tokens

@@ -88,6 +88,7 @@ def test_a_template_that_cannot_hold_a_prompt_is_bad_input(job_table, template, 
 def test_long_prompt_is_dropped_not_cut(job):
     row = prompt_row("a", 1, {"prompt": "x" * 500}, job)
     assert row["dropped"] == "prompt is longer than prompts.max_prompt_tokens"
+    assert row["prompt_id"] == "a:1"
     assert row["prompt"][0]["content"] == "x" * 500
 
 

@@ -39,6 +39,7 @@ class Voice:
         if "refused" in messages[0]["content"] and turn.name == "critique":
             raise EngineError("the engine refuses it: ValueError: no")
         text = "  " if "empty" in messages[0]["content"] else f"{turn.name} {seed} of {len(messages)}"
+        text += "\ud800" if "half" in messages[0]["content"] else ""
         return Generation(text, "stop", 5, None, 7, 3)
 
     def shutdown(self):
@@ -89,11 +90,12 @@ def test_a_turn_is_sampled_several_times_and_goes_on_from_one_of_them(speak):
 
 
 def test_a_row_that_cannot_be_spoken_is_dropped_and_its_neighbours_are_not(speak):
-    rows = speak("fine", "refused", "empty", "also fine")
+    rows = speak("fine", "refused", "empty", "also fine", "half a character")
     reasons = {name: row["dropped"] for name, row in rows.items()}
     assert reasons.pop("refused") == "critique: the engine refuses it: ValueError: no"
     assert reasons.pop("empty") == "response_1 is empty"
-    assert reasons == {"fine": None, "also fine": None}
+    assert reasons == {"fine": None, "also fine": None, "half a character": None}
+    assert rows["half a character"]["revision"].endswith("?")
     assert "revision" in rows["refused"]
     assert rows["refused"]["revision"] is None
 
