@@ -24,7 +24,7 @@ PAUSE_S = 0.5
 
 
 def start_ray(job: Job) -> Any:
-    """Connect to the cluster, or start a local one, its dashboard if wanted on loopback; the ray module."""
+    """Connect to the cluster, or start a local one with its dashboard on loopback; the ray module."""
     import ray
     import ray.data
 
@@ -41,7 +41,6 @@ def start_ray(job: Job) -> Any:
             address="local",
             num_cpus=(os.cpu_count() or 1) + HEADROOM_CPUS,
             object_store_memory=max(int(job.cluster.object_store_gib * (1 << 30)), MIN_STORE_BYTES),
-            include_dashboard=job.cluster.dashboard,
             dashboard_host="127.0.0.1",
             log_to_driver=True,
         )

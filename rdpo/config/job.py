@@ -23,8 +23,6 @@ class Cluster(Section):
     `auto` finds the one that `ray start` began on this machine."""
     object_store_gib: float = Field(default=1.0, gt=0)
     """Memory of the object store of a local cluster, in GiB."""
-    dashboard: bool = False
-    """Show Ray's dashboard of a local cluster on loopback; its processes take memory and some of the cores."""
     streaming: Literal["auto", "on", "off"] = "auto"
     """Whether rewards score the first rows while the teacher still writes the last. `auto`: where every model has
     GPUs of its own, or only one runs on the CPU; `off`: one model after the other, on a machine that holds one."""

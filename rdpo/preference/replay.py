@@ -20,7 +20,7 @@ from rdpo.preference.pairs import make_pairs
 from rdpo.preference.rewards import score_answers
 from rdpo.records import alive, digest, prompt_id
 from rdpo.synthesis.given import SIDES, given_answers
-from rdpo.synthesis.prompts import read_prompts
+from rdpo.synthesis.prompts import read_prompts, without_twins
 
 if TYPE_CHECKING:
     import ray.data
@@ -101,7 +101,7 @@ def offline_pairs(job: Job, replay: Replay) -> ray.data.Dataset:
             "pairs": Pairs(chosen="chosen", rejected="rejected"),
         }
     )
-    read = read_prompts(reading).materialize()
+    read = without_twins(read_prompts(reading).materialize()).materialize()
     given = given_answers(read.filter(alive), reading).materialize()
     paired = make_pairs(score_answers(given.filter(alive), reading, list(SIDES)), reading)
     unusable = [rows.filter(lambda row: not alive(row)).select_columns(COMMON) for rows in (read, given)]

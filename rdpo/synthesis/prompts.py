@@ -178,13 +178,31 @@ def drop_twins(folder: StageFolder) -> None:
     folder.rewrite(lambda part: _mark_twins(part, first), "prompt_id")
 
 
+def without_twins(rows: ray.data.Dataset) -> ray.data.Dataset:
+    """Rows that were read, with the later ones of each prompt (or pair) dropped."""
+    first: dict[str, tuple[str, int]] = {}
+    several: set[str] = set()
+    for batch in rows.select_columns(["prompt_id", "source", "line"]).iter_batches(batch_format="pyarrow"):
+        for row in batch.to_pylist():
+            name, place = row["prompt_id"], (row["source"], row["line"])
+            if name in first:
+                several.add(name)
+            first[name] = min(first.get(name, place), place)
+    kept = {name: first[name] for name in several}
+
+    def marked(part: pa.Table) -> pa.Table:
+        return _mark_twins(part, kept) or part
+
+    return rows.map_batches(marked, batch_format="pyarrow") if kept else rows
+
+
 def _mark_twins(part: pa.Table, first: dict[str, tuple[str, int]]) -> pa.Table | None:
     """The part with later twins dropped; None if it has none."""
     rows = part.to_pylist()
     marked = [
         {**row, "prompt_id": f"{row['source']}:{row['line']}", "dropped": "duplicate of an earlier prompt"}
         if first.get(row["prompt_id"], (row["source"], row["line"])) != (row["source"], row["line"])
-        else {**row, "dropped": None}
+        else {**row, "dropped": row.get("dropped")}
         for row in rows
     ]
     twins = any(row["dropped"] for row in marked)

@@ -27,11 +27,11 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def command(wordy_models, place):
-    """`rdpo run` of a job whose ready pairs are: 8 usable, 2 of a generated prompt, 1 held out, 1 broken."""
+    """`rdpo run` of a job whose ready pairs are: 8 usable, 2 of a generated prompt, 1 held out, 1 twice, 1 broken."""
     job = valid_job(wordy_models[0], place)
     prompts = [f"other question {index}" for index in range(8)] + ["question 1", "question 2", "question 0"]
     ready = [{"prompt": prompt, "chosen": "a plain answer", "rejected": "arr"} for prompt in prompts]
-    write_jsonl(place / "ready.jsonl", [*ready, {"prompt": "q", "chosen": "", "rejected": "b"}])
+    write_jsonl(place / "ready.jsonl", [*ready, ready[3], {"prompt": "q", "chosen": "", "rejected": "b"}])
     job["synthesis"]["task"] = "best_of"
     job["rewards"] = [
         {"kind": "implicit", "name": "own", "beta": 1.0, "reference": wordy_models[1], "tokens_per_batch": 1024}
@@ -82,8 +82,8 @@ def test_ready_pairs_are_counted_and_never_share_a_prompt_with_generated_ones(co
         replay, reference = (folder(place, number, stage).manifest() for stage in ("replay", "reference"))
         # Of 11 ready pairs half may be generated ones, so int(11 / 2) = 5 and as many ready ones.
         assert replay.summary["generated"] == min(5, generated)
-        assert replay.rows_in == replay.rows_out + sum(replay.dropped.values()) == 12
-        assert replay.dropped["chosen: empty"] == 1
+        assert replay.rows_in == replay.rows_out + sum(replay.dropped.values()) == 13
+        assert replay.dropped["chosen: empty"] == replay.dropped["duplicate of an earlier prompt"] == 1
         assert replay.dropped["its prompt is held out for evaluation"] == 1
         assert reference.rows_in == replay.summary["generated"] + replay.rows_out
         trained = [prompt_id(row["prompt"]) for row in folder(place, number, "reference").table().to_pylist()]
