@@ -1,0 +1,60 @@
+"""What each stage does, in the order in which data passes them: the wiring between the rooms and the run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from rdpo import lineage
+from rdpo.config import Job
+from rdpo.pipeline import Stage
+from rdpo.stages import pairs, policy, prompts, trial
+from rdpo.stages.prompts import HELDOUT
+from rdpo.stages.trial import prepare
+from rdpo.streaming import RowWork, stage_source
+
+__all__ = ["STAGES", "prepare", "stages_of"]
+
+STAGES = (
+    Stage("prompts", (), lineage.prompts, prompts.take_prompts),
+    Stage("calibration", (), lineage.calibration, trial.try_rewards, unit="known pairs"),
+    Stage(
+        "synthesis",
+        ("prompts",),
+        lineage.synthesis,
+        rows=RowWork(prompts.training_prompts, prompts.write_answers, prompts.synthesis_summary, generates=True),
+    ),
+    Stage(
+        "rewards",
+        ("synthesis",),
+        lineage.rewards,
+        rows=RowWork(lambda run: stage_source(run, "synthesis"), pairs.score),
+        joins=True,
+    ),
+    Stage("pairs", ("rewards",), lineage.pairs, rows=RowWork(pairs.scored, pairs.pair, pairs.pairs_summary)),
+    Stage("replay", ("prompts", "pairs"), lineage.replay, pairs.draw_replay, unit="ready pairs"),
+    Stage("reference", ("pairs", "replay"), lineage.reference, rows=RowWork(pairs.pairs_source, pairs.refer)),
+    Stage("training", ("reference",), lineage.training, policy.train_policy, id_column=None, unit="steps"),
+    Stage("retention", ("training",), lineage.retention, policy.measure_retention, unit="texts"),
+    Stage(
+        "evaluation",
+        ("prompts", "training"),
+        lineage.evaluation,
+        rows=RowWork(
+            lambda run: prompts.split_source(run, HELDOUT, run.job.evaluation.limit),
+            policy.evaluate,
+            policy.evaluation_summary,
+            generates=True,
+        ),
+    ),
+    Stage("model", ("training", "evaluation"), lineage.publish, policy.publish_model, id_column=None, unit="model"),
+)
+
+
+def stages_of(job: Job) -> tuple[Stage, ...]:
+    """The stages of a job, in order: all but those that it leaves out."""
+    left_out = {name for name, wanted in (("replay", job.replay), ("retention", job.retention)) if wanted is None}
+    return tuple(
+        replace(stage, inputs=tuple(name for name in stage.inputs if name not in left_out))
+        for stage in STAGES
+        if stage.name not in left_out
+    )

@@ -1,0 +1,157 @@
+"""Training, and what becomes of its policy: retention, evaluation, the published model."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rdpo import lineage
+from rdpo.config import Job
+from rdpo.errors import InputError
+from rdpo.pipeline import Run
+from rdpo.records import table_of
+from rdpo.storage import StageFolder, write_rows
+from rdpo.streaming import ID
+from rdpo.tracking import Meter
+
+if TYPE_CHECKING:
+    import ray.data
+
+
+def train_policy(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:
+    """The trained policy, as it leaves training and merged; the first and the last step's metrics.
+
+    Raises:
+        InputError: there is no step to take, or none had a finite gradient.
+    """
+    from rdpo.training.gaps import GapScale, advice
+    from rdpo.training.loop import PairTable, total_steps
+    from rdpo.training.trainer import train
+
+    job, data = run.job, PairTable.load(run.dir)
+    if job.training.max_steps == 0:
+        return _untrained(run, folder)
+    meter.total = total_steps(len(data), job)
+    if not meter.total:
+        raise InputError(f"training: {len(data)} pairs make no optimizer step; add prompts or lower batch_size")
+    gaps = data.table["reward_gap"].to_pylist()
+    if warning := advice(gaps, GapScale.fitted(gaps, job.training.reward_norm), job.training):
+        run.console.say(f"{'':<12}warning: {warning}")
+    history = train(job, run.dir, folder, lambda metrics: _step(meter, metrics))
+    taken = [step for step in history if not step["skipped"]]
+    if not taken:
+        raise InputError("training: every step had a loss or gradient that is not finite; lower training.learning_rate")
+    _complete(job, folder)
+    told = {"steps": len(taken), "pairs": len(data), "first": taken[0], "last": taken[-1]}
+    return {**told, **_heldout(run, folder)}
+
+
+def _complete(job: Job, folder: StageFolder) -> None:
+    """Make a model folder of what training exported."""
+    from rdpo.policy.models import local_model
+    from rdpo.training.checkpoint import EXPORT, MERGED, finish_policy
+    from rdpo.training.extrapolation import extrapolate
+
+    base = local_model(job.student.model, job.student.revision)
+    exported, merged = Path(folder.local(EXPORT)), Path(folder.local(MERGED))
+    if job.training.extrapolation:
+        extrapolate(exported, base, job.training.extrapolation)
+    finish_policy(exported, base, merged)
+
+
+def _heldout(run: Run, folder: StageFolder) -> dict[str, Any]:
+    """How often the policy prefers the chosen side of held-out pairs, if there are any; says so."""
+    from rdpo.training.trainer import heldout_margins
+
+    margins = list(heldout_margins(folder).values())
+    if not margins:
+        return {}
+    right = sum(margin > 0 for margin in margins) / len(margins)
+    run.console.say(f"{'':<12}prefers the chosen side of {right:.2f} of {len(margins)} held-out pairs")
+    return {"heldout": {"pairs": len(margins), "accuracy": right, "margin": sum(margins) / len(margins)}}
+
+
+def _untrained(run: Run, folder: StageFolder) -> dict[str, Any]:
+    """The start model as the policy that leaves training."""
+    from rdpo.policy.models import local_model
+    from rdpo.training.checkpoint import MERGED
+    from rdpo.training.trainer import METRICS
+
+    start = local_model(run.job.student.model, run.job.student.revision)
+    shutil.copytree(start, folder.local(MERGED), dirs_exist_ok=True)
+    folder.write_bytes(METRICS, b"")
+    return {"steps": 0, "pairs": 0}
+
+
+def _step(meter: Meter, metrics: dict[str, float]) -> None:
+    meter.done = int(metrics["step"]) - 1
+    note = f"loss {metrics['loss']:.4f}  margin {metrics['rewards/margins']:.3f}"
+    meter.advance(1, int(metrics["tokens"]), note)
+
+
+def measure_retention(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:
+    """How much likelihood other texts have lost; says so.
+
+    Raises:
+        InputError: none of them can be used.
+    """
+    from rdpo.evaluation.retention import measured, summary, texts
+    from rdpo.training.checkpoint import MERGED
+
+    assert run.job.retention is not None
+    folder.clear_parts()
+    rows = texts(run.job, run.job.retention)
+    trained = run.folder("training").local(MERGED)
+    write_rows(measured(rows, run.job, trained), folder, ID, lambda block: meter.advance(block.rows + block.dropped))
+    told = summary(folder.table().sort_by(ID).to_pylist() if folder.parts() else [], run.job.seed)
+    if not told["texts"]:
+        raise InputError(f"retention: no usable conversation in {run.job.retention.source}; {folder.reasons()}")
+    factor = told["perplexity_factor"]
+    interval = f"{factor['low']:.3f} to {factor['high']:.3f}"
+    run.console.say(f"{'':<12}perplexity of {told['texts']} other texts: {factor['mean']:.3f} times ({interval})")
+    return {"rows_in": len(rows), **told}
+
+
+def evaluation_summary(run: Run, folder: StageFolder) -> dict[str, Any]:
+    """Start model and trained model compared by every reward."""
+    from rdpo.evaluation.compare import summarize
+
+    weights = {reward.name: reward.weight for reward in run.job.rewards}
+    evaluated = folder.table().sort_by(ID).to_pylist() if folder.parts() else []
+    return summarize(evaluated, weights, run.job.seed)
+
+
+def evaluate(rows: ray.data.Dataset, run: Run) -> ray.data.Dataset:
+    """Answers of both models, their scores and the divergence."""
+    import ray.data
+
+    from rdpo.evaluation.generate import START, TRAINED, add_divergence, answer_prompts
+    from rdpo.policy.models import local_model
+    from rdpo.preference.rewards import score_answers
+    from rdpo.training.checkpoint import MERGED
+
+    job = run.job
+    start = str(local_model(job.student.model, job.student.revision))
+    trained = run.folder("training").local(MERGED)
+    answered = answer_prompts(rows.take_all(), job, {START: start, TRAINED: trained})
+    scored = score_answers(ray.data.from_arrow(table_of(answered)), job, [START, TRAINED]).materialize()
+    return add_divergence(scored, job, trained, TRAINED)
+
+
+def publish_model(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:
+    """The Hugging Face folder, reloaded and compared; what was checked."""
+    from rdpo.evaluation.publish import publish
+    from rdpo.stages import stages_of
+
+    inputs = {stage.name: run.manifest(stage.name, "model") for stage in stages_of(run.job)[:-1]}
+    facts = {
+        "version": lineage.versions()["rdpo"],
+        "evaluation": inputs["evaluation"].summary,
+        "pairs": inputs["reference"].rows_out,
+        "lineage": {name: manifest.digest for name, manifest in inputs.items()},
+    }
+    training = Path(run.folder("training").local())
+    checks = publish(run.job, training, Path(folder.local()), facts)
+    meter.advance(1, note=f"reloaded; logits differ by {checks['logit_difference']:.1e}")
+    return checks

@@ -1,0 +1,109 @@
+"""Prompts and their splits, and what the teacher makes of them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from rdpo.errors import InputError
+from rdpo.pipeline import Run
+from rdpo.storage import TOKENS, StageFolder, write_rows
+from rdpo.streaming import ID, Source
+from rdpo.tracking import Meter
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import ray.data
+
+
+HELDOUT = "heldout"
+PROMPT_LENGTH = "_prompt_length"
+
+
+def take_prompts(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:
+    """The source's rows as prompts, each once.
+
+    Raises:
+        InputError: no usable prompt is left to train on or to evaluate with.
+    """
+    from rdpo.synthesis.prompts import drop_twins, read_prompts
+
+    folder.clear_parts()
+    write_rows(read_prompts(run.job), folder, ID, lambda block: meter.advance(block.rows + block.dropped))
+    drop_twins(folder)
+    splits = _splits(folder)
+    for split in (run.job.synthesis.split, HELDOUT):
+        if split not in splits:
+            reason = next((table["dropped"][0] for table in folder.tables("dropped")), None)
+            why = f"; {reason}" if reason else ""
+            raise InputError(f"prompts: no usable prompt in the {split} split of {run.job.prompts.source}{why}")
+    return {"rows_in": meter.done, "splits": splits}
+
+
+def _splits(folder: StageFolder) -> dict[str, int]:
+    import pyarrow.compute as pc
+
+    counted: Counter[str] = Counter()
+    for table in folder.tables(columns=["split"]):
+        counted.update({entry["values"]: entry["counts"] for entry in pc.value_counts(table["split"]).to_pylist()})
+    return dict(sorted(counted.items()))
+
+
+def split_source(run: Run, split: str, limit: int | None) -> Source:
+    """The prompts of one split, at most so many: the first by id."""
+    import pyarrow.compute as pc
+
+    folder = run.folder("prompts")
+    count, last = _splits(folder).get(split, 0), None
+    if limit is not None and limit < count:
+        ids = split_ids(folder, split)
+        count, last = limit, ids[pc.sort_indices(ids)[limit - 1].as_py()].as_py()
+
+    def chosen(batch: pa.Table) -> pa.Table:
+        wanted = pc.equal(batch["split"], split)
+        return batch.filter(wanted if last is None else pc.and_(wanted, pc.less_equal(batch[ID], last)))
+
+    def ids_of() -> pa.ChunkedArray:
+        ids = split_ids(folder, split)
+        return ids if last is None else ids.filter(pc.less_equal(ids, last))
+
+    return Source(lambda: folder.dataset().map_batches(chosen, batch_format="pyarrow"), count, ids_of)
+
+
+def split_ids(folder: StageFolder, split: str) -> pa.ChunkedArray:
+    """Ids of the prompts of one split."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    parts = [part.filter(pc.equal(part["split"], split))[ID] for part in folder.tables(columns=[ID, "split"])]
+    return pa.chunked_array([chunk for part in parts for chunk in part.chunks], pa.string())
+
+
+def training_prompts(run: Run) -> Source:
+    """The prompts that the teacher answers."""
+    return split_source(run, run.job.synthesis.split, run.job.synthesis.limit)
+
+
+def write_answers(rows: ray.data.Dataset, run: Run) -> ray.data.Dataset:
+    """The teacher's turns, or the answers that come with the prompts."""
+    from rdpo.synthesis.given import given_answers
+    from rdpo.synthesis.instructions import check_fields, load_task
+    from rdpo.synthesis.teacher import synthesize
+
+    if not run.job.synthesis.task:
+        return given_answers(rows, run.job)
+    first = next(run.folder("prompts").tables()).slice(0, 1)
+    check_fields(load_task(run.job.synthesis.task), first.to_pylist()[0], run.job.synthesis.values)
+    return synthesize(rows, run.job)
+
+
+def synthesis_summary(run: Run, folder: StageFolder) -> dict[str, Any]:
+    """What an endpoint read, wrote and cost; says so."""
+    from rdpo.synthesis.endpoint import cost
+
+    if not (run.job.synthesis.endpoint and run.job.synthesis.task):
+        return {}
+    read, written = (folder.total(of) + folder.total(of, "dropped") for of in (PROMPT_LENGTH, TOKENS))
+    price = cost(read, written, run.job.synthesis.endpoint.price_per_million)
+    run.console.say(f"{'':<12}endpoint: {read} tokens read, cost {price:.2f}")
+    return {"tokens_read": read, "tokens_written": written, "cost": price}

@@ -1,0 +1,68 @@
+"""Before any long work: whether what the job names can be used, and how right its rewards are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rdpo.config import Job
+from rdpo.pipeline import Run
+from rdpo.storage import StageFolder, write_rows
+from rdpo.streaming import ID
+from rdpo.tracking import Meter
+
+
+def prepare(job: Job) -> bool:
+    """Try models, task and rewards, and start Ray, before any long work; whether its pools fit side by side.
+
+    Raises:
+        InputError: something the job names cannot be used.
+    """
+    from rdpo.cluster import check_devices, fit_side_by_side, start_ray
+    from rdpo.policy.chat import load_chat
+    from rdpo.policy.models import local_model
+    from rdpo.preference.rewards import check_rewards
+    from rdpo.synthesis.prompts import check_templates
+
+    check_templates(job.prompts)
+    local_model(job.student.model, job.student.revision)
+    load_chat(job.student.model, job.student.revision, job.student.trust_remote_code)
+    _check_teacher(job)
+    check_rewards(job)
+    gpus = check_devices(job, start_ray(job))
+    return fit_side_by_side(job, gpus)
+
+
+def _check_teacher(job: Job) -> None:
+    from rdpo.policy.models import local_model
+    from rdpo.preference.pairs import scored_answers
+    from rdpo.synthesis.endpoint import check_endpoint
+    from rdpo.synthesis.instructions import beginning, check_prefills, load_task
+    from rdpo.synthesis.teacher import teacher_model
+
+    scored_answers(job)
+    for section, condition in (("pairs", job.pairs.condition), ("evaluation", job.evaluation.condition)):
+        if condition:
+            beginning(load_task(job.synthesis.task or ""), condition, f"{section}.condition")
+    if not job.synthesis.endpoint:
+        local_model(teacher_model(job))
+    elif job.synthesis.task:
+        check_endpoint(job.synthesis.endpoint)
+        check_prefills(load_task(job.synthesis.task))
+
+
+def try_rewards(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:
+    """The rewards on known pairs; how often each prefers the side it should.
+
+    Raises:
+        InputError: one cannot be had, or gives no numbers.
+    """
+    from rdpo.preference.calibration import calibrate, check_calibration, right_sides, tried_rewards
+
+    folder.clear_parts()
+    for rows in calibrate(run.job) if tried_rewards(run.job) else ():
+        write_rows(rows, folder, ID, lambda block: meter.advance(block.rows + block.dropped))
+    check_calibration(folder.count(), folder.reasons(), run.job)
+    shares = right_sides(folder.tables(), run.job)
+    for reward, share in shares.items() if run.job.calibration.source else ():
+        run.console.say(f"{'':<12}{reward} prefers the better answer in {share:.2f} of the known pairs")
+    return {"right": shares}
