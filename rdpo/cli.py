@@ -199,6 +199,11 @@ def _dry_run(job: Job, run_dir: str) -> int:
     from rdpo.stages import stages_of
 
     print(to_toml(job))
+    if job.rounds.count > 1:
+        from rdpo.rounds import job_of_round, round_dir
+
+        print(f"# round 1 of {job.rounds.count}")
+        job, run_dir = job_of_round(job, 1, [job.student.model]), round_dir(run_dir, 1)
     for name, state in planned(job, run_dir, stages_of(job)).items():
         print(f"# {name:<12}{state}")
     return 0

@@ -109,3 +109,14 @@ def test_rounds_are_not_compared(job_table, tmp_path):
     (tmp_path / "compare.toml").write_text(tomli_w.dumps(table))
     with pytest.raises(InputError, match="arm a: several rounds"):
         load_comparison(tmp_path / "compare.toml")
+
+
+def test_a_dry_run_tells_what_round_one_would_do(job_table, tmp_path, capsys):
+    from rdpo.cli import main
+    from tests.conftest import write_job
+
+    path = write_job(tmp_path / "job.toml", job_table | {"rounds": {"count": 2}})
+    assert main(["run", path, "--dry-run", "--run-dir", str(tmp_path / "run")]) == 0
+    said = capsys.readouterr().out
+    assert "# round 1 of 2" in said
+    assert "# prompts     would run" in said
