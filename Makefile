@@ -14,7 +14,7 @@ INSTALL := $(PIP) install --no-compile
 export HF_HUB_OFFLINE ?= 1
 
 # The quickstart's models come inside Python packages: nothing is asked of the Hugging Face hub.
-.PHONY: help install quickstart reward-pairs test test-fast bench-training bench-synthesis bench-dataplane lint format type lock clean
+.PHONY: help install quickstart reward-pairs test test-faults test-fast bench-training bench-synthesis bench-dataplane lint format type lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -44,6 +44,9 @@ reward-pairs: $(READY)  ## write anew the pairs that the quickstart's reward mod
 
 test: $(READY) lint type  ## lint, types and all tests that this machine can run, two files at a time
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+test-faults: $(READY)  ## what is killed, broken or hostile, the long cases too
+	$(BIN)/python -m pytest -q -m '' tests/faults tests/e2e/test_rounds.py
 
 test-fast: $(READY)  ## the tests of the pure core: seconds
 	$(BIN)/python -m pytest -q tests/unit -m 'not ray'

@@ -22,10 +22,10 @@ ROOT = Path(__file__).parents[2]
 def test_arms_share_what_they_have_in_common(wordy_models, tmp_path):
     job = valid_job(wordy_models[0], tmp_path)
     job["training"] |= {"max_steps": 1, "lora": {"rank": 4}}
-    job["pairs"] = {"direction": "reward"}
+    job["pairs"] = {"direction": "reward", "heldout_fraction": 0.3}
     write_job(tmp_path / "base.toml", job)
     arms = {"dpo": {"training": {"offset_coef": 0.0}}, "rdpo": {"training": {"offset_coef": 0.5}}}
-    comparison = {"name": "two", "job": "base.toml", "baseline": "dpo", "arms": arms}
+    comparison = {"name": "two", "job": "base.toml", "baseline": "dpo", "arms": arms, "until": "training"}
     (tmp_path / "compare.toml").write_text(tomli_w.dumps(comparison))
     command = [sys.executable, "-m", "rdpo", "compare", str(tmp_path / "compare.toml")]
     ended = subprocess.run([*command, "--run-dir", str(tmp_path / "run")], cwd=ROOT, capture_output=True, text=True)
@@ -39,9 +39,15 @@ def test_arms_share_what_they_have_in_common(wordy_models, tmp_path):
     assert manifest_key(first, "training") != manifest_key(second, "training")
     part = StageFolder(str(first), "pairs").parts()[0]
     assert os.stat(first / "pairs" / part).st_ino == os.stat(second / "pairs" / part).st_ino
-    lines = list(csv.DictReader((tmp_path / "run" / "comparison.csv").open()))
-    assert (lines[0]["arm"], lines[0]["reward"], lines[0]["wins_baseline"]) == ("dpo", "length", "0.5")
-    assert "length (optimised), 3 prompts, 1 seeds" in printed
+    heldout = StageFolder(str(first), "training").manifest().summary["heldout"]
+    lines = list(csv.DictReader((tmp_path / "run" / "heldout.csv").open()))
+    assert [line["arm"] for line in lines] == ["dpo", "rdpo"]
+    assert float(lines[0]["accuracy"]) == pytest.approx(heldout["accuracy"], abs=1e-6)
+    assert int(lines[0]["pairs"]) == heldout["pairs"] > 0
+    pairs = StageFolder(str(first), "reference").table(columns=["heldout"])["heldout"].to_pylist()
+    trained = StageFolder(str(first), "training").manifest().summary["pairs"]
+    assert (pairs.count(True), pairs.count(False)) == (heldout["pairs"], trained)
+    assert f"held-out pairs, {heldout['pairs']} pairs, 1 seeds" in printed
     page = (tmp_path / "run" / "report.html").read_text()
     assert page.count("<svg") == 1
     assert "src=" not in page

@@ -14,7 +14,7 @@ from rdpo.records import prompt_id
 from rdpo.storage import StageFolder
 from tests.conftest import valid_job, write_job, write_jsonl
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.long]
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 600
