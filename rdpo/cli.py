@@ -214,7 +214,13 @@ def _stage(options: argparse.Namespace) -> int:
     from rdpo.pipeline import JOB_FILE
 
     job = load_job(Path(options.run_dir) / JOB_FILE)
+    _check_one_round(job, options.run_dir)
     return _execute(job, options.run_dir, only=options.stage)
+
+
+def _check_one_round(job: Job, run_dir: str) -> None:
+    if job.rounds.count > 1:
+        raise InputError(f"{run_dir}: holds several rounds; name one of them, as in {run_dir}/rounds/1")
 
 
 def _execute(job, run_dir: str, fresh: bool = False, until: str | None = None, only: str | None = None) -> int:  # type: ignore[no-untyped-def]
@@ -257,8 +263,12 @@ def _compare(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
+    from rdpo.config import load_job
     from rdpo.evaluation.report import write_report
+    from rdpo.pipeline import JOB_FILE
 
+    if (path := Path(options.run_dir) / JOB_FILE).is_file():
+        _check_one_round(load_job(path), options.run_dir)
     print(write_report(options.run_dir))
     return 0
 

@@ -120,3 +120,13 @@ def test_a_dry_run_tells_what_round_one_would_do(job_table, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "# round 1 of 2" in said
     assert "# prompts     would run" in said
+
+
+@pytest.mark.parametrize("command", ["report", "train"])
+def test_a_directory_of_rounds_is_no_single_run(job_table, tmp_path, capsys, command):
+    from rdpo.cli import main
+    from tests.conftest import write_job
+
+    write_job(tmp_path / "config.toml", job_table | {"rounds": {"count": 2}})
+    assert main([command, str(tmp_path)]) == 2
+    assert f"name one of them, as in {tmp_path}/rounds/1" in capsys.readouterr().err
