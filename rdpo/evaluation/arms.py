@@ -105,10 +105,10 @@ def table(results: list[ArmResult], baseline: str) -> list[str]:
         if first:
             kind = "optimised" if result.weight else "independent"
             lines += ["", f"{result.reward} ({kind}), {result.prompts} prompts, {result.seeds} seeds"]
-            head = f"{'':<{width}}{'mean':>8}  {'against start (95%)':<26}{'beats start':<24}"
+            head = f"{'':<{width}}{'mean':>8}  {'against start (95%)':<30}{'beats start':<24}"
             lines.append(f"{head}{'beats ' + baseline:<24}{'KL':>6}{'tokens':>8}")
         lines.append(
-            f"{result.arm:<{width}}{result.mean:>8.3f}  {shown(result.difference, '+.3f'):<26}"
+            f"{result.arm:<{width}}{result.mean:>8.3f}  {shown(result.difference, '+.3f'):<30}"
             f"{shown(result.wins_start, '.2f'):<24}{shown(result.wins_baseline, '.2f'):<24}"
             f"{result.kl:>6.1f}{result.tokens:>8.0f}"
         )
