@@ -20,7 +20,6 @@ from rdpo.pipeline import Run, Stage, locked, run_stages
 from rdpo.stages import prepare, stages_of
 from rdpo.storage import Folder, StageFolder
 from rdpo.tracking import Console
-from rdpo.training.trainer import heldout_margins
 
 
 class Vary(Section):
@@ -146,6 +145,7 @@ def compare_arms(comparison: Comparison, jobs: dict[tuple[str, int], Job], run_d
     """Run all arms; print the tables, write them as CSV and as a report."""
     from rdpo.evaluation import arms, heldout, retention
     from rdpo.evaluation.report import write_comparison
+    from rdpo.training.trainer import heldout_margins
 
     run_arms(jobs, run_dir, console, comparison.until)
     found = []
@@ -153,14 +153,20 @@ def compare_arms(comparison: Comparison, jobs: dict[tuple[str, int], Job], run_d
         evaluated = {run: StageFolder(arm_dir(run_dir, *run), "evaluation").table().to_pylist() for run in jobs}
         weights = {reward.name: reward.weight for reward in next(iter(jobs.values())).rewards}
         found = arms.arm_results(evaluated, weights, comparison.rivals)
-    margins = {run: heldout_margins(StageFolder(arm_dir(run_dir, *run), "training")) for run in jobs}
+    left = {run: heldout_margins(StageFolder(arm_dir(run_dir, *run), "training")) for run in jobs}
+    # An arm that trains nothing measures no margins.
+    margins = {run: of_run for run, of_run in left.items() if of_run}
     measured = heldout.heldout_results(margins, comparison.rivals)
     kept = {run: StageFolder(arm_dir(run_dir, *run), "retention").manifest() for run in jobs}
     lost = retention.table({run: manifest.summary for run, manifest in kept.items() if manifest})
     for line in [*arms.table(found, comparison.baseline), *heldout.table(measured, comparison.baseline), *lost]:
         console.say(line)
-    for name, content in (("comparison", arms.to_csv(found)), ("heldout", heldout.to_csv(measured))):
-        Folder(run_dir).write_bytes(f"{name}.csv", content.encode())
+    for name, content in (
+        ("comparison", found and arms.to_csv(found)),
+        ("heldout", measured and heldout.to_csv(measured)),
+    ):
+        if content:
+            Folder(run_dir).write_bytes(f"{name}.csv", content.encode())
     console.say(f"\nreport      {write_comparison(run_dir, comparison, found, measured)}")
 
 

@@ -163,7 +163,8 @@ def retention(job: Job) -> dict[str, Any]:
     """Settings of the retention stage, with the content of its source."""
     if job.retention is None:
         return {}
-    return {**job.retention.model_dump(), "system": job.prompts.system, "content": _file_hash(job.retention.source)}
+    system = {"system": job.prompts.system, "max_prompt_tokens": job.prompts.max_prompt_tokens}
+    return {**job.retention.model_dump(), **system, "content": _file_hash(job.retention.source)}
 
 
 def evaluation(job: Job) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rdpo.config import ImplicitReward, Job
+from rdpo.errors import InputError
 from rdpo.pipeline import Run, locked, run_stages
 from rdpo.stages import prepare, stages_of
 from rdpo.storage import StageFolder
@@ -85,10 +86,10 @@ class Outcome:
         self.summary = run.manifest("evaluation", "rounds").summary
         self.pairs = run.manifest("reference", "rounds").rows_out
         self.shaping: dict[str, float] = run.manifest("pairs", "rounds").summary.get("shaping", {})
-        compared = {reward["reward"]: reward for reward in self.summary["rewards"]}
-        self.gain: float = (self.summary["optimised"] if watch == "optimised" else compared[watch])["difference"][
-            "mean"
-        ]
+        if not self.summary["prompts"]:
+            raise InputError(f"rounds: round {number} has no evaluated prompt; see the dropped rows of its evaluation")
+        watched = next((of for of in self.summary["rewards"] if of["reward"] == watch), self.summary["optimised"])
+        self.gain: float = watched["difference"]["mean"]
 
 
 def table(outcomes: Sequence[Outcome]) -> list[str]:

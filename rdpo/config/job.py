@@ -69,6 +69,8 @@ class Job(Section):
             raise ValueError("rewards: give at least one; only a ready preference data set can do without")
         if self.rewards and not any(reward.weight for reward in self.rewards):
             raise ValueError("rewards: every weight is 0; give the optimised reward a weight above 0")
+        if self.rounds.count > 1 and not self.rewards:
+            raise ValueError("rounds: a round is judged by a reward; give at least one")
         if self.rounds.watch not in {"optimised", *names}:
             raise ValueError(
                 f"rounds: watch = {self.rounds.watch!r} is no reward; there are {', '.join(names)}, optimised"

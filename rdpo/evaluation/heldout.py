@@ -38,7 +38,7 @@ def heldout_results(margins: Margins, rivals: dict[str, str]) -> list[HeldoutRes
         return []
     arms = dict.fromkeys(arm for arm, _ in margins)
     tables = {arm: _margins([margins[run] for run in margins if run[0] == arm], pairs) for arm in arms}
-    right = {arm: _right(table).mean(axis=0) for arm, table in tables.items()}
+    right = {arm: correct(table).mean(axis=0) for arm, table in tables.items()}
     return [
         HeldoutResult(
             arm=arm,
@@ -49,6 +49,7 @@ def heldout_results(margins: Margins, rivals: dict[str, str]) -> list[HeldoutRes
             margin=float(tables[arm].mean()),
         )
         for arm in arms
+        if rivals[arm] in right
     ]
 
 
@@ -57,7 +58,8 @@ def _margins(runs: list[dict[str, float]], pairs: list[str]) -> Values:
     return np.array([[run[pair] for pair in pairs] for run in runs], dtype=float)
 
 
-def _right(margins: Values) -> Values:
+def correct(margins: Values) -> Values:
+    """Which margins are on the right side; a tie is half."""
     return (margins > 0) + 0.5 * (margins == 0)
 
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from rdpo.config import Job, Prompts, Retention, Synthesis
+from rdpo.config import Job, Retention, Synthesis
 from rdpo.evaluation.compare import Estimate, bootstrap
 from rdpo.evaluation.generate import add_divergence
 from rdpo.records import Row, alive, digest, drop, extra_of, table_of
-from rdpo.synthesis.prompts import read_prompts
+from rdpo.synthesis.prompts import beside, read_prompts
 
 if TYPE_CHECKING:
     import ray.data
@@ -24,10 +24,9 @@ TWICE = "stands twice"
 
 def texts(job: Job, retention: Retention) -> list[Row]:
     """The conversations, each with its given answer; one that cannot be used has the reason."""
-    source = {"source": retention.source, "column": retention.column, "limit": retention.limit}
-    reading = {**source, "system": job.prompts.system, "max_prompt_tokens": job.prompts.max_prompt_tokens}
+    prompts = beside(job.prompts, retention.source, retention.column, retention.limit)
     # With a task the source is one of prompts, not of pairs.
-    trial = job.model_copy(update={"prompts": Prompts.model_validate(reading), "synthesis": Synthesis(task="best_of")})
+    trial = job.model_copy(update={"prompts": prompts, "synthesis": Synthesis(task="best_of")})
     found: dict[str, Row] = {}
     for row in read_prompts(trial).take_all():
         answered = answer_of(row, retention.answer) if alive(row) else row
@@ -56,11 +55,9 @@ def measured(rows: list[Row], job: Job, trained: str) -> ray.data.Dataset:
 
 
 def summary(rows: list[Row], seed: int) -> dict[str, Any]:
-    """Number of conversations, and by what factor their perplexity has changed, with its interval over them."""
+    """Number of conversations, and the geometric mean of their perplexities' factors, with its interval over them."""
     import numpy as np
 
-    if not rows:
-        return {"texts": 0}
     lost = bootstrap(np.array([-row["kl"] / row["kl_tokens"] for row in rows]), seed)
     factor = Estimate(*(math.exp(nats) for nats in (lost.mean, lost.low, lost.high)))
     return {"texts": len(rows), "perplexity_factor": vars(factor)}
@@ -68,7 +65,7 @@ def summary(rows: list[Row], seed: int) -> dict[str, Any]:
 
 def table(summaries: dict[tuple[str, int], dict[str, Any]]) -> list[str]:
     """What the arms of a comparison have lost, as lines of text; figures are means over the seeds."""
-    measured = {run: told["perplexity_factor"] for run, told in summaries.items() if told.get("texts")}
+    measured = {run: told["perplexity_factor"] for run, told in summaries.items()}
     if not measured:
         return []
     arms = dict.fromkeys(arm for arm, _ in measured)

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from rdpo.config import FunctionReward, Job, JudgeReward, Pairs, Prompts, Reward, Synthesis
+from rdpo.config import FunctionReward, Job, JudgeReward, Pairs, Reward, Synthesis
 from rdpo.errors import InputError
 from rdpo.preference.agreement import agreement
 from rdpo.preference.pairs import make_pairs
 from rdpo.preference.rewards import score_answers
 from rdpo.records import alive
 from rdpo.synthesis.given import SIDES, given_answers
-from rdpo.synthesis.prompts import read_prompts, without_twins
+from rdpo.synthesis.prompts import beside, read_prompts, without_twins
 
 if TYPE_CHECKING:
     import ray.data
@@ -48,12 +48,13 @@ def _is_teacher(reward: Reward, job: Job) -> bool:
 
 def calibrate(job: Job) -> list[ray.data.Dataset]:
     """The known pairs with the scores of the tried rewards; and those lines of their source that are none."""
-    source = {**job.prompts.model_dump(), "source": known_pairs(job), "limit": job.calibration.limit}
-    if not job.calibration.source:
-        source |= {"column": "prompt", "system": None}
+    own = job.calibration.source is not None
+    column = job.prompts.column if own else "prompt"
+    settings = beside(job.prompts, known_pairs(job), column, job.calibration.limit)
+    prompts = settings if own else settings.model_copy(update={"system": None})
     trial = job.model_copy(
         update={
-            "prompts": Prompts.model_validate(source),
+            "prompts": prompts,
             "synthesis": Synthesis(),
             "rewards": tried_rewards(job),
             "pairs": KNOWN,

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from rdpo.config import Job, Pairs, Prompts, Replay, Synthesis
+from rdpo.config import Job, Pairs, Replay, Synthesis
 from rdpo.preference.pairs import make_pairs
 from rdpo.preference.rewards import score_answers
 from rdpo.records import alive, digest, prompt_id
 from rdpo.synthesis.given import SIDES, given_answers
-from rdpo.synthesis.prompts import read_prompts, without_twins
+from rdpo.synthesis.prompts import beside, read_prompts, without_twins
 
 if TYPE_CHECKING:
     import ray.data
@@ -92,10 +92,9 @@ def until(batch: pa.Table, last: str, seed: int) -> pa.Table:
 
 def offline_pairs(job: Job, replay: Replay) -> ray.data.Dataset:
     """The ready pairs with the columns of the pairs stage; lines that are none are dropped with a reason."""
-    source = {**job.prompts.model_dump(), "source": replay.source, "column": replay.column, "limit": replay.limit}
     reading = job.model_copy(
         update={
-            "prompts": Prompts.model_validate(source),
+            "prompts": beside(job.prompts, replay.source, replay.column, replay.limit),
             "synthesis": Synthesis(),
             "rewards": [],
             "pairs": Pairs(chosen="chosen", rejected="rejected"),

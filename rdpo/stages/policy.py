@@ -10,7 +10,7 @@ from rdpo import lineage
 from rdpo.config import Job
 from rdpo.errors import InputError
 from rdpo.pipeline import Run
-from rdpo.records import table_of
+from rdpo.records import alive, table_of
 from rdpo.storage import StageFolder, write_rows
 from rdpo.streaming import ID
 from rdpo.tracking import Meter
@@ -62,14 +62,17 @@ def _complete(job: Job, folder: StageFolder) -> None:
 
 def _heldout(run: Run, folder: StageFolder) -> dict[str, Any]:
     """How often the policy prefers the chosen side of held-out pairs, if there are any; says so."""
+    import numpy as np
+
+    from rdpo.evaluation.heldout import correct
     from rdpo.training.trainer import heldout_margins
 
-    margins = list(heldout_margins(folder).values())
-    if not margins:
+    margins = np.array(list(heldout_margins(folder).values()))
+    if not len(margins):
         return {}
-    right = sum(margin > 0 for margin in margins) / len(margins)
+    right = float(correct(margins).mean())
     run.console.say(f"{'':<12}prefers the chosen side of {right:.2f} of {len(margins)} held-out pairs")
-    return {"heldout": {"pairs": len(margins), "accuracy": right, "margin": sum(margins) / len(margins)}}
+    return {"heldout": {"pairs": len(margins), "accuracy": right, "margin": float(margins.mean())}}
 
 
 def _untrained(run: Run, folder: StageFolder) -> dict[str, Any]:
@@ -102,11 +105,11 @@ def measure_retention(run: Run, folder: StageFolder, meter: Meter) -> dict[str, 
     assert run.job.retention is not None
     folder.clear_parts()
     rows = texts(run.job, run.job.retention)
+    if not any(map(alive, rows)):
+        raise InputError(f"retention: no usable conversation in {run.job.retention.source}; {rows[0]['dropped']}")
     trained = run.folder("training").local(MERGED)
     write_rows(measured(rows, run.job, trained), folder, ID, lambda block: meter.advance(block.rows + block.dropped))
-    told = summary(folder.table().sort_by(ID).to_pylist() if folder.parts() else [], run.job.seed)
-    if not told["texts"]:
-        raise InputError(f"retention: no usable conversation in {run.job.retention.source}; {folder.reasons()}")
+    told = summary(folder.table().sort_by(ID).to_pylist(), run.job.seed)
     factor = told["perplexity_factor"]
     interval = f"{factor['low']:.3f} to {factor['high']:.3f}"
     run.console.say(f"{'':<12}perplexity of {told['texts']} other texts: {factor['mean']:.3f} times ({interval})")

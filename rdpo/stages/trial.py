@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rdpo.config import Job
+from rdpo.errors import InputError
 from rdpo.pipeline import Run
 from rdpo.storage import StageFolder, write_rows
 from rdpo.streaming import ID
@@ -43,6 +44,9 @@ def _check_teacher(job: Job) -> None:
     for section, condition in (("pairs", job.pairs.condition), ("evaluation", job.evaluation.condition)):
         if condition:
             beginning(load_task(job.synthesis.task or ""), condition, f"{section}.condition")
+    answers = load_task(job.synthesis.task).answers if job.evaluation.refine and job.synthesis.task else []
+    if job.evaluation.refine and job.pairs.chosen not in answers:
+        raise InputError(f"evaluation.refine: pairs.chosen = {job.pairs.chosen!r} is no turn; name one of {answers}")
     if not job.synthesis.endpoint:
         local_model(teacher_model(job))
     elif job.synthesis.task:

@@ -57,6 +57,12 @@ def read_prompts(job: Job) -> ray.data.Dataset:
     return raw.map_batches(_prompt_table, fn_kwargs={"job": job}, batch_format="pyarrow", batch_size=None)
 
 
+def beside(settings: Settings, source: str, column: str, limit: int | None) -> Settings:
+    """Settings to read another source than the job's: its templates, splits and data set options do not apply."""
+    longest = settings.max_prompt_tokens
+    return Settings(source=source, column=column, limit=limit, system=settings.system, max_prompt_tokens=longest)
+
+
 def _prompt_table(raw: pa.Table, job: Job) -> pa.Table:
     rows = [
         prompt_row(row["source"], row["line"], row["problem"] or json.loads(row["raw"]), job) for row in raw.to_pylist()

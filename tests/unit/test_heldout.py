@@ -51,3 +51,7 @@ def test_table_and_csv_hold_every_arm():
     lines = list(csv.DictReader(io.StringIO(to_csv(found))))
     assert [line["arm"] for line in lines] == ["dpo@0", "rdpo@0"]
     assert float(lines[1]["against"]) == pytest.approx(0.5)
+
+
+def test_an_arm_whose_rival_was_not_measured_is_left_out():
+    assert heldout_results({("rdpo@0", 0): margins(1.0)}, RIVALS) == []

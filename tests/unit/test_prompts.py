@@ -7,7 +7,7 @@ import pytest
 from rdpo.config import Job
 from rdpo.errors import InputError
 from rdpo.storage import StageFolder, write_rows
-from rdpo.synthesis.prompts import check_templates, drop_twins, parse_messages, prompt_row, read_prompts
+from rdpo.synthesis.prompts import beside, check_templates, drop_twins, parse_messages, prompt_row, read_prompts
 from rdpo.synthesis.sources import read_rows, source_files
 
 
@@ -163,3 +163,12 @@ def test_a_limit_counts_over_all_files_and_the_first_of_twins_stays(ray_cluster,
     rows = [(row["source"][-7], row["line"], row["dropped"]) for row in stored_prompts(job_table, tmp_path)]
     twin = "duplicate of an earlier prompt"
     assert rows == [("a", 1, None), ("a", 2, None), ("a", 3, twin), ("b", 1, twin), ("b", 2, None)]
+
+
+def test_another_source_is_not_put_into_the_templates(job_table):
+    job_table["prompts"] |= {"templates": WRAPPINGS, "system": "be brief"}
+    settings = Job.model_validate(job_table).prompts
+    other = beside(settings, "known.jsonl", "question", 5)
+    assert (other.templates, other.heldout_templates, other.system) == ([], [], "be brief")
+    assert (other.source, other.column, other.limit) == ("known.jsonl", "question", 5)
+    assert other.max_prompt_tokens == settings.max_prompt_tokens
