@@ -15,7 +15,7 @@ from rdpo.synthesis.ledger import Hands
 
 pytestmark = pytest.mark.ray
 
-WAIT_S = 60
+WAIT_S = 300
 
 
 class Echo:
@@ -40,18 +40,28 @@ class Echo:
         if row["text"] == "poison":
             await asyncio.sleep(0.3)
             os._exit(1)
+        if row["text"] == "crowd":
+            await asyncio.to_thread(self.wait_for, self.has_company, "the pool did not grow")
         if row["text"] == "straggler":
-            await asyncio.to_thread(self.outlive)
+            await asyncio.to_thread(self.wait_for, self.is_alone, "the pool did not shrink")
+            self.note("outlived")
         await asyncio.sleep(0.2)
         return {**row, "echo": row["text"]}
 
-    def outlive(self):
-        """Wait until the pool has let the other actors go."""
+    def others(self):
+        return set(self.noted("alive")) - {os.getpid()}
+
+    def has_company(self):
+        return bool(self.others())
+
+    def is_alone(self):
+        return not any(is_alive(pid) for pid in self.others())
+
+    def wait_for(self, reached, failure):
         deadline = time.monotonic() + WAIT_S
-        while any(is_alive(pid) for pid in set(self.noted("alive")) - {os.getpid()}):
-            assert time.monotonic() < deadline, "the pool did not shrink"
+        while not reached():
+            assert time.monotonic() < deadline, failure
             time.sleep(0.2)
-        self.note("outlived")
 
 
 def is_alive(pid):
@@ -71,8 +81,7 @@ def echoed(diary, texts, **engine):
 
 def test_a_pool_grows_to_its_largest_size_and_falls_back(ray_cluster, tmp_path):
     adapt_pools()
-    texts = ["plain"] * 60
-    texts[-1] = "straggler"
+    texts = ["crowd"] * 59 + ["straggler"]
     done = echoed(tmp_path, texts, concurrency=(1, 2), batch_rows=2)
     assert len(done) == len(texts)
     assert len(set((tmp_path / "alive").read_text().split())) == 2
