@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING
 
 from rdpo import __version__
 from rdpo.errors import InputError
+from rdpo.interruption import heed_sigterm
 
 if TYPE_CHECKING:
     from rdpo.config import Job
     from rdpo.pipeline import Run
 
 OUT_OF_MEMORY = "out of memory"
+DISK_FULL = "No space left on device"
 ERROR_LINE = re.compile(r"[\w.]+(Error|Exception): ")
 STAGE_COMMANDS = {
     "calibrate": "calibration",
@@ -38,6 +40,7 @@ STAGE_COMMANDS = {
 def main(arguments: list[str] | None = None) -> int:
     """Entry point of the `rdpo` command; the exit code."""
     options = _parser().parse_args(arguments)
+    heed_sigterm()
     try:
         return options.function(options)
     except InputError as error:
@@ -47,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
     except KeyboardInterrupt:
-        print("rdpo: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        print("\nrdpo: interrupted; the same command goes on where it stopped", file=sys.stderr)
         return 1
     except Exception as error:
         return _broken(options, error)
@@ -71,6 +74,8 @@ def _broken(options: argparse.Namespace, error: Exception) -> int:
 
 
 def _in_one_line(error: Exception) -> str:
+    if DISK_FULL in str(error):
+        return f"{DISK_FULL}: free some space on the disk of the run directory, of the temporary files or of Ray"
     if OUT_OF_MEMORY in str(error).lower():
         what = "a GPU" if "cuda out of memory" in str(error).lower() else "a worker was killed: its machine"
         return (
@@ -149,7 +154,7 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         dest="lengths_from",
         help="a run whose reference stage is done: its pairs' lengths count",
     )
-    plan.add_argument("--workers", type=int, help="how many (default: training.num_workers)")
+    plan.add_argument("--workers", type=int, help="how many (default: training.num_workers, of two the smallest)")
     plan.set_defaults(function=_plan)
 
 

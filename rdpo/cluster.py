@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from rdpo.config import ClassifierReward, Concurrency, ImplicitReward, Job, JudgeReward
+from rdpo.config import ClassifierReward, Concurrency, ImplicitReward, Job, JudgeReward, largest, smallest
 from rdpo.errors import InputError
+from rdpo.interruption import heed_sigterm
 
 if TYPE_CHECKING:
     from ray.data import ActorPoolStrategy
@@ -44,6 +45,8 @@ def start_ray(job: Job) -> Any:
             dashboard_host="127.0.0.1",
             log_to_driver=True,
         )
+    # Ray's own handler would end this process without a word.
+    heed_sigterm()
     ray.data.DataContext.get_current().enable_progress_bars = False
     adapt_pools()
     return ray
@@ -95,7 +98,7 @@ def check_devices(job: Job, ray: Any) -> float:
     wanted = {f"{name}.gpus": gpus for name, gpus, _ in _pools(job)} | {
         "evaluation.engine.gpus": job.evaluation.engine.gpus,
         "reference.gpus": job.reference.gpus,
-        "training": job.training.num_workers * job.training.gpus_per_worker,
+        "training": smallest(job.training.num_workers) * job.training.gpus_per_worker,
     }
     available = ray.cluster_resources().get("GPU", 0)
     for name, count in wanted.items():
@@ -123,16 +126,6 @@ def _pools(job: Job) -> list[tuple[str, float, Concurrency]]:
         elif isinstance(reward, ClassifierReward | ImplicitReward):
             pools.append((f"rewards.{reward.name}", reward.gpus, reward.concurrency))
     return pools
-
-
-def smallest(concurrency: Concurrency) -> int:
-    """Number of actors that a pool begins with."""
-    return concurrency if isinstance(concurrency, int) else concurrency[0]
-
-
-def largest(concurrency: Concurrency) -> int:
-    """Number of actors that a pool grows to."""
-    return concurrency if isinstance(concurrency, int) else concurrency[1]
 
 
 def actor_pool(concurrency: Concurrency, at_once: int = 1) -> ActorPoolStrategy:

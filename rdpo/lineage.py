@@ -34,6 +34,8 @@ PLACEMENT = frozenset(
         "checkpoint_every",
         "keep_checkpoints",
         "max_failures",
+        "hang_after_s",
+        "num_workers",
         "samples",
     }
 )

@@ -87,6 +87,9 @@ def run_stages(run: Run, stages: Sequence[Stage]) -> None:
         chain = [waiting.pop(0)]
         if _up_to_date(run, chain[0]):
             continue
+        if repair := _reopened(run, chain[0], stages):
+            waiting = [*repair, *chain, *waiting]
+            continue
         while run.streams and waiting and waiting[0].joins:
             chain.append(waiting.pop(0))
         _make(run, chain)
@@ -109,6 +112,29 @@ def _up_to_date(run: Run, stage: Stage) -> bool:
             run.console.say(f"{stage.name:<12}{where}")
             return True
     return False
+
+
+def _reopened(run: Run, stage: Stage, stages: Sequence[Stage]) -> list[Stage]:
+    """Those inputs of a stage whose files are not as they were written; they are unfinished again.
+
+    Raises:
+        InputError: one of them is not to be run.
+    """
+    repair = []
+    for name in stage.inputs:
+        folder = run.folder(name)
+        damaged = folder.damaged()
+        if not damaged:
+            continue
+        what = damaged[0] + (f" and {len(damaged) - 1} other files" if damaged[1:] else "")
+        maker = next((other for other in stages if other.name == name), None)
+        if maker is None:
+            raise InputError(f"{folder.path}/{what}: not as it was written; `rdpo run` makes it again")
+        run.console.say(f"{name:<12}not as it was written, made again: {what}")
+        folder.reopen(damaged)
+        run.manifests.pop(name, None)
+        repair.append(maker)
+    return repair
 
 
 def _begun(run: Run, stage: Stage) -> Manifest:

@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import fsspec
 import numpy as np
@@ -94,8 +94,11 @@ class Folder:
             return file.read()
 
     def read_json(self, name: str) -> Any:
-        """Content of a JSON file, or None if there is none."""
-        return json.loads(self.read_bytes(name)) if self.exists(name) else None
+        """Content of a JSON file, or None if there is none, or none that is whole."""
+        try:
+            return json.loads(self.read_bytes(name)) if self.exists(name) else None
+        except ValueError:
+            return None
 
     def write_bytes(self, name: str, content: bytes) -> None:
         """Write a file so that it is there whole or not at all."""
@@ -146,6 +149,10 @@ class StageFolder(Folder):
         if self.exists(MANIFEST) or in_progress.get("key") != key:
             self.clear()
             self.write_json(IN_PROGRESS, {"key": key, "birth": uuid.uuid4().hex, "began": time.time()})
+        for below in ("", "dropped"):
+            for name in self.names(".parquet", below):
+                if not self._is_readable(name):
+                    self.fs.rm(self._at(name))
 
     @property
     def birth(self) -> str:
@@ -156,6 +163,19 @@ class StageFolder(Folder):
         """Remove what the folder holds, but not that it was begun."""
         for name in self._all_files():
             self.fs.rm(self._at(name))
+
+    def damaged(self) -> list[str]:
+        """Names of the files of a committed folder that are not there as they were written."""
+        manifest = self.manifest()
+        written = manifest.files if manifest else {}
+        return [name for name, sum in written.items() if not self.exists(name) or self._checksum(name) != sum]
+
+    def reopen(self, damaged: list[str]) -> None:
+        """Make a committed folder an unfinished one that lacks the damaged files, so that they alone are made again."""
+        self.fs.rm(self._at(MANIFEST))
+        for name in damaged:
+            if self.exists(name):
+                self.fs.rm(self._at(name))
 
     def take_over(self, other: StageFolder) -> None:
         """Hold what another committed folder holds; on a local disk the files are shared, not copied."""
@@ -184,7 +204,7 @@ class StageFolder(Folder):
 
     def _write_part(self, table: pa.Table, id_column: str, below: str) -> None:
         sink = pa.BufferOutputStream()
-        pq.write_table(table, sink)
+        pq.write_table(table, sink, write_page_checksum=True)
         name = f"{below}part-{digest(sorted(table[id_column].to_pylist()))[:16]}.parquet"
         self.write_bytes(name, sink.getvalue().to_pybytes())
 
@@ -200,7 +220,13 @@ class StageFolder(Folder):
     def part(self, name: str, columns: list[str] | None = None) -> pa.Table:
         """The rows of one part."""
         with self.fs.open(self._at(name), "rb") as file:
-            return pq.read_table(file, columns=columns)
+            return pq.read_table(file, columns=columns, page_checksum_verification=True)
+
+    def _is_readable(self, name: str) -> bool:
+        try:
+            return self.part(name) is not None
+        except (OSError, pa.ArrowException):
+            return False
 
     def table(self, below: str = "", columns: list[str] | None = None) -> pa.Table:
         """All kept (or dropped) rows as one table."""
@@ -317,11 +343,16 @@ class StageFolder(Folder):
         return sorted(name for name in names if name not in (MANIFEST, IN_PROGRESS))
 
     def _checksum(self, name: str) -> str:
-        checksum = hashlib.blake2b(digest_size=16)
         with self.fs.open(self._at(name), "rb") as file:
-            while block := file.read(1 << 22):
-                checksum.update(block)
-        return checksum.hexdigest()
+            return checksum(file)
+
+
+def checksum(file: IO[bytes]) -> str:
+    """BLAKE2 of a file's content, 32 hexadecimal digits."""
+    found = hashlib.blake2b(digest_size=16)
+    while block := file.read(1 << 22):
+        found.update(block)
+    return found.hexdigest()
 
 
 def _hashes(ids: pa.Array) -> NDArray[np.int64]:

@@ -6,6 +6,8 @@ import socket
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# By default Ray's workers give way to every other process of the machine.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 from pathlib import Path
 

@@ -11,7 +11,7 @@ from rdpo.config.models import Endpoint, Engine, Sampling, Student
 from rdpo.config.pairs import BEST, WORST, Defect, Pairs, Reference, Replay, Sides
 from rdpo.config.prompts import Prompts, Synthesis
 from rdpo.config.rewards import Calibration, ClassifierReward, FunctionReward, ImplicitReward, JudgeReward, Reward
-from rdpo.config.section import Concurrency, Dtype, Layout, Section
+from rdpo.config.section import Concurrency, Dtype, Layout, Section, largest, smallest
 from rdpo.config.training import LOSS_OPTIONS, Lora, Loss, Training
 
 __all__ = [
@@ -50,7 +50,9 @@ __all__ = [
     "Training",
     "explained",
     "job_of",
+    "largest",
     "load_job",
     "read_toml",
+    "smallest",
     "to_toml",
 ]

@@ -11,7 +11,7 @@ from rdpo.config.models import Student
 from rdpo.config.pairs import Pairs, Reference, Replay
 from rdpo.config.prompts import Prompts, Synthesis
 from rdpo.config.rewards import Calibration, Reward
-from rdpo.config.section import Section
+from rdpo.config.section import Section, largest
 from rdpo.config.training import Training
 
 
@@ -96,9 +96,9 @@ class Job(Section):
                 "student: quantization trains an adapter over weights that are not partitioned; "
                 "give training.lora, and training.zero_stage 2 or lower"
             )
-        if self.training.batch_size < self.training.num_workers:
+        if self.training.batch_size < largest(self.training.num_workers):
             raise ValueError(
                 f"training: batch_size {self.training.batch_size} is below num_workers "
-                f"{self.training.num_workers}; each worker needs at least one pair in a step"
+                f"{largest(self.training.num_workers)}; each worker needs at least one pair in a step"
             )
         return self

@@ -29,3 +29,13 @@ def _ordered(value: int | tuple[int, int]) -> int | tuple[int, int]:
 Actors = Annotated[int, Field(ge=1)]
 Concurrency = Annotated[Actors | tuple[Actors, Actors], AfterValidator(_ordered)]
 """Number of actors of a pool, or `[smallest, largest]`: it grows while all actors are busy and more rows wait."""
+
+
+def smallest(concurrency: Concurrency) -> int:
+    """The number that a pool of actors or a group of workers needs at least."""
+    return concurrency if isinstance(concurrency, int) else concurrency[0]
+
+
+def largest(concurrency: Concurrency) -> int:
+    """The number that a pool of actors or a group of workers grows to."""
+    return concurrency if isinstance(concurrency, int) else concurrency[1]

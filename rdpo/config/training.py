@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from rdpo.config.section import Layout, Section
+from rdpo.config.section import Concurrency, Layout, Section
 
 
 class Lora(Section):
@@ -127,8 +127,9 @@ class Training(Loss):
     """DeepSpeed ZeRO stage: what is partitioned over the workers. 0 is for float32; in bfloat16 it means 1."""
     offload: Literal["none", "optimizer", "all"] = "none"
     """Keep optimizer state (and parameters) in CPU memory; for GPU training."""
-    num_workers: int = Field(default=1, ge=1)
-    """Training processes; on GPUs one for each."""
+    num_workers: Concurrency = 1
+    """Training processes, on GPUs one for each; or `[smallest, largest]`: as many as the cluster has room for,
+    which may change while training runs. A run may go on with another number."""
     gpus_per_worker: int = Field(default=0, ge=0, le=1)
     """1 trains on GPUs over NCCL, 0 on the CPU over gloo."""
     cpus_per_worker: int | None = Field(default=None, ge=1)
@@ -144,6 +145,9 @@ class Training(Loss):
     """ExPO's alpha (arXiv 2404.16792): how much further than training moved it the policy is moved at the end."""
     max_failures: int = Field(default=3, ge=-1)
     """Worker failures that are repaired from the last checkpoint; -1 is without limit."""
+    hang_after_s: float = Field(default=1800.0, gt=0)
+    """Seconds without an optimizer step after which training counts as hanging: the worker that holds it up is
+    named, and training goes on from the last checkpoint."""
     logprob_chunk: int = Field(default=1024, ge=1)
     """Completion tokens whose logits exist at the same time."""
     layout: Layout = "auto"

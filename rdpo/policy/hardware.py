@@ -7,6 +7,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rdpo.config.section import largest
+
 if TYPE_CHECKING:
     import torch
 
@@ -56,7 +58,7 @@ def worker_cores(training: Training) -> int:
     """Cores of one training worker: as the job says, else its share of this machine's, or one beside a GPU."""
     if training.cpus_per_worker or training.gpus_per_worker:
         return training.cpus_per_worker or 1
-    return max(1, len(available_cores()) // training.num_workers)
+    return max(1, len(available_cores()) // largest(training.num_workers))
 
 
 def peak_memory_gib(device: torch.device) -> float:

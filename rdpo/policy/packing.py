@@ -58,10 +58,9 @@ def epoch_order(num_pairs: int, seed: int, epoch: int) -> list[int]:
     return np.random.default_rng([seed, epoch]).permutation(num_pairs).tolist()
 
 
-def epoch_steps(num_pairs: int, batch_size: int, num_workers: int) -> int:
-    """Optimizer steps of an epoch; a last batch too small to give each worker a pair is left out."""
-    full, rest = divmod(num_pairs, batch_size)
-    return full + (rest >= num_workers)
+def epoch_steps(num_pairs: int, batch_size: int) -> int:
+    """Optimizer steps of an epoch, whatever the number of workers; the last one may have fewer pairs."""
+    return -(-num_pairs // batch_size)
 
 
 def plan_step(
@@ -78,7 +77,8 @@ def plan_step(
     """
     shares = [micro_batches(share, sizes, budget, packed) for share in split_evenly(pairs, sizes, num_workers)]
     most = max(len(share) for share in shares)
-    return [_extend(share, most) for share in shares]
+    spare = MicroBatch((min(pairs, key=lambda pair: sizes[pair].longest),), idle=True)
+    return [_extend(share, most, spare) for share in shares]
 
 
 def split_evenly(pairs: Sequence[int], sizes: Sequence[PairSize], num_workers: int) -> list[list[int]]:
@@ -103,9 +103,9 @@ def micro_batches(pairs: Sequence[int], sizes: Sequence[PairSize], budget: int, 
     return [MicroBatch(tuple(group)) for group in groups]
 
 
-def _extend(batches: list[MicroBatch], count: int) -> list[MicroBatch]:
-    """Split micro-batches, then add idle ones, until there are `count`."""
-    batches = list(batches)
+def _extend(batches: list[MicroBatch], count: int, spare: MicroBatch) -> list[MicroBatch]:
+    """Split micro-batches, then add idle ones, until there are `count`; `spare` where a worker has no pair."""
+    batches = list(batches) or [spare]
     while len(batches) < count:
         largest = max(range(len(batches)), key=lambda index: len(batches[index].pairs))
         pairs = batches[largest].pairs

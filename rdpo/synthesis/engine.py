@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rdpo.cluster import actor_pool, largest
+from rdpo.cluster import actor_pool
 from rdpo.config import Engine as EngineSettings
-from rdpo.config import Sampling
+from rdpo.config import Sampling, largest
 from rdpo.policy.hardware import available_cores, compute_dtype
 from rdpo.synthesis.ledger import open_ledger
 

@@ -1,26 +1,47 @@
 """Checkpoints of a training run, and the weights that leave it.
 
-A checkpoint holds each worker's ZeRO shards; Ray Train merges the workers' files into one directory.
+A checkpoint holds each worker's ZeRO shards; Ray Train merges the workers' files into one directory. Each worker adds
+the checksums of its files, so that a damaged checkpoint is known and the one before it is taken. A checkpoint
+of another number of workers is converted by DeepSpeed (Universal Checkpointing) before it is loaded.
 The policy that leaves is safetensors only: the adapter, or the whole model.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
+import subprocess
+import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ray
 import ray.train
 import torch
+import torch.distributed as dist
 
 from rdpo.policy.models import WEIGHTS
+from rdpo.storage import checksum
 
 EXPORT = "policy"
 MERGED = "merged"
 
 StepMetrics = dict[str, float]
 TAG = "state"
+SUMS = "checksums-{}.json"
+SHARDS = "*zero_pp_rank_*_optim_states.pt"
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that this number of workers can load; `universal`: converted from another number's."""
+
+    directory: Path
+    universal: bool = False
 
 
 def save_checkpoint(engine: Any, history: list[StepMetrics], policy: Any = None) -> None:
@@ -37,18 +58,90 @@ def save_checkpoint(engine: Any, history: list[StepMetrics], policy: Any = None)
         )
         if policy is not None:
             export_policy(policy, Path(directory) / EXPORT)
+        write_checksums(Path(directory))
         checkpoint = ray.train.Checkpoint.from_directory(directory)
         ray.train.report(history[-1] if history else {}, checkpoint=checkpoint)
 
 
-def restore_checkpoint(engine: Any) -> list[StepMetrics]:
-    """Load the last checkpoint, if there is one; the metrics of the optimizer steps it has behind it."""
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
+def write_checksums(directory: Path) -> None:
+    """Note the checksums of the files that this worker adds to a checkpoint."""
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    sums = {str(path.relative_to(directory)): _checksum(path) for path in files}
+    (directory / SUMS.format(dist.get_rank())).write_text(json.dumps(sums), encoding="utf-8")
+
+
+def is_whole(directory: Path) -> bool:
+    """Whether this worker's share of a checkpoint's files is there as it was written."""
+    noted = sorted(directory.glob(SUMS.format("*")))
+    try:
+        sums = [json.loads(path.read_text(encoding="utf-8")) for path in noted]
+        written = {name: expected for one in sums for name, expected in one.items()}
+        mine = sorted(written)[dist.get_rank() :: dist.get_world_size()]
+        return bool(sums) and all(_checksum(directory / name) == written[name] for name in mine)
+    except (OSError, ValueError):
+        return False
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return checksum(file)
+
+
+@contextmanager
+def last_checkpoint() -> Iterator[Saved | None]:
+    """The newest whole checkpoint of this run, if there is one; all workers take the same."""
+    reported = ray.train.get_all_reported_checkpoints() if ray.train.get_checkpoint() else []
+    with ExitStack() as opened:
+        for one in reversed(reported):
+            directory = Path(opened.enter_context(one.checkpoint.as_directory()))
+            if all(_told_by_all(is_whole(directory))):
+                yield opened.enter_context(_fitted(directory))
+                return
+        yield None
+
+
+@contextmanager
+def _fitted(directory: Path) -> Iterator[Saved]:
+    """A checkpoint as it is, or converted, once on each node, if another number of workers has written it."""
+    shards = len(list((directory / TAG).glob(SHARDS)))
+    if shards in (0, dist.get_world_size()):
+        yield Saved(directory)
+        return
+    first = ray.train.get_context().get_local_rank() == 0
+    folder = tempfile.mkdtemp(prefix="rdpo-universal-") if first else ""
+    node = ray.get_runtime_context().get_node_id()
+    own = next(path for path, at in _told_by_all((folder, node)) if path and at == node)
+    try:
+        if first:
+            _convert(directory / TAG, Path(own) / TAG)
+        dist.barrier()
+        yield Saved(Path(own), universal=True)
+        dist.barrier()
+    finally:
+        if first:
+            shutil.rmtree(own, ignore_errors=True)
+
+
+def _convert(source: Path, target: Path) -> None:
+    module = "deepspeed.checkpoint.ds_to_universal"
+    command = [sys.executable, "-m", module, "--input_folder", str(source), "--output_folder", str(target)]
+    done = subprocess.run([*command, "--inject_missing_state"], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{source}: DeepSpeed could not convert this checkpoint: {done.stderr[-2000:]}")
+
+
+def _told_by_all(value: Any) -> list[Any]:
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def restore_checkpoint(engine: Any, saved: Saved | None) -> list[StepMetrics]:
+    """Load a checkpoint, if there is one; the metrics of the optimizer steps it has behind it."""
+    if saved is None:
         return []
-    with checkpoint.as_directory() as directory:
-        strict = not engine.module.adapted
-        _, state = engine.load_checkpoint(directory, tag=TAG, load_module_strict=strict)
+    strict = not engine.module.adapted
+    _, state = engine.load_checkpoint(str(saved.directory), tag=TAG, load_module_strict=strict)
     return list(state["history"])
 
 

@@ -78,7 +78,7 @@ class PairTable:
 def total_steps(num_pairs: int, job: Job) -> int:
     """Optimizer steps of the whole training."""
     training = job.training
-    steps = training.epochs * epoch_steps(num_pairs, training.batch_size, training.num_workers)
+    steps = training.epochs * epoch_steps(num_pairs, training.batch_size)
     return min(steps, training.max_steps or steps)
 
 
@@ -87,18 +87,21 @@ def step_pairs(num_pairs: int, job: Job) -> Iterator[list[int]]:
     size = job.training.batch_size
     for epoch in range(job.training.epochs):
         order = epoch_order(num_pairs, job.seed, epoch)
-        for step in range(epoch_steps(num_pairs, size, job.training.num_workers)):
+        for step in range(epoch_steps(num_pairs, size)):
             yield order[step * size : (step + 1) * size]
 
 
-def build_engine(job: Job, seed: int) -> Any:
-    """The policy on a DeepSpeed engine; under ZeRO-3 the weights are partitioned while they load."""
+def build_engine(job: Job, seed: int, universal: bool = False) -> Any:
+    """The policy on a DeepSpeed engine; under ZeRO-3 the weights are partitioned while they load.
+
+    `universal`: it will load a checkpoint of another number of workers.
+    """
     import deepspeed
     from transformers.integrations import HfDeepSpeedConfig
 
     training, student = job.training, job.student
     dtype = student_dtype(job)
-    config, partitioned = zero_config(training, dtype), training.zero_stage == 3
+    config, partitioned = zero_config(training, dtype, universal), training.zero_stage == 3
     deepspeed.init_distributed(auto_mpi_discovery=False)
     partitioned_load = HfDeepSpeedConfig(config) if partitioned else None
     folder = local_model(student.model, student.revision)
@@ -124,12 +127,12 @@ def build_engine(job: Job, seed: int) -> Any:
 class Trainer:
     """One worker's engine and data, and how many steps were left out so far."""
 
-    def __init__(self, job: Job, data: PairTable, device: torch.device):
+    def __init__(self, job: Job, data: PairTable, device: torch.device, universal: bool = False):
         self.job, self.data, self.device = job, data, device
         self.rank = torch.distributed.get_rank()
         self.workers = torch.distributed.get_world_size()
         torch.manual_seed(job.seed)
-        self.engine = build_engine(job, job.seed)
+        self.engine = build_engine(job, job.seed, universal)
         gaps = data.table["reward_gap"].to_pylist()
         self.scale = GapScale.fitted(gaps, job.training.reward_norm)
         self.skipped = 0

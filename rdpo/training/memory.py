@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
-from rdpo.config import Job
+from rdpo.config import Job, smallest
 from rdpo.policy.flops import Arithmetic
 from rdpo.policy.model import Policy, as_policy
 from rdpo.policy.models import local_model
@@ -108,8 +108,9 @@ def _like(tensor: torch.Tensor) -> torch.Tensor:
 def heaviest(job: Job, sizes: Sequence[PairSize], packed: bool) -> list[PairSize]:
     """The micro-batch with the most positions among those of the first epoch."""
     training = job.training
-    steps = islice(step_pairs(len(sizes), job), epoch_steps(len(sizes), training.batch_size, training.num_workers))
-    plans = (plan_step(pairs, sizes, training.num_workers, training.tokens_per_batch, packed) for pairs in steps)
+    workers = smallest(training.num_workers)
+    steps = islice(step_pairs(len(sizes), job), epoch_steps(len(sizes), training.batch_size))
+    plans = (plan_step(pairs, sizes, workers, training.tokens_per_batch, packed) for pairs in steps)
     micros = ([sizes[pair] for pair in micro.pairs] for plan in plans for share in plan for micro in share)
     return max(micros, key=lambda micro: batch_tokens(micro, packed), default=list(sizes[:1]))
 
@@ -166,7 +167,7 @@ def worker_memory(job: Job, rehearsal: Rehearsal) -> dict[str, int]:
     training, dtype = job.training, student_dtype(job)
     size = getattr(torch, dtype).itemsize
     stage = stage_of(training, dtype)
-    workers, offloaded = training.num_workers, _offloaded(job, stage)
+    workers, offloaded = smallest(training.num_workers), _offloaded(job, stage)
     trained, share = rehearsal.trained, -(-rehearsal.trained // workers)
     parts = {
         "process": GPU_PROCESS if training.gpus_per_worker else CPU_PROCESS,

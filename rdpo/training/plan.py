@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from rdpo.config import Job
+from rdpo.config import Job, smallest
 from rdpo.errors import InputError
 from rdpo.policy.flops import matmul_rate
 from rdpo.policy.hardware import available_cores, worker_cores
@@ -55,7 +55,7 @@ def plan(job: Job, gpu: str | None, workers: int | None, sizes: Sequence[PairSiz
     """
     if gpu and gpu not in GPUS:
         raise InputError(f"--gpu {gpu}: known are {', '.join(GPUS)}")
-    workers = job.training.num_workers if workers is None else workers
+    workers = smallest(job.training.num_workers) if workers is None else workers
     if workers < 1:
         raise InputError(f"--workers {workers}: at least 1")
     if workers > job.training.batch_size:
@@ -96,7 +96,7 @@ def _memory(parts: dict[str, int], limit: float | None) -> Iterator[str]:
 
 def _speed(job: Job, rehearsal: Rehearsal, gpu: str | None, sizes: Sequence[PairSize]) -> Iterator[str]:
     rate = GPUS[gpu].flops if gpu else _cpu_rate(job)
-    workers = job.training.num_workers
+    workers = smallest(job.training.num_workers)
     seconds = rehearsal.arithmetic.flops(sizes, rehearsal.packed) / (rate * workers * ASSUMED_MFU)
     guess = f"{ASSUMED_MFU:.0%} of {rate / 1e12:,.2f} TFLOP/s per worker, guessed"
     tokens = sum(pair.tokens for pair in sizes)

@@ -8,6 +8,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from typing import Any
 
 import ray
@@ -19,6 +20,7 @@ from rdpo.policy.hardware import worker_cores
 from rdpo.storage import StageFolder
 from rdpo.training.checkpoint import EXPORT
 from rdpo.training.loop import NonFiniteStep
+from rdpo.training.watchdog import Beat, Pulse
 from rdpo.training.worker import train_worker
 
 METRICS = "metrics.jsonl"
@@ -31,16 +33,31 @@ StepMetrics = dict[str, float]
 
 
 class MetricsSink:
-    """An actor that collects each step's metrics from rank 0 until the driver takes them."""
+    """An actor between the workers and the driver: it collects what the workers say until the driver takes it."""
 
     def __init__(self) -> None:
         self.pending: list[StepMetrics] = []
+        self.warnings: list[str] = []
         self.given_up: str | None = None
+        self.stopping = False
         self.margins: list[Any] = []
+        self.pulse: Pulse | None = None
 
-    def record(self, steps: list[StepMetrics]) -> None:
-        """Add steps."""
+    def begin(self, hang_after_s: float) -> None:
+        """Training begins, or begins again: watch over its progress."""
+        self.pulse = Pulse(hang_after_s)
+
+    def record(self, steps: list[StepMetrics]) -> bool:
+        """Add steps; whether training is asked to stop after them."""
         self.pending.extend(steps)
+        return self.stopping
+
+    def beat(self, beat: Beat) -> str | None:
+        """Hear a worker; what holds all of them up, if training hangs."""
+        held_up = self.pulse.hear(beat, time.monotonic()) if self.pulse else None
+        if held_up:
+            self.warnings = [held_up]
+        return held_up
 
     def measure(self, margins: list[Any]) -> None:
         """Keep the margins of held-out pairs."""
@@ -50,6 +67,10 @@ class MetricsSink:
         """The margins of held-out pairs, if there are any."""
         return self.margins
 
+    def stop(self) -> None:
+        """Ask training to stop after the present step."""
+        self.stopping = True
+
     def give_up(self, reason: str) -> None:
         """Keep why training must not go on."""
         self.given_up = reason
@@ -58,13 +79,20 @@ class MetricsSink:
         """Why training gave up, if it did."""
         return self.given_up
 
-    def take(self) -> list[StepMetrics]:
-        """The steps since the last call."""
-        taken, self.pending = self.pending, []
+    def take(self) -> tuple[list[StepMetrics], list[str]]:
+        """The steps since the last call, and the warnings."""
+        taken = self.pending, self.warnings
+        self.pending, self.warnings = [], []
         return taken
 
 
-def train(job: Job, run_dir: str, folder: StageFolder, on_step: Callable[[StepMetrics], None]) -> list[StepMetrics]:
+def train(
+    job: Job,
+    run_dir: str,
+    folder: StageFolder,
+    on_step: Callable[[StepMetrics], None],
+    on_warning: Callable[[str], None] = lambda warning: None,
+) -> list[StepMetrics]:
     """Train on the run's reference rows; leaves the policy in `training/policy`; metrics of all steps.
 
     Margins of pairs that were held out are left in `training/heldout.jsonl`.
@@ -73,12 +101,12 @@ def train(job: Job, run_dir: str, folder: StageFolder, on_step: Callable[[StepMe
 
     Raises:
         NonFiniteStep: a loss or gradient is not finite, once more than the job allows.
+        KeyboardInterrupt: it was asked to stop (Ctrl-C, SIGTERM), and has left a checkpoint; a second request stops it
+            at once.
     """
-    history = _History(folder, on_step)
+    history = _History(folder, on_step, on_warning)
     sink = ray.remote(num_cpus=0)(MetricsSink).remote()
-    trainer = _torch_trainer(job, run_dir, folder, sink)
-    with history.following(sink):
-        result = trainer.fit()
+    result = _Fit(_torch_trainer(job, run_dir, folder, sink), history, sink).result()
     if reason := ray.get(sink.reason.remote()):
         history.write()
         raise NonFiniteStep(reason)
@@ -129,21 +157,20 @@ def _torch_trainer(job: Job, run_dir: str, folder: StageFolder, sink: Any) -> To
 class _History:
     """Metrics of all steps, on disk as they come; a step that is done again replaces its line."""
 
-    def __init__(self, folder: StageFolder, on_step: Callable[[StepMetrics], None]):
-        self.folder, self.on_step = folder, on_step
+    def __init__(self, folder: StageFolder, on_step: Callable[[StepMetrics], None], on_warning: Callable[[str], None]):
+        self.folder, self.on_step, self.on_warning = folder, on_step, on_warning
         stored = folder.read_bytes(METRICS).decode().splitlines() if folder.exists(METRICS) else []
         self.steps = {int(metrics["step"]): metrics for metrics in map(json.loads, stored)}
         self.written = time.monotonic()
 
-    def following(self, sink: Any) -> _Follower:
-        """Take the metrics from the sink while the context lasts."""
-        return _Follower(self, sink)
-
     def take(self, sink: Any) -> None:
         """Keep what the sink has, and write it down now and then."""
-        for metrics in ray.get(sink.take.remote()):
+        steps, warnings = ray.get(sink.take.remote())
+        for metrics in steps:
             self.steps[int(metrics["step"])] = metrics
             self.on_step(metrics)
+        for warning in warnings:
+            self.on_warning(warning)
         if time.monotonic() - self.written > WRITE_SECONDS:
             self.write()
 
@@ -160,20 +187,36 @@ def _finite(metrics: StepMetrics) -> dict[str, float | None]:
     return {name: value if value is not None and math.isfinite(value) else None for name, value in metrics.items()}
 
 
-class _Follower:
-    def __init__(self, history: _History, sink: Any):
+class _Fit:
+    """Ray Train at work in a thread, while this one hears of the steps and of requests to stop.
+
+    In the main thread Ray would end the process by itself when it is interrupted, without a checkpoint.
+    """
+
+    def __init__(self, trainer: TorchTrainer, history: _History, sink: Any):
         self.history, self.sink = history, sink
-        self.stop = threading.Event()
-        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.future: Future[Any] = Future()
+        threading.Thread(target=self._run, args=(trainer,), daemon=True).start()
 
-    def __enter__(self) -> None:
-        self.thread.start()
+    def _run(self, trainer: TorchTrainer) -> None:
+        try:
+            self.future.set_result(trainer.fit())
+        except BaseException as error:
+            self.future.set_exception(error)
 
-    def __exit__(self, *error: object) -> None:
-        self.stop.set()
-        self.thread.join()
-        self.history.take(self.sink)
+    def result(self) -> Any:
+        """What Ray Train returns, once it has ended."""
+        try:
+            self._follow()
+        except KeyboardInterrupt as request:
+            self.history.on_warning("stopping after the present step; interrupt again to stop at once")
+            ray.get(self.sink.stop.remote())
+            self._follow()
+            self.history.write()
+            raise request
+        return self.future.result()
 
-    def _run(self) -> None:
-        while not self.stop.wait(POLL_SECONDS):
+    def _follow(self) -> None:
+        while not self.future.done():
+            wait([self.future], timeout=POLL_SECONDS)
             self.history.take(self.sink)

@@ -13,8 +13,8 @@ LIVE = 1_000_000_000
 """Elements of gathered weights that ZeRO-3 may keep; a smaller model stays whole from forward to backward."""
 
 
-def zero_config(training: Training, dtype: str) -> dict[str, Any]:
-    """DeepSpeed's configuration dictionary.
+def zero_config(training: Training, dtype: str, universal: bool = False) -> dict[str, Any]:
+    """DeepSpeed's configuration dictionary; `universal`: a checkpoint of another number of workers will be loaded.
 
     The accumulation boundary is set by hand in the loop, since steps differ in their number of
     micro-batches; the schedule and the scaling of the loss are the loop's too.
@@ -44,6 +44,7 @@ def zero_config(training: Training, dtype: str) -> dict[str, Any]:
         "optimizer": {"type": "AdamW", "params": adamw},
         "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,
+        "checkpoint": {"load_universal": universal},
         "steps_per_print": 1 << 30,
     }
 

@@ -181,3 +181,32 @@ def test_a_loss_that_is_not_finite_ends_training_at_once_and_names_the_rows(run_
         train(run_dir, table, "diverged", learning_rate=1e30, warmup_ratio=0.0, schedule="constant")
     steps = [json.loads(line) for line in StageFolder(run_dir, "diverged").read_bytes("metrics.jsonl").splitlines()]
     assert [step["step"] for step in steps] == [1]
+
+
+@pytest.mark.parametrize("settings", [{"zero_stage": 3}, {"zero_stage": 1}, {"zero_stage": 3, "lora": {"rank": 4}}])
+def test_training_goes_on_with_another_number_of_workers(run_dir, table, settings):
+    """Stopped after a step on two workers, on to a second one on one worker, and to the end on two."""
+    name = f"moved-{settings['zero_stage']}-{len(settings)}"
+    whole, _ = train(run_dir, table, f"{name}-whole", num_workers=2, **settings)
+    for workers, until in ((2, 3), (1, 7)):
+        with pytest.raises(KeyboardInterrupt):
+            _stopped_at(run_dir, table, name, until, num_workers=workers, **settings)
+    resumed, folder = train(run_dir, table, name, num_workers=2, **settings)
+    assert losses(resumed) == pytest.approx(losses(whole), abs=1e-4)
+    assert (Path(folder.local("policy"))).is_dir()
+
+
+def _stopped_at(run_dir, table, name, step, **training):
+    """Train, and interrupt the driver once it has heard of a step."""
+    job = Job.model_validate({**table, "training": {**table["training"], **training}})
+    folder = StageFolder(run_dir, name)
+    if not folder.exists("in_progress.json"):
+        folder.begin("k")
+
+    def interrupt(metrics):
+        if metrics["step"] == step:
+            raise KeyboardInterrupt
+
+    from rdpo.training.trainer import train
+
+    train(job, run_dir, folder, interrupt)

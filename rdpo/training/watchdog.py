@@ -1,0 +1,96 @@
+"""Finding the worker that holds up all others.
+
+Each worker says now and then which step it is in and where its training loop is. When no step has been finished for too
+long, all wait in a collective operation for the one that is elsewhere, or that says nothing any more.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+WAITING_IN = ("torch/distributed", "deepspeed/comm")
+BEATS = 10
+"""How often a worker speaks within the time after which it counts as hanging."""
+HANGS = 75
+"""Exit code of a worker that ends itself."""
+
+
+@dataclass(frozen=True)
+class Beat:
+    """What one worker said of itself: its optimizer steps so far, where it is, and whether it waits for others."""
+
+    rank: int
+    steps: int
+    place: str
+    waits: bool
+
+
+@dataclass
+class Pulse:
+    """The last beat of every worker, and since when all of them have made no progress.
+
+    A beat counts as old after `limit` seconds; times are the receiver's.
+    """
+
+    limit: float
+    beats: dict[int, tuple[float, Beat]] = field(default_factory=dict)
+    moved: float = 0.0
+
+    def hear(self, beat: Beat, now: float) -> str | None:
+        """Take a beat; what holds training up, if something does."""
+        before = self.beats.get(beat.rank)
+        if before is None or before[1].steps < beat.steps:
+            self.moved = now
+        self.beats[beat.rank] = (now, beat)
+        return self.held_up(now) if now - self.moved > self.limit else None
+
+    def held_up(self, now: float) -> str:
+        """The workers that the others wait for, and where they are."""
+        silent = [rank for rank, (heard, _) in sorted(self.beats.items()) if now - heard > self.limit / 2]
+        busy = [beat for _, beat in self.beats.values() if not beat.waits and beat.rank not in silent]
+        steps = max(beat.steps for _, beat in self.beats.values())
+        reasons = [f"rank {rank} says nothing any more" for rank in silent]
+        reasons += [f"rank {beat.rank} is in {beat.place}" for beat in sorted(busy, key=lambda beat: beat.rank)]
+        who = "; ".join(reasons) or "all ranks wait for each other"
+        return f"no optimizer step for {now - self.moved:.0f} s after step {steps}: {who}"
+
+
+class Watchdog:
+    """Says where this worker's training loop is, and ends the process when training hangs, so that it is repaired."""
+
+    def __init__(self, rank: int, limit: float, say: Callable[[Beat], str | None]):
+        self.rank, self.say, self.pause = rank, say, limit / BEATS
+        self.steps = 0
+        # Ray Train runs the loop in a thread of its own.
+        self.loop = threading.get_ident()
+        self.ended = threading.Event()
+
+    def __enter__(self) -> Watchdog:
+        threading.Thread(target=self._watch, daemon=True).start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.ended.set()
+
+    def _watch(self) -> None:
+        while not self.ended.wait(self.pause):
+            place, waits = whereabouts(sys._current_frames().get(self.loop))
+            if self.say(Beat(self.rank, self.steps, place, waits)):
+                os._exit(HANGS)
+
+
+def whereabouts(frame: Any) -> tuple[str, bool]:
+    """The innermost place of a thread in this package, and whether it is in a collective operation."""
+    if frame is None:
+        return "no Python code", False
+    stack = traceback.extract_stack(frame)
+    own = [entry for entry in stack if "/rdpo/" in entry.filename] or list(stack)
+    waits = any(place in entry.filename for entry in stack[-6:] for place in WAITING_IN)
+    last = own[-1]
+    return f"{os.path.basename(last.filename)}:{last.lineno} ({last.name})", waits

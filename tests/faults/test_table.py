@@ -1,0 +1,167 @@
+"""Faults x stages: whatever is killed, removed or full, the run ends with what an undisturbed one gives.
+
+Each cell takes the stages before its own from a run that nothing disturbed, meets a real fault while its stage is at
+work, and must complete: by itself, or with the same command once more.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rdpo.storage import StageFolder
+from tests.conftest import write_job, write_jsonl
+from tests.faults.faults import FAULTS, PATIENCE_S, Victim
+from tests.faults.nodes import Nodes
+
+pytestmark = [pytest.mark.ray, pytest.mark.long]
+
+ROOT = Path(__file__).parents[2]
+STAGES = ("synthesis", "rewards", "pairs", "reference", "training", "evaluation")
+ORDER = ("prompts", "calibration", *STAGES)
+ROWS = 48
+# What a worker or a node takes with it is made again by Ray, or by the engine's pool.
+BY_ITSELF = ("worker kill -9", "engine kill -9", "node removed")
+ENGINE_STAGES = ("synthesis", "evaluation")
+SPARE_BYTES = {"synthesis": 24 << 10, "training": 200 << 10}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp("table")
+
+
+@pytest.fixture(scope="module")
+def job(place, wordy_models, tiny_classifier):
+    write_jsonl(
+        place / "prompts.jsonl",
+        [{"prompt": f"question {i}", "split": "train" if i % 4 else "heldout"} for i in range(ROWS)],
+    )
+    engine = {"max_model_len": 1024, "kv_cache_gib": 1, "batch_rows": 4, "batches_in_flight": 1}
+    engine["options"] = {"dtype": "float32"}
+    table = {
+        "name": "tiny",
+        "student": {"model": wordy_models[0], "dtype": "float32"},
+        "prompts": {"source": str(place / "prompts.jsonl"), "max_prompt_tokens": 128},
+        "synthesis": {"task": "roleplay", "sampling": {"max_tokens": 8, "temperature": 1.0}, "engine": engine},
+        "rewards": [
+            {"kind": "classifier", "name": "rm", "model": tiny_classifier, "dtype": "float32", "batch_rows": 4}
+        ],
+        "pairs": {"direction": "reward"},
+        "reference": {"max_length": 256, "tokens_per_batch": 512},
+        "training": {
+            "batch_size": 4,
+            "tokens_per_batch": 512,
+            "num_workers": 2,
+            "cpus_per_worker": 1,
+            "learning_rate": 1e-3,
+            "epochs": 2,
+            "checkpoint_every": 2,
+            "lora": {"rank": 4},
+        },
+        "evaluation": {"sampling": {"max_tokens": 8, "temperature": 1.0}, "engine": engine},
+    }
+    return write_job(place / "job.toml", table)
+
+
+def start(job, run_dir, stage, log, *more):
+    command = [sys.executable, "-m", "rdpo", "run", job, "--run-dir", str(run_dir), "--until", stage, *more]
+    with open(log, "ab") as output:
+        return subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output, start_new_session=True)
+
+
+def complete(job, run_dir, stage, log, *more):
+    """Run to the end of the stage; what the run said."""
+    assert start(job, run_dir, stage, log, *more).wait(PATIENCE_S) == 0, log.read_text()
+    return log.read_text()
+
+
+@pytest.fixture(scope="module")
+def whole(job, place):
+    """The run that nothing disturbs."""
+    complete(job, place / "whole", "evaluation", place / "whole.log")
+    return place / "whole"
+
+
+def begun(whole, run_dir, stage):
+    """A run directory in which all stages before this one are done."""
+    for earlier in ORDER[: ORDER.index(stage)]:
+        shutil.copytree(whole / earlier, run_dir / earlier)
+    return run_dir
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("fault", [name for name, act in FAULTS.items() if act])
+def test_a_fault_in_a_stage_loses_nothing(fault, stage, job, whole, tmp_path, survived):
+    if fault == "engine kill -9" and stage not in ENGINE_STAGES:
+        pytest.skip("no engine at work")
+    run_dir, log = begun(whole, tmp_path / "run", stage), tmp_path / "log"
+    nodes = Nodes() if fault == "node removed" else None
+    try:
+        placed = ["--set", f"cluster.address={nodes.address}"] if nodes else []
+        victim = Victim(start(job, run_dir, stage, log, *placed), run_dir, stage, nodes)
+        FAULTS[fault](victim)
+        code = victim.driver.wait(PATIENCE_S)
+        assert StageFolder(str(run_dir), stage).manifest() if code == 0 else True
+        assert "Traceback" not in log.read_text()
+        if fault in BY_ITSELF:
+            assert code == 0, log.read_text()
+        elif code:
+            complete(job, run_dir, stage, log, *placed)
+    finally:
+        if nodes:
+            nodes.end()
+    same(run_dir, whole, stage)
+    survived(fault, stage, "by itself" if code == 0 else "same command")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_full_disk_loses_nothing(stage, job, whole, tmp_path, survived):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", disk]).returncode:
+        pytest.skip("a small file system cannot be mounted here")
+    try:
+        run_dir, log = begun(whole, disk / "run", stage), tmp_path / "log"
+        used = shutil.disk_usage(disk).used
+        subprocess.run(["mount", "-o", f"remount,size={used + SPARE_BYTES.get(stage, 12 << 10)}", disk], check=True)
+        assert start(job, run_dir, stage, log).wait(PATIENCE_S) == 1, log.read_text()
+        assert "No space left on device" in log.read_text()
+        assert "Traceback" not in log.read_text()
+        subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
+        complete(job, run_dir, stage, log)
+        same(run_dir, whole, stage)
+    finally:
+        subprocess.run(["umount", disk])
+    survived("disk full", stage, "same command")
+
+
+def same(run_dir, whole, stage):
+    """The stage is as in the undisturbed run: ids and texts to the letter, numbers but for a batch's padding."""
+    if stage == "training":
+        assert losses(run_dir) == pytest.approx(losses(whole), abs=1e-4)
+        return
+    exact, numbers = rows(run_dir, stage)
+    expected, expected_numbers = rows(whole, stage)
+    assert [row["prompt_id"] for row in exact] == [row["prompt_id"] for row in expected]
+    if stage != "evaluation":
+        assert exact == expected
+        assert numbers == pytest.approx(expected_numbers, abs=1e-4)
+
+
+def rows(run_dir, stage):
+    table = StageFolder(str(run_dir), stage).table().sort_by("prompt_id").to_pylist()
+    numbers = [value for row in table for value in row.values() if isinstance(value, float)]
+    kept = [
+        {name: value for name, value in row.items() if not isinstance(value, float | dict) and "cached" not in name}
+        for row in table
+    ]
+    return kept, numbers
+
+
+def losses(run_dir):
+    lines = (run_dir / "training" / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
