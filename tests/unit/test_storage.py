@@ -123,3 +123,46 @@ def test_unwritable_place_is_bad_input(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises((InputError, NotADirectoryError, FileExistsError)):
         StageFolder(str(tmp_path / "file"), "stage").begin("k")
+
+
+def two_parts(folder):
+    for row in (ROWS[0], ROWS[2]):
+        write(folder, [row])
+    return folder.parts()
+
+
+def spoil(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 4] ^= 0xFF
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "damage", [spoil, lambda path: path.write_bytes(path.read_bytes()[:-40]), lambda path: path.unlink()]
+)
+def test_a_damaged_part_of_a_committed_folder_is_found_and_alone_made_again(folder, tmp_path, damage):
+    kept, broken = two_parts(folder)
+    before = folder.commit(manifest(), "prompt_id", expected=2)
+    assert folder.damaged() == []
+    damage(tmp_path / "stage" / broken)
+    assert folder.damaged() == [broken]
+    folder.reopen([broken])
+    folder.begin("k")
+    assert folder.parts() == [kept]
+    two_parts(folder)
+    assert folder.commit(manifest(), "prompt_id", expected=2).digest == before.digest
+
+
+@pytest.mark.parametrize("damage", [spoil, lambda path: path.write_bytes(b"")])
+def test_a_damaged_part_of_an_unfinished_folder_goes_when_it_is_taken_up(folder, tmp_path, damage):
+    kept, broken = two_parts(folder)
+    damage(tmp_path / "stage" / broken)
+    folder.begin("k")
+    assert folder.parts() == [kept]
+
+
+def test_a_manifest_that_is_not_whole_is_none(folder, tmp_path):
+    write(folder)
+    folder.commit(manifest(), "prompt_id")
+    (tmp_path / "stage" / "manifest.json").write_text('{"stage": "sta')
+    assert folder.manifest() is None
