@@ -47,9 +47,7 @@ def job(place, wordy_models, tiny_classifier):
         "student": {"model": wordy_models[0], "dtype": "float32"},
         "prompts": {"source": str(place / "prompts.jsonl"), "max_prompt_tokens": 128},
         "synthesis": {"task": "roleplay", "sampling": {"max_tokens": 8, "temperature": 1.0}, "engine": engine},
-        "rewards": [
-            {"kind": "classifier", "name": "rm", "model": tiny_classifier, "dtype": "float32", "batch_rows": 4}
-        ],
+        "rewards": [{"kind": "classifier", "name": "rm", "model": tiny_classifier, "dtype": "float32"}],
         "pairs": {"direction": "reward"},
         "reference": {"max_length": 256, "tokens_per_batch": 512},
         "training": {
