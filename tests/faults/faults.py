@@ -11,7 +11,7 @@ import psutil
 
 PATIENCE_S = 900
 POLL_S = 0.05
-WORKERS = ("ray::Map", "ray::map", "ray::RayTrainWorker")
+WORKERS = {"pairs": ("ray::Map", "ray::map"), "training": ("ray::RayTrainWorker",)}
 ENGINES = ("VLLM::EngineCor", "VLLM::Worker")
 
 
@@ -40,8 +40,9 @@ class Victim:
         return found
 
     def workers(self):
-        """Ray's processes that work on rows or steps."""
-        return [one for one in self.processes() if title(one).startswith(WORKERS)]
+        """Ray's processes that do the stage's work."""
+        kinds = WORKERS.get(self.stage, ("ray::MapWorker",))
+        return [one for one in self.processes() if title(one).startswith(kinds)]
 
     def engines(self):
         return [one for one in self.processes() if title(one).startswith(ENGINES)]
