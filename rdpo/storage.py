@@ -159,7 +159,7 @@ class StageFolder(Folder):
             self.fs.rm(self._at(name))
 
     def clear(self) -> None:
-        """Remove the folder and all that is in it; the manifest first, so that what is half removed is not committed."""
+        """Remove the folder and all that is in it: the manifest first, so that half a folder is not committed."""
         if self.exists(MANIFEST):
             self.fs.rm(self._at(MANIFEST))
         super().clear()

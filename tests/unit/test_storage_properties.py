@@ -2,6 +2,7 @@
 
 import tempfile
 from collections import Counter
+from itertools import pairwise
 
 import pyarrow as pa
 import pytest
@@ -31,7 +32,7 @@ def drawn(data, ids):
     rows = [{"prompt_id": name, **data.draw(ROW)} for name in ids]
     cuts = sorted(data.draw(st.sets(st.integers(1, max(1, len(rows) - 1)))))
     ends = [0, *cuts, len(rows)]
-    return rows, [block for start, end in zip(ends, ends[1:], strict=False) if (block := rows[start:end])]
+    return rows, [block for start, end in pairwise(ends) if (block := rows[start:end])]
 
 
 def by_id(rows):
