@@ -33,7 +33,7 @@ class Job(Section):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of the run; its directory is `runs/NAME` unless `--run-dir` says otherwise."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**32)
     """All random draws are functions of this seed and of what they are for."""
     student: Student
     prompts: Prompts
