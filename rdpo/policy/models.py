@@ -36,7 +36,7 @@ def local_model(name: str, revision: str | None = None, weights: bool = True) ->
     Raises:
         InputError: there is no such model, or it has no safetensors weights.
     """
-    path = _package_file(name) if name.startswith("package:") else Path(name).expanduser()
+    path = _package_file(name) if name.startswith("package:") else _path(name)
     if path.is_file() and path.suffix == ".gguf":
         return _dequantised(path)
     if path.is_dir():
@@ -52,6 +52,11 @@ def fingerprint(name: str, revision: str | None = None) -> str:
     return _folder_fingerprint(folder, tuple(_stamps(folder)))
 
 
+def _path(name: str) -> Path:
+    # pathlib's own raises an error where there is no such user.
+    return Path(os.path.expanduser(name))
+
+
 def adapter_fingerprint(folder: str) -> str:
     """A hash of an adapter's weights and configuration."""
     path = local_adapter(folder)
@@ -64,7 +69,7 @@ def local_adapter(name: str) -> Path:
     Raises:
         InputError: it has no such configuration, or weights other than safetensors.
     """
-    path = Path(name).expanduser()
+    path = _path(name)
     if not (path / ADAPTER_CONFIG).is_file():
         raise InputError(f"adapter {name}: the folder has no {ADAPTER_CONFIG}, so it is no LoRA adapter")
     if not (path / "adapter_model.safetensors").is_file():
