@@ -199,7 +199,7 @@ def _dry_run(job: Job, run_dir: str) -> int:
     from rdpo.pipeline import planned
     from rdpo.stages import stages_of
 
-    print(to_toml(job))
+    print(visible(to_toml(job)))
     if job.rounds.count > 1:
         from rdpo.rounds import job_of_round, round_dir
 

@@ -66,7 +66,12 @@ def clean(text: str) -> str:
 
 def visible(text: str) -> str:
     """The text fit for a terminal or a page: characters that act on it, or cannot be seen, are written out."""
-    return UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    return UNSEEN.sub(lambda found: _written_out(ord(found[0])), text)
+
+
+def _written_out(code: int) -> str:
+    # As TOML and JSON write it too, so that a resolved job on the screen stays one.
+    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
 def text_of(messages: Messages) -> str:

@@ -25,10 +25,8 @@ class Killed(BaseException):
 class Dying(LocalFileSystem):
     """A local file system that dies before the change of this number, or half way through a file."""
 
-    cachable = False
-
-    def __init__(self, dies_at):
-        super().__init__()
+    def __init__(self, dies_at, **options):
+        super().__init__(**options)
         self.left = dies_at
 
     def change(self):
@@ -109,7 +107,7 @@ def is_true(folder):
 
 def killed(folder, dies_at, work):
     """The folder after its process has died in the work, or done it."""
-    folder.fs = Dying(dies_at)
+    folder.fs = Dying(dies_at, skip_instance_cache=True)
     with suppress(Killed):
         work(folder)
     return StageFolder(folder.path.rsplit("/", 1)[0], folder.name)

@@ -8,6 +8,7 @@ import os
 import pickle
 import shutil
 import threading
+import tomllib
 from contextlib import redirect_stdout
 from html.parser import HTMLParser
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -262,7 +263,7 @@ def test_rows_in_the_terminal_cannot_write_to_it(hostile_run, dropped, monkeypat
         show_rows(hostile_run, "synthesis", None, 3, dropped)
     told = stream.getvalue()
     assert not any(character in told for character in "\x1b\x9b\u202e\x00\r")
-    assert "\\x1b[31m" in told and "\\u202e" in told
+    assert "\\u001b[31m" in told and "\\u202e" in told
     assert dropped or "[link=http://x]" in told
 
 
@@ -281,6 +282,15 @@ def test_messages_cannot_write_to_the_terminal(job_table, tmp_path, capsys, over
     assert main(["run", path, "--dry-run", "--set", override]) == 2
     told = capsys.readouterr().err
     assert not any(character in told for character in "\x1b\x9b\u202e\x00\udc9b")
+
+
+def test_a_resolved_job_on_the_screen_cannot_write_to_it_and_stays_one(job_table, tmp_path, capsys):
+    job_table["prompts"]["system"] = HOSTILE
+    path = write_job(tmp_path / "job.toml", job_table)
+    assert main(["run", path, "--dry-run", "--run-dir", str(tmp_path / "run")]) == 0
+    told = capsys.readouterr().out
+    assert not any(character in told for character in "\x1b\x9b\u202e\x00")
+    assert Job.model_validate(tomllib.loads(told)).prompts.system == HOSTILE
 
 
 def test_a_model_card_holds_hostile_names_as_code(job_table):
