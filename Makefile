@@ -14,7 +14,7 @@ INSTALL := $(PIP) install --no-compile
 export HF_HUB_OFFLINE ?= 1
 
 # The quickstart's models come inside Python packages: nothing is asked of the Hugging Face hub.
-.PHONY: help install quickstart reward-pairs test test-faults test-fast bench-training bench-synthesis bench-dataplane lint format type lock clean
+.PHONY: help install quickstart reward-pairs test test-faults test-fast bench-training bench-synthesis bench-dataplane lint format type lock audit clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -88,5 +88,14 @@ lock: $(READY)  ## resolve both locks anew
 	$(BIN)/uv pip compile cluster/locks/gpu.in --python-version 3.11 \
 		--python-platform x86_64-manylinux_2_28 --no-header --no-annotate -q -o cluster/locks/gpu.lock
 
+AUDIT := .venv-audit
+
+audit:  ## known holes in the locked packages, by pip-audit in an environment of its own; asks the package index
+	$(PYTHON) -m venv $(AUDIT)
+	$(AUDIT)/bin/python -m pip --disable-pip-version-check -q install pip-audit==2.10.1
+	@# Advisories know torch by its version without the name of the build.
+	sed 's/+cpu$$//' $(LOCK) > $(AUDIT)/lock.txt
+	$(AUDIT)/bin/pip-audit -r $(AUDIT)/lock.txt --no-deps --disable-pip --strict --progress-spinner off
+
 clean:  ## remove the environment and caches; runs stay
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build
+	rm -rf $(VENV) $(AUDIT) .pytest_cache .mypy_cache .ruff_cache build

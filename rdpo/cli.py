@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from rdpo import __version__
 from rdpo.errors import InputError
 from rdpo.interruption import heed_sigterm
+from rdpo.records import visible
 
 if TYPE_CHECKING:
     from rdpo.config import Job
@@ -44,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return options.function(options)
     except InputError as error:
-        print(f"rdpo: {error}", file=sys.stderr)
+        print(f"rdpo: {visible(str(error))}", file=sys.stderr)
         return 2
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -60,16 +61,16 @@ def _broken(options: argparse.Namespace, error: Exception) -> int:
     """Say what broke in one line, keep the details in a file, and return the exit code."""
     cause = _input_error_within(error)
     if cause:
-        print(f"rdpo: {cause}", file=sys.stderr)
+        print(f"rdpo: {visible(str(cause))}", file=sys.stderr)
         return 2
-    print(f"rdpo: {_in_one_line(error)}", file=sys.stderr)
+    print(f"rdpo: {visible(_in_one_line(error))}", file=sys.stderr)
     run_dir = getattr(options, "run_dir", None)
     if run_dir and (Path(run_dir) / "logs").is_dir():
         details = Path(run_dir) / "logs" / "error.log"
         details.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
         print(f"rdpo: the same command goes on where it stopped; details in {details}", file=sys.stderr)
     else:
-        traceback.print_exception(error)
+        print(visible("".join(traceback.format_exception(error))), file=sys.stderr)
     return 1
 
 
@@ -203,7 +204,7 @@ def _dry_run(job: Job, run_dir: str) -> int:
     from rdpo.pipeline import planned
     from rdpo.stages import stages_of
 
-    print(to_toml(job))
+    print(visible(to_toml(job)))
     if job.rounds.count > 1:
         from rdpo.rounds import job_of_round, round_dir
 

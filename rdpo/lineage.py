@@ -16,7 +16,7 @@ import fsspec
 
 from rdpo.config import FunctionReward, ImplicitReward, Job
 from rdpo.policy.hardware import compute_dtype
-from rdpo.policy.models import fingerprint
+from rdpo.policy.models import adapter_fingerprint, fingerprint
 from rdpo.records import digest
 
 FORMAT = 1
@@ -100,7 +100,7 @@ def _reward_settings(job: Job) -> list[dict[str, Any]]:
             module = inspect.getmodule(load_function(reward.function))
             entry["source"] = digest(inspect.getsource(module)) if module else ""
         else:
-            entry["weights"] = fingerprint(reward.model or job.student.model)
+            entry["weights"] = fingerprint(*job.model_or_student(reward.model)[:2])
         if isinstance(reward, ImplicitReward):
             entry["reference"] = fingerprint(*reference_of(reward, job)[:2])
         settings.append(entry)
@@ -125,15 +125,14 @@ def _wording(job: Job, condition: str | None) -> dict[str, Any]:
 def synthesis(job: Job) -> dict[str, Any]:
     """Settings of the synthesis stage, with the task's wording and the teacher's weights."""
     from rdpo.synthesis.instructions import load_task
-    from rdpo.synthesis.teacher import teacher_model
 
     if job.synthesis.task is None:
         return {"split": job.synthesis.split, "limit": job.synthesis.limit}
     task = load_task(job.synthesis.task).model_dump()
-    weights = None if job.synthesis.endpoint else fingerprint(teacher_model(job))
+    weights = None if job.synthesis.endpoint else fingerprint(*job.model_or_student(job.synthesis.teacher)[:2])
     settings = {**job.synthesis.model_dump(), "turns": task, "weights": weights, "seed": job.seed}
     if job.synthesis.adapter:
-        settings["adapter_weights"] = fingerprint(job.synthesis.adapter)
+        settings["adapter_weights"] = adapter_fingerprint(job.synthesis.adapter)
     if endpoint := job.synthesis.endpoint:
         # How it is asked does not change what it says.
         settings |= {"endpoint": {"url": endpoint.url, "model": endpoint.model}, "engine": None}

@@ -27,6 +27,7 @@ from rdpo.tracking import Console, Meter
 
 JOB_FILE = "config.toml"
 LOCK = ".lock"
+TOLD_REASONS = 20
 
 
 @dataclass
@@ -43,6 +44,8 @@ class Run:
     @cached_property
     def streams(self) -> bool:
         """Whether stages may run at the same time here; known once the job's models are tried and Ray is started."""
+        for section in self.job.trusted_code:
+            self.console.say(f"{section}.trust_remote_code: Python code that ships with the model is run")
         return self.prepare(self.job)
 
     def folder(self, stage: str) -> StageFolder:
@@ -176,8 +179,11 @@ def _commit(run: Run, stage: Stage, folder: StageFolder, manifest: Manifest) -> 
     expected = manifest.summary.pop("rows_in", None)
     manifest.seed, manifest.versions = run.job.seed, versions()
     run.manifests[stage.name] = folder.commit(manifest, stage.id_column, expected)
-    for reason, count in sorted(manifest.dropped.items(), key=lambda item: -item[1]):
+    reasons = sorted(manifest.dropped.items(), key=lambda item: -item[1])
+    for reason, count in reasons[:TOLD_REASONS]:
         run.console.say(f"{'':<12}dropped {count}: {reason}")
+    if others := reasons[TOLD_REASONS:]:
+        run.console.say(f"{'':<12}dropped {sum(count for _, count in others)}: {len(others)} other reasons")
 
 
 def planned(job: Job, run_dir: str, stages: Sequence[Stage]) -> dict[str, str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -19,6 +20,12 @@ Messages = list[dict[str, str]]
 Row = dict[str, Any]
 
 ROLES = ("system", "user", "assistant", "tool")
+# What moves a terminal's cursor, turns the direction of writing, or cannot be seen or encoded; line breaks and tabs are
+# none of these, nor are the joiners that scripts and emoji need.
+UNSEEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff"
+    "\ud800-\udfff\U000e0000-\U000e007f]"
+)
 
 
 def digest(*parts: Any) -> str:
@@ -44,7 +51,7 @@ def unit_draw(seed: int, row_id: str, role: str) -> float:
 
 def drop(row: Row, reason: str) -> Row:
     """The row with the reason why it cannot go on; the first reason stays."""
-    return row if row.get("dropped") else {**row, "dropped": reason}
+    return row if row.get("dropped") else {**row, "dropped": clean(reason) or "no reason given"}
 
 
 def alive(row: Row) -> bool:
@@ -55,6 +62,16 @@ def alive(row: Row) -> bool:
 def clean(text: str) -> str:
     """The text without half characters, which no Arrow string takes."""
     return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def visible(text: str) -> str:
+    """The text fit for a terminal or a page: characters that act on it, or cannot be seen, are written out."""
+    return UNSEEN.sub(lambda found: _written_out(ord(found[0])), text)
+
+
+def _written_out(code: int) -> str:
+    # As TOML and JSON write it too, so that a resolved job on the screen stays one.
+    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
 def text_of(messages: Messages) -> str:

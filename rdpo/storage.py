@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     import ray.data
 
 MANIFEST = "manifest.json"
+TEMPORARY = ".tmp"
 IN_PROGRESS = "in_progress.json"
 TOKENS = "_tokens"
 OPEN_AT_ONCE = 16
@@ -103,7 +104,7 @@ class Folder:
     def write_bytes(self, name: str, content: bytes) -> None:
         """Write a file so that it is there whole or not at all."""
         target = self._at(name)
-        temporary = f"{target}.{uuid.uuid4().hex[:8]}.tmp"
+        temporary = _temporary(target)
         try:
             self.fs.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
             with self.fs.open(temporary, "wb") as file:
@@ -164,6 +165,12 @@ class StageFolder(Folder):
         for name in self._all_files():
             self.fs.rm(self._at(name))
 
+    def clear(self) -> None:
+        """Remove the folder and all that is in it: the manifest first, so that half a folder is not committed."""
+        if self.exists(MANIFEST):
+            self.fs.rm(self._at(MANIFEST))
+        super().clear()
+
     def damaged(self) -> list[str]:
         """Names of the files of a committed folder that are not there as they were written."""
         manifest = self.manifest()
@@ -180,11 +187,19 @@ class StageFolder(Folder):
     def take_over(self, other: StageFolder) -> None:
         """Hold what another committed folder holds; on a local disk the files are shared, not copied."""
         self.clear()
+        begun = [IN_PROGRESS] if other.exists(IN_PROGRESS) else []
+        for name in [*begun, *other._all_files(), MANIFEST]:
+            self._take(other._at(name), self._at(name))
+
+    def _take(self, source: str, target: str) -> None:
+        temporary = _temporary(target)
+        self.fs.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
         if isinstance(self.fs, LocalFileSystem):
             # Files are only ever put in another's place, so a change here does not reach the other folder.
-            shutil.copytree(other.root, self.root, copy_function=_linked)
+            _linked(source, temporary)
         else:
-            self.fs.copy(other.root, self.root, recursive=True)
+            self.fs.copy(source, temporary)
+        self.fs.mv(temporary, target)
 
     def write_parts(self, table: pa.Table, id_column: str) -> WriteProgress:
         """Write one block: kept rows to `part-*`, rows with a reason in `dropped` to `dropped/part-*`.
@@ -342,7 +357,7 @@ class StageFolder(Folder):
     def _all_files(self) -> list[str]:
         found = self.fs.find(self.root)
         names = [path[len(self.root) + 1 :] for path in found]
-        return sorted(name for name in names if name not in (MANIFEST, IN_PROGRESS))
+        return sorted(name for name in names if name not in (MANIFEST, IN_PROGRESS) and not name.endswith(TEMPORARY))
 
     def _checksum(self, name: str) -> str:
         with self.fs.open(self._at(name), "rb") as file:
@@ -364,6 +379,10 @@ def _read_parts(names: pa.Table, folder: StageFolder, schema: pa.Schema) -> Iter
 
 def _hashes(ids: pa.Array) -> NDArray[np.int64]:
     return np.fromiter(map(hash, ids.to_pylist()), np.int64, len(ids))
+
+
+def _temporary(target: str) -> str:
+    return f"{target}.{uuid.uuid4().hex[:8]}{TEMPORARY}"
 
 
 def _linked(source: str, target: str) -> None:

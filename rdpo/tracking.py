@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from rdpo.records import visible
+
 PLAIN_EVERY = 15.0
 
 
@@ -70,12 +72,14 @@ class Console:
 
     def say(self, text: str) -> None:
         """A lasting line, on the terminal and in the log."""
+        text = visible(text)
         self._wipe()
         print(text, file=self.stream, flush=True)
         self._log.info(text)
 
     def log(self, text: str) -> None:
         """A line for the log file, and for the terminal if that is not live."""
+        text = visible(text)
         self._log.info(text)
         if not self.live:
             print(text, file=self.stream, flush=True)

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from rdpo.config.models import Engine, Sampling
-from rdpo.config.section import Section
+from rdpo.config.section import Section, Source
 
 
 class Evaluation(Section):
@@ -31,7 +31,7 @@ class Evaluation(Section):
 class Retention(Section):
     """Conversations that the training is not about; measured is how much likelihood they lose by it."""
 
-    source: str
+    source: Source
     """Where they are, read as `prompts.source` is."""
     column: str = "prompt"
     """Their column with the prompt."""

@@ -9,8 +9,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from rdpo.config.job import Job
-from rdpo.config.section import Section
+from rdpo.config.section import KEY_IN_ADDRESS, Section
 from rdpo.errors import InputError
+from rdpo.records import clean
 
 
 def load_job(path: str | Path, overrides: list[str] | None = None) -> Job:
@@ -50,7 +51,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         raise InputError(f"{path}: no such job file") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid TOML: {error}") from None
 
 
@@ -62,6 +63,8 @@ def to_toml(job: Job) -> str:
 
 
 def _apply_override(table: dict[str, Any], override: str) -> None:
+    if clean(override) != override:
+        raise InputError(f"--set {override}: not UTF-8; write it as section.key=value")
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise InputError(f"--set {override}: write it as section.key=value")
@@ -76,10 +79,15 @@ def _apply_override(table: dict[str, Any], override: str) -> None:
 
 def _descend(target: Any, section: str, override: str) -> Any:
     if isinstance(target, list):
-        if not section.isdigit() or int(section) >= len(target):
+        # Not by `int`, which takes other scripts' digits and refuses numbers of thousands of them.
+        entries = {str(index): entry for index, entry in enumerate(target)}
+        if section not in entries:
             raise InputError(f"--set {override}: the list has entries 0 to {len(target) - 1}")
-        return target[int(section)]
-    child = target.setdefault(section, {})
+        return _section(entries[section], section, override)
+    return _section(target.setdefault(section, {}), section, override)
+
+
+def _section(child: Any, section: str, override: str) -> Any:
     if not isinstance(child, dict | list):
         raise InputError(f"--set {override}: {section} is a value, not a section")
     return child
@@ -87,9 +95,11 @@ def _descend(target: Any, section: str, override: str) -> Any:
 
 def _toml_value(text: str) -> Any:
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        table = tomllib.loads(f"value = {text}")
+    except (ValueError, RecursionError):
         return text
+    # A line break in the text must not begin another key.
+    return table["value"] if len(table) == 1 else text
 
 
 def explained(where: str | Path, error: ValidationError) -> str:
@@ -109,8 +119,16 @@ def _remedy(problem: Any, field: str) -> str:
         return "is required"
     if field.endswith("endpoint.url"):
         return "a URL like http://teacher:8000/v1, without a key in it"
+    if field.endswith("endpoint.key_variable"):
+        return "the name of an environment variable, like TEACHER_KEY; the key itself does not belong here"
     value = repr(problem.get("input"))
-    return f"{message} (got {value[:80]})" if len(value) < 200 else message
+    return f"{message} (got {value[:80]})" if len(value) < 200 and not _may_be_secret(field, problem) else message
+
+
+def _may_be_secret(field: str, problem: Any) -> bool:
+    """Whether a value is better not repeated: that of an endpoint, a whole table, an address with a key."""
+    value = problem.get("input")
+    return "endpoint" in field.split(".") or isinstance(value, dict) or bool(KEY_IN_ADDRESS.search(str(value)))
 
 
 def _suggestion(field: str) -> str:

@@ -10,7 +10,7 @@ from rdpo.config.evaluation import Evaluation, Publish, Retention, Rounds
 from rdpo.config.models import Student
 from rdpo.config.pairs import Pairs, Reference, Replay
 from rdpo.config.prompts import Prompts, Synthesis
-from rdpo.config.rewards import Calibration, Reward
+from rdpo.config.rewards import Calibration, JudgeReward, Reward
 from rdpo.config.section import Section, largest
 from rdpo.config.training import Training
 
@@ -33,7 +33,7 @@ class Job(Section):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of the run; its directory is `runs/NAME` unless `--run-dir` says otherwise."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**32)
     """All random draws are functions of this seed and of what they are for."""
     student: Student
     prompts: Prompts
@@ -50,6 +50,20 @@ class Job(Section):
     rounds: Rounds = Rounds()
     publish: Publish = Publish()
     cluster: Cluster = Cluster()
+
+    def model_or_student(self, name: str | None) -> tuple[str, str | None, bool]:
+        """Name, revision, and whether its own code may run: of the model named, which may not, or of the student."""
+        if name:
+            return name, None, False
+        return self.student.model, self.student.revision, self.student.trust_remote_code
+
+    @property
+    def trusted_code(self) -> list[str]:
+        """The settings that let code run which ships with a model."""
+        engines = {"synthesis.engine": self.synthesis.engine, "evaluation.engine": self.evaluation.engine}
+        engines |= {f"rewards.{one.name}.engine": one.engine for one in self.rewards if isinstance(one, JudgeReward)}
+        trusting = [name for name, engine in engines.items() if engine.options.get("trust_remote_code")]
+        return ["student"] * self.student.trust_remote_code + [f"{name}.options" for name in trusting]
 
     @model_validator(mode="before")
     @classmethod

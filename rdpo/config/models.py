@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, JsonValue, field_validator, model_validator
 
 from rdpo.config.section import Concurrency, Dtype, Section
 
@@ -58,8 +58,15 @@ class Engine(Section):
     """Rows in one block of work; the rows of `batches_in_flight` blocks are in the engine at once."""
     batches_in_flight: int = Field(default=4, ge=1)
     """Blocks that one engine works on at the same time."""
-    options: dict[str, Any] = Field(default_factory=dict)
+    options: dict[str, JsonValue] = Field(default_factory=dict)
     """Further arguments of vLLM's `AsyncEngineArgs`, passed on as they are (`quantization`, for example)."""
+
+    @field_validator("options")
+    @classmethod
+    def _check_options(cls, options: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        if "hf_token" in options:
+            raise ValueError("a job file is no place for a token; give it as HF_TOKEN in the environment")
+        return options
 
     @model_validator(mode="after")
     def _check_groups(self) -> Engine:
@@ -75,8 +82,9 @@ class Endpoint(Section):
     """Base of its API, for example `http://teacher:8000/v1`; a key does not belong here."""
     model: str
     """The model's name on that server."""
-    key_variable: str | None = Field(default=None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
-    """Environment variable that holds the key, where the run is started; without one the server gets `none`."""
+    key_variable: str | None = Field(default=None, pattern=r"^[A-Z_][A-Z0-9_]*$")
+    """Environment variable that holds the key, where the run is started; without one the server gets `none`. Its name
+    has no small letters, so that a key written here by mistake is refused."""
     concurrency: int = Field(default=16, ge=1)
     """Requests at the same time."""
     requests_per_minute: float | None = Field(default=None, gt=0)

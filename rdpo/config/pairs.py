@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from rdpo.config.section import Concurrency, Section
+from rdpo.config.section import Concurrency, Section, Source
 
 BEST, WORST = "best", "worst"
 
@@ -64,7 +64,7 @@ class Pairs(Section):
 class Replay(Section):
     """Ready preference pairs that are trained on beside the generated ones (DICE, arXiv 2406.09760)."""
 
-    source: str
+    source: Source
     """A preference data set, read as `prompts.source` is, with `chosen` and `rejected`; the `pairs` folder of
     another run is one."""
     share: float = Field(default=0.5, ge=0, le=1)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pydantic import Field
 
 from rdpo.config.models import Endpoint, Engine, Sampling
-from rdpo.config.section import Section
+from rdpo.config.section import Section, Source
 
 
 class Prompts(Section):
     """Where the prompts come from and how they are split."""
 
-    source: str
+    source: Source
     """A JSONL, Parquet or CSV file or folder, or `hf:DATASET` for a Hugging Face dataset."""
     subset: str | None = None
     """Configuration name of a Hugging Face dataset."""

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from rdpo.config.models import Engine, Sampling
-from rdpo.config.section import Concurrency, Dtype, Section
+from rdpo.config.section import Concurrency, Dtype, Section, Source
 
 
 class RewardSection(Section):
@@ -117,7 +117,7 @@ Reward = Annotated[ClassifierReward | JudgeReward | ImplicitReward | FunctionRew
 class Calibration(Section):
     """Known pairs on which the rewards are tried before the long work."""
 
-    source: str | None = None
+    source: Source | None = None
     """A preference data set, read as `prompts.source` is, with `chosen` and `rejected`; printed is how often each
     reward prefers the chosen side. By default two plain pairs, to see that every model loads and gives numbers."""
     limit: int | None = Field(default=None, ge=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -10,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 class Section(BaseModel):
     """A table of the job file: unknown keys are errors, and values are not changed after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 Dtype = Literal["auto", "bfloat16", "float32"]
@@ -18,6 +19,22 @@ Dtype = Literal["auto", "bfloat16", "float32"]
 
 Layout = Literal["auto", "packed", "padded"]
 """How token rows reach the model, see `Training.layout`."""
+
+
+KEY_IN_ADDRESS = re.compile(
+    r"https?://[^/\s]*@|://[^/\s:@]*:[^/\s@]*@|[?&][^=&]*(key|token|secret|signature|password|credential)[^=&]*=",
+    re.IGNORECASE,
+)
+
+
+def _keyless(address: str) -> str:
+    if KEY_IN_ADDRESS.search(address):
+        raise ValueError("a job file is no place for a key or password; leave it to the environment")
+    return address
+
+
+Source = Annotated[str, AfterValidator(_keyless)]
+"""Where data is; it stands in the run's files and report, so no key may be in it."""
 
 
 def _ordered(value: int | tuple[int, int]) -> int | tuple[int, int]:

@@ -7,6 +7,7 @@ a model card, and with LoRA the adapter in `adapter/`.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader
 
 from rdpo.config import Job
-from rdpo.policy.chat import load_chat
+from rdpo.policy.chat import make_chat
+from rdpo.records import visible
 from rdpo.training.checkpoint import EXPORT, MERGED
 
 PROBE = [{"role": "user", "content": "Say hello."}]
@@ -43,19 +45,17 @@ def publish(job: Job, training: Path, target: Path, facts: dict[str, Any]) -> di
         shutil.copytree(adapter, target, dirs_exist_ok=True)
         _copy_tokenizer(training / MERGED, target)
     else:
-        _save_sharded(training / MERGED, target, job.publish.max_shard_gb)
+        _save_sharded(training / MERGED, target, job)
         if is_adapter:
             shutil.copytree(adapter, target / "adapter", dirs_exist_ok=True)
-    checks = verify(training / MERGED, target, is_adapter)
+    checks = verify(training / MERGED, target, is_adapter, job.student.trust_remote_code)
     (target / "README.md").write_text(model_card(job, facts), encoding="utf-8")
     return checks
 
 
-def _save_sharded(source: Path, target: Path, max_shard_gb: float) -> None:
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", use_safetensors=True)
-    model.save_pretrained(target, max_shard_size=f"{max_shard_gb}GB")
+def _save_sharded(source: Path, target: Path, job: Job) -> None:
+    model = _load(source, job.student.trust_remote_code)
+    model.save_pretrained(target, max_shard_size=f"{job.publish.max_shard_gb}GB")
     _copy_tokenizer(source, target)
 
 
@@ -66,17 +66,18 @@ def _copy_tokenizer(source: Path, target: Path) -> None:
             shutil.copy(file, target / file.name)
 
 
-def verify(trained: Path, published: Path, is_adapter: bool) -> dict[str, Any]:
+def verify(trained: Path, published: Path, is_adapter: bool, trust: bool = False) -> dict[str, Any]:
     """Reload the published folder and compare it with the trained model: tensors, a forward, an answer.
 
     Raises:
         PublishError: they differ.
     """
     import torch
+    from transformers import AutoTokenizer
 
-    chat = load_chat(str(published))
+    chat = make_chat(AutoTokenizer.from_pretrained(published, trust_remote_code=trust), [], str(published))
     ids = torch.tensor([chat.prompt_ids(PROBE)])
-    expected, actual = _load(trained), _load_published(published)
+    expected, actual = _load(trained, trust), _load_published(published, trust)
     _compare_tensors(expected, actual)
     with torch.inference_mode():
         difference = float((expected(ids).logits - actual(ids).logits).abs().max())
@@ -92,18 +93,20 @@ def verify(trained: Path, published: Path, is_adapter: bool) -> dict[str, Any]:
     return checks
 
 
-def _load(folder: Path) -> Any:
+def _load(folder: Path, trust: bool) -> Any:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", use_safetensors=True).eval()
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype="auto", use_safetensors=True, trust_remote_code=trust
+    ).eval()
 
 
-def _load_published(folder: Path) -> Any:
+def _load_published(folder: Path, trust: bool) -> Any:
     if not (folder / "adapter_config.json").is_file():
-        return _load(folder)
+        return _load(folder, trust)
     from peft import AutoPeftModelForCausalLM
 
-    model = AutoPeftModelForCausalLM.from_pretrained(str(folder))
+    model = AutoPeftModelForCausalLM.from_pretrained(str(folder), trust_remote_code=trust)
     return model.merge_and_unload().eval()
 
 
@@ -132,7 +135,15 @@ def _adapter_size(folder: Path) -> int:
     return total
 
 
+def _code(text: str) -> str:
+    """Text as Markdown code on one line, whatever stands in it."""
+    line = visible(text.replace("\n", " ")).replace("|", "\\|")
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", line)), default=0))
+    return f"{fence} {line} {fence}" if "`" in line else f"`{line}`"
+
+
 def model_card(job: Job, facts: dict[str, Any]) -> str:
     """The folder's README.md, with the metadata block of the Hugging Face hub."""
     environment = Environment(loader=PackageLoader("rdpo.evaluation"), autoescape=False, trim_blocks=True)
+    environment.filters["code"] = _code
     return environment.get_template("card.md.jinja").render(job=job, json=json, **facts)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import json
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +20,7 @@ from rdpo.evaluation.arms import ArmResult
 from rdpo.evaluation.compare import Estimate
 from rdpo.evaluation.heldout import HeldoutResult
 from rdpo.pipeline import JOB_FILE
-from rdpo.records import Row, extra_of, text_of
+from rdpo.records import Row, extra_of, text_of, visible
 from rdpo.storage import Folder, Manifest, StageFolder
 from rdpo.training.metrics import NAMES
 
@@ -43,7 +42,6 @@ STAGES = (
     "model",
 )
 SHOWN_CHARS = 4000
-CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f\u202a-\u202e\u2066-\u2069]")
 BEFORE, AFTER = "#8a8f98", "#2f6fde"
 CURVES = {
     "loss": ["loss"],
@@ -172,16 +170,24 @@ def headline(run_dir: str) -> list[str]:
 
 
 def _environment() -> Environment:
-    environment = Environment(loader=PackageLoader("rdpo.evaluation"), autoescape=True, trim_blocks=True)
+    environment = Environment(
+        loader=PackageLoader("rdpo.evaluation"), autoescape=True, trim_blocks=True, finalize=_written_out
+    )
     environment.filters["shown"] = shown
     environment.filters["clock"] = lambda seconds: f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
     return environment
 
 
+def _written_out(value: Any) -> Any:
+    """Whatever a template prints, fit for a page; our own drawings as they are."""
+    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
 def shown(text: str) -> str:
     """Model text fit for a page: control and direction characters made visible, very long text cut."""
-    visible = CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text or "")
-    return visible if len(visible) <= SHOWN_CHARS else f"{visible[:SHOWN_CHARS]} … ({len(visible)} characters)"
+    text = text or ""
+    cut = visible(text[:SHOWN_CHARS])
+    return cut if len(text) <= SHOWN_CHARS else f"{cut} … ({len(text)} characters)"
 
 
 def _manifests(run_dir: str) -> dict[str, Manifest]:

@@ -54,7 +54,7 @@ def _decoder(run_dir: str, row: Row) -> Any:
 
 def _panel(row: Row, decode: Any) -> Panel:
     parts = [_field(name, value, decode) for name, value in row.items() if name != "prompt_id" and value is not None]
-    return Panel(Group(*parts), title=row["prompt_id"], title_align="left")
+    return Panel(Group(*parts), title=Text(shown(row["prompt_id"])), title_align="left")
 
 
 def _field(name: str, value: Any, decode: Any) -> Text:

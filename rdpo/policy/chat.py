@@ -45,9 +45,10 @@ class Chat:
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
 
-def _render(tokenizer: Any, messages: Messages) -> list[int]:
+def _render(tokenizer: Any, messages: Messages, asks: bool = True) -> list[int]:
+    """Token ids of a conversation, `asks`: up to where the assistant begins; transformers renders in a sandbox."""
     try:
-        rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
+        rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=asks, tokenize=True, return_dict=True)
     except Exception as error:
         raise ValueError(str(error)) from None
     ids = list(rendered["input_ids"])
@@ -64,10 +65,7 @@ def end_of_turn(tokenizer: Any, stop_ids: tuple[int, ...]) -> int:
     """
     user = [{"role": "user", "content": PROBE}]
     prompt = _render(tokenizer, user)
-    rendered = tokenizer.apply_chat_template(
-        [*user, {"role": "assistant", "content": PROBE}], tokenize=True, return_dict=True
-    )
-    rest = list(rendered["input_ids"])[len(prompt) :]
+    rest = _render(tokenizer, [*user, {"role": "assistant", "content": PROBE}], asks=False)[len(prompt) :]
     return next((token for token in rest if token in stop_ids), tokenizer.eos_token_id)
 
 
@@ -75,25 +73,28 @@ def make_chat(tokenizer: Any, stop_ids: list[int], name: str) -> Chat:
     """Check a tokenizer and find its end of turn.
 
     Raises:
-        InputError: it has no chat template or no EOS token.
+        InputError: it has no chat template that works, or no EOS token.
     """
     if not tokenizer.chat_template:
         raise InputError(f"model {name}: the tokenizer has no chat template; use an instruction-tuned model")
     if tokenizer.eos_token_id is None:
         raise InputError(f"model {name}: the tokenizer has no EOS token, so no answer could end; set one")
     stops = tuple(dict.fromkeys([tokenizer.eos_token_id, *stop_ids]))
-    return Chat(tokenizer, end_of_turn(tokenizer, stops), stops)
+    try:
+        return Chat(tokenizer, end_of_turn(tokenizer, stops), stops)
+    except ValueError as error:
+        raise InputError(f"model {name}: its chat template fails: {str(error)[:200]}") from None
 
 
 @lru_cache(maxsize=8)
 def load_chat(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Chat:
     """The chat of a model, named as in the job file; loaded once in a process."""
-    from transformers import AutoTokenizer, GenerationConfig
+    from transformers import GenerationConfig
 
-    from rdpo.policy.models import local_model
+    from rdpo.policy.models import load_tokenizer, local_model
 
     folder = local_model(name, revision)
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(name, revision, trust_remote_code)
     has_generation = (Path(folder) / "generation_config.json").is_file()
     stops = GenerationConfig.from_pretrained(folder).eos_token_id if has_generation else None
     stop_ids = [stops] if isinstance(stops, int) else list(stops or [])

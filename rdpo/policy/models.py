@@ -19,6 +19,8 @@ from filelock import FileLock
 
 from rdpo.errors import InputError
 
+CONFIG = "config.json"
+ADAPTER_CONFIG = "adapter_config.json"
 WEIGHTS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 
 
@@ -34,7 +36,7 @@ def local_model(name: str, revision: str | None = None, weights: bool = True) ->
     Raises:
         InputError: there is no such model, or it has no safetensors weights.
     """
-    path = _package_file(name) if name.startswith("package:") else Path(name).expanduser()
+    path = _package_file(name) if name.startswith("package:") else _path(name)
     if path.is_file() and path.suffix == ".gguf":
         return _dequantised(path)
     if path.is_dir():
@@ -48,6 +50,68 @@ def fingerprint(name: str, revision: str | None = None) -> str:
     """A hash of the weights, configuration and tokenizer that a name stands for."""
     folder = local_model(name, revision)
     return _folder_fingerprint(folder, tuple(_stamps(folder)))
+
+
+def _path(name: str) -> Path:
+    # pathlib's own raises an error where there is no such user.
+    return Path(os.path.expanduser(name))
+
+
+def adapter_fingerprint(folder: str) -> str:
+    """A hash of an adapter's weights and configuration."""
+    path = local_adapter(folder)
+    return _folder_fingerprint(path, tuple(_stamps(path)))
+
+
+def local_adapter(name: str) -> Path:
+    """Folder of a LoRA adapter.
+
+    Raises:
+        InputError: it has no such configuration, or weights other than safetensors.
+    """
+    path = _path(name)
+    if not (path / ADAPTER_CONFIG).is_file():
+        raise InputError(f"adapter {name}: the folder has no {ADAPTER_CONFIG}, so it is no LoRA adapter")
+    if not (path / "adapter_model.safetensors").is_file():
+        raise InputError(f"adapter {name}: no adapter_model.safetensors; pickled weights are not loaded, convert them")
+    return path.resolve()
+
+
+def model_config(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The configuration of a model.
+
+    Raises:
+        InputError: there is no such model, or it cannot be read without running code that ships with it.
+    """
+    from transformers import AutoConfig
+
+    folder = local_model(name, revision)
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise InputError(f"model {name}: {_unreadable(error, CONFIG)}") from None
+
+
+def _unreadable(error: Exception, what: str) -> str:
+    """Why transformers cannot read a part of a model; where it ships code of its own, what would run it."""
+    if "trust_remote_code" in str(error):
+        return "it needs Python code that ships with it; student.trust_remote_code = true runs that of the student"
+    return f"its {what} cannot be read: {str(error).strip().splitlines()[0][:200]}"
+
+
+def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a model.
+
+    Raises:
+        InputError: there is no such model, or its tokenizer cannot be read without running code that ships with it.
+    """
+    from transformers import AutoTokenizer
+
+    folder = local_model(name, revision)
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise InputError(f"model {name}: {_unreadable(error, 'tokenizer')}") from None
 
 
 def _stamps(folder: Path) -> list[tuple[str, int, int]]:
@@ -78,8 +142,11 @@ def _package_file(name: str) -> Path:
 
 
 def _checked_folder(path: Path, weights: bool) -> Path:
-    if not (path / "config.json").is_file():
-        raise InputError(f"model {path}: the folder has no config.json, so it is no Hugging Face model")
+    if (path / ADAPTER_CONFIG).is_file():
+        # transformers would take the weights of whatever model this file names.
+        raise InputError(f"model {path}: the folder holds a LoRA adapter; merge it into its model first")
+    if not (path / CONFIG).is_file():
+        raise InputError(f"model {path}: the folder has no {CONFIG}, so it is no Hugging Face model")
     if weights and not any(path.glob("*.safetensors")):
         raise InputError(f"model {path}: no .safetensors weights; pickled weights are not loaded, convert them")
     return path.resolve()
@@ -117,14 +184,15 @@ def _convert_gguf(file: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-    quantised = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    source: dict[str, Any] = {"gguf_file": file.name, "trust_remote_code": False}
+    quantised = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **source)
     config = quantised.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     config.dtype = torch.bfloat16
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.load_state_dict(quantised.state_dict())
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, **source)
     tokens: dict[str, Any] = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     model.generation_config = GenerationConfig(**tokens)
     model.save_pretrained(folder)

@@ -10,7 +10,7 @@ import pyarrow as pa
 from rdpo.config import ClassifierReward
 from rdpo.errors import InputError
 from rdpo.policy.hardware import compute_dtype, take_device
-from rdpo.policy.models import local_model
+from rdpo.policy.models import load_tokenizer, local_model, model_config
 from rdpo.preference.scores import record_scores
 from rdpo.records import Messages, table_of, text_of
 
@@ -24,17 +24,19 @@ class Classifier:
 
     def __init__(self, reward: ClassifierReward, answers: list[str]):
         import torch
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+        from transformers import AutoModelForSequenceClassification
 
         self.reward, self.answers = reward, answers
         folder = checked_classifier(reward)
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.tokenizer = load_tokenizer(reward.model)
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.tokenizer.truncation_side, self.tokenizer.padding_side = "left", "right"
         self.device = take_device(reward.gpus)
         dtype = getattr(torch, compute_dtype(reward.dtype, reward.gpus > 0))
-        model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+        model = AutoModelForSequenceClassification.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False
+        )
         model.config.pad_token_id = self.tokenizer.pad_token_id
         self.model = model.eval().to(self.device)
 
@@ -82,10 +84,7 @@ def checked_classifier(reward: ClassifierReward) -> str:
     Raises:
         InputError: it has no classification head, or more than one output.
     """
-    from transformers import AutoConfig
-
-    folder = str(local_model(reward.model))
-    config = AutoConfig.from_pretrained(folder)
+    folder, config = str(local_model(reward.model)), model_config(reward.model)
     where = f"rewards.{reward.name}: {reward.model}"
     if not any("SequenceClassification" in name for name in config.architectures or []):
         raise InputError(f"{where} has no classification head ({config.architectures}); use kind = 'judge'")

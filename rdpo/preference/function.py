@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import math
 import os
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import pyarrow as pa
 
@@ -20,7 +22,7 @@ def load_function(name: str, path: str | None = None) -> Callable[..., float]:
     """The function `package.module:name`, imported from the working directory or the environment.
 
     Raises:
-        InputError: it cannot be imported or is not callable.
+        InputError: it cannot be imported, is not callable or not written in Python.
     """
     path = path or os.getcwd()
     if path not in sys.path:
@@ -28,11 +30,19 @@ def load_function(name: str, path: str | None = None) -> Callable[..., float]:
     module, _, attribute = name.partition(":")
     try:
         function = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise InputError(f"reward function {name}: {error} (looked in {path} too)") from None
+    except Exception as error:
+        raise InputError(f"reward function {name}: {type(error).__name__}: {error} (looked in {path} too)") from None
     if not callable(function):
         raise InputError(f"reward function {name} is not callable")
+    if not _written_in_python(function):
+        raise InputError(f"reward function {name} is built in; write a function of your own that calls it")
     return function
+
+
+def _written_in_python(function: Any) -> bool:
+    """Whether its module's source can be read, as the key of the rewards stage needs."""
+    module = inspect.getmodule(function)
+    return module is not None and getattr(module, "__file__", None) is not None and bool(inspect.getsourcefile(module))
 
 
 def score_by_function(batch: pa.Table, reward: FunctionReward, answers: list[str], path: str) -> pa.Table:

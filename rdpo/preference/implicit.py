@@ -53,18 +53,12 @@ class Implicit:
 
 def trained_of(reward: ImplicitReward, job: Job) -> tuple[str, str | None, bool]:
     """Name, revision and trust of the trained model: the reward's own, or the student."""
-    return _named(reward.model, job)
+    return job.model_or_student(reward.model)
 
 
 def reference_of(reward: ImplicitReward, job: Job) -> tuple[str, str | None, bool]:
     """Name, revision and trust of the reference model: the reward's own, or the student."""
-    return _named(reward.reference, job)
-
-
-def _named(model: str | None, job: Job) -> tuple[str, str | None, bool]:
-    if model:
-        return model, None, False
-    return job.student.model, job.student.revision, job.student.trust_remote_code
+    return job.model_or_student(reward.reference)
 
 
 def checked_implicit(reward: ImplicitReward, job: Job) -> Chat:

@@ -33,10 +33,10 @@ class Judge:
 
     def __init__(self, reward: JudgeReward, answers: list[str], job: Job, ledger: Any):
         self.reward, self.answers, self.job, self.hands = reward, answers, job, Hands(ledger)
-        model = reward.model or job.student.model
-        self.chat = load_chat(model)
+        model, revision, trust = job.model_or_student(reward.model)
+        self.chat = load_chat(model, revision, trust)
         self.values = {} if reward.score == "written" else rating_values(self.chat, reward)
-        self.engine = Engine(str(local_model(model)), reward.engine, job.seed)
+        self.engine = Engine(str(local_model(model, revision)), reward.engine, job.seed)
 
     async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
         """Judge a block of rows."""

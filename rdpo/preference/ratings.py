@@ -12,7 +12,8 @@ from rdpo.synthesis.instructions import check_template
 
 NUMBER = r"[-+\u2212]?\d+(?:[.,]\d+)?"
 BRACKETED = re.compile(rf"\[\[\s*({NUMBER})\s*\]\]")
-OF_A_SCALE = re.compile(rf"({NUMBER})\s*(?:/|out of)\s*\d+(?:[.,]\d+)?", re.IGNORECASE)
+# Not from the middle of a number: a long row of digits would be tried from each of them.
+OF_A_SCALE = re.compile(r"((?:[-+\u2212]|(?<!\d))\d+(?:[.,]\d+)?)\s*(?:/|out of)\s*\d+(?:[.,]\d+)?", re.IGNORECASE)
 LAST = re.compile(rf"(?<![\w.,])({NUMBER})(?![\w])")
 
 

@@ -74,7 +74,7 @@ def check_rewards(job: Job) -> None:
             checked_classifier(reward)
         elif isinstance(reward, JudgeReward):
             check_rubric(reward)
-            chat = load_chat(reward.model or job.student.model)
+            chat = load_chat(*job.model_or_student(reward.model))
             if reward.score == "expected":
                 rating_values(chat, reward)
         elif isinstance(reward, ImplicitReward):

@@ -61,7 +61,7 @@ def _complete(job: Job, folder: StageFolder) -> None:
     exported, merged = Path(folder.local(EXPORT)), Path(folder.local(MERGED))
     if job.training.extrapolation:
         extrapolate(exported, base, job.training.extrapolation)
-    finish_policy(exported, base, merged)
+    finish_policy(exported, base, merged, job.student.trust_remote_code)
 
 
 def _heldout(run: Run, folder: StageFolder) -> dict[str, Any]:

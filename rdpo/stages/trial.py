@@ -20,12 +20,12 @@ def prepare(job: Job) -> bool:
     """
     from rdpo.cluster import check_devices, fit_side_by_side, start_ray
     from rdpo.policy.chat import load_chat
-    from rdpo.policy.models import local_model
+    from rdpo.policy.models import model_config
     from rdpo.preference.rewards import check_rewards
     from rdpo.synthesis.prompts import check_templates
 
     check_templates(job.prompts)
-    local_model(job.student.model, job.student.revision)
+    model_config(job.student.model, job.student.revision, job.student.trust_remote_code)
     load_chat(job.student.model, job.student.revision, job.student.trust_remote_code)
     _check_teacher(job)
     check_rewards(job)
@@ -34,11 +34,10 @@ def prepare(job: Job) -> bool:
 
 
 def _check_teacher(job: Job) -> None:
-    from rdpo.policy.models import local_model
+    from rdpo.policy.models import local_adapter, local_model
     from rdpo.preference.pairs import scored_answers
     from rdpo.synthesis.endpoint import check_endpoint
     from rdpo.synthesis.instructions import beginning, check_prefills, load_task
-    from rdpo.synthesis.teacher import teacher_model
 
     scored_answers(job)
     for section, condition in (("pairs", job.pairs.condition), ("evaluation", job.evaluation.condition)):
@@ -48,7 +47,9 @@ def _check_teacher(job: Job) -> None:
     if job.evaluation.refine and job.pairs.chosen not in answers:
         raise InputError(f"evaluation.refine: pairs.chosen = {job.pairs.chosen!r} is no turn; name one of {answers}")
     if not job.synthesis.endpoint:
-        local_model(teacher_model(job))
+        local_model(*job.model_or_student(job.synthesis.teacher)[:2])
+        if job.synthesis.adapter:
+            local_adapter(job.synthesis.adapter)
     elif job.synthesis.task:
         check_endpoint(job.synthesis.endpoint)
         check_prefills(load_task(job.synthesis.task))

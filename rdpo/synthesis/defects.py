@@ -11,7 +11,8 @@ from rdpo.config import Defect
 from rdpo.records import Row
 
 REFUSAL = re.compile(
-    r"^\W*(i'?m sorry|i am sorry|sorry|i apologi[sz]e|unfortunately)?[,.]?\s*(but\s+)?"
+    # Possessive: a long run of blanks would else be divided in every way between these and the blanks below.
+    r"^\W*+(i'?m sorry|i am sorry|sorry|i apologi[sz]e|unfortunately)?[,.]?\s*(but\s+)?"
     r"((i\s+(can'?t|cannot|can not|won'?t|will not|am not able to|am unable to)|i'?m (unable|not able) to)\s+"
     r"(\w+ly\s+)?(help|assist|provide|answer|comply|fulfil|create|write|discuss|engage|support|continue|share|give|offer|do)"
     r"|as an ai\b)",

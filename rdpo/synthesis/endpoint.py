@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from pydantic import SecretStr
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from openai import AsyncOpenAI
 
 NO_KEY = "none"
+HIDDEN = "[key]"
 LATER = (408, 409, 425, 429)
 NO_ACCESS = (401, 402)
 UNKNOWN_MODEL = 404
@@ -82,6 +84,7 @@ class Endpoint:
 
     def __init__(self, settings: EndpointSettings, key: SecretStr):
         self.settings = settings
+        self.key = key.get_secret_value() if settings.key_variable else None
         self.client = _client(settings, key)
         self.places = asyncio.Semaphore(settings.concurrency)
         self.next_start = 0.0
@@ -125,10 +128,14 @@ class Endpoint:
         except APIStatusError as error:
             raise self._status(error) from None
         except APIConnectionError as error:
-            raise Failed(f"{type(error).__name__}: {error}") from None
+            raise Failed(self._keyless(f"{type(error).__name__}: {error}")) from None
         except (ValueError, APIResponseValidationError) as error:
-            raise Failed(f"the body is not JSON: {error}", broken=True) from None
-        return _generation(response)
+            raise Failed(self._keyless(f"the body is not JSON: {error}"), broken=True) from None
+        return _generation(response, self._keyless)
+
+    def _keyless(self, text: str) -> str:
+        """What a server says, without the key, which it may repeat: it would stand in tables, logs and data sets."""
+        return text.replace(self.key, HIDDEN) if self.key else text
 
     async def _wait_for_turn(self) -> None:
         """Requests start evenly spaced, so many a minute."""
@@ -141,7 +148,7 @@ class Endpoint:
 
     def _status(self, error: Any) -> Exception:
         """What an HTTP error means for the request or the run."""
-        status, said = error.status_code, f"({error.status_code}): {str(error.message)[:200]}"
+        status, said = error.status_code, f"({error.status_code}): {self._keyless(str(error.message))[:200]}"
         if status >= SERVER_ERROR or status in LATER:
             return Failed(said, _asked_pause(error.response.headers), broken=status == SERVER_ERROR)
         if self.answered and status not in NO_ACCESS:
@@ -182,7 +189,7 @@ def _client(settings: EndpointSettings, key: SecretStr) -> AsyncOpenAI:
     return AsyncOpenAI(base_url=settings.url, api_key=key.get_secret_value(), timeout=settings.timeout_s, max_retries=0)
 
 
-def _generation(response: Any) -> Generation:
+def _generation(response: Any, keyless: Callable[[str], str]) -> Generation:
     """The first choice of a chat completion."""
     try:
         choice, usage = response.choices[0], response.usage
@@ -191,9 +198,9 @@ def _generation(response: Any) -> Generation:
     except (AttributeError, TypeError, IndexError) as error:
         raise Failed(f"not a chat completion: {error}", broken=True) from None
     if reason == "content_filter" or refusal:
-        raise Unanswered(f"the endpoint withholds the answer: {str(refusal or reason)[:200]}")
+        raise Unanswered(f"the endpoint withholds the answer: {keyless(str(refusal or reason))[:200]}")
     if not isinstance(text, str):
         if reason == "length":
             raise Unanswered("the endpoint wrote no text within max_tokens")
         raise Failed("the answer has no text", broken=True)
-    return Generation(text, "length" if reason == "length" else "stop", tokens[0], prompt_tokens=tokens[1])
+    return Generation(keyless(text), "length" if reason == "length" else "stop", tokens[0], prompt_tokens=tokens[1])

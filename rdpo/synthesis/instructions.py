@@ -15,7 +15,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError, meta
+from jinja2 import StrictUndefined, TemplateSyntaxError, meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -113,6 +113,8 @@ def check_template(template: str, where: str) -> set[str]:
         return meta.find_undeclared_variables(_SANDBOX.parse(template))
     except TemplateSyntaxError as error:
         raise InputError(f"{where}: template: {error.message} (line {error.lineno})") from None
+    except RecursionError:
+        raise InputError(f"{where}: template: too deeply nested") from None
 
 
 def check_prefills(task: Task) -> None:
@@ -189,7 +191,8 @@ def render(template: str, values: Mapping[str, Any]) -> str:
     """
     try:
         return _compiled(template).render(values)
-    except (TemplateError, TypeError, ArithmeticError) as error:
+    except Exception as error:
+        # A template can call any method of a string, so any error can come of it.
         raise ValueError(f"template: {error}") from None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,12 @@ if TYPE_CHECKING:
 
 FORMATS = (".jsonl", ".json", ".parquet", ".csv")
 READ_ROWS = 512
+READ_CHARS = 64 << 20
+LINE_BYTES = 16 << 20
+ROW_GROUP_BYTES = 8 << 30
+NESTED = 100
 LOOKED_AT = 100
+SHOWN_CHARS = 200
 RAW = pa.schema([("source", pa.string()), ("line", pa.int64()), ("raw", pa.string()), ("problem", pa.string())])
 """A raw row: where it is from, and its content as JSON text, or the problem with it."""
 
@@ -65,9 +70,22 @@ def _shares(files: list[str], limit: int | None) -> Iterator[tuple[str, int | No
 
 def _file_tables(shares: pa.Table) -> Iterator[pa.Table]:
     for share in shares.to_pylist():
-        numbered = islice(read_rows(share["path"]), share["rows"])
-        while chunk := list(islice(numbered, READ_ROWS)):
+        for chunk in _chunks(islice(read_rows(share["path"]), share["rows"])):
             yield _raw_table(share["path"], chunk)
+
+
+def _chunks(numbered: Iterable[Numbered]) -> Iterator[list[Numbered]]:
+    """Rows in lists that are bounded in number and in size, since the text of one may be very long."""
+    chunk: list[Numbered] = []
+    chars = 0
+    for number, raw in numbered:
+        chunk.append((number, raw))
+        chars += sum(len(value) for value in raw.values() if isinstance(value, str)) if isinstance(raw, dict) else 0
+        if len(chunk) == READ_ROWS or chars > READ_CHARS:
+            yield chunk
+            chunk, chars = [], 0
+    if chunk:
+        yield chunk
 
 
 def _hub_table(batch: pa.Table, source: str) -> pa.Table:
@@ -116,39 +134,101 @@ def read_rows(path: str) -> Iterator[Numbered]:
 
 def _json_rows(path: str) -> Iterator[Numbered]:
     with fsspec.open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(_lines(file), start=1):
             if line.strip():
                 yield number, _parse_json(line)
 
 
+def _lines(file: Any) -> Iterator[bytes]:
+    """The lines of a binary file; of one that is too long only the beginning, one byte more than may be."""
+    while line := file.readline(LINE_BYTES + 1):
+        rest = line
+        while len(rest) > LINE_BYTES and not rest.endswith(b"\n"):
+            rest = file.readline(LINE_BYTES + 1)
+        yield line
+
+
 def _parse_json(line: bytes) -> dict[str, Any] | str:
+    if len(line) > LINE_BYTES:
+        return f"line is longer than {LINE_BYTES >> 20} MiB"
     try:
         value = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError:
         return "line is not UTF-8"
     except (ValueError, RecursionError):
         return "line is not JSON"
+    # What Python can just read it may be unable to write a few calls further down.
+    if line.count(b"[") + line.count(b"{") > NESTED and _deeper(value, NESTED):
+        return f"line is nested more than {NESTED} levels deep"
     return value if isinstance(value, dict) else "line is not a JSON object"
+
+
+def _deeper(value: Any, levels: int) -> bool:
+    """Whether lists and tables are nested in more levels."""
+    if not isinstance(value, dict | list):
+        return False
+    return not levels or any(_deeper(v, levels - 1) for v in (value.values() if isinstance(value, dict) else value))
 
 
 def _csv_rows(path: str) -> Iterator[Numbered]:
     with fsspec.open(path, "r", encoding="utf-8-sig", errors="replace", newline="") as file:
-        for number, row in enumerate(csv.DictReader(file), start=2):
-            broken = any("\ufffd" in str(value) for value in row.values())
-            yield number, "line is not UTF-8" if broken else {str(k): v for k, v in row.items()}
+        reader = csv.DictReader(_csv_lines(file, path))
+        try:
+            for number, row in enumerate(reader, start=2):
+                broken = any("\ufffd" in str(value) for value in row.values())
+                yield number, "line is not UTF-8" if broken else {str(k): v for k, v in row.items()}
+        except csv.Error as error:
+            raise InputError(
+                f"prompts.source: {path}: line {reader.line_num}: {error}; correct it, or write JSONL or Parquet"
+            ) from None
+
+
+def _csv_lines(file: Any, path: str) -> Iterator[str]:
+    for number, line in enumerate(iter(lambda: file.readline(LINE_BYTES + 1), ""), start=1):
+        if len(line) > LINE_BYTES:
+            raise InputError(
+                f"prompts.source: {path}: line {number} is longer than {LINE_BYTES >> 20} MiB; write JSONL or Parquet"
+            )
+        yield line
 
 
 def _parquet_rows(path: str) -> Iterator[Numbered]:
     with fsspec.open(path, "rb") as file:
         try:
             parquet = pq.ParquetFile(file)
-        except pa.ArrowInvalid as error:
+            _check_row_groups(parquet.metadata, path)
+            number = 0
+            for batch in parquet.iter_batches(READ_ROWS):
+                yield from enumerate(_batch_rows(batch), start=number + 1)
+                number += batch.num_rows
+        except (pa.ArrowException, ValueError, OSError) as error:
             raise InputError(f"prompts.source: {path} is not a readable Parquet file: {error}") from None
-        number = 0
-        for batch in parquet.iter_batches(READ_ROWS):
-            for row in batch.to_pylist():
-                number += 1
-                yield number, row
+
+
+def _check_row_groups(metadata: Any, path: str) -> None:
+    """Look at what the file says it unpacks to, before it does.
+
+    Raises:
+        InputError: a row group is larger than memory should be asked for.
+    """
+    largest = max((metadata.row_group(index).total_byte_size for index in range(metadata.num_row_groups)), default=0)
+    if largest > ROW_GROUP_BYTES:
+        raise InputError(
+            f"prompts.source: {path}: a row group unpacks to {largest / (1 << 30):.1f} GiB; at most "
+            f"{ROW_GROUP_BYTES >> 30} are read; write it with smaller row groups"
+        )
+
+
+def _batch_rows(batch: pa.RecordBatch) -> Iterator[Raw]:
+    """The rows of a batch; one with values that Python cannot hold, as text that is no UTF-8, is the reason."""
+    try:
+        yield from batch.to_pylist()
+    except (ValueError, OverflowError):
+        for index in range(batch.num_rows):
+            try:
+                yield batch.slice(index, 1).to_pylist()[0]
+            except (ValueError, OverflowError) as error:
+                yield f"row cannot be read: {error}"[:SHOWN_CHARS]
 
 
 def _hub_rows(settings: Settings, needed: list[list[str]]) -> ray.data.Dataset:

@@ -21,7 +21,7 @@ from rdpo.config import Endpoint as EndpointSettings
 from rdpo.config import Engine as EngineSettings
 from rdpo.config import Job, Sampling
 from rdpo.policy.chat import load_chat
-from rdpo.policy.models import local_model
+from rdpo.policy.models import local_adapter, local_model
 from rdpo.records import Messages, Row, clean, draw_seed, drop, table_of
 from rdpo.synthesis.endpoint import Endpoint, endpoint_key
 from rdpo.synthesis.engine import Engine, Generation, engine_pool
@@ -69,10 +69,10 @@ class EngineVoice:
     """A vLLM engine of this process."""
 
     def __init__(self, job: Job):
-        model, adapter = teacher_model(job), job.synthesis.adapter
-        self.chat = load_chat(model, trust_remote_code=job.student.trust_remote_code)
-        worn = str(local_model(adapter)) if adapter else None
-        self.engine = Engine(str(local_model(model)), job.synthesis.engine, job.seed, worn)
+        model, revision, trust = job.model_or_student(job.synthesis.teacher)
+        self.chat = load_chat(model, revision, trust)
+        worn = str(local_adapter(job.synthesis.adapter)) if job.synthesis.adapter else None
+        self.engine = Engine(str(local_model(model, revision)), job.synthesis.engine, job.seed, worn)
 
     async def say(self, messages: Messages, turn: Turn, sampling: Sampling, seed: int) -> Generation:
         """The answer by the engine."""

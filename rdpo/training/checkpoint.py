@@ -172,7 +172,7 @@ def gathered_state(model: Any, adapter_only: bool) -> dict[str, torch.Tensor]:
     return state
 
 
-def finish_policy(exported: Path, base: Path, merged: Path) -> None:
+def finish_policy(exported: Path, base: Path, merged: Path, trust_remote_code: bool = False) -> None:
     """Make a complete model folder of what training exported, in the precision the base is stored in.
 
     An adapter is merged, in fp32; the tokenizer's files are added.
@@ -183,10 +183,12 @@ def finish_policy(exported: Path, base: Path, merged: Path) -> None:
     shutil.rmtree(merged, ignore_errors=True)
     adapter = (exported / "adapter_config.json").is_file()
     source = base if adapter else exported
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, use_safetensors=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        source, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code
+    )
     if adapter:
         model = PeftModel.from_pretrained(model, str(exported)).merge_and_unload()
-    stored = AutoConfig.from_pretrained(base).dtype or torch.float32
+    stored = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code).dtype or torch.float32
     model.to(stored).save_pretrained(merged)
     for pattern in WEIGHTS[1:]:
         for file in base.glob(pattern):
