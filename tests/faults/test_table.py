@@ -137,6 +137,20 @@ def test_a_full_disk_loses_nothing(stage, job, whole, tmp_path, survived):
     survived("disk full", stage, "same command")
 
 
+def test_training_goes_on_with_the_workers_that_are_left(job, whole, tmp_path):
+    """One worker fits on each of two nodes; one node goes, and none comes in its place."""
+    run_dir, log, nodes = begun(whole, tmp_path / "run", "training"), tmp_path / "log", Nodes()
+    elastic = ["training.num_workers=[1, 2]", "training.cpus_per_worker=4", f"cluster.address={nodes.address}"]
+    try:
+        placed = [part for setting in elastic for part in ("--set", setting)]
+        victim = Victim(start(job, run_dir, "training", log, *placed), run_dir, "training", nodes)
+        FAULTS["node removed"](victim)
+        assert victim.driver.wait(PATIENCE_S) == 0, log.read_text()
+    finally:
+        nodes.end()
+    same(run_dir, whole, "training")
+
+
 def same(run_dir, whole, stage):
     """The stage is as in the undisturbed run: ids and texts to the letter, numbers but for a batch's padding."""
     if stage == "training":
