@@ -43,15 +43,23 @@ def read_toml(path: str | Path) -> dict[str, Any]:
     Raises:
         InputError: it is missing or not TOML.
     """
-    path = Path(path)
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(_content(path).decode())
     except FileNotFoundError:
         raise InputError(f"{path}: no such job file") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not valid TOML: {error}") from None
+
+
+def _content(path: str | Path) -> bytes:
+    if "://" not in str(path):
+        return Path(path).read_bytes()
+    from rdpo.stores import open_file
+
+    with open_file(str(path)) as file:
+        return bytes(file.read())
 
 
 def to_toml(job: Job) -> str:

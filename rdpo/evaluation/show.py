@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console, Group
 from rich.panel import Panel
 from rich.text import Text
 
-from rdpo.config import load_job
 from rdpo.errors import InputError
 from rdpo.evaluation.report import STAGES, shown
-from rdpo.pipeline import JOB_FILE
+from rdpo.pipeline import job_of_run
 from rdpo.policy.chat import load_chat
 from rdpo.records import Row
 from rdpo.storage import StageFolder
@@ -48,7 +46,7 @@ def show_rows(run_dir: str, stage: str, row_id: str | None, limit: int, dropped:
 def _decoder(run_dir: str, row: Row) -> Any:
     if "prompt_ids" not in row:
         return None
-    student = load_job(Path(run_dir) / JOB_FILE).student
+    student = job_of_run(run_dir).student
     return load_chat(student.model, student.revision, student.trust_remote_code).tokenizer.decode
 
 
