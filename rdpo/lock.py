@@ -12,10 +12,10 @@ loses the run, and notices only when it goes on. It stops then, but what it writ
 
 from __future__ import annotations
 
-import _thread
 import contextlib
 import json
 import os
+import signal
 import socket
 import threading
 import time
@@ -143,12 +143,15 @@ class Claim:
         else:
             return
         self.lost = True
-        _thread.interrupt_main()
+        # A real signal: it also ends a wait that looks at nothing.
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
     def _put(self) -> None:
         process = psutil.Process()
         who = {"host": socket.gethostname(), "pid": process.pid, "began": process.create_time(), "machine": _machine()}
-        self.folder.write_json(self.name, {**who, "run": self.name.removesuffix(".json"), "renewed": time.time()})
+        # Of one length, so that a reader who meets a renewal half way still reads a claim.
+        renewed = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        self.folder.write_json(self.name, {**who, "run": self.name.removesuffix(".json"), "renewed": renewed})
 
     def _others(self) -> dict[str, float]:
         """The other claims, and by how many seconds each is older than this one."""

@@ -3,7 +3,7 @@
 Object stores are pyarrow's own, the same that Ray reads and writes with. The standard environment says where a store is
 and who asks (AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID, …), on each machine for itself; an address holds no key.
 A request that fails or is refused for the moment (HTTP 500, 503) is made again by the store's client, with growing
-pauses and a bound.
+pauses and a bound; the one kind that it gives up at once is made again here (`_Reader`).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import io
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -28,14 +29,17 @@ from fsspec.implementations.local import LocalFileSystem
 from rdpo.errors import InputError
 from rdpo.records import digest
 
-# Pauses double from 25 ms, so a store that stays away is given up after half a minute.
+# Pauses double from 25 ms: a store that cannot be reached is given up after half a minute, a silent one after five.
 ATTEMPTS = 10
 CONNECT_S = 10.0
-ANSWER_S = 60.0
-READ_AHEAD = 4 << 20
+ANSWER_S = 30.0
+PAUSE_S = 0.025
+READ_AHEAD = 1 << 20
 AT_ONCE = 16
 # What S3 copies in one request.
 LARGEST_COPY = 5 << 30
+# What pyarrow says when the store's refusal is longer than the range that was asked for.
+REFUSED_READ = "AWS Error INTERNAL_FAILURE"
 STORE_ERROR = re.compile(r"AWS Error [^\n]*|google::cloud::Status[^\n]*")
 REMEDIES = {
     "NO_SUCH_BUCKET": "create the bucket, or correct its name",
@@ -87,10 +91,9 @@ def _other(fs: Any) -> pyarrow.fs.FileSystem:
 
 
 def open_file(address: str) -> Any:
-    """A file to read bytes from; out of an object store in large blocks, however small the pieces asked for."""
+    """A file to read bytes from."""
     fs, path = file_system(address)
-    file = fs.open(path, "rb")
-    return io.BufferedReader(file, READ_AHEAD) if isinstance(fs, ObjectStore) else file
+    return fs.open(path, "rb")
 
 
 class ObjectStore(ArrowFSWrapper):
@@ -103,6 +106,12 @@ class ObjectStore(ArrowFSWrapper):
     def isfile(self, path: str) -> bool:
         """Whether this is an object."""
         return self._type(path) is pyarrow.fs.FileType.File
+
+    def _open(self, path: str, mode: str = "rb", *_: Any, **__: Any) -> Any:
+        """A file; it is read in large blocks, however small the pieces asked for."""
+        if mode != "rb":
+            return super()._open(path, mode)
+        return io.BufferedReader(_Reader(self.fs.open_input_file(path)), READ_AHEAD)
 
     def _type(self, path: str) -> Any:
         return self.fs.get_file_info(self._strip_protocol(path).rstrip("/")).type
@@ -122,6 +131,43 @@ class ObjectStore(ArrowFSWrapper):
         plain = {"compression": None}
         with self.fs.open_input_stream(path1, **plain) as source, self.fs.open_output_stream(path2, **plain) as target:
             shutil.copyfileobj(source, target, READ_AHEAD)
+
+
+class _Reader(io.RawIOBase):
+    """An object to read from, in which a read that the store refuses for the moment is made again."""
+
+    def __init__(self, file: Any):
+        self.file = file
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return int(self.file.seek(offset, whence))
+
+    def tell(self) -> int:
+        return int(self.file.tell())
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
+
+    def readinto(self, buffer: Any) -> int:
+        place = self.file.tell()
+        for attempt in range(ATTEMPTS):
+            try:
+                self.file.seek(place)
+                content = self.file.read(len(buffer))
+                break
+            except OSError as error:
+                if REFUSED_READ not in str(error) or attempt + 1 == ATTEMPTS:
+                    raise
+                time.sleep(PAUSE_S * 2**attempt)
+        buffer[: len(content)] = content
+        return len(content)
 
 
 class _S3(pyarrow.fs.S3FileSystem):
@@ -195,12 +241,22 @@ def fetched(address: str) -> Path:
             partial = folder.with_suffix(".partial")
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
-            source = arrow_file_system(fs)
-            pyarrow.fs.copy_files(root, str(partial), source, pyarrow.fs.LocalFileSystem(), chunk_size=READ_AHEAD)
+            _download(fs, root, partial)
             if _stamps(fs, root) != stamps:
                 raise InputError(f"{address}: changed while it was read; run the same command again")
             partial.rename(folder)
     return folder
+
+
+def _download(fs: Any, root: str, target: Path) -> None:
+    def copy(path: str) -> None:
+        place = target / path[len(root) + 1 :]
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with fs.open(path, "rb") as source, place.open("wb") as file:
+            shutil.copyfileobj(source, file, READ_AHEAD)
+
+    with ThreadPoolExecutor(AT_ONCE) as copiers:
+        list(copiers.map(copy, fs.find(root)))
 
 
 def _stamps(fs: Any, root: str) -> list[Stamp]:
