@@ -59,6 +59,8 @@ def _field(name: str, value: Any, decode: Any) -> Text:
     text = Text(f"{name}  ", style="bold")
     if name in TOKEN_COLUMNS and decode:
         return text.append_text(_tokens(name, value, decode))
+    if isinstance(value, list) and not all(isinstance(item, dict) for item in value):
+        value = ", ".join(map(str, value))
     if isinstance(value, list):
         for message in value:
             text.append(f"\n[{message['role']}] ", style="cyan").append(shown(message["content"]), style="not bold")
