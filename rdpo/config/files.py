@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from pydantic import ValidationError
 from rdpo.config.job import Job
 from rdpo.config.section import Section
 from rdpo.errors import InputError
+
+KEY_IN_ADDRESS = re.compile(r'"(?:s3|gs|gcs)://(?:[^/"]*@|[^"]*\?)')
 
 
 def load_job(path: str | Path, overrides: list[str] | None = None) -> Job:
@@ -32,9 +35,15 @@ def job_of(table: dict[str, Any], where: str) -> Job:
         InputError: a key or value is wrong; names `where` the table is from, and the field.
     """
     try:
-        return Job.model_validate(table)
+        job = Job.model_validate(table)
     except ValidationError as error:
         raise InputError(explained(where, error)) from None
+    # The job is written down and shown in the report.
+    if KEY_IN_ADDRESS.search(job.model_dump_json()):
+        raise InputError(
+            f"{where}: an address of an object store holds a key or an option; set AWS_… variables instead"
+        )
+    return job
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
@@ -48,7 +57,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise InputError(f"{path}: no such job file") from None
     except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not valid TOML: {error}") from None
 

@@ -211,6 +211,23 @@ def test_a_key_in_an_address_is_refused_and_not_repeated(address):
     assert "hidden" not in str(refused.value)
 
 
+def test_a_key_in_a_job_is_refused_before_anything_is_written(capsys, tmp_path, job_table):
+    job_table["prompts"]["source"] = "s3://key:hidden@bucket/prompts.jsonl"
+    path = write_job(tmp_path / "job.toml", job_table)
+    code, said = said_by(capsys, "run", path, "--run-dir", str(tmp_path / "run"))
+    assert (code, said.count("\n"), "hidden" in said, "AWS_" in said) == (2, 1, False, True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_rows_are_shown(place, capsys):
+    folder = begun(place, "pairs")
+    write(folder, [{**ROWS[0], "prompt": [{"role": "user", "content": "a question"}], "defects": ["refusal", "twin"]}])
+    assert main(["show", place, "pairs"]) == 0
+    said = capsys.readouterr().out
+    assert "a question" in said
+    assert "defects  refusal, twin" in said
+
+
 def test_a_large_folder_is_listed_page_by_page(bucket, endpoint, port, reached):
     put = client(endpoint).put_object
     with ThreadPoolExecutor(8) as putters:
@@ -431,6 +448,7 @@ def test_a_whole_run_killed_in_training_goes_on_and_publishes(
     monkeypatch.setenv("RDPO_CACHE", environ["RDPO_CACHE"])
     kill_at_first_checkpoint(environ, whole_job, run_dir, endpoint, bucket, tmp_path / "killed.log")
     assert StageFolder(run_dir, "training").manifest() is None
+    (first, *_) = steps_of(run_dir)
     before = {stage: StageFolder(run_dir, stage).manifest() for stage in STAGES[:6]}
     assert all(before.values())
     printed = run(environ, whole_job, run_dir)
@@ -439,7 +457,9 @@ def test_a_whole_run_killed_in_training_goes_on_and_publishes(
     assert {stage: StageFolder(run_dir, stage).manifest() for stage in STAGES[:6]} == before
     done = {stage: StageFolder(run_dir, stage).manifest() for stage in STAGES}
     assert all(done.values())
-    steps = StageFolder(run_dir, "training").read_bytes("metrics.jsonl").decode().splitlines()
+    steps = steps_of(run_dir)
+    # With the seconds it took: a step that was made again would have others.
+    assert steps[0] == first
     assert len(steps) == done["training"].summary["steps"] > 2
     assert run(environ, whole_job, run_dir).count("up to date") == len(STAGES)
     loads(Path(StageFolder(run_dir, "model").local()))
@@ -450,14 +470,19 @@ def test_a_whole_run_killed_in_training_goes_on_and_publishes(
     tells_no_secret(endpoint, bucket, tmp_path / "cache", printed)
 
 
+def steps_of(run_dir):
+    return StageFolder(run_dir, "training").read_bytes("metrics.jsonl").decode().splitlines()
+
+
 def kill_at_first_checkpoint(environ, job_path, run_dir, endpoint, bucket, log):
-    """Kill -9 the driver as soon as the store has a checkpoint."""
+    """Kill -9 the driver as soon as the store has a checkpoint and the metrics of steps before it."""
     with log.open("w") as output:
         process = subprocess.Popen(
             command(job_path, run_dir), cwd=ROOT, env=environ, stdout=output, stderr=output, start_new_session=True
         )
         deadline = time.monotonic() + PATIENCE
-        while not any("checkpoint_manager_snapshot" in key for key in keys(endpoint, bucket, "runs/tiny/training/")):
+        wanted = ("training/metrics.jsonl", "checkpoint_manager_snapshot.json")
+        while not all(any(key.endswith(name) for key in keys(endpoint, bucket, "runs/tiny/")) for name in wanted):
             assert process.poll() is None, log.read_text() + logs_of(environ)
             assert time.monotonic() < deadline
             time.sleep(0.1)
