@@ -433,7 +433,7 @@ def whole_job(wordy_models, bucket, tmp_path):
     Folder(f"s3://{bucket}/in").write_bytes("prompts.jsonl", (tmp_path / "prompts.jsonl").read_bytes())
     table["prompts"]["source"] = f"s3://{bucket}/in/prompts.jsonl"
     table["pairs"] = {"direction": "reward"}
-    table["training"] |= {"num_workers": 2, "epochs": 4, "checkpoint_every": 2, "lora": {"rank": 4}}
+    table["training"] |= {"num_workers": 2, "epochs": 20, "checkpoint_every": 2, "lora": {"rank": 4}}
     return write_job(tmp_path / "job.toml", table)
 
 
@@ -471,7 +471,8 @@ def test_a_whole_run_killed_in_training_goes_on_and_publishes(
 
 
 def steps_of(run_dir):
-    return StageFolder(run_dir, "training").read_bytes("metrics.jsonl").decode().splitlines()
+    training = StageFolder(run_dir, "training")
+    return training.read_bytes("metrics.jsonl").decode().splitlines() if training.exists("metrics.jsonl") else []
 
 
 def kill_at_first_checkpoint(environ, job_path, run_dir, endpoint, bucket, log):
@@ -481,8 +482,11 @@ def kill_at_first_checkpoint(environ, job_path, run_dir, endpoint, bucket, log):
             command(job_path, run_dir), cwd=ROOT, env=environ, stdout=output, stderr=output, start_new_session=True
         )
         deadline = time.monotonic() + PATIENCE
-        wanted = ("training/metrics.jsonl", "checkpoint_manager_snapshot.json")
-        while not all(any(key.endswith(name) for key in keys(endpoint, bucket, "runs/tiny/")) for name in wanted):
+        checkpoints = "runs/tiny/training/checkpoints/"
+        while not (
+            any("checkpoint_manager_snapshot" in key for key in keys(endpoint, bucket, checkpoints))
+            and steps_of(run_dir)
+        ):
             assert process.poll() is None, log.read_text() + logs_of(environ)
             assert time.monotonic() < deadline
             time.sleep(0.1)
