@@ -11,7 +11,6 @@ import os
 import re
 import sys
 import traceback
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rdpo import __version__
@@ -63,13 +62,17 @@ def _broken(options: argparse.Namespace, error: Exception) -> int:
     if cause:
         print(f"rdpo: {visible(str(cause))}", file=sys.stderr)
         return 2
-    print(f"rdpo: {visible(_in_one_line(error))}", file=sys.stderr)
+    from rdpo.stores import store_trouble
+    from rdpo.tracking import log_dir
+
+    trouble = store_trouble(error)
+    print(f"rdpo: {visible(trouble or _in_one_line(error))}", file=sys.stderr)
     run_dir = getattr(options, "run_dir", None)
-    if run_dir and (Path(run_dir) / "logs").is_dir():
-        details = Path(run_dir) / "logs" / "error.log"
+    if run_dir and log_dir(run_dir).is_dir():
+        details = log_dir(run_dir) / "error.log"
         details.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
         print(f"rdpo: the same command goes on where it stopped; details in {details}", file=sys.stderr)
-    else:
+    elif not trouble:
         print(visible("".join(traceback.format_exception(error))), file=sys.stderr)
     return 1
 
@@ -189,13 +192,14 @@ def _rounds(job: Job, options: argparse.Namespace) -> int:
     from rdpo.cluster import ray_stopped_after
     from rdpo.pipeline import locked
     from rdpo.rounds import run_rounds
-    from rdpo.tracking import quiet_console
+    from rdpo.stores import absolute
+    from rdpo.tracking import run_console
 
     if options.until:
         raise InputError("--until: a job of several rounds is run whole; add --set rounds.count=1")
     run_dir = options.run_dir
-    with locked(job, run_dir, options.fresh), quiet_console(Path(run_dir) / "logs") as console, ray_stopped_after():
-        run_rounds(job, os.path.abspath(run_dir), console)
+    with locked(job, run_dir, options.fresh), run_console(run_dir) as console, ray_stopped_after():
+        run_rounds(job, absolute(run_dir), console)
     return 0
 
 
@@ -216,10 +220,9 @@ def _dry_run(job: Job, run_dir: str) -> int:
 
 
 def _stage(options: argparse.Namespace) -> int:
-    from rdpo.config import load_job
-    from rdpo.pipeline import JOB_FILE
+    from rdpo.pipeline import job_of_run
 
-    job = load_job(Path(options.run_dir) / JOB_FILE)
+    job = job_of_run(options.run_dir)
     _check_one_round(job, options.run_dir)
     return _execute(job, options.run_dir, only=options.stage)
 
@@ -233,13 +236,14 @@ def _execute(job, run_dir: str, fresh: bool = False, until: str | None = None, o
     from rdpo.cluster import ray_stopped_after
     from rdpo.pipeline import Run, locked, run_stages
     from rdpo.stages import prepare, stages_of
-    from rdpo.tracking import quiet_console
+    from rdpo.stores import absolute
+    from rdpo.tracking import run_console
 
     stages = stages_of(job)
     names = [stage.name for stage in stages]
     last = names.index(until or only or names[-1])
-    with locked(job, run_dir, fresh), quiet_console(Path(run_dir) / "logs") as console, ray_stopped_after():
-        run = Run(job, os.path.abspath(run_dir), console, prepare)
+    with locked(job, run_dir, fresh), run_console(run_dir) as console, ray_stopped_after():
+        run = Run(job, absolute(run_dir), console, prepare)
         run_stages(run, stages[last if only else 0 : last + 1])
         if not only and not until:
             _finish(run)
@@ -252,29 +256,27 @@ def _finish(run: Run) -> None:
     path = write_report(run.dir)
     for line in headline(run.dir):
         run.console.say(line)
-    run.console.say(f"model       {run.folder('model').local()}")
+    run.console.say(f"model       {run.folder('model').address()}")
     run.console.say(f"report      {path}")
 
 
 def _compare(options: argparse.Namespace) -> int:
     from rdpo.cluster import ray_stopped_after
     from rdpo.comparison import compare_arms, load_comparison
-    from rdpo.tracking import quiet_console
+    from rdpo.tracking import run_console
 
     comparison, jobs = load_comparison(options.comparison)
     options.run_dir = options.run_dir or os.path.join("runs", comparison.name)
-    with quiet_console(Path(options.run_dir) / "logs") as console, ray_stopped_after():
+    with run_console(options.run_dir) as console, ray_stopped_after():
         compare_arms(comparison, jobs, options.run_dir, console)
     return 0
 
 
 def _report(options: argparse.Namespace) -> int:
-    from rdpo.config import load_job
     from rdpo.evaluation.report import write_report
-    from rdpo.pipeline import JOB_FILE
+    from rdpo.pipeline import job_of_run
 
-    if (path := Path(options.run_dir) / JOB_FILE).is_file():
-        _check_one_round(load_job(path), options.run_dir)
+    _check_one_round(job_of_run(options.run_dir), options.run_dir)
     print(write_report(options.run_dir))
     return 0
 

@@ -19,6 +19,7 @@ from rdpo.errors import InputError
 from rdpo.pipeline import Run, Stage, locked, run_stages
 from rdpo.stages import prepare, stages_of
 from rdpo.storage import Folder, StageFolder
+from rdpo.stores import absolute
 from rdpo.tracking import Console
 
 
@@ -135,8 +136,8 @@ def run_arms(jobs: dict[tuple[str, int], Job], run_dir: str, console: Console, u
     done: list[str] = []
     for (arm, seed), job in jobs.items():
         console.say(f"\n{arm}, seed {seed}")
-        folder = os.path.abspath(arm_dir(run_dir, arm, seed))
-        with locked(job, folder):
+        folder = absolute(arm_dir(run_dir, arm, seed))
+        with locked(job, folder, say=console.say):
             run_stages(Run(job, folder, console, prepare, siblings=tuple(done)), list(_stages(job, until)))
         done.append(folder)
 

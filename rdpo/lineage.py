@@ -12,12 +12,11 @@ import inspect
 import platform
 from typing import Any
 
-import fsspec
-
 from rdpo.config import FunctionReward, ImplicitReward, Job
 from rdpo.policy.hardware import compute_dtype
 from rdpo.policy.models import adapter_fingerprint, fingerprint
 from rdpo.records import digest
+from rdpo.stores import open_file
 
 FORMAT = 1
 PACKAGES = ("rdpo", "ray", "vllm", "torch", "transformers", "deepspeed", "peft", "datasets")
@@ -78,7 +77,7 @@ def _file_hash(source: str) -> str:
 
     total = hashlib.blake2b(digest_size=16)
     for path in source_files(source):
-        with fsspec.open(path, "rb") as file:
+        with open_file(path) as file:
             while block := file.read(1 << 22):
                 total.update(block)
     return total.hexdigest()

@@ -7,7 +7,6 @@ begun with the same settings on the same making of its inputs; anything else is 
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,17 +15,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
-from rdpo.config import Job, to_toml
+from rdpo.config import Job, load_job, to_toml
 from rdpo.errors import InputError
 from rdpo.lineage import stage_key, versions
-from rdpo.storage import TOKENS, Manifest, StageFolder
+from rdpo.lock import LOCK, Say, held
+from rdpo.storage import TOKENS, Folder, Manifest, StageFolder
 from rdpo.streaming import RowWork, stream_rows
 from rdpo.tracking import Console, Meter
 
 JOB_FILE = "config.toml"
-LOCK = ".lock"
 TOLD_REASONS = 20
 
 
@@ -203,33 +200,26 @@ def planned(job: Job, run_dir: str, stages: Sequence[Stage]) -> dict[str, str]:
 
 
 @contextmanager
-def locked(job: Job, run_dir: str, fresh: bool = False) -> Iterator[None]:
+def locked(job: Job, run_dir: str, fresh: bool = False, say: Say = print) -> Iterator[None]:
     """Hold a run directory: one driver at a time; with `fresh`, emptied first. Writes the resolved job.
 
     Raises:
         InputError: it cannot be written, or another driver holds it.
     """
-    path = Path(run_dir)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path / LOCK, timeout=0)
-        lock.acquire()
-    except Timeout:
-        raise InputError(f"{run_dir}: another rdpo command works in this run; wait for it or end it") from None
-    except OSError as error:
-        raise InputError(f"{run_dir}: cannot be written ({error.strerror}); choose another --run-dir") from None
-    try:
+    with held(run_dir, say):
+        folder = Folder(run_dir)
         if fresh:
-            _empty(path)
-        (path / JOB_FILE).write_text(to_toml(job), encoding="utf-8")
+            folder.empty(keep=LOCK)
+        folder.write_bytes(JOB_FILE, to_toml(job).encode())
         yield
-    finally:
-        lock.release()
 
 
-def _empty(path: Path) -> None:
-    for child in path.iterdir():
-        if child.is_dir():
-            shutil.rmtree(child)
-        elif child.name != LOCK:
-            child.unlink()
+def job_of_run(run_dir: str) -> Job:
+    """The resolved job of a run.
+
+    Raises:
+        InputError: there is no run in this directory.
+    """
+    if not Folder(run_dir).exists(JOB_FILE):
+        raise InputError(f"{run_dir}: no run here (no {JOB_FILE})")
+    return load_job(f"{run_dir.rstrip('/')}/{JOB_FILE}")

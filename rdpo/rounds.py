@@ -29,7 +29,7 @@ def run_rounds(job: Job, run_dir: str, console: Console) -> None:
     for number in range(1, job.rounds.count + 1):
         console.say(f"\nround {number}, from {starts[-1]}")
         folder, of_round = round_dir(run_dir, number), job_of_round(job, number, starts)
-        with locked(of_round, folder):
+        with locked(of_round, folder, say=console.say):
             run = Run(of_round, folder, console, prepare)
             run_stages(run, stages_of(of_round))
             path = write_report(folder)
@@ -54,7 +54,7 @@ def _take(run_dir: str, number: int, console: Console) -> None:
         console.say("\nno round raised the watched reward: the start model stays")
         return
     taken.take_over(StageFolder(round_dir(run_dir, number), MODEL))
-    console.say(f"\nmodel       {taken.local()}, of round {number}")
+    console.say(f"\nmodel       {taken.address()}, of round {number}")
 
 
 def round_dir(run_dir: str, number: int) -> str:

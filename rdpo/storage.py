@@ -1,8 +1,9 @@
 """Stage folders: Parquet parts, a dropped table, and a manifest that is written last.
 
-A folder without a manifest is unfinished. Each part is written under a temporary name and renamed,
-and is named after the ids in it, so that a retried task overwrites its own part; what is there when
-a run comes back is whole and need not be made again. The manifest's existence is the commit.
+A folder without a manifest is unfinished. Each part is written under a temporary name and renamed
+(in an object store, put there whole), and is named after the ids in it, so that a retried task
+overwrites its own part; what is there when a run comes back is whole and need not be made again. The
+manifest's existence is the commit.
 """
 
 from __future__ import annotations
@@ -11,14 +12,16 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -28,6 +31,7 @@ from numpy.typing import NDArray
 
 from rdpo.errors import ConservationError, InputError
 from rdpo.records import digest
+from rdpo.stores import ObjectStore, fetched, file_system, upload
 
 if TYPE_CHECKING:
     import ray.data
@@ -76,7 +80,9 @@ class Folder:
 
     def __init__(self, path: str):
         self.path = str(path).rstrip("/")
-        self.fs, self.root = fsspec.core.url_to_fs(self.path)
+        self.fs, self.root = file_system(self.path)
+        self.on_disk = isinstance(self.fs, LocalFileSystem)
+        self.in_store = isinstance(self.fs, ObjectStore)
 
     def _at(self, name: str) -> str:
         return f"{self.root}/{name}"
@@ -85,9 +91,39 @@ class Folder:
         """Whether a file or folder of this name is there."""
         return self.fs.exists(self._at(name))
 
+    def address(self, name: str = "") -> str:
+        """Where `name` is, for a person or another process: a path, or an address with its scheme."""
+        path = self._at(name).rstrip("/")
+        return path if self.on_disk else str(self.fs.unstrip_protocol(path))
+
     def local(self, name: str = "") -> str:
-        """Path of `name` as the file system itself writes it."""
-        return self._at(name).rstrip("/")
+        """Path of the folder `name` on this machine; out of an object store, of a copy that is never a stale one."""
+        return self._at(name).rstrip("/") if self.on_disk else str(fetched(self.address(name)))
+
+    @contextmanager
+    def made(self, name: str = "", keep: bool = False) -> Iterator[Path]:
+        """A folder on this machine to make `name` in; an object store has it when the context ends without an error.
+
+        With `keep`, what `name` holds is there to begin with.
+        """
+        if self.on_disk:
+            Path(self._at(name)).mkdir(parents=True, exist_ok=True)
+            yield Path(self._at(name))
+            return
+        with tempfile.TemporaryDirectory() as directory:
+            place = Path(directory) / "made"
+            shutil.copytree(self.local(name), place) if keep else place.mkdir()
+            yield place
+            self.put(place, name)
+
+    def put(self, source: Path, name: str = "") -> None:
+        """Put a copy of a folder on this machine in the place of the folder `name`; into it, where that is all."""
+        if name and self.exists(name):
+            self.fs.rm(self._at(name), recursive=True)
+        if self.on_disk:
+            shutil.copytree(source, self._at(name), dirs_exist_ok=True)
+        else:
+            upload(source, self.fs, self._at(name).rstrip("/"))
 
     def read_bytes(self, name: str) -> bytes:
         """Content of a file."""
@@ -104,6 +140,10 @@ class Folder:
     def write_bytes(self, name: str, content: bytes) -> None:
         """Write a file so that it is there whole or not at all."""
         target = self._at(name)
+        if self.in_store:
+            with self.fs.open(target, "wb") as file:
+                file.write(content)
+            return
         temporary = _temporary(target)
         try:
             self.fs.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
@@ -131,12 +171,22 @@ class Folder:
         if self.fs.exists(self.root):
             self.fs.rm(self.root, recursive=True)
 
+    def empty(self, keep: str) -> None:
+        """Remove all that is in the folder but `keep`."""
+        for path in self.fs.ls(self.root, detail=False) if self.fs.exists(self.root) else ():
+            if path.rstrip("/").rsplit("/", 1)[1] != keep:
+                self.fs.rm(path, recursive=True)
+
+    def files(self) -> list[str]:
+        """Names of all files in this folder and below it; sorted."""
+        return sorted(path[len(self.root) + 1 :] for path in self.fs.find(self.root))
+
 
 class StageFolder(Folder):
     """The committed output of one stage, or its unfinished parts."""
 
     def __init__(self, run_dir: str, name: str):
-        super().__init__(f"{run_dir}/{name}")
+        super().__init__(f"{run_dir.rstrip('/')}/{name}")
         self.name = name
 
     def manifest(self) -> Manifest | None:
@@ -187,19 +237,26 @@ class StageFolder(Folder):
     def take_over(self, other: StageFolder) -> None:
         """Hold what another committed folder holds; on a local disk the files are shared, not copied."""
         self.clear()
+        if not self.on_disk:
+            self._copy(other)
+            return
         begun = [IN_PROGRESS] if other.exists(IN_PROGRESS) else []
         for name in [*begun, *other._all_files(), MANIFEST]:
             self._take(other._at(name), self._at(name))
 
     def _take(self, source: str, target: str) -> None:
+        # Files are only ever put in another's place, so a change here does not reach the other folder.
         temporary = _temporary(target)
-        self.fs.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
-        if isinstance(self.fs, LocalFileSystem):
-            # Files are only ever put in another's place, so a change here does not reach the other folder.
-            _linked(source, temporary)
-        else:
-            self.fs.copy(source, temporary)
+        Path(target).parent.mkdir(parents=True, exist_ok=True)
+        _linked(source, temporary)
         self.fs.mv(temporary, target)
+
+    def _copy(self, other: StageFolder) -> None:
+        """Copy all files, the manifest last: it says that the others are there."""
+        names = sorted(other.files(), key=lambda name: name == MANIFEST)
+        with ThreadPoolExecutor(OPEN_AT_ONCE) as copiers:
+            list(copiers.map(lambda name: self.fs.cp_file(other._at(name), self._at(name)), names[:-1]))
+        self.fs.cp_file(other._at(names[-1]), self._at(names[-1]))
 
     def write_parts(self, table: pa.Table, id_column: str) -> WriteProgress:
         """Write one block: kept rows to `part-*`, rows with a reason in `dropped` to `dropped/part-*`.
@@ -238,8 +295,9 @@ class StageFolder(Folder):
             return pq.read_table(file, columns=columns, page_checksum_verification=True)
 
     def _is_readable(self, name: str) -> bool:
+        content = pa.BufferReader(self.read_bytes(name))
         try:
-            return self.part(name) is not None
+            return pq.read_table(content, page_checksum_verification=True) is not None
         except (OSError, pa.ArrowException):
             return False
 
@@ -275,7 +333,8 @@ class StageFolder(Folder):
 
     def count(self, below: str = "") -> int:
         """Number of kept (or dropped) rows."""
-        return sum(self._length(name) for name in self.names(".parquet", below))
+        with ThreadPoolExecutor(OPEN_AT_ONCE) as openers:
+            return sum(openers.map(self._length, self.names(".parquet", below)))
 
     def twins(self, id_column: str) -> pa.ChunkedArray:
         """Ids that stand more than once, kept and dropped."""
@@ -302,7 +361,7 @@ class StageFolder(Folder):
             return ray.data.from_items([])
         # Ray's own reader lists files by an actor whose death ends the run; a task is only done again.
         return ray.data.from_items(names, override_num_blocks=len(names)).map_batches(
-            _read_parts, fn_args=(self, self.schema()), batch_format="pyarrow", batch_size=1
+            _read_parts, fn_args=(self.path, self.schema()), batch_format="pyarrow", batch_size=1
         )
 
     def schema(self) -> pa.Schema:
@@ -355,9 +414,8 @@ class StageFolder(Folder):
             raise ConservationError(f"{self.name}: {len(twice)} ids stand twice, the first is {twice[0]}")
 
     def _all_files(self) -> list[str]:
-        found = self.fs.find(self.root)
-        names = [path[len(self.root) + 1 :] for path in found]
-        return sorted(name for name in names if name not in (MANIFEST, IN_PROGRESS) and not name.endswith(TEMPORARY))
+        names = (name for name in self.files() if name not in (MANIFEST, IN_PROGRESS))
+        return [name for name in names if not name.endswith(TEMPORARY)]
 
     def _checksum(self, name: str) -> str:
         with self.fs.open(self._at(name), "rb") as file:
@@ -372,7 +430,8 @@ def checksum(file: IO[bytes]) -> str:
     return found.hexdigest()
 
 
-def _read_parts(names: pa.Table, folder: StageFolder, schema: pa.Schema) -> Iterator[pa.Table]:
+def _read_parts(names: pa.Table, path: str, schema: pa.Schema) -> Iterator[pa.Table]:
+    folder = StageFolder(*path.rsplit("/", 1))
     for name in names["name"].to_pylist():
         yield pa.concat_tables([schema.empty_table(), folder.part(name)], promote_options="permissive")
 

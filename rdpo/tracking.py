@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from rdpo.records import visible
+from rdpo.stores import cache_dir, is_remote
 
 PLAIN_EVERY = 15.0
 
@@ -104,6 +105,13 @@ class Console:
         self.say(meter.line())
 
 
+def log_dir(run_dir: str) -> Path:
+    """Where a run's logs are: with the run, or, as they are written line by line, beside it if that is a store's."""
+    if not is_remote(run_dir):
+        return Path(run_dir) / "logs"
+    return cache_dir() / "logs" / run_dir.rstrip("/").replace("://", "/")
+
+
 @contextmanager
 def quiet_console(log_dir: Path) -> Iterator[Console]:
     """Send everything that libraries print to `log_dir/libraries.log`; the console keeps the screen."""
@@ -125,3 +133,12 @@ def quiet_console(log_dir: Path) -> Iterator[Console]:
         stream.close()
         os.close(screen)
         os.close(errors)
+
+
+@contextmanager
+def run_console(run_dir: str) -> Iterator[Console]:
+    """The console of a run; says where the logs are if they are not with it."""
+    with quiet_console(log_dir(run_dir)) as console:
+        if is_remote(run_dir):
+            console.say(f"logs        {log_dir(run_dir)}")
+        yield console

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from rdpo.config.job import Job
 from rdpo.config.section import KEY_IN_ADDRESS, Section
 from rdpo.errors import InputError
 from rdpo.records import clean
+
+OPTION_IN_ADDRESS = re.compile(r'"(?:s3|gs|gcs)://(?:[^/"]*@|[^"]*\?)')
 
 
 def load_job(path: str | Path, overrides: list[str] | None = None) -> Job:
@@ -33,9 +36,15 @@ def job_of(table: dict[str, Any], where: str) -> Job:
         InputError: a key or value is wrong; names `where` the table is from, and the field.
     """
     try:
-        return Job.model_validate(table)
+        job = Job.model_validate(table)
     except ValidationError as error:
         raise InputError(explained(where, error)) from None
+    # The job is written down and shown in the report.
+    if OPTION_IN_ADDRESS.search(job.model_dump_json()):
+        raise InputError(
+            f"{where}: an address of an object store holds a key or an option; set AWS_… variables instead"
+        )
+    return job
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
@@ -44,15 +53,23 @@ def read_toml(path: str | Path) -> dict[str, Any]:
     Raises:
         InputError: it is missing or not TOML.
     """
-    path = Path(path)
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(_content(path).decode())
     except FileNotFoundError:
         raise InputError(f"{path}: no such job file") from None
     except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid TOML: {error}") from None
+
+
+def _content(path: str | Path) -> bytes:
+    if "://" not in str(path):
+        return Path(path).read_bytes()
+    from rdpo.stores import open_file
+
+    with open_file(str(path)) as file:
+        return bytes(file.read())
 
 
 def to_toml(job: Job) -> str:

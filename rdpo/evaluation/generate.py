@@ -71,9 +71,10 @@ class Answerer:
     """A Ray Data actor that answers prompts, each with the model it is meant for; all draw with the same seeds."""
 
     def __init__(self, job: Job, models: dict[str, str], ledger: Any):
-        self.job, self.models, self.hands = job, models, Hands(ledger)
+        self.job, self.hands = job, Hands(ledger)
+        self.models = {column: str(local_model(name)) for column, name in models.items()}
         self.chat = load_chat(job.student.model, job.student.revision, job.student.trust_remote_code)
-        self.engine = Engine(next(iter(models.values())), job.evaluation.engine, job.seed)
+        self.engine = Engine(next(iter(self.models.values())), job.evaluation.engine, job.seed)
 
     async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
         """Answer a block of rows."""
@@ -153,7 +154,7 @@ class Divergence:
             )
             .eval()
             .to(device)
-            for folder in (trained, local_model(student.model, student.revision))
+            for folder in (local_model(trained), local_model(student.model, student.revision))
         )
         chat = load_chat(student.model, student.revision, student.trust_remote_code)
         self.column, self.ratios = column, Ratios(chat, after, before, device, settings.tokens_per_batch)

@@ -17,7 +17,6 @@ from jinja2 import Environment, PackageLoader
 from rdpo.config import Job
 from rdpo.policy.chat import make_chat
 from rdpo.records import visible
-from rdpo.training.checkpoint import EXPORT, MERGED
 
 PROBE = [{"role": "user", "content": "Say hello."}]
 PROBE_TOKENS = 8
@@ -27,28 +26,28 @@ class PublishError(RuntimeError):
     """The published folder does not give back what was trained."""
 
 
-def publish(job: Job, training: Path, target: Path, facts: dict[str, Any]) -> dict[str, Any]:
+def publish(job: Job, exported: Path | None, merged: Path, target: Path, facts: dict[str, Any]) -> dict[str, Any]:
     """Write the model folder and verify it.
 
     Args:
         job: the job.
-        training: the training stage's folder.
+        exported: folder with what training left, an adapter perhaps; None if it took no step.
+        merged: folder of the whole model.
         target: folder to write.
         facts: what the model card tells (see `card.md.jinja`).
 
     Raises:
         PublishError: reloading gives other shapes, dtypes or log-probs, or no answer.
     """
-    adapter = training / EXPORT
-    is_adapter = (adapter / "adapter_config.json").is_file()
-    if is_adapter and not job.publish.merge:
+    adapter = exported if exported and (exported / "adapter_config.json").is_file() else None
+    if adapter and not job.publish.merge:
         shutil.copytree(adapter, target, dirs_exist_ok=True)
-        _copy_tokenizer(training / MERGED, target)
+        _copy_tokenizer(merged, target)
     else:
-        _save_sharded(training / MERGED, target, job)
-        if is_adapter:
+        _save_sharded(merged, target, job)
+        if adapter:
             shutil.copytree(adapter, target / "adapter", dirs_exist_ok=True)
-    checks = verify(training / MERGED, target, is_adapter, job.student.trust_remote_code)
+    checks = verify(merged, target, adapter is not None, job.student.trust_remote_code)
     (target / "README.md").write_text(model_card(job, facts), encoding="utf-8")
     return checks
 

@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import io
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
-from rdpo.config import Job, load_job
-from rdpo.errors import InputError
+from rdpo.config import Job
 from rdpo.evaluation.arms import ArmResult
 from rdpo.evaluation.compare import Estimate
 from rdpo.evaluation.heldout import HeldoutResult
-from rdpo.pipeline import JOB_FILE
+from rdpo.pipeline import job_of_run
 from rdpo.records import Row, extra_of, text_of, visible
 from rdpo.storage import Folder, Manifest, StageFolder
 from rdpo.training.metrics import NAMES
@@ -59,9 +57,7 @@ def write_report(run_dir: str) -> str:
     Raises:
         InputError: there is no run in this directory.
     """
-    if not (Path(run_dir) / JOB_FILE).is_file():
-        raise InputError(f"{run_dir}: no run here (no {JOB_FILE})")
-    job = load_job(Path(run_dir) / JOB_FILE)
+    job = job_of_run(run_dir)
     manifests = _manifests(run_dir)
     page = (
         _environment()
@@ -81,8 +77,7 @@ def write_report(run_dir: str) -> str:
             warnings=_warnings(manifests),
         )
     )
-    Folder(run_dir).write_bytes(REPORT, page.encode("utf-8", "replace"))
-    return str(Path(run_dir) / REPORT)
+    return _written(run_dir, page)
 
 
 def write_comparison(
@@ -108,8 +103,12 @@ def write_comparison(
             accuracies=_compared(accuracies, comparison, "share of pairs") if heldout else None,
         )
     )
+    return _written(run_dir, page)
+
+
+def _written(run_dir: str, page: str) -> str:
     Folder(run_dir).write_bytes(REPORT, page.encode("utf-8", "replace"))
-    return str(Path(run_dir) / REPORT)
+    return f"{run_dir.rstrip('/')}/{REPORT}"
 
 
 def _compared(estimates: dict[str, Estimate], comparison: Comparison, label: str) -> Markup:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console, Group
 from rich.panel import Panel
 from rich.text import Text
 
-from rdpo.config import load_job
 from rdpo.errors import InputError
 from rdpo.evaluation.report import STAGES, shown
-from rdpo.pipeline import JOB_FILE
+from rdpo.pipeline import job_of_run
 from rdpo.policy.chat import load_chat
 from rdpo.records import Row
 from rdpo.storage import StageFolder
@@ -48,7 +46,7 @@ def show_rows(run_dir: str, stage: str, row_id: str | None, limit: int, dropped:
 def _decoder(run_dir: str, row: Row) -> Any:
     if "prompt_ids" not in row:
         return None
-    student = load_job(Path(run_dir) / JOB_FILE).student
+    student = job_of_run(run_dir).student
     return load_chat(student.model, student.revision, student.trust_remote_code).tokenizer.decode
 
 
@@ -61,6 +59,8 @@ def _field(name: str, value: Any, decode: Any) -> Text:
     text = Text(f"{name}  ", style="bold")
     if name in TOKEN_COLUMNS and decode:
         return text.append_text(_tokens(name, value, decode))
+    if isinstance(value, list) and not all(isinstance(item, dict) for item in value):
+        value = ", ".join(map(str, value))
     if isinstance(value, list):
         for message in value:
             text.append(f"\n[{message['role']}] ", style="cyan").append(shown(message["content"]), style="not bold")

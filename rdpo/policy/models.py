@@ -1,8 +1,8 @@
 """From a model's name to a local folder with safetensors weights, and to a fingerprint of it.
 
-A name is a folder, a hub id, a `.gguf` file, or `package:NAME/FILE` (a GGUF file or a folder inside
-an installed Python package). GGUF files are dequantised once into a cache. Pickled weights are
-never loaded.
+A name is a folder (on disk or in an object store), a hub id, a `.gguf` file, or `package:NAME/FILE`
+(a GGUF file or a folder inside an installed Python package). GGUF files are dequantised once into a
+cache, folders of a store are fetched into it. Pickled weights are never loaded.
 """
 
 from __future__ import annotations
@@ -18,24 +18,27 @@ from typing import Any
 from filelock import FileLock
 
 from rdpo.errors import InputError
+from rdpo.stores import cache_dir, fetched, is_remote
 
 CONFIG = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"
 WEIGHTS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 
 
-def cache_dir() -> Path:
-    """Where converted models are kept: `RDPO_CACHE`, or `~/.cache/rdpo`."""
-    return Path(os.environ.get("RDPO_CACHE", "~/.cache/rdpo")).expanduser()
-
-
-@lru_cache(maxsize=64)
 def local_model(name: str, revision: str | None = None, weights: bool = True) -> Path:
     """Folder of a model on this machine; downloads or converts it if need be.
 
     Raises:
         InputError: there is no such model, or it has no safetensors weights.
     """
+    if is_remote(name):
+        # What a store holds may have changed since the last call.
+        return _checked_folder(fetched(name), weights)
+    return _model_of_name(name, revision, weights)
+
+
+@lru_cache(maxsize=64)
+def _model_of_name(name: str, revision: str | None, weights: bool) -> Path:
     path = _package_file(name) if name.startswith("package:") else _path(name)
     if path.is_file() and path.suffix == ".gguf":
         return _dequantised(path)

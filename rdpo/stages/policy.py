@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ from rdpo.errors import InputError
 from rdpo.pipeline import Run
 from rdpo.records import alive, table_of
 from rdpo.storage import StageFolder, write_rows
+from rdpo.stores import is_remote
 from rdpo.streaming import ID
 from rdpo.tracking import Meter
 
@@ -58,10 +58,11 @@ def _complete(job: Job, folder: StageFolder) -> None:
     from rdpo.training.extrapolation import extrapolate
 
     base = local_model(job.student.model, job.student.revision)
-    exported, merged = Path(folder.local(EXPORT)), Path(folder.local(MERGED))
     if job.training.extrapolation:
-        extrapolate(exported, base, job.training.extrapolation)
-    finish_policy(exported, base, merged, job.student.trust_remote_code)
+        with folder.made(EXPORT, keep=True) as exported:
+            extrapolate(exported, base, job.training.extrapolation)
+    with folder.made(MERGED) as merged:
+        finish_policy(Path(folder.local(EXPORT)), base, merged, job.student.trust_remote_code)
 
 
 def _heldout(run: Run, folder: StageFolder) -> dict[str, Any]:
@@ -86,7 +87,7 @@ def _untrained(run: Run, folder: StageFolder) -> dict[str, Any]:
     from rdpo.training.trainer import METRICS
 
     start = local_model(run.job.student.model, run.job.student.revision)
-    shutil.copytree(start, folder.local(MERGED), dirs_exist_ok=True)
+    folder.put(start, MERGED)
     folder.write_bytes(METRICS, b"")
     return {"steps": 0, "pairs": 0}
 
@@ -111,7 +112,7 @@ def measure_retention(run: Run, folder: StageFolder, meter: Meter) -> dict[str, 
     rows = texts(run.job, run.job.retention)
     if not any(map(alive, rows)):
         raise InputError(f"retention: no usable conversation in {run.job.retention.source}; {rows[0]['dropped']}")
-    trained = run.folder("training").local(MERGED)
+    trained = run.folder("training").address(MERGED)
     write_rows(measured(rows, run.job, trained), folder, ID, lambda block: meter.advance(block.rows + block.dropped))
     told = summary(folder.table().sort_by(ID).to_pylist(), run.job.seed)
     factor = told["perplexity_factor"]
@@ -139,8 +140,10 @@ def evaluate(rows: ray.data.Dataset, run: Run) -> ray.data.Dataset:
     from rdpo.training.checkpoint import MERGED
 
     job = run.job
-    start = str(local_model(job.student.model, job.student.revision))
-    trained = run.folder("training").local(MERGED)
+    student = job.student
+    # A store's name holds on every machine of a cluster; the place of this machine's copy does not.
+    start = student.model if is_remote(student.model) else str(local_model(student.model, student.revision))
+    trained = run.folder("training").address(MERGED)
     answered = answer_prompts(rows.take_all(), job, {START: start, TRAINED: trained})
     scored = score_answers(ray.data.from_arrow(table_of(answered)), job, [START, TRAINED]).materialize()
     return add_divergence(scored, job, trained, TRAINED)
@@ -150,6 +153,7 @@ def publish_model(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]
     """The Hugging Face folder, reloaded and compared; what was checked."""
     from rdpo.evaluation.publish import publish
     from rdpo.stages import stages_of
+    from rdpo.training.checkpoint import EXPORT, MERGED
 
     inputs = {stage.name: run.manifest(stage.name, "model") for stage in stages_of(run.job)[:-1]}
     facts = {
@@ -158,7 +162,10 @@ def publish_model(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]
         "pairs": inputs["reference"].rows_out,
         "lineage": {name: manifest.digest for name, manifest in inputs.items()},
     }
-    training = Path(run.folder("training").local())
-    checks = publish(run.job, training, Path(folder.local()), facts)
+    training = run.folder("training")
+    # What training of the start model itself leaves has no adapter or weights of its own.
+    exported = Path(training.local(EXPORT)) if training.exists(EXPORT) else None
+    with folder.made() as target:
+        checks = publish(run.job, exported, Path(training.local(MERGED)), target, facts)
     meter.advance(1, note=f"reloaded; logits differ by {checks['logit_difference']:.1e}")
     return checks

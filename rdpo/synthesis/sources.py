@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -16,6 +16,7 @@ from rdpo.config import Job
 from rdpo.config import Prompts as Settings
 from rdpo.errors import InputError
 from rdpo.storage import IN_PROGRESS, MANIFEST
+from rdpo.stores import file_system, open_file
 from rdpo.synthesis.given import SIDES
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ def source_files(source: str) -> list[str]:
     Raises:
         InputError: nothing is there, or nothing of a known format.
     """
-    fs, root = fsspec.core.url_to_fs(source)
+    fs, root = file_system(source)
     if fs.isfile(root):
         found = [root]
     elif fs.isdir(root):
@@ -133,7 +134,7 @@ def read_rows(path: str) -> Iterator[Numbered]:
 
 
 def _json_rows(path: str) -> Iterator[Numbered]:
-    with fsspec.open(path, "rb") as file:
+    with open_file(path) as file:
         for number, line in enumerate(_lines(file), start=1):
             if line.strip():
                 yield number, _parse_json(line)
@@ -171,8 +172,9 @@ def _deeper(value: Any, levels: int) -> bool:
 
 
 def _csv_rows(path: str) -> Iterator[Numbered]:
-    with fsspec.open(path, "r", encoding="utf-8-sig", errors="replace", newline="") as file:
-        reader = csv.DictReader(_csv_lines(file, path))
+    with open_file(path) as file:
+        text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="replace", newline="")
+        reader = csv.DictReader(_csv_lines(text, path))
         try:
             for number, row in enumerate(reader, start=2):
                 broken = any("\ufffd" in str(value) for value in row.values())
@@ -193,7 +195,7 @@ def _csv_lines(file: Any, path: str) -> Iterator[str]:
 
 
 def _parquet_rows(path: str) -> Iterator[Numbered]:
-    with fsspec.open(path, "rb") as file:
+    with open_file(path) as file:
         try:
             parquet = pq.ParquetFile(file)
             _check_row_groups(parquet.metadata, path)

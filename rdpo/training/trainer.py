@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -18,6 +18,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from rdpo.config import Job
 from rdpo.policy.hardware import worker_cores
 from rdpo.storage import StageFolder
+from rdpo.stores import arrow_file_system
 from rdpo.training.checkpoint import EXPORT
 from rdpo.training.loop import NonFiniteStep
 from rdpo.training.watchdog import Beat, Pulse
@@ -115,7 +116,7 @@ def train(
     if margins := ray.get(sink.measured.remote()):
         folder.write_bytes(HELDOUT_MARGINS, "".join(json.dumps(margin) + "\n" for margin in margins).encode())
     with result.checkpoint.as_directory() as directory:
-        _copy_policy(f"{directory}/{EXPORT}", folder.local(EXPORT))
+        folder.put(Path(directory) / EXPORT, EXPORT)
     return history.write()
 
 
@@ -123,11 +124,6 @@ def heldout_margins(folder: StageFolder) -> dict[str, float]:
     """The margins of held-out pairs by id, as training left them."""
     content = folder.read_bytes(HELDOUT_MARGINS).decode() if folder.exists(HELDOUT_MARGINS) else ""
     return {row["prompt_id"]: row["margin"] for row in map(json.loads, content.splitlines())}
-
-
-def _copy_policy(source: str, target: str) -> None:
-    shutil.rmtree(target, ignore_errors=True)
-    shutil.copytree(source, target)
 
 
 def _torch_trainer(job: Job, run_dir: str, folder: StageFolder, sink: Any) -> TorchTrainer:
@@ -147,7 +143,8 @@ def _torch_trainer(job: Job, run_dir: str, folder: StageFolder, sink: Any) -> To
         ),
         run_config=ray.train.RunConfig(
             name=CHECKPOINTS,
-            storage_path=folder.local(),
+            storage_path=folder.root,
+            storage_filesystem=None if folder.on_disk else arrow_file_system(folder.fs),
             failure_config=ray.train.FailureConfig(max_failures=training.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=training.keep_checkpoints),
         ),
