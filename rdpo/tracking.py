@@ -126,6 +126,8 @@ def quiet_console(log_dir: Path) -> Iterator[Console]:
     try:
         yield Console(stream, log_dir / "run.log")
     finally:
+        # What a library wants to log once its own log file is closed is no news for the screen.
+        logging.raiseExceptions = False
         sys.stdout.flush()
         sys.stderr.flush()
         os.dup2(screen, 1)
