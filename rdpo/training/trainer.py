@@ -14,6 +14,7 @@ from typing import Any
 import ray
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rdpo.config import Job
 from rdpo.policy.hardware import worker_cores
@@ -106,7 +107,9 @@ def train(
             at once.
     """
     history = _History(folder, on_step, on_warning)
-    sink = ray.remote(num_cpus=0)(MetricsSink).remote()
+    # Beside the driver: a node that is taken away must not take with it what the driver listens to.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    sink = ray.remote(num_cpus=0, scheduling_strategy=here)(MetricsSink).remote()
     result = _Fit(_torch_trainer(job, run_dir, folder, sink), history, sink).result()
     if reason := ray.get(sink.reason.remote()):
         history.write()
