@@ -11,6 +11,7 @@ import os
 import re
 import sys
 import traceback
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rdpo import __version__
@@ -69,12 +70,20 @@ def _broken(options: argparse.Namespace, error: Exception) -> int:
     print(f"rdpo: {visible(trouble or _in_one_line(error))}", file=sys.stderr)
     run_dir = getattr(options, "run_dir", None)
     if run_dir and log_dir(run_dir).is_dir():
-        details = log_dir(run_dir) / "error.log"
-        details.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
-        print(f"rdpo: the same command goes on where it stopped; details in {details}", file=sys.stderr)
+        details = _written(log_dir(run_dir) / "error.log", error)
+        print(f"rdpo: the same command goes on where it stopped{details}", file=sys.stderr)
     elif not trouble:
         print(visible("".join(traceback.format_exception(error))), file=sys.stderr)
     return 1
+
+
+def _written(path: Path, error: Exception) -> str:
+    """Write the details of an error; where they are, unless the disk does not take them."""
+    try:
+        path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+    except OSError:
+        return ""
+    return f"; details in {path}"
 
 
 def _in_one_line(error: Exception) -> str:

@@ -6,9 +6,11 @@ the run's log file; only the console writes to the terminal.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +21,7 @@ from rdpo.records import visible
 from rdpo.stores import cache_dir, is_remote
 
 PLAIN_EVERY = 15.0
+LAST_WORDS_S = 2.0
 
 
 class Meter:
@@ -114,27 +117,45 @@ def log_dir(run_dir: str) -> Path:
 
 @contextmanager
 def quiet_console(log_dir: Path) -> Iterator[Console]:
-    """Send everything that libraries print to `log_dir/libraries.log`; the console keeps the screen."""
+    """Send everything that libraries print to `log_dir/libraries.log`; the console keeps the screen.
+
+    What a full disk does not take of it is lost, and breaks nothing.
+    """
     log_dir.mkdir(parents=True, exist_ok=True)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    logging.raiseExceptions = False
+    _flush()
     screen, errors = os.dup(1), os.dup(2)
     stream = os.fdopen(os.dup(screen), "w", buffering=1, encoding="utf-8", errors="replace")
-    with open(log_dir / "libraries.log", "ab") as sink:
-        os.dup2(sink.fileno(), 1)
-        os.dup2(sink.fileno(), 2)
+    read_end, write_end = os.pipe()
+    keeper = threading.Thread(target=_keep, args=(read_end, log_dir / "libraries.log"), daemon=True)
+    keeper.start()
+    os.dup2(write_end, 1)
+    os.dup2(write_end, 2)
+    os.close(write_end)
     try:
         yield Console(stream, log_dir / "run.log")
     finally:
-        # What a library wants to log once its own log file is closed is no news for the screen.
-        logging.raiseExceptions = False
-        sys.stdout.flush()
-        sys.stderr.flush()
+        _flush()
         os.dup2(screen, 1)
         os.dup2(errors, 2)
+        # A process that a library leaves behind may hold the other end for longer.
+        keeper.join(LAST_WORDS_S)
         stream.close()
         os.close(screen)
         os.close(errors)
+
+
+def _flush() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+
+
+def _keep(read_end: int, path: Path) -> None:
+    """Append to a file what comes out of a pipe, as far as the disk takes it."""
+    with open(read_end, "rb", buffering=0) as pipe:
+        while block := pipe.read(1 << 16):
+            with contextlib.suppress(OSError), open(path, "ab") as file:
+                file.write(block)
 
 
 @contextmanager

@@ -72,7 +72,7 @@ def local_adapter(name: str) -> Path:
     Raises:
         InputError: it has no such configuration, or weights other than safetensors.
     """
-    path = _path(name)
+    path = fetched(name) if is_remote(name) else _path(name)
     if not (path / ADAPTER_CONFIG).is_file():
         raise InputError(f"adapter {name}: the folder has no {ADAPTER_CONFIG}, so it is no LoRA adapter")
     if not (path / "adapter_model.safetensors").is_file():

@@ -83,7 +83,7 @@ def test_pickled_weights_are_not_loaded_even_beside_others(model, sprung, name):
     with pytest.raises(InputError, match="pickled weights are not loaded"):
         local_model(str(model))
     (model / "decoy.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
-    local_model.cache_clear()
+    _model_of_name.cache_clear()
     with pytest.raises(OSError):
         load_policy(local_model(str(model)), "float32", 16)
     assert not sprung.exists()
