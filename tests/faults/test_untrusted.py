@@ -31,7 +31,7 @@ from rdpo.evaluation.show import show_rows
 from rdpo.pipeline import JOB_FILE, Run, locked, run_stages
 from rdpo.policy.chat import load_chat
 from rdpo.policy.model import load_policy
-from rdpo.policy.models import local_adapter, local_model, model_config
+from rdpo.policy.models import _model_of_name, local_adapter, local_model, model_config
 from rdpo.preference.classifier import checked_classifier
 from rdpo.preference.function import load_function
 from rdpo.stages import prepare, stages_of
