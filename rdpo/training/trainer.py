@@ -220,3 +220,4 @@ class _Fit:
         while not self.future.done():
             wait([self.future], timeout=POLL_SECONDS)
             self.history.take(self.sink)
+        self.history.take(self.sink)
