@@ -183,17 +183,26 @@ def test_a_loss_that_is_not_finite_ends_training_at_once_and_names_the_rows(run_
     assert [step["step"] for step in steps] == [1]
 
 
+def test_training_goes_on_with_another_number_of_workers(run_dir, table, undisturbed):
+    """Stopped after a step on two workers, to the end on one."""
+    with pytest.raises(KeyboardInterrupt):
+        _stopped_at(run_dir, table, "moved", 3, num_workers=2, zero_stage=3)
+    resumed, _ = train(run_dir, table, "moved", num_workers=1, zero_stage=3)
+    assert losses(resumed) == pytest.approx(losses(undisturbed[0]), abs=1e-4)
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("settings", [{"zero_stage": 3}, {"zero_stage": 1}, {"zero_stage": 3, "lora": {"rank": 4}}])
-def test_training_goes_on_with_another_number_of_workers(run_dir, table, settings):
+def test_training_goes_on_with_fewer_and_with_more_workers(run_dir, table, settings):
     """Stopped after a step on two workers, on to a second one on one worker, and to the end on two."""
-    name = f"moved-{settings['zero_stage']}-{len(settings)}"
+    name = f"back-{settings['zero_stage']}-{len(settings)}"
     whole, _ = train(run_dir, table, f"{name}-whole", num_workers=2, **settings)
     for workers, until in ((2, 3), (1, 7)):
         with pytest.raises(KeyboardInterrupt):
             _stopped_at(run_dir, table, name, until, num_workers=workers, **settings)
     resumed, folder = train(run_dir, table, name, num_workers=2, **settings)
     assert losses(resumed) == pytest.approx(losses(whole), abs=1e-4)
-    assert (Path(folder.local("policy"))).is_dir()
+    assert Path(folder.local("policy")).is_dir()
 
 
 def _stopped_at(run_dir, table, name, step, **training):
