@@ -29,6 +29,7 @@ import psutil
 from filelock import FileLock, Timeout
 
 from rdpo.errors import InputError
+from rdpo.interruption import heed_sigterm
 from rdpo.records import digest
 from rdpo.storage import Folder
 from rdpo.stores import is_remote, store_trouble
@@ -69,6 +70,7 @@ def _file_locked(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _claimed(run_dir: str, say: Say) -> Iterator[None]:
+    heed_sigterm()
     try:
         claim = Claim(run_dir)
         claim.take(say)
@@ -143,8 +145,8 @@ class Claim:
         else:
             return
         self.lost = True
-        # A real signal: it also ends a wait that looks at nothing.
-        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        # A real signal: it also ends a wait that looks at nothing. SIGINT may be ignored in the background.
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
 
     def _put(self) -> None:
         process = psutil.Process()

@@ -215,7 +215,7 @@ def test_a_key_in_a_job_is_refused_before_anything_is_written(capsys, tmp_path, 
     job_table["prompts"]["source"] = "s3://key:hidden@bucket/prompts.jsonl"
     path = write_job(tmp_path / "job.toml", job_table)
     code, said = said_by(capsys, "run", path, "--run-dir", str(tmp_path / "run"))
-    assert (code, said.count("\n"), "hidden" in said, "AWS_" in said) == (2, 1, False, True)
+    assert (code, "hidden" in said, "environment" in said, "prompts.source" in said) == (2, False, True, True)
     assert not (tmp_path / "run").exists()
 
 

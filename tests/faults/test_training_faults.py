@@ -82,7 +82,8 @@ def damage_newest(run_dir, name):
 
 
 def checkpoints(run_dir, name):
-    return [one for one in os.listdir(StageFolder(run_dir, name).local("checkpoints")) if one.startswith("checkpoint_")]
+    place = StageFolder(run_dir, name).local("checkpoints")
+    return [one for one in os.listdir(place) if os.path.isdir(f"{place}/{one}/state")]
 
 
 def test_a_damaged_checkpoint_is_passed_over(run_dir, table, undisturbed):

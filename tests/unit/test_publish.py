@@ -29,7 +29,7 @@ def trained(tiny_model, tmp_path):
 def test_a_model_and_a_bare_adapter_are_published_and_verified(job_table, trained, tmp_path, merge):
     job = Job.model_validate(job_table | {"publish": {"merge": merge}})
     target = tmp_path / "published"
-    checks = publish(job, trained, target, FACTS)
+    checks = publish(job, trained / EXPORT, trained / MERGED, target, FACTS)
     assert checks["logit_difference"] < 1e-3
     assert (target / "README.md").is_file()
     assert (target / "config.json").is_file() == merge
