@@ -83,7 +83,9 @@ def kill_worker(victim):
 
 
 def kill_engine(victim):
-    victim.wait_until(lambda: victim.at_work() and victim.engines())
+    """In synthesis once it has answered; an evaluation stores nothing before its end, so there as it starts."""
+    ready = (lambda: list(victim.folder.glob("part-*"))) if victim.stage == "synthesis" else victim.at_work
+    victim.wait_until(lambda: ready() and victim.engines())
     victim.engines()[-1].kill()
 
 

@@ -23,8 +23,8 @@ ROOT = Path(__file__).parents[2]
 STAGES = ("synthesis", "rewards", "pairs", "reference", "training", "evaluation")
 ORDER = ("prompts", "calibration", *STAGES)
 ROWS = 48
-# What a worker or a node takes with it is made again by Ray, or by the engine's pool.
-BY_ITSELF = ("worker kill -9", "engine kill -9", "node removed")
+# What a worker or a node takes with it is made again by Ray; an engine that dies as it starts ends the run.
+BY_ITSELF = ("worker kill -9", "node removed")
 ENGINE_STAGES = ("synthesis", "evaluation")
 SPARE_BYTES = {"synthesis": 24 << 10, "training": 200 << 10}
 
