@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 OUT_OF_MEMORY = "out of memory"
 DISK_FULL = "No space left on device"
+ENGINE_FAILED = "Engine core initialization failed"
 ERROR_LINE = re.compile(r"[\w.]+(Error|Exception): ")
 STAGE_COMMANDS = {
     "calibrate": "calibration",
@@ -87,6 +88,8 @@ def _written(path: Path, error: Exception) -> str:
 
 
 def _in_one_line(error: Exception) -> str:
+    if ENGINE_FAILED in str(error):
+        return "a vLLM engine did not start; what it said is in libraries.log, beside the details"
     if DISK_FULL in str(error):
         return f"{DISK_FULL}: free some space on the disk of the run directory, of the temporary files or of Ray"
     if OUT_OF_MEMORY in str(error).lower():

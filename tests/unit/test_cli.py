@@ -102,3 +102,10 @@ def test_an_error_of_a_worker_is_told_by_its_cause():
     )
     assert _in_one_line(RuntimeError(told)) == "pyarrow.lib.ArrowTypeError: Could not convert"
     assert _in_one_line(ValueError("one\ntwo")) == "ValueError: two"
+
+
+def test_what_a_library_says_of_engine_and_disk_is_told_with_where_to_look():
+    from rdpo.cli import _in_one_line
+
+    assert "libraries.log" in _in_one_line(RuntimeError("Engine core initialization failed. See root cause above."))
+    assert _in_one_line(OSError(28, "No space left on device", "x.parquet")).endswith("of Ray")
