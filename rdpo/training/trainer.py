@@ -45,9 +45,9 @@ class MetricsSink:
         self.margins: list[Any] = []
         self.pulse: Pulse | None = None
 
-    def begin(self, hang_after_s: float) -> None:
+    def begin(self, hang_after_s: float, workers: int) -> None:
         """Training begins, or begins again: watch over its progress."""
-        self.pulse = Pulse(hang_after_s)
+        self.pulse = Pulse(hang_after_s, workers)
 
     def record(self, steps: list[StepMetrics]) -> bool:
         """Add steps; whether training is asked to stop after them."""

@@ -39,6 +39,7 @@ class Pulse:
     """
 
     limit: float
+    workers: int = 0
     beats: dict[int, tuple[float, Beat]] = field(default_factory=dict)
     moved: float = 0.0
 
@@ -52,7 +53,8 @@ class Pulse:
 
     def held_up(self, now: float) -> str:
         """The workers that the others wait for, and where they are."""
-        silent = [rank for rank, (heard, _) in sorted(self.beats.items()) if now - heard > self.limit / 2]
+        unheard = [rank for rank in range(self.workers) if rank not in self.beats]
+        silent = sorted([*unheard, *(rank for rank, (heard, _) in self.beats.items() if now - heard > self.limit / 2)])
         busy = [beat for _, beat in self.beats.values() if not beat.waits and beat.rank not in silent]
         steps = max(beat.steps for _, beat in self.beats.values())
         reasons = [f"rank {rank} says nothing any more" for rank in silent]

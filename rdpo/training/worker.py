@@ -51,7 +51,7 @@ def _all_steps(trainer: Trainer, history: list[StepMetrics], sink: Any) -> bool:
     job, pairs = trainer.job, len(trainer.data)
     total, taken = total_steps(pairs, job), len(history)
     if trainer.rank == 0:
-        ray.get(sink.begin.remote(job.training.hang_after_s))
+        ray.get(sink.begin.remote(job.training.hang_after_s, trainer.workers))
     stop = _tell(trainer, sink, history)
     with Watchdog(trainer.rank, job.training.hang_after_s, lambda beat: ray.get(sink.beat.remote(beat))) as watchdog:
         for index, batch in islice(enumerate(step_pairs(pairs, job)), taken, total):

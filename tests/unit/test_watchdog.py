@@ -40,6 +40,12 @@ def test_a_worker_that_says_nothing_is_named_first():
     assert found.endswith("after step 3: rank 0 says nothing any more")
 
 
+def test_a_worker_that_has_never_spoken_is_named():
+    pulse = Pulse(LIMIT, workers=2)
+    assert pulse.hear(beat(1, 3), 0.0) is None
+    assert pulse.hear(beat(1, 3), 101.0).endswith("rank 0 says nothing any more")
+
+
 def test_nobody_is_blamed_where_all_wait():
     pulse = pulse_of(beat(0, 3), beat(1, 3))
     pulse.hear(beat(0, 3), 95.0)
