@@ -46,7 +46,7 @@ test: $(READY) lint type  ## lint, types and all tests that this machine can run
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 test-faults: $(READY)  ## what is killed, broken or hostile, the long cases too
-	$(BIN)/python -m pytest -q -m "" tests/faults tests/e2e/test_rounds.py tests/ray/test_training.py
+	$(BIN)/python -m pytest -q -m "" -n 2 --dist loadfile tests/faults tests/e2e/test_rounds.py tests/ray/test_training.py
 
 test-fast: $(READY)  ## the tests of the pure core: seconds
 	$(BIN)/python -m pytest -q tests/unit -m 'not ray'

@@ -16,9 +16,10 @@ from pydantic import Field, ValidationError, model_validator
 
 from rdpo.config import Job, Section, explained, job_of, read_toml
 from rdpo.errors import InputError
+from rdpo.folder import Folder
 from rdpo.pipeline import Run, Stage, locked, run_stages
 from rdpo.stages import prepare, stages_of
-from rdpo.storage import Folder, StageFolder
+from rdpo.storage import StageFolder
 from rdpo.stores import absolute
 from rdpo.tracking import Console
 

@@ -29,9 +29,9 @@ import psutil
 from filelock import FileLock, Timeout
 
 from rdpo.errors import InputError
+from rdpo.folder import Folder
 from rdpo.interruption import heed_sigterm
 from rdpo.records import digest
-from rdpo.storage import Folder
 from rdpo.stores import is_remote, store_trouble
 
 LOCK = ".lock"

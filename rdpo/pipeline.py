@@ -17,9 +17,10 @@ from typing import Any
 
 from rdpo.config import Job, load_job, to_toml
 from rdpo.errors import InputError
+from rdpo.folder import Folder
 from rdpo.lineage import stage_key, versions
 from rdpo.lock import LOCK, Say, held
-from rdpo.storage import TOKENS, Folder, Manifest, StageFolder
+from rdpo.storage import TOKENS, Manifest, StageFolder
 from rdpo.streaming import RowWork, stream_rows
 from rdpo.tracking import Console, Meter
 
@@ -29,7 +30,9 @@ TOLD_REASONS = 20
 
 @dataclass
 class Run:
-    """One run: its job, its directory, what has been done so far, and run directories whose stages it may take over."""
+    """One run: its job, its directory, run directories whose stages it may take over, and what has been done so far:
+    the manifests of finished stages, and which of them this run has made.
+    """
 
     job: Job
     dir: str
@@ -37,6 +40,7 @@ class Run:
     prepare: Callable[[Job], bool]
     siblings: tuple[str, ...] = ()
     manifests: dict[str, Manifest] = field(default_factory=dict)
+    made: set[str] = field(default_factory=set)
 
     @cached_property
     def streams(self) -> bool:
@@ -117,11 +121,13 @@ def _up_to_date(run: Run, stage: Stage) -> bool:
 def _reopened(run: Run, stage: Stage, stages: Sequence[Stage]) -> list[Stage]:
     """Those inputs of a stage whose files are not as they were written; they are unfinished again.
 
+    What this run has itself made is not read once more.
+
     Raises:
         InputError: one of them is not to be run.
     """
     repair = []
-    for name in stage.inputs:
+    for name in (name for name in stage.inputs if name not in run.made):
         folder = run.folder(name)
         damaged = folder.damaged()
         if not damaged:
@@ -176,6 +182,7 @@ def _commit(run: Run, stage: Stage, folder: StageFolder, manifest: Manifest) -> 
     expected = manifest.summary.pop("rows_in", None)
     manifest.seed, manifest.versions = run.job.seed, versions()
     run.manifests[stage.name] = folder.commit(manifest, stage.id_column, expected)
+    run.made.add(stage.name)
     reasons = sorted(manifest.dropped.items(), key=lambda item: -item[1])
     for reason, count in reasons[:TOLD_REASONS]:
         run.console.say(f"{'':<12}dropped {count}: {reason}")

@@ -155,6 +155,31 @@ def valid_job(tiny_model, tmp_path):
     }
 
 
+def whole_job(source, student, classifier):
+    """The tables of a job from end to end, in fp32, with two training workers and checkpoints."""
+    engine = {"max_model_len": 1024, "kv_cache_gib": 1, "batch_rows": 4, "batches_in_flight": 1}
+    engine["options"] = {"dtype": "float32"}
+    speech = {"sampling": {"max_tokens": 8, "temperature": 1.0}, "engine": engine}
+    return {
+        "name": "tiny",
+        "student": {"model": student, "dtype": "float32"},
+        "prompts": {"source": str(source), "max_prompt_tokens": 128},
+        "synthesis": {"task": "roleplay", **speech},
+        "rewards": [{"kind": "classifier", "name": "rm", "model": classifier, "dtype": "float32"}],
+        "pairs": {"direction": "reward"},
+        "reference": {"max_length": 256, "tokens_per_batch": 1024},
+        "training": {
+            "batch_size": 4,
+            "tokens_per_batch": 1024,
+            "num_workers": 2,
+            "learning_rate": 1e-3,
+            "checkpoint_every": 2,
+            "lora": {"rank": 4},
+        },
+        "evaluation": speech,
+    }
+
+
 def split_of(index):
     return "heldout" if index % 4 == 0 else "train"
 

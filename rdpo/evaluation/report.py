@@ -17,9 +17,10 @@ from rdpo.config import Job
 from rdpo.evaluation.arms import ArmResult
 from rdpo.evaluation.compare import Estimate
 from rdpo.evaluation.heldout import HeldoutResult
+from rdpo.folder import Folder
 from rdpo.pipeline import job_of_run
 from rdpo.records import Row, extra_of, text_of, visible
-from rdpo.storage import Folder, Manifest, StageFolder
+from rdpo.storage import Manifest, StageFolder
 from rdpo.training.metrics import NAMES
 
 if TYPE_CHECKING:

@@ -24,8 +24,8 @@ import ray.train
 import torch
 import torch.distributed as dist
 
+from rdpo.folder import checksum
 from rdpo.policy.models import WEIGHTS
-from rdpo.storage import checksum
 
 EXPORT = "policy"
 MERGED = "merged"

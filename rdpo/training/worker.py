@@ -45,9 +45,7 @@ def train_worker(config: dict[str, Any]) -> None:
 
 
 def _all_steps(trainer: Trainer, history: list[StepMetrics], sink: Any) -> bool:
-    """Take the steps that are left, with a checkpoint now and then; whether all were taken, or training was asked to
-    stop.
-    """
+    """Take the steps that are left, with a checkpoint now and then; false if training was asked to stop before."""
     job, pairs = trainer.job, len(trainer.data)
     total, taken = total_steps(pairs, job), len(history)
     if trainer.rank == 0:

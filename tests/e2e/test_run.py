@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from rdpo.storage import StageFolder
-from tests.conftest import write_job
+from tests.conftest import whole_job, write_job
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -30,30 +30,9 @@ def job_path(place, wordy_models, tiny_classifier):
     lines = [json.dumps({"prompt": f"question {i}", "split": "heldout" if i % 4 == 0 else "train"}) for i in range(20)]
     lines += ["not json", json.dumps({"prompt": " "}), lines[1]]
     (place / "prompts.jsonl").write_text("\n".join(lines) + "\n")
-    engine = {"max_model_len": 1024, "kv_cache_gib": 1, "batch_rows": 4, "batches_in_flight": 1}
-    engine["options"] = {"dtype": "float32"}
-    table = {
-        "name": "tiny",
-        "student": {"model": wordy_models[0], "dtype": "float32"},
-        "prompts": {"source": str(place / "prompts.jsonl"), "max_prompt_tokens": 128},
-        "synthesis": {"task": "roleplay", "sampling": {"max_tokens": 8, "temperature": 1.0}, "engine": engine},
-        "rewards": [
-            {"kind": "classifier", "name": "rm", "model": tiny_classifier, "dtype": "float32"},
-            {"kind": "function", "name": "length", "function": "tests.rewards:length", "weight": 0.0},
-        ],
-        "pairs": {"direction": "reward"},
-        "reference": {"max_length": 256, "tokens_per_batch": 1024},
-        "training": {
-            "batch_size": 4,
-            "tokens_per_batch": 1024,
-            "num_workers": 2,
-            "learning_rate": 1e-3,
-            "epochs": 4,
-            "checkpoint_every": 2,
-            "lora": {"rank": 4},
-        },
-        "evaluation": {"sampling": {"max_tokens": 8, "temperature": 1.0}, "engine": engine},
-    }
+    table = whole_job(place / "prompts.jsonl", wordy_models[0], tiny_classifier)
+    table["rewards"].append({"kind": "function", "name": "length", "function": "tests.rewards:length", "weight": 0.0})
+    table["training"]["epochs"] = 4
     return write_job(place / "job.toml", table)
 
 

@@ -2,22 +2,23 @@
 
 import pytest
 
-SURVIVED = pytest.StashKey()
+SURVIVED = "survived"
 
 
 @pytest.fixture
-def survived(request):
+def survived(record_property):
     """Notes how a stage survived a fault."""
-    table = request.config.stash.setdefault(SURVIVED, {})
 
     def note(fault, stage, how):
-        table[fault, stage] = how
+        record_property(SURVIVED, (fault, stage, how))
 
     return note
 
 
-def pytest_terminal_summary(terminalreporter, config):
-    table = config.stash.get(SURVIVED, {})
+def pytest_terminal_summary(terminalreporter):
+    # Properties, because they come with a report also out of another process.
+    noted = [dict(report.user_properties).get(SURVIVED) for report in terminalreporter.getreports("passed")]
+    table = {(fault, stage): how for fault, stage, how in filter(None, noted)}
     if not table:
         return
     stages = list(dict.fromkeys(stage for _, stage in table))

@@ -18,7 +18,8 @@ import pytest
 from rdpo import lock, stores
 from rdpo.cli import main
 from rdpo.errors import InputError
-from rdpo.storage import Folder, Manifest, StageFolder
+from rdpo.folder import Folder
+from rdpo.storage import Manifest, StageFolder
 from tests.conftest import valid_job, write_job, write_jsonl
 from tests.faults.stores import SECRET, FlakyProxy, client, environment, keys
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from rdpo.storage import StageFolder
-from tests.conftest import write_job, write_jsonl
+from tests.conftest import whole_job, write_job, write_jsonl
 from tests.faults.faults import FAULTS, PATIENCE_S, Victim
 from tests.faults.nodes import Nodes
 
@@ -40,28 +40,8 @@ def job(place, wordy_models, tiny_classifier):
         place / "prompts.jsonl",
         [{"prompt": f"question {i}", "split": "train" if i % 4 else "heldout"} for i in range(ROWS)],
     )
-    engine = {"max_model_len": 1024, "kv_cache_gib": 1, "batch_rows": 4, "batches_in_flight": 1}
-    engine["options"] = {"dtype": "float32"}
-    table = {
-        "name": "tiny",
-        "student": {"model": wordy_models[0], "dtype": "float32"},
-        "prompts": {"source": str(place / "prompts.jsonl"), "max_prompt_tokens": 128},
-        "synthesis": {"task": "roleplay", "sampling": {"max_tokens": 8, "temperature": 1.0}, "engine": engine},
-        "rewards": [{"kind": "classifier", "name": "rm", "model": tiny_classifier, "dtype": "float32"}],
-        "pairs": {"direction": "reward"},
-        "reference": {"max_length": 256, "tokens_per_batch": 512},
-        "training": {
-            "batch_size": 4,
-            "tokens_per_batch": 512,
-            "num_workers": 2,
-            "cpus_per_worker": 1,
-            "learning_rate": 1e-3,
-            "epochs": 2,
-            "checkpoint_every": 2,
-            "lora": {"rank": 4},
-        },
-        "evaluation": {"sampling": {"max_tokens": 8, "temperature": 1.0}, "engine": engine},
-    }
+    table = whole_job(place / "prompts.jsonl", wordy_models[0], tiny_classifier)
+    table["training"] |= {"cpus_per_worker": 1, "epochs": 2}
     return write_job(place / "job.toml", table)
 
 

@@ -5,13 +5,12 @@ import random
 import signal
 
 import psutil
-import pyarrow as pa
 import pytest
 
 from rdpo.config import Job
-from rdpo.storage import Manifest, StageFolder
+from rdpo.storage import StageFolder
 from tests.conftest import valid_job
-from tests.ray.test_training import losses, pair
+from tests.ray.test_training import losses, pair, referenced
 
 pytestmark = pytest.mark.ray
 
@@ -32,16 +31,8 @@ def table(tiny_model, place):
 
 @pytest.fixture(scope="module")
 def run_dir(ray_cluster, place, table):
-    from rdpo.preference.reference import Reference
-
     draw = random.Random(1)
-    pairs = [{**pair(draw, index), "heldout": False} for index in range(32)]
-    rows = Reference(Job.model_validate(table))(pa.Table.from_pylist(pairs))
-    folder = StageFolder(str(place), "reference")
-    folder.begin("k")
-    folder.write_parts(rows, "prompt_id")
-    folder.commit(Manifest("reference", "k", {}, {}), "prompt_id", len(pairs))
-    return str(place)
+    return referenced(place, table, [{**pair(draw, index), "heldout": False} for index in range(32)])
 
 
 def train(run_dir, table, name, on_step=lambda metrics: None, warnings=None, **training):

@@ -37,14 +37,19 @@ def table(tiny_model, place):
 @pytest.fixture(scope="module")
 def run_dir(ray_cluster, place, table):
     """A run whose reference stage is done: 24 pairs of random tokens and three held out, with the actor's log-probs."""
+    draw = random.Random(0)
+    return referenced(place, table, [pair(draw, index) for index in range(27)])
+
+
+def referenced(place, table, pairs):
+    """Make a run whose reference stage is done with these pairs; its directory."""
     from rdpo.preference.reference import Reference
 
-    draw = random.Random(0)
-    rows = Reference(Job.model_validate(table))(pa.Table.from_pylist([pair(draw, index) for index in range(27)]))
+    rows = Reference(Job.model_validate(table))(pa.Table.from_pylist(pairs))
     folder = StageFolder(str(place), "reference")
     folder.begin("k")
     folder.write_parts(rows, "prompt_id")
-    folder.commit(Manifest("reference", "k", {}, {}), "prompt_id", 27)
+    folder.commit(Manifest("reference", "k", {}, {}), "prompt_id", len(pairs))
     return str(place)
 
 
