@@ -45,8 +45,8 @@ reward-pairs: $(READY)  ## write anew the pairs that the quickstart's reward mod
 test: $(READY) lint type  ## lint, types and all tests that this machine can run, two files at a time
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
-test-faults: $(READY)  ## what is killed, broken or hostile, the long cases too
-	$(BIN)/python -m pytest -q -m "" -n 2 --dist loadfile tests/faults tests/e2e/test_rounds.py tests/ray/test_training.py
+test-faults: $(READY)  ## the long cases: every fault in every stage, kills by the dozen, rounds; prints the table
+	$(BIN)/python -m pytest -q -m long -n 2 --dist loadfile
 
 test-fast: $(READY)  ## the tests of the pure core: seconds
 	$(BIN)/python -m pytest -q tests/unit -m 'not ray'
