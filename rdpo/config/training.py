@@ -137,7 +137,10 @@ class Training(Loss):
     checkpoint_every: int = Field(default=50, ge=1)
     """Optimizer steps between two checkpoints."""
     keep_checkpoints: int = Field(default=2, ge=1)
-    """How many of the last checkpoints are kept."""
+    """How many checkpoints are kept: the last ones; with `select = "best"` the best ones, and the last."""
+    select: Literal["last", "best"] = "last"
+    """Which weights leave training: those of the last step, or of the step after which the held-out pairs
+    (`pairs.heldout_fraction`) are most likely. They are measured at every checkpoint and at the end."""
     max_skipped_steps: int = Field(default=0, ge=0)
     """Optimizer steps that may be left out because their loss or gradient is not finite; one more stops the run
     and names the rows."""

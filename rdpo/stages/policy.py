@@ -44,7 +44,7 @@ def train_policy(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:
         raise InputError("training: every step had a loss or gradient that is not finite; lower training.learning_rate")
     _complete(job, folder)
     told = {"steps": len(taken), "pairs": len(data), "first": taken[0], "last": taken[-1]}
-    return {**told, **_heldout(run, folder)}
+    return {**told, **_selected(run, history), **_heldout(run, folder)}
 
 
 def _warn(run: Run, told: str) -> None:
@@ -63,6 +63,18 @@ def _complete(job: Job, folder: StageFolder) -> None:
             extrapolate(exported, base, job.training.extrapolation)
     with folder.made(MERGED) as merged:
         finish_policy(Path(folder.local(EXPORT)), base, merged, job.student.trust_remote_code)
+
+
+def _selected(run: Run, history: list[dict[str, float]]) -> dict[str, int]:
+    """The step whose weights leave training, where they are selected; says so."""
+    from rdpo.training.heldout import LOSS, best_step
+
+    step = best_step(history)
+    if run.job.training.select == "last" or not step:
+        return {}
+    loss = history[step - 1][LOSS]
+    run.console.say(f"{'':<12}the weights after step {step} leave: held-out loss {loss:.4f}, the lowest")
+    return {"selected": step}
 
 
 def _heldout(run: Run, folder: StageFolder) -> dict[str, Any]:

@@ -131,6 +131,25 @@ def test_training_goes_on_with_the_workers_that_are_left(job, whole, tmp_path):
     same(run_dir, whole, "training")
 
 
+def test_a_node_that_will_be_taken_away_leaves_a_checkpoint(job, whole, tmp_path):
+    """No other checkpoint is due before the end of a long training."""
+    run_dir, log, nodes = begun(whole, tmp_path / "run", "training"), tmp_path / "log", Nodes()
+    settings = ["num_workers=[1, 2]", "cpus_per_worker=4", "checkpoint_every=10000", "epochs=60"]
+    try:
+        placed = [part for setting in settings for part in ("--set", f"training.{setting}")]
+        placed += ["--set", f"cluster.address={nodes.address}"]
+        victim = Victim(start(job, run_dir, "training", log, *placed), run_dir, "training", nodes)
+        victim.wait_until((victim.folder / "metrics.jsonl").exists)
+        nodes.announce(victim.workers()[0])
+        victim.wait_until(lambda: list(victim.folder.glob("checkpoints/checkpoint_*/checksums-0.json")))
+        nodes.remove(victim.workers()[0])
+        assert victim.driver.wait(PATIENCE_S) == 0, log.read_text()
+    finally:
+        nodes.end()
+    assert "is about to be taken away; checkpoint after step" in log.read_text()
+    assert len(losses(run_dir)) == 60 * len(losses(whole)) / 2
+
+
 def same(run_dir, whole, stage):
     """The stage is as in the undisturbed run: ids and texts to the letter, numbers but for a batch's padding."""
     if stage == "training":
