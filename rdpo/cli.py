@@ -34,6 +34,7 @@ STAGE_COMMANDS = {
     "pair": "pairs",
     "reference": "reference",
     "train": "training",
+    "merge": "policy",
     "evaluate": "evaluation",
     "publish": "model",
 }

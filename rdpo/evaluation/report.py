@@ -36,6 +36,7 @@ STAGES = (
     "replay",
     "reference",
     "training",
+    "policy",
     "retention",
     "evaluation",
     "model",

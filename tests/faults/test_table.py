@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from rdpo.storage import StageFolder
-from tests.conftest import whole_job, write_job, write_jsonl
+from tests.conftest import ALL_STAGES, whole_job, write_job, write_jsonl
 from tests.faults.faults import FAULTS, PATIENCE_S, Victim
 from tests.faults.nodes import Nodes
 
@@ -21,7 +21,6 @@ pytestmark = [pytest.mark.ray, pytest.mark.long]
 
 ROOT = Path(__file__).parents[2]
 STAGES = ("synthesis", "rewards", "pairs", "reference", "training", "evaluation")
-ORDER = ("prompts", "calibration", *STAGES)
 ROWS = 48
 # What a worker or a node takes with it is made again by Ray; an engine that dies as it starts ends the run.
 BY_ITSELF = ("worker kill -9", "node removed")
@@ -66,7 +65,7 @@ def whole(job, place):
 
 def begun(whole, run_dir, stage):
     """A run directory in which all stages before this one are done."""
-    for earlier in ORDER[: ORDER.index(stage)]:
+    for earlier in ALL_STAGES[: ALL_STAGES.index(stage)]:
         shutil.copytree(whole / earlier, run_dir / earlier)
     return run_dir
 
