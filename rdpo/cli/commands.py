@@ -148,6 +148,16 @@ def show(options: argparse.Namespace) -> int:
     return 0
 
 
+def status(options: argparse.Namespace) -> int:
+    """Print how far a run has come."""
+    from rdpo.status import as_json, as_text, statuses
+
+    for found in statuses(options.run_dir):
+        for line in [as_json(found)] if options.json else as_text(found):
+            print(visible(line))
+    return 0
+
+
 def plan(options: argparse.Namespace) -> int:
     """Print the memory and speed of a training."""
     from rdpo.config import load_job

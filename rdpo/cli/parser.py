@@ -105,6 +105,9 @@ def _add_plan(commands: Commands) -> None:
 
 def _add_looking(commands: Commands) -> None:
     """The commands that look at a run and change nothing in it but its report."""
+    status = _looks(commands, "status", does.status, "how far each stage has come, and who works in the run")
+    _add_place(status, "run_dir", "RUN_DIR", DIRECTORY)
+    status.add_argument("--json", action="store_true", help="as one JSON object (of rounds, one for each, on a line)")
     report = _looks(commands, "report", does.report, "write RUN_DIR/report.html")
     _add_place(report, "run_dir", "RUN_DIR", DIRECTORY)
     show = _looks(commands, "show", does.show, "look at the rows of a stage")

@@ -26,7 +26,8 @@ def train_policy(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:
         InputError: there is no step to take, or none had a finite gradient.
     """
     from rdpo.training.gaps import GapScale, advice
-    from rdpo.training.loop import PairTable, total_steps
+    from rdpo.training.loop import PairTable
+    from rdpo.training.schedule import total_steps
     from rdpo.training.trainer import train
 
     job, data = run.job, PairTable.load(run.dir)
