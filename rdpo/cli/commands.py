@@ -158,6 +158,18 @@ def status(options: argparse.Namespace) -> int:
     return 0
 
 
+def diff(options: argparse.Namespace) -> int:
+    """Print what differs between two runs."""
+    from rdpo.evaluation.diff import diff_runs
+    from rdpo.pipeline import job_of_run
+
+    for run_dir in options.run_dirs:
+        _check_one_round(job_of_run(run_dir), run_dir)
+    for line in diff_runs(tuple(options.run_dirs)):
+        print(visible(line))
+    return 0
+
+
 def plan(options: argparse.Namespace) -> int:
     """Print the memory and speed of a training."""
     from rdpo.config import load_job

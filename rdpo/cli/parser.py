@@ -108,6 +108,9 @@ def _add_looking(commands: Commands) -> None:
     status = _looks(commands, "status", does.status, "how far each stage has come, and who works in the run")
     _add_place(status, "run_dir", "RUN_DIR", DIRECTORY)
     status.add_argument("--json", action="store_true", help="as one JSON object (of rounds, one for each, on a line)")
+    diff = _looks(commands, "diff", does.diff, "what differs between two runs: settings, stages, rows, results")
+    runs = diff.add_argument("run_dirs", metavar="RUN_DIR", nargs=2)
+    runs.complete = DIRECTORY  # type: ignore[attr-defined]
     report = _looks(commands, "report", does.report, "write RUN_DIR/report.html")
     _add_place(report, "run_dir", "RUN_DIR", DIRECTORY)
     show = _looks(commands, "show", does.show, "look at the rows of a stage")

@@ -76,11 +76,11 @@ def test_a_run_at_work_says_how_long_training_will_take(run_dir, capsys):
 def test_a_driver_may_begin_while_somebody_looks(run_dir):
     with held(run_dir):
         assert holder(run_dir) == "an rdpo command"
-    look = open(f"{run_dir}/.lock", "rb")
-    fcntl.flock(look, fcntl.LOCK_SH)
-    threading.Timer(0.1, look.close).start()
-    with held(run_dir):
-        assert look.closed
+    with open(f"{run_dir}/.lock", "rb") as look:
+        fcntl.flock(look, fcntl.LOCK_SH)
+        threading.Timer(0.1, look.close).start()
+        with held(run_dir):
+            assert look.closed
     assert holder(run_dir) is None
 
 
