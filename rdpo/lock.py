@@ -13,6 +13,7 @@ loses the run, and notices only when it goes on. It stops then, but what it writ
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import signal
@@ -22,6 +23,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,8 @@ from rdpo.stores import is_remote, store_trouble
 LOCK = ".lock"
 RENEW_S = 10.0
 STALE_S = 60.0
+# `holder` has the file lock for a moment.
+LOOK_S = 1.0
 
 Say = Callable[[str], None]
 
@@ -52,11 +56,30 @@ def held(run_dir: str, say: Say = print) -> Iterator[None]:
         yield
 
 
+def holder(run_dir: str) -> str | None:
+    """Who works in a run at this moment, in words, or None; nothing is written.
+
+    A file lock does not say whose it is. How old a claim in an object store is, this machine's clock says.
+    """
+    return Claim(run_dir).holder() if is_remote(run_dir) else _file_holder(Path(run_dir) / LOCK)
+
+
+def _file_holder(path: Path) -> str | None:
+    if not path.exists():
+        return None
+    with path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return "an rdpo command"
+    return None
+
+
 @contextmanager
 def _file_locked(path: Path) -> Iterator[None]:
     try:
         path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path / LOCK, timeout=0)
+        lock = FileLock(path / LOCK, timeout=LOOK_S)
         lock.acquire()
     except Timeout:
         raise InputError(f"{path}: another rdpo command works in this run; wait for it or end it") from None
@@ -115,6 +138,15 @@ class Claim:
             if holder:
                 say(f"took over from {_named(holder)}, which has ended or not been heard of for {silent:.0f} s")
 
+    def holder(self) -> str | None:
+        """Whose claim counts at this moment, of whoever has put one."""
+        now = datetime.now(UTC)
+        for name, written in self._listed().items():
+            claim = self._holder(name)
+            if claim and (now - written).total_seconds() < STALE_S and not _gone(claim):
+                return _named(claim)
+        return None
+
     @contextmanager
     def renewed(self) -> Iterator[None]:
         """Renew the claim while the context lasts; interrupt the main thread if it is lost."""
@@ -157,12 +189,18 @@ class Claim:
 
     def _others(self) -> dict[str, float]:
         """The other claims, and by how many seconds each is older than this one."""
-        found = self.folder.fs.ls(self.folder.root, detail=True)
-        written = {entry["name"].rsplit("/", 1)[1]: entry["mtime"] for entry in found if entry["type"] == "file"}
+        written = self._listed()
         if self.name not in written:
             raise InputError(f"{self.run_dir}: the store does not list what it has taken; runs cannot be locked in it")
         now = written.pop(self.name)
         return {name: (now - when).total_seconds() for name, when in written.items()}
+
+    def _listed(self) -> dict[str, datetime]:
+        """The claims, and when the store says that they were written."""
+        if not self.folder.fs.exists(self.folder.root):
+            return {}
+        found = self.folder.fs.ls(self.folder.root, detail=True)
+        return {entry["name"].rsplit("/", 1)[1]: entry["mtime"] for entry in found if entry["type"] == "file"}
 
     def _holder(self, name: str) -> dict[str, Any] | None:
         try:

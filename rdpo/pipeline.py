@@ -46,7 +46,7 @@ class Run:
     def streams(self) -> bool:
         """Whether stages may run at the same time here; known once the job's models are tried and Ray is started."""
         for section in self.job.trusted_code:
-            self.console.say(f"{section}.trust_remote_code: Python code that ships with the model is run")
+            self.console.warn(f"{section}.trust_remote_code: Python code that ships with the model is run")
         return self.prepare(self.job)
 
     def folder(self, stage: str) -> StageFolder:
@@ -114,6 +114,7 @@ def _up_to_date(run: Run, stage: Stage) -> bool:
             run.manifests[stage.name] = manifest
             where = "up to date" if folder is own else f"as in {Path(folder.path).parent.name}"
             run.console.say(f"{stage.name:<12}{where}")
+            run.console.tell("stage_end", stage=stage.name, state=where, **_counts(manifest))
             return True
     return False
 
@@ -136,7 +137,7 @@ def _reopened(run: Run, stage: Stage, stages: Sequence[Stage]) -> list[Stage]:
         maker = next((other for other in stages if other.name == name), None)
         if maker is None:
             raise InputError(f"{folder.path}/{what}: not as it was written; `rdpo run` makes it again")
-        run.console.say(f"{name:<12}not as it was written, made again: {what}")
+        run.console.warn(f"{name} is not as it was written, made again: {what}")
         folder.reopen(damaged)
         run.manifests.pop(name, None)
         repair.append(maker)
@@ -157,6 +158,7 @@ def _make(run: Run, chain: Sequence[Stage]) -> None:
     for stage, folder in zip(chain, folders, strict=True):
         births = {name: run.folder(name).birth for name in stage.inputs}
         folder.begin(stage_key(stage.name, stage.settings(run.job), births))
+        run.console.tell("stage_begin", stage=stage.name)
     with run.console.stage("+".join(stage.name for stage in chain), None, chain[0].unit) as meter:
         summary = _work(run, chain, folders, meter)
     for stage, folder in zip(chain, folders, strict=True):
@@ -183,11 +185,18 @@ def _commit(run: Run, stage: Stage, folder: StageFolder, manifest: Manifest) -> 
     manifest.seed, manifest.versions = run.job.seed, versions()
     run.manifests[stage.name] = folder.commit(manifest, stage.id_column, expected)
     run.made.add(stage.name)
+    run.console.tell("stage_end", stage=stage.name, state="made", **_counts(manifest))
     reasons = sorted(manifest.dropped.items(), key=lambda item: -item[1])
     for reason, count in reasons[:TOLD_REASONS]:
         run.console.say(f"{'':<12}dropped {count}: {reason}")
     if others := reasons[TOLD_REASONS:]:
         run.console.say(f"{'':<12}dropped {sum(count for _, count in others)}: {len(others)} other reasons")
+
+
+def _counts(manifest: Manifest) -> dict[str, Any]:
+    """What a stage did, in figures."""
+    names = ("rows_in", "rows_out", "dropped", "tokens", "seconds")
+    return {name: getattr(manifest, name) for name in names}
 
 
 def planned(job: Job, run_dir: str, stages: Sequence[Stage]) -> dict[str, str]:

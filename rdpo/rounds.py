@@ -28,6 +28,7 @@ def run_rounds(job: Job, run_dir: str, console: Console) -> None:
     starts, shown = [job.student.model], []
     for number in range(1, job.rounds.count + 1):
         console.say(f"\nround {number}, from {starts[-1]}")
+        console.tell("round_begin", round=number, start=starts[-1])
         folder, of_round = round_dir(run_dir, number), job_of_round(job, number, starts)
         with locked(of_round, folder, say=console.say):
             run = Run(of_round, folder, console, prepare)
@@ -37,12 +38,13 @@ def run_rounds(job: Job, run_dir: str, console: Console) -> None:
             console.say(line)
         outcome = Outcome(number, run, job.rounds.watch)
         shown.append(outcome)
+        console.tell("round_end", round=number, gain=outcome.gain, evaluation=outcome.summary)
         if outcome.gain <= job.rounds.min_gain:
             console.say(f"\nround {number} moved {job.rounds.watch} by {outcome.gain:+.3f}: the last one")
             break
         starts.append(os.path.join(folder, MODEL))
     for line in table(shown):
-        console.say(line)
+        console.conclude(line)
     _take(run_dir, len(starts) - 1, console)
 
 
@@ -51,10 +53,12 @@ def _take(run_dir: str, number: int, console: Console) -> None:
     taken = StageFolder(run_dir, MODEL)
     if not number:
         taken.clear()
-        console.say("\nno round raised the watched reward: the start model stays")
+        console.conclude("\nno round raised the watched reward: the start model stays")
+        console.tell("result", model=None, round=0)
         return
     taken.take_over(StageFolder(round_dir(run_dir, number), MODEL))
-    console.say(f"\nmodel       {taken.address()}, of round {number}")
+    console.conclude(f"\nmodel       {taken.address()}, of round {number}")
+    console.tell("result", model=taken.address(), round=number)
 
 
 def round_dir(run_dir: str, number: int) -> str:

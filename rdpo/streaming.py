@@ -69,7 +69,7 @@ def stream_rows(run: Run, links: Sequence[tuple[RowWork, StageFolder]], meter: M
     if rows is not None:
         _drain(rows, meter, any(work.generates for work, _ in links))
         if not pools_ended():
-            run.console.say(f"{'':<12}warning: actors of {last.name} have not ended and still hold memory")
+            run.console.warn(f"actors of {last.name} have not ended and still hold memory")
     # What an earlier stage of the chain dropped has not come by.
     meter.done = meter.total
 

@@ -7,6 +7,7 @@ the run's log file; only the console writes to the terminal.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import sys
@@ -76,17 +77,31 @@ class Console:
 
     def say(self, text: str) -> None:
         """A lasting line, on the terminal and in the log."""
+        self._print(text)
+
+    def warn(self, text: str) -> None:
+        """A warning, beside the stage that it is about."""
+        self.say(f"{'':<12}warning: {text}")
+
+    def conclude(self, text: str) -> None:
+        """A line of what came of the run."""
+        self.say(text)
+
+    def tell(self, event: str, **facts: Any) -> None:
+        """A fact for a machine that listens; people hear of it by `say`."""
+
+    def log(self, text: str) -> None:
+        """A line for the log file, and for the terminal if that is not live."""
+        if self.live:
+            self._log.info(visible(text))
+        else:
+            self._print(text)
+
+    def _print(self, text: str) -> None:
         text = visible(text)
         self._wipe()
         print(text, file=self.stream, flush=True)
         self._log.info(text)
-
-    def log(self, text: str) -> None:
-        """A line for the log file, and for the terminal if that is not live."""
-        text = visible(text)
-        self._log.info(text)
-        if not self.live:
-            print(text, file=self.stream, flush=True)
 
     def show(self, meter: Meter) -> None:
         """Redraw the live line."""
@@ -108,6 +123,52 @@ class Console:
         self.say(meter.line())
 
 
+class QuietConsole(Console):
+    """Writes warnings and what came of the run; all else is in the log alone."""
+
+    def __init__(self, stream: IO[str], log_file: Path | None = None):
+        super().__init__(stream, log_file)
+        self.live = False
+
+    def say(self, text: str) -> None:
+        """A line for the log."""
+        self._log.info(visible(text))
+
+    def log(self, text: str) -> None:
+        """A line for the log."""
+        self.say(text)
+
+    def warn(self, text: str) -> None:
+        """A warning."""
+        self._print(f"warning: {text}")
+
+    def conclude(self, text: str) -> None:
+        """A line of what came of the run."""
+        self._print(text)
+
+
+class JsonConsole(QuietConsole):
+    """Writes for machines, one JSON object on a line: `event`, `time` (UTC) and the event's facts.
+
+    The events are `stage_begin`, `stage_end`, `round_begin`, `round_end`, `warning` and, last, `result`.
+    """
+
+    def warn(self, text: str) -> None:
+        """A warning, as an event."""
+        self.say(f"warning: {text}")
+        self.tell("warning", text=text)
+
+    def conclude(self, text: str) -> None:
+        """A line for the log; the `result` event has its facts."""
+        self.say(text)
+
+    def tell(self, event: str, **facts: Any) -> None:
+        """One event."""
+        when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        # ASCII, so that nothing in a text can act on a terminal.
+        print(json.dumps({"event": event, "time": when, **facts}), file=self.stream, flush=True)
+
+
 def log_dir(run_dir: str) -> Path:
     """Where a run's logs are: with the run, or, as they are written line by line, beside it if that is a store's."""
     if not is_remote(run_dir):
@@ -116,7 +177,7 @@ def log_dir(run_dir: str) -> Path:
 
 
 @contextmanager
-def quiet_console(log_dir: Path) -> Iterator[Console]:
+def quiet_console(log_dir: Path, voice: type[Console] = Console) -> Iterator[Console]:
     """Send everything that libraries print to `log_dir/libraries.log`; the console keeps the screen.
 
     What a full disk does not take of it is lost, and breaks nothing.
@@ -133,7 +194,7 @@ def quiet_console(log_dir: Path) -> Iterator[Console]:
     os.dup2(write_end, 2)
     os.close(write_end)
     try:
-        yield Console(stream, log_dir / "run.log")
+        yield voice(stream, log_dir / "run.log")
     finally:
         _flush()
         os.dup2(screen, 1)
@@ -159,9 +220,9 @@ def _keep(read_end: int, path: Path) -> None:
 
 
 @contextmanager
-def run_console(run_dir: str) -> Iterator[Console]:
+def run_console(run_dir: str, voice: type[Console] = Console) -> Iterator[Console]:
     """The console of a run; says where the logs are if they are not with it."""
-    with quiet_console(log_dir(run_dir)) as console:
+    with quiet_console(log_dir(run_dir), voice) as console:
         if is_remote(run_dir):
             console.say(f"logs        {log_dir(run_dir)}")
         yield console

@@ -13,8 +13,11 @@ from rdpo.config.job import Job
 from rdpo.config.section import KEY_IN_ADDRESS, Section
 from rdpo.errors import InputError
 from rdpo.records import clean
+from rdpo.suggestion import did_you_mean
 
 OPTION_IN_ADDRESS = re.compile(r'"(?:s3|gs|gcs)://(?:[^/"]*@|[^"]*\?)')
+
+QUOTED = re.compile(r"'([^']*)'")
 
 
 def load_job(path: str | Path, overrides: list[str] | None = None) -> Job:
@@ -138,6 +141,8 @@ def _remedy(problem: Any, field: str) -> str:
         return "a URL like http://teacher:8000/v1, without a key in it"
     if field.endswith("endpoint.key_variable"):
         return "the name of an environment variable, like TEACHER_KEY; the key itself does not belong here"
+    if problem["type"] in ("literal_error", "union_tag_invalid"):
+        message += _meant(problem)
     value = repr(problem.get("input"))
     return f"{message} (got {value[:80]})" if len(value) < 200 and not _may_be_secret(field, problem) else message
 
@@ -149,12 +154,15 @@ def _may_be_secret(field: str, problem: Any) -> bool:
 
 
 def _suggestion(field: str) -> str:
-    from difflib import get_close_matches
-
     section, _, key = field.rpartition(".")
-    known = _known_keys(section)
-    close = get_close_matches(key, known, n=1)
-    return f" (did you mean `{close[0]}`?)" if close else ""
+    return did_you_mean(key, _known_keys(section))
+
+
+def _meant(problem: Any) -> str:
+    """What was meant by a word that is none of those a field takes."""
+    context = problem.get("ctx", {})
+    known = QUOTED.findall(str(context.get("expected") or context.get("expected_tags") or ""))
+    return did_you_mean(str(context.get("tag") or problem.get("input")), known)
 
 
 def _known_keys(section: str) -> list[str]:

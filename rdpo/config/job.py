@@ -13,6 +13,8 @@ from rdpo.config.prompts import Prompts, Synthesis
 from rdpo.config.rewards import Calibration, JudgeReward, Reward
 from rdpo.config.section import Section, largest
 from rdpo.config.training import Training
+from rdpo.stage_names import STAGES
+from rdpo.suggestion import did_you_mean
 
 
 class Cluster(Section):
@@ -58,6 +60,12 @@ class Job(Section):
         return self.student.model, self.student.revision, self.student.trust_remote_code
 
     @property
+    def stages(self) -> tuple[str, ...]:
+        """Names of the job's stages, in order: all but those that it leaves out."""
+        left_out = {name for name, wanted in (("replay", self.replay), ("retention", self.retention)) if wanted is None}
+        return tuple(name for name in STAGES if name not in left_out)
+
+    @property
     def trusted_code(self) -> list[str]:
         """The settings that let code run which ships with a model."""
         engines = {"synthesis.engine": self.synthesis.engine, "evaluation.engine": self.evaluation.engine}
@@ -86,8 +94,9 @@ class Job(Section):
         if self.rounds.count > 1 and not self.rewards:
             raise ValueError("rounds: a round is judged by a reward; give at least one")
         if self.rounds.watch not in {"optimised", *names}:
+            meant = did_you_mean(self.rounds.watch, ["optimised", *names])
             raise ValueError(
-                f"rounds: watch = {self.rounds.watch!r} is no reward; there are {', '.join(names)}, optimised"
+                f"rounds: watch = {self.rounds.watch!r} is no reward{meant}; there are {', '.join(names)}, optimised"
             )
         return self
 

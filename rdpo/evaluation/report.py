@@ -20,6 +20,7 @@ from rdpo.evaluation.heldout import HeldoutResult
 from rdpo.folder import Folder
 from rdpo.pipeline import job_of_run
 from rdpo.records import Row, extra_of, text_of, visible
+from rdpo.stage_names import STAGES
 from rdpo.storage import Manifest, StageFolder
 from rdpo.training.metrics import NAMES
 
@@ -27,20 +28,6 @@ if TYPE_CHECKING:
     from rdpo.comparison import Comparison
 
 REPORT = "report.html"
-STAGES = (
-    "prompts",
-    "calibration",
-    "synthesis",
-    "rewards",
-    "pairs",
-    "replay",
-    "reference",
-    "training",
-    "policy",
-    "retention",
-    "evaluation",
-    "model",
-)
 SHOWN_CHARS = 4000
 BEFORE, AFTER = "#8a8f98", "#2f6fde"
 CURVES = {

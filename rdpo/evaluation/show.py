@@ -9,7 +9,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from rdpo.errors import InputError
-from rdpo.evaluation.report import STAGES, shown
+from rdpo.evaluation.report import shown
 from rdpo.pipeline import job_of_run
 from rdpo.policy.chat import load_chat
 from rdpo.records import Row
@@ -24,10 +24,8 @@ def show_rows(run_dir: str, stage: str, row_id: str | None, limit: int, dropped:
     """Print rows of a stage, or of its dropped table.
 
     Raises:
-        InputError: there is no such stage or row.
+        InputError: there is no such row.
     """
-    if stage not in STAGES:
-        raise InputError(f"stage {stage}: the stages are {', '.join(STAGES)}")
     table = StageFolder(run_dir, stage).table("dropped" if dropped else "")
     if not table.num_rows:
         raise InputError(f"{run_dir}: the {stage} stage holds no {'dropped ' if dropped else ''}rows")

@@ -53,9 +53,8 @@ STAGES = (
 
 def stages_of(job: Job) -> tuple[Stage, ...]:
     """The stages of a job, in order: all but those that it leaves out."""
-    left_out = {name for name, wanted in (("replay", job.replay), ("retention", job.retention)) if wanted is None}
     return tuple(
-        replace(stage, inputs=tuple(name for name in stage.inputs if name not in left_out))
+        replace(stage, inputs=tuple(name for name in stage.inputs if name in job.stages))
         for stage in STAGES
-        if stage.name not in left_out
+        if stage.name in job.stages
     )

@@ -75,7 +75,7 @@ def pairs_summary(run: Run, folder: StageFolder) -> dict[str, Any]:
             f"{'':<12}{reward} prefers {settings.chosen} to {settings.rejected}: {sides.preferred:.2f}; {means}"
         )
         if sides.constant:
-            run.console.say(f"{'':<12}warning: {reward} gives every answer the same score; it tells nothing here")
+            run.console.warn(f"{reward} gives every answer the same score; it tells nothing here")
     told: dict[str, Any] = {"agreement": {reward: asdict(sides) for reward, sides in agreed.items()}}
     if shaping := _shaping(run):
         told["shaping"] = asdict(shaping)

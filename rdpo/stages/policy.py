@@ -25,7 +25,8 @@ def train_policy(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:
         InputError: there is no step to take, or none had a finite gradient.
     """
     from rdpo.training.gaps import GapScale, advice
-    from rdpo.training.loop import PairTable, total_steps
+    from rdpo.training.loop import PairTable
+    from rdpo.training.schedule import total_steps
     from rdpo.training.trainer import METRICS, train
 
     job, data = run.job, PairTable.load(run.dir)
@@ -37,17 +38,13 @@ def train_policy(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:
         raise InputError(f"training: {len(data)} pairs make no optimizer step; add prompts or lower batch_size")
     gaps = data.table["reward_gap"].to_pylist()
     if warning := advice(gaps, GapScale.fitted(gaps, job.training.reward_norm), job.training):
-        _warn(run, warning)
-    history = train(job, run.dir, folder, lambda metrics: _step(meter, metrics), lambda told: _warn(run, told))
+        run.console.warn(warning)
+    history = train(job, run.dir, folder, lambda metrics: _step(meter, metrics), run.console.warn)
     taken = [step for step in history if not step["skipped"]]
     if not taken:
         raise InputError("training: every step had a loss or gradient that is not finite; lower training.learning_rate")
     told = {"steps": len(taken), "pairs": len(data), "first": taken[0], "last": taken[-1]}
     return {**told, **_selected(run, history), **_heldout(run, folder)}
-
-
-def _warn(run: Run, told: str) -> None:
-    run.console.say(f"{'':<12}warning: {told}")
 
 
 def complete_policy(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:

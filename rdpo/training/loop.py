@@ -75,13 +75,6 @@ class PairTable:
         return self.table.take(list(pairs)).to_pydict()
 
 
-def total_steps(num_pairs: int, job: Job) -> int:
-    """Optimizer steps of the whole training."""
-    training = job.training
-    steps = training.epochs * epoch_steps(num_pairs, training.batch_size)
-    return min(steps, training.max_steps or steps)
-
-
 def step_pairs(num_pairs: int, job: Job) -> Iterator[list[int]]:
     """The pairs of every optimizer step, in order."""
     size = job.training.batch_size

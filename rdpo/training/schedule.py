@@ -1,8 +1,18 @@
-"""The learning rate of every optimizer step."""
+"""How many optimizer steps there are, and the learning rate of each."""
 
 from __future__ import annotations
 
 import math
+
+from rdpo.config import Job
+from rdpo.policy.packing import epoch_steps
+
+
+def total_steps(num_pairs: int, job: Job) -> int:
+    """Optimizer steps of the whole training."""
+    training = job.training
+    steps = training.epochs * epoch_steps(num_pairs, training.batch_size)
+    return min(steps, training.max_steps or steps)
 
 
 def learning_rate(step: int, total: int, peak: float, warmup_ratio: float, schedule: str) -> float:

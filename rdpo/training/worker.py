@@ -13,7 +13,8 @@ from ray.train.torch import get_device
 from rdpo.config import Job
 from rdpo.training.checkpoint import StepMetrics, last_checkpoint, restore_checkpoint, save_checkpoint
 from rdpo.training.heldout import HeldoutPairs, best_step
-from rdpo.training.loop import NonFiniteStep, PairTable, Trainer, step_pairs, total_steps
+from rdpo.training.loop import NonFiniteStep, PairTable, Trainer, step_pairs
+from rdpo.training.schedule import total_steps
 from rdpo.training.watchdog import Watchdog
 
 

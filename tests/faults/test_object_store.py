@@ -327,7 +327,9 @@ def test_a_second_driver_is_refused_while_the_first_holds_the_run(bucket):
         with pytest.raises(InputError, match=f"another rdpo command works in this run \\(process {os.getpid()} on"):
             lock.held(run_dir).__enter__()
         assert len(Folder(run_dir).files()) == 1
+        assert str(lock.holder(run_dir)).startswith(f"process {os.getpid()} on ")
     assert Folder(run_dir).files() == []
+    assert lock.holder(run_dir) is None
     with lock.held(run_dir):
         pass
 
@@ -356,7 +358,9 @@ def test_a_claim_that_is_not_renewed_is_passed_over_and_said(bucket, monkeypatch
     silent = claim_of_another_machine(run_dir, monkeypatch)
     with pytest.raises(InputError, match="no longer counts after 60 s"):
         lock.held(run_dir, said.append).__enter__()
+    assert lock.holder(run_dir)
     monkeypatch.setattr(lock, "STALE_S", -1.0)
+    assert lock.holder(run_dir) is None
     with lock.held(run_dir, said.append):
         assert not silent.folder.exists(silent.name)
     (line,) = said

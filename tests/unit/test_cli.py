@@ -74,6 +74,35 @@ def test_dry_run_prints_the_resolved_job_and_the_plan(capsys, tmp_path, job_tabl
     assert not (tmp_path / "r").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "meant"),
+    [
+        (["trian", "run"], "no command trian (did you mean `train`?)"),
+        (["show", "run", "trainnig"], "no stage trainnig (did you mean `training`?)"),
+        (["run", "job.toml", "--until", "reward"], "no stage reward (did you mean `rewards`?)"),
+        (["run", "job.toml", "--set", "training.loss=hnge"], "(did you mean `hinge`?)"),
+        (["run", "job.toml", "--set", "rewards.0.kind=functoin"], "(did you mean `function`?)"),
+        (["run", "job.toml", "--set", "rounds.watch=lenght"], "(did you mean `length`?)"),
+    ],
+)
+def test_a_mistyped_name_is_answered_with_the_one_that_was_meant(
+    capsys, tmp_path, monkeypatch, job_table, arguments, meant
+):
+    monkeypatch.chdir(tmp_path)
+    write_job("job.toml", job_table)
+    code, said = exit_code(capsys, *arguments)
+    assert (code, meant in said) == (2, True), said
+
+
+def test_every_stage_has_its_name_in_the_order_of_the_data():
+    from rdpo.stage_names import STAGE_COMMANDS
+    from rdpo.stage_names import STAGES as NAMES
+    from rdpo.stages import STAGES
+
+    assert tuple(stage.name for stage in STAGES) == NAMES
+    assert set(STAGE_COMMANDS.values()) <= set(NAMES)
+
+
 @pytest.mark.parametrize("command", ["synthesize", "train", "report"])
 def test_stage_commands_need_a_run(capsys, tmp_path, command):
     code, said = exit_code(capsys, command, str(tmp_path))
@@ -85,7 +114,7 @@ def test_out_of_memory_is_one_message_with_remedies(capsys, tmp_path, job_table,
     def crash(*_, **__):
         raise RuntimeError("Refer to the documentation on how to address the out of memory issue: ...")
 
-    monkeypatch.setattr("rdpo.cli._execute", crash)
+    monkeypatch.setattr("rdpo.cli.commands._execute", crash)
     path = write_job(tmp_path / "job.toml", job_table)
     assert main(["run", path, "--run-dir", str(tmp_path / "run")]) == 1
     message = capsys.readouterr().err
@@ -93,19 +122,19 @@ def test_out_of_memory_is_one_message_with_remedies(capsys, tmp_path, job_table,
 
 
 def test_an_error_of_a_worker_is_told_by_its_cause():
-    from rdpo.cli import _in_one_line
+    from rdpo.cli.failure import in_one_line
 
     told = (
         'ray::MapBatches()\n  File "x.py", line 3, in f\npyarrow.lib.ArrowTypeError: Could not convert\n\n'
         "The above exception was the direct cause of the following exception:\n\n"
         "ray.exceptions.UserCodeException: UDF failed to process a data block.\nTo change retry attempts, configure it."
     )
-    assert _in_one_line(RuntimeError(told)) == "pyarrow.lib.ArrowTypeError: Could not convert"
-    assert _in_one_line(ValueError("one\ntwo")) == "ValueError: two"
+    assert in_one_line(RuntimeError(told)) == "pyarrow.lib.ArrowTypeError: Could not convert"
+    assert in_one_line(ValueError("one\ntwo")) == "ValueError: two"
 
 
 def test_what_a_library_says_of_engine_and_disk_is_told_with_where_to_look():
-    from rdpo.cli import _in_one_line
+    from rdpo.cli.failure import in_one_line
 
-    assert "libraries.log" in _in_one_line(RuntimeError("Engine core initialization failed. See root cause above."))
-    assert _in_one_line(OSError(28, "No space left on device", "x.parquet")).endswith("of Ray")
+    assert "libraries.log" in in_one_line(RuntimeError("Engine core initialization failed. See root cause above."))
+    assert in_one_line(OSError(28, "No space left on device", "x.parquet")).endswith("of Ray")

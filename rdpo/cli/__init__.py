@@ -1,0 +1,37 @@
+"""The command line: one command from prompts to a published model, one for each stage, and some to look at runs.
+
+Exit codes: 0 done; 2 the job file or the input is wrong (one message, no traceback); 1 something
+broke, and the same command goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from argparse import Namespace
+
+from rdpo.cli.failure import told
+from rdpo.cli.parser import parse
+from rdpo.errors import InputError
+from rdpo.interruption import heed_sigterm
+from rdpo.records import visible
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point of the `rdpo` command; the exit code."""
+    options = Namespace()
+    heed_sigterm()
+    try:
+        options = parse(sys.argv[1:] if arguments is None else arguments)
+        return int(options.function(options))
+    except InputError as error:
+        print(f"rdpo: {visible(str(error))}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 0
+    except KeyboardInterrupt:
+        print("\nrdpo: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        return 1
+    except Exception as error:
+        return told(error, getattr(options, "run_dir", None))

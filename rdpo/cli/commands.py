@@ -1,0 +1,191 @@
+"""What each command does; what it needs is imported when it is called, so that `rdpo --help` is quick."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from typing import TYPE_CHECKING
+
+from rdpo.errors import InputError
+from rdpo.records import visible
+
+if TYPE_CHECKING:
+    from rdpo.config import Job
+    from rdpo.pipeline import Run
+    from rdpo.tracking import Console
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run a job from prompts to the published model."""
+    from rdpo.config import load_job
+    from rdpo.tracking import Console, JsonConsole, QuietConsole
+
+    job = load_job(options.job, options.overrides)
+    options.run_dir = options.run_dir or os.path.join("runs", job.name)
+    if options.until and options.until not in job.stages:
+        raise InputError(f"--until {options.until}: the job's stages are {', '.join(job.stages)}")
+    voice = QuietConsole if options.quiet else JsonConsole if options.json else Console
+    if options.dry_run:
+        return _dry_run(job, options.run_dir)
+    if job.rounds.count > 1:
+        return _rounds(job, options, voice)
+    return _execute(job, options.run_dir, voice, fresh=options.fresh, until=options.until)
+
+
+def _rounds(job: Job, options: argparse.Namespace, voice: type[Console]) -> int:
+    from rdpo.cluster import ray_stopped_after
+    from rdpo.pipeline import locked
+    from rdpo.rounds import run_rounds
+    from rdpo.stores import absolute
+    from rdpo.tracking import run_console
+
+    if options.until:
+        raise InputError("--until: a job of several rounds is run whole; add --set rounds.count=1")
+    run_dir = options.run_dir
+    with locked(job, run_dir, options.fresh, _aside), run_console(run_dir, voice) as console, ray_stopped_after():
+        run_rounds(job, absolute(run_dir), console)
+    return 0
+
+
+def _dry_run(job: Job, run_dir: str) -> int:
+    from rdpo.config import to_toml
+    from rdpo.pipeline import planned
+    from rdpo.stages import stages_of
+
+    print(visible(to_toml(job)))
+    if job.rounds.count > 1:
+        from rdpo.rounds import job_of_round, round_dir
+
+        print(f"# round 1 of {job.rounds.count}")
+        job, run_dir = job_of_round(job, 1, [job.student.model]), round_dir(run_dir, 1)
+    for name, state in planned(job, run_dir, stages_of(job)).items():
+        print(f"# {name:<12}{state}")
+    return 0
+
+
+def stage(options: argparse.Namespace) -> int:
+    """Bring one stage of a run up to date."""
+    from rdpo.pipeline import job_of_run
+    from rdpo.tracking import Console
+
+    job = job_of_run(options.run_dir)
+    _check_one_round(job, options.run_dir)
+    return _execute(job, options.run_dir, Console, only=options.stage)
+
+
+def _check_one_round(job: Job, run_dir: str) -> None:
+    if job.rounds.count > 1:
+        raise InputError(f"{run_dir}: holds several rounds; name one of them, as in {run_dir}/rounds/1")
+
+
+def _execute(
+    job: Job,
+    run_dir: str,
+    voice: type[Console],
+    fresh: bool = False,
+    until: str | None = None,
+    only: str | None = None,
+) -> int:
+    from rdpo.cluster import ray_stopped_after
+    from rdpo.pipeline import Run, locked, run_stages
+    from rdpo.stages import prepare, stages_of
+    from rdpo.stores import absolute
+    from rdpo.tracking import run_console
+
+    stages = stages_of(job)
+    last = job.stages.index(until or only or job.stages[-1])
+    with locked(job, run_dir, fresh, _aside), run_console(run_dir, voice) as console, ray_stopped_after():
+        whole = Run(job, absolute(run_dir), console, prepare)
+        run_stages(whole, stages[last if only else 0 : last + 1])
+        if not only and not until:
+            _finish(whole)
+    return 0
+
+
+def _aside(text: str) -> None:
+    """Say what is no part of the output."""
+    print(f"rdpo: {visible(text)}", file=sys.stderr)
+
+
+def _finish(run: Run) -> None:
+    from rdpo.evaluation.report import headline, write_report
+
+    path, model = write_report(run.dir), run.folder("model").address()
+    for line in [*headline(run.dir), f"model       {model}", f"report      {path}"]:
+        run.console.conclude(line)
+    run.console.tell("result", model=model, report=path, evaluation=run.manifest("evaluation", "result").summary)
+
+
+def compare(options: argparse.Namespace) -> int:
+    """Run the arms of a comparison and hold them against each other."""
+    from rdpo.cluster import ray_stopped_after
+    from rdpo.comparison import compare_arms, load_comparison
+    from rdpo.tracking import run_console
+
+    comparison, jobs = load_comparison(options.comparison)
+    options.run_dir = options.run_dir or os.path.join("runs", comparison.name)
+    with run_console(options.run_dir) as console, ray_stopped_after():
+        compare_arms(comparison, jobs, options.run_dir, console)
+    return 0
+
+
+def report(options: argparse.Namespace) -> int:
+    """Write the report of a run."""
+    from rdpo.evaluation.report import write_report
+    from rdpo.pipeline import job_of_run
+
+    _check_one_round(job_of_run(options.run_dir), options.run_dir)
+    print(write_report(options.run_dir))
+    return 0
+
+
+def show(options: argparse.Namespace) -> int:
+    """Print rows of a stage."""
+    from rdpo.evaluation.show import show_rows
+
+    show_rows(options.run_dir, options.stage, options.row, options.limit, options.dropped)
+    return 0
+
+
+def status(options: argparse.Namespace) -> int:
+    """Print how far a run has come."""
+    from rdpo.status import as_json, as_text, statuses
+
+    for found in statuses(options.run_dir):
+        for line in [as_json(found)] if options.json else as_text(found):
+            print(visible(line))
+    return 0
+
+
+def diff(options: argparse.Namespace) -> int:
+    """Print what differs between two runs."""
+    from rdpo.evaluation.diff import diff_runs
+    from rdpo.pipeline import job_of_run
+
+    for run_dir in options.run_dirs:
+        _check_one_round(job_of_run(run_dir), run_dir)
+    for line in diff_runs(tuple(options.run_dirs)):
+        print(visible(line))
+    return 0
+
+
+def plan(options: argparse.Namespace) -> int:
+    """Print the memory and speed of a training."""
+    from rdpo.config import load_job
+    from rdpo.training.loop import PairTable
+    from rdpo.training.plan import plan
+
+    sizes = PairTable.load(options.lengths_from).sizes if options.lengths_from else ()
+    for line in plan(load_job(options.job, options.overrides), options.gpu, options.workers, sizes):
+        print(line)
+    return 0
+
+
+def env(options: argparse.Namespace) -> int:
+    """Print versions and devices."""
+    from rdpo.lineage import environment
+
+    for name, value in environment().items():
+        print(f"{name:<14}{value}")
+    return 0

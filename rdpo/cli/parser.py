@@ -1,0 +1,129 @@
+"""What can be typed after `rdpo`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from rdpo import __version__
+from rdpo.cli import commands as does
+from rdpo.errors import InputError
+from rdpo.stage_names import STAGE_COMMANDS, STAGES
+from rdpo.suggestion import did_you_mean
+
+if TYPE_CHECKING:
+    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+
+# What a shell offers in an argument's place, as shtab names it.
+FILE, DIRECTORY = "file", "directory"
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options of a command line, with `function`, the command to call with them.
+
+    Raises:
+        InputError: there is no such command or stage.
+        SystemExit: an option is wrong, or asks for help.
+    """
+    parser, commands = build()
+    first = next(iter(arguments), "-")
+    if not first.startswith("-") and first not in commands.choices:
+        raise InputError(f"no command {first}{did_you_mean(first, commands.choices)}; `rdpo --help` lists them")
+    return parser.parse_args(arguments)
+
+
+def build() -> tuple[argparse.ArgumentParser, Commands]:
+    """The parser, and its commands by name."""
+    parser = argparse.ArgumentParser(
+        prog="rdpo",
+        description="Refined Direct Preference Optimization: prompts, a student, a teacher and a reward in, "
+        "an aligned model out.",
+    )
+    parser.add_argument("--version", action="version", version=f"rdpo {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_run(commands)
+    _add_compare(commands)
+    for name, stage in STAGE_COMMANDS.items():
+        one = commands.add_parser(name, help=f"bring the {stage} stage of an existing run up to date")
+        _add_place(one, "run_dir", "RUN_DIR", DIRECTORY)
+        one.set_defaults(function=does.stage, stage=stage)
+    _add_looking(commands)
+    _add_plan(commands)
+    env = commands.add_parser("env", help="versions and devices, for bug reports")
+    env.set_defaults(function=does.env)
+    return parser, commands
+
+
+def _add_place(parser: argparse._ActionsContainer, name: str, metavar: str, kind: str, help: str | None = None) -> None:
+    action = parser.add_argument(name, metavar=metavar, help=help)
+    action.complete = kind  # type: ignore[attr-defined]
+
+
+def _stage(name: str) -> str:
+    if name not in STAGES:
+        raise InputError(f"no stage {name}{did_you_mean(name, STAGES)}; the stages are {', '.join(STAGES)}")
+    return name
+
+
+def _add_run(commands: Commands) -> None:
+    run = commands.add_parser("run", help="run a job file from prompts to the published model; resumes by itself")
+    _add_place(run, "job", "JOB.toml", FILE)
+    run.add_argument("--set", metavar="section.key=value", action="append", default=[], dest="overrides")
+    _add_place(run, "--run-dir", "DIR", DIRECTORY, "where the run lives (default: runs/NAME)")
+    run.add_argument("--until", metavar="STAGE", type=_stage, choices=STAGES, help="stop after this stage")
+    run.add_argument("--fresh", action="store_true", help="start over: remove the run directory first")
+    told = run.add_mutually_exclusive_group()
+    told.add_argument("--dry-run", action="store_true", help="print the resolved job and what would run")
+    told.add_argument("--quiet", action="store_true", help="print warnings, errors and the result alone")
+    told.add_argument("--json", action="store_true", help="print a line of JSON for each stage's beginning and end")
+    run.set_defaults(function=does.run)
+
+
+def _add_compare(commands: Commands) -> None:
+    compare = commands.add_parser("compare", help="run arms and seeds of a job and compare them")
+    _add_place(compare, "comparison", "COMPARE.toml", FILE)
+    _add_place(compare, "--run-dir", "DIR", DIRECTORY, "where the arms live (default: runs/NAME)")
+    compare.set_defaults(function=does.compare)
+
+
+def _add_plan(commands: Commands) -> None:
+    plan = commands.add_parser("plan", help="memory and speed of a job's training, before anything runs")
+    _add_place(plan, "job", "JOB.toml", FILE)
+    plan.add_argument("--set", metavar="section.key=value", action="append", default=[], dest="overrides")
+    plan.add_argument("--gpu", metavar="TYPE", help="a GPU type, for example H100")
+    lengths = plan.add_argument(
+        "--run-dir",
+        metavar="DIR",
+        dest="lengths_from",
+        help="a run whose reference stage is done: its pairs' lengths count",
+    )
+    lengths.complete = DIRECTORY  # type: ignore[attr-defined]
+    plan.add_argument("--workers", type=int, help="how many (default: training.num_workers, of two the smallest)")
+    plan.set_defaults(function=does.plan)
+
+
+def _add_looking(commands: Commands) -> None:
+    """The commands that look at a run and change nothing in it but its report."""
+    status = _looks(commands, "status", does.status, "how far each stage has come, and who works in the run")
+    _add_place(status, "run_dir", "RUN_DIR", DIRECTORY)
+    status.add_argument("--json", action="store_true", help="as one JSON object (of rounds, one for each, on a line)")
+    diff = _looks(commands, "diff", does.diff, "what differs between two runs: settings, stages, rows, results")
+    runs = diff.add_argument("run_dirs", metavar="RUN_DIR", nargs=2)
+    runs.complete = DIRECTORY  # type: ignore[attr-defined]
+    report = _looks(commands, "report", does.report, "write RUN_DIR/report.html")
+    _add_place(report, "run_dir", "RUN_DIR", DIRECTORY)
+    show = _looks(commands, "show", does.show, "look at the rows of a stage")
+    _add_place(show, "run_dir", "RUN_DIR", DIRECTORY)
+    show.add_argument("stage", metavar="STAGE", type=_stage, choices=STAGES)
+    show.add_argument("--row", metavar="ID", help="one row, by (the beginning of) its id")
+    show.add_argument("--limit", type=int, default=3, help="how many rows (default 3)")
+    show.add_argument("--dropped", action="store_true", help="the dropped rows, with their reasons")
+
+
+def _looks(
+    commands: Commands, name: str, function: Callable[[argparse.Namespace], int], help: str
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=help)
+    parser.set_defaults(function=function)
+    return parser

@@ -1,0 +1,90 @@
+"""What differs between two runs."""
+
+import pyarrow as pa
+import pytest
+
+from rdpo.cli import main
+from rdpo.config import Job, to_toml
+from rdpo.storage import Manifest, StageFolder
+
+
+def make_run(folder, table, shift=0.0, chosen="good", ids=("a", "b", "c"), until="evaluation"):
+    """A run whose manifests and rows are written by hand; `shift` raises the trained model's scores."""
+    folder.mkdir()
+    job = Job.model_validate(table)
+    (folder / "config.toml").write_text(to_toml(job), encoding="utf-8")
+    rewards = [reward.model_dump() for reward in job.rewards]
+    settings = {"pairs": job.pairs.model_dump(), "evaluation": {"rewards": rewards}}
+    tables = {
+        "pairs": {"chosen": [f"{chosen} {name}" for name in ids], "rejected": ["bad"] * len(ids)},
+        "evaluation": {
+            "start_scores": [{"length": 1.0}] * len(ids),
+            "trained_scores": [{"length": 1.0 + shift + place} for place in range(len(ids))],
+            "kl": [0.5, None, 0.7][: len(ids)],
+            "trained_tokens": [4] * len(ids),
+            "trained_finish_reason": ["stop"] * len(ids),
+        },
+    }
+    for name, columns in tables.items():
+        stage = StageFolder(str(folder), name)
+        dropped = [None] * (len(ids) - 1) + ["too short" if name == "pairs" else None]
+        stage.write_parts(pa.table({"prompt_id": list(ids), **columns, "dropped": dropped}), "prompt_id")
+        if name == until or until == "evaluation":
+            made = Manifest(name, str(settings[name]), settings[name], {}, versions={"torch": "1"})
+            stage.commit(made, "prompt_id")
+    return str(folder)
+
+
+@pytest.fixture
+def diff(capsys):
+    def told(a, b):
+        assert main(["diff", a, b]) == 0
+        return capsys.readouterr().out
+
+    return told
+
+
+def test_a_run_does_not_differ_from_itself(tmp_path, job_table, diff):
+    run = make_run(tmp_path / "a", job_table)
+    assert diff(run, run).endswith("no difference: the same settings, rows and results\n")
+
+
+def test_settings_texts_and_results_that_differ(tmp_path, job_table, diff):
+    a = make_run(tmp_path / "a", job_table)
+    job_table["pairs"] = {"min_gap": 0.5}
+    job_table["student"]["revision"] = "\x1b[31mred"
+    b = make_run(tmp_path / "b", job_table, shift=0.5, chosen="better", ids=("a", "b", "d"))
+    told = diff(a, b)
+    assert "\x1b" not in told and "\\u001b[31mred" in told
+    lines = [" ".join(line.split()) for line in told.splitlines()]
+    assert "pairs.min_gap - 0.5" in lines
+    assert "pairs other min_gap" in lines
+    assert "evaluation the same settings and inputs, made twice" in lines
+    assert "pairs 2 in both: 2 with another chosen answer, 0 with another rejected answer" in lines
+    assert "evaluation 3 and 3 rows: 1 only in A (c), 1 only in B (d)" in lines
+    assert "held-out prompts: 3 and 3, of which both have 2" in lines
+    (trained,) = [line for line in lines if line.startswith("length, trained")]
+    assert trained.startswith("length, trained 2.000 (") and trained.endswith(" +0.500 (+0.500 to +0.500)")
+    assert any(line.startswith("KL, nats 0.600 (") for line in lines)
+
+
+def test_another_reward_of_the_same_name_is_not_compared_in_silence(tmp_path, job_table, diff):
+    a = make_run(tmp_path / "a", job_table)
+    job_table["rewards"][0]["function"] = "tests.rewards:other"
+    job_table["rewards"].append({"kind": "function", "name": "extra", "function": "tests.rewards:length", "weight": 0})
+    told = diff(a, make_run(tmp_path / "b", job_table))
+    assert "length is not the same reward in both runs" in told
+    assert "extra is a reward of B alone" in told
+    assert [line.split() for line in told.splitlines() if "rewards.extra" in line] == [
+        ["rewards.extra.kind", "-", '"function"'],
+        ["evaluation", "other", *told.split("evaluation  other ")[1].splitlines()[0].split()],
+    ]
+
+
+def test_an_unfinished_run_is_compared_as_far_as_it_has_come(tmp_path, job_table, diff):
+    a = make_run(tmp_path / "a", job_table)
+    b = make_run(tmp_path / "b", job_table, ids=("a", "b"), until="pairs")
+    told = diff(a, b)
+    assert "evaluation  finished only in A" in told
+    assert "evaluation  3 and 2 rows: 1 only in A (c), 0 only in B" in told
+    assert "no evaluation in B yet" in told

@@ -1,0 +1,62 @@
+"""What the consoles write, for people and for machines."""
+
+import io
+import json
+
+import pyarrow as pa
+
+from rdpo.pipeline import Run, Stage, run_stages
+from rdpo.tracking import Console, JsonConsole, QuietConsole
+
+
+def run_of_one_stage(folder, console):
+    """A run whose only stage stores two rows, one of them dropped; run twice."""
+
+    def execute(run, folder, meter):
+        rows = pa.table({"prompt_id": ["a", "b"], "dropped": [None, "too \x1b[31mlong"]})
+        meter.advance(folder.write_parts(rows, "prompt_id").rows)
+        run.console.warn("mind \u202ethis")
+        return {}
+
+    stage = Stage("prompts", (), lambda job: {}, execute)
+    for _ in range(2):
+        run = Run(Job, str(folder), console, lambda job: False)
+        run_stages(run, [stage])
+    console.conclude("win rate 0.9")
+    console.tell("result", model="m")
+
+
+class Job:
+    """As much of a job as the pipeline looks at."""
+
+    seed, trusted_code = 0, ()
+
+
+def written(folder, voice):
+    screen = io.StringIO()
+    run_of_one_stage(folder / "run", voice(screen, folder / "run.log"))
+    return screen.getvalue(), (folder / "run.log").read_text()
+
+
+def test_a_quiet_run_says_warnings_and_what_came_of_it(tmp_path):
+    screen, log = written(tmp_path, QuietConsole)
+    assert screen == "warning: mind \\u202ethis\nwin rate 0.9\n"
+    assert "prompts" in log and "dropped 1" in log
+
+
+def test_a_run_for_machines_writes_an_event_a_line(tmp_path):
+    screen, log = written(tmp_path, JsonConsole)
+    events = [json.loads(line) for line in screen.splitlines()]
+    assert [event["event"] for event in events] == ["stage_begin", "warning", "stage_end", "stage_end", "result"]
+    _, warning, made, kept, _ = events
+    assert warning["text"] == "mind \u202ethis"
+    assert screen.isascii() and "\x1b" not in screen
+    assert (made["stage"], made["state"], kept["state"]) == ("prompts", "made", "up to date")
+    assert (made["rows_in"], made["rows_out"], list(made["dropped"].values())) == (2, 1, [1])
+    assert "win rate 0.9" in log
+
+
+def test_a_person_sees_each_line_and_no_event(tmp_path):
+    screen, _ = written(tmp_path, Console)
+    assert "{" not in screen
+    assert "            warning: mind" in screen and "prompts     up to date" in screen
