@@ -14,7 +14,7 @@ INSTALL := $(PIP) install --no-compile
 export HF_HUB_OFFLINE ?= 1
 
 # The quickstart's models come inside Python packages: nothing is asked of the Hugging Face hub.
-.PHONY: help install quickstart reward-pairs test test-faults test-fast bench-training bench-synthesis bench-dataplane lint format type lock audit clean
+.PHONY: help install quickstart reward-pairs test test-faults test-fast bench-training bench-synthesis bench-dataplane docs lint format type lock audit clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -67,6 +67,9 @@ ROWS ?= 1000 10000 100000 1000000
 
 bench-dataplane: $(READY)  ## what rdpo itself costs for each row, with an engine that echoes: ROWS='1000 10000'
 	$(BIN)/python jobs/bench/dataplane.py --rows $(ROWS)
+
+docs: $(READY)  ## write docs/config.md anew from the fields of a job
+	$(BIN)/python -m rdpo.config.manual > docs/config.md
 
 lint: $(READY)  ## ruff and codespell
 	$(BIN)/ruff check .

@@ -8,6 +8,7 @@ import pytest
 
 from rdpo.cli import main
 from rdpo.config import Job
+from rdpo.config.manual import manual
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -40,8 +41,27 @@ def test_make_targets_in_the_readme_exist():
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
+def test_the_reference_of_the_job_file_is_current():
+    assert (ROOT / "docs" / "config.md").read_text(encoding="utf-8") == manual(), "run `make docs`"
+
+
+def test_every_field_of_a_job_has_a_type_and_a_meaning():
+    rows = [line.strip("| ").split(" | ") for line in manual().splitlines() if line.startswith("| `")]
+    fields = [row for row in rows if len(row) > 3]
+    assert len(fields) > 100
+    assert not [row for row in fields if not (row[1].strip() and row[-1].strip())]
+    assert "| `rank` | whole number, at least 1 | `16` |" in manual()
+    assert "| `num_workers` | whole number or list of 2 whole numbers, at least 1 | `1` |" in manual()
+
+
 def test_links_in_the_documents_lead_somewhere():
-    for document in [ROOT / "README.md", ROOT / "jobs" / "README.md", ROOT / "CONTRIBUTING.md"]:
+    documents = [
+        ROOT / "README.md",
+        ROOT / "jobs" / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        *(ROOT / "docs").glob("*.md"),
+    ]
+    for document in documents:
         for target in re.findall(r"\]\(([^)#]+)\)", document.read_text(encoding="utf-8")):
             if not target.startswith("http"):
                 assert (document.parent / target).exists(), f"{document.name}: {target}"
