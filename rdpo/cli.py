@@ -21,7 +21,6 @@ from rdpo.records import visible
 
 if TYPE_CHECKING:
     from rdpo.config import Job
-    from rdpo.pipeline import Run
 
 OUT_OF_MEMORY = "out of memory"
 DISK_FULL = "No space left on device"
@@ -186,33 +185,14 @@ def _add_show(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 
 def _run(options: argparse.Namespace) -> int:
     from rdpo.config import load_job
-    from rdpo.stages import stages_of
+    from rdpo.runs import check_until, default_dir
 
     job = load_job(options.job, options.overrides)
-    options.run_dir = options.run_dir or os.path.join("runs", job.name)
-    names = [stage.name for stage in stages_of(job)]
-    if options.until and options.until not in names:
-        raise InputError(f"--until {options.until}: the stages are {', '.join(names)}")
+    options.run_dir = options.run_dir or default_dir(job)
+    check_until(job, options.until)
     if options.dry_run:
         return _dry_run(job, options.run_dir)
-    if job.rounds.count > 1:
-        return _rounds(job, options)
     return _execute(job, options.run_dir, fresh=options.fresh, until=options.until)
-
-
-def _rounds(job: Job, options: argparse.Namespace) -> int:
-    from rdpo.cluster import ray_stopped_after
-    from rdpo.pipeline import locked
-    from rdpo.rounds import run_rounds
-    from rdpo.stores import absolute
-    from rdpo.tracking import run_console
-
-    if options.until:
-        raise InputError("--until: a job of several rounds is run whole; add --set rounds.count=1")
-    run_dir = options.run_dir
-    with locked(job, run_dir, options.fresh), run_console(run_dir) as console, ray_stopped_after():
-        run_rounds(job, absolute(run_dir), console)
-    return 0
 
 
 def _dry_run(job: Job, run_dir: str) -> int:
@@ -244,32 +224,11 @@ def _check_one_round(job: Job, run_dir: str) -> None:
         raise InputError(f"{run_dir}: holds several rounds; name one of them, as in {run_dir}/rounds/1")
 
 
-def _execute(job, run_dir: str, fresh: bool = False, until: str | None = None, only: str | None = None) -> int:  # type: ignore[no-untyped-def]
-    from rdpo.cluster import ray_stopped_after
-    from rdpo.pipeline import Run, locked, run_stages
-    from rdpo.stages import prepare, stages_of
-    from rdpo.stores import absolute
-    from rdpo.tracking import run_console
+def _execute(job: Job, run_dir: str, fresh: bool = False, until: str | None = None, only: str | None = None) -> int:
+    from rdpo.runs import execute
 
-    stages = stages_of(job)
-    names = [stage.name for stage in stages]
-    last = names.index(until or only or names[-1])
-    with locked(job, run_dir, fresh), run_console(run_dir) as console, ray_stopped_after():
-        run = Run(job, absolute(run_dir), console, prepare)
-        run_stages(run, stages[last if only else 0 : last + 1])
-        if not only and not until:
-            _finish(run)
+    execute(job, run_dir, fresh, until, only)
     return 0
-
-
-def _finish(run: Run) -> None:
-    from rdpo.evaluation.report import headline, write_report
-
-    path = write_report(run.dir)
-    for line in headline(run.dir):
-        run.console.say(line)
-    run.console.say(f"model       {run.folder('model').address()}")
-    run.console.say(f"report      {path}")
 
 
 def _compare(options: argparse.Namespace) -> int:

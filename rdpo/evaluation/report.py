@@ -14,6 +14,7 @@ from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
 from rdpo.config import Job
+from rdpo.errors import InputError
 from rdpo.evaluation.arms import ArmResult
 from rdpo.evaluation.compare import Estimate
 from rdpo.evaluation.heldout import HeldoutResult
@@ -21,7 +22,7 @@ from rdpo.folder import Folder
 from rdpo.pipeline import job_of_run
 from rdpo.records import Row, extra_of, text_of, visible
 from rdpo.storage import Manifest, StageFolder
-from rdpo.training.metrics import NAMES
+from rdpo.training.metrics import METRICS, NAMES
 
 if TYPE_CHECKING:
     from rdpo.comparison import Comparison
@@ -195,6 +196,17 @@ def _manifests(run_dir: str) -> dict[str, Manifest]:
     return {name: manifest for name, manifest in found.items() if manifest}
 
 
+def stage_folder(run_dir: str, stage: str) -> StageFolder:
+    """Folder of a stage that a person names.
+
+    Raises:
+        InputError: there is no such stage.
+    """
+    if stage not in STAGES:
+        raise InputError(f"stage {stage}: the stages are {', '.join(STAGES)}")
+    return StageFolder(run_dir, stage)
+
+
 def _summary(manifests: dict[str, Manifest], stage: str) -> dict[str, Any]:
     return manifests[stage].summary if stage in manifests else {}
 
@@ -256,7 +268,7 @@ def _charts(run_dir: str, job: Job, manifests: dict[str, Manifest]) -> dict[str,
         charts["gaps"] = _histogram({"reward gap": gaps}, "score of chosen minus score of rejected")
     if "training" in manifests:
         folder = StageFolder(run_dir, "training")
-        steps = [json.loads(line) for line in folder.read_bytes("metrics.jsonl").decode().splitlines()]
+        steps = [json.loads(line) for line in folder.read_bytes(METRICS).decode().splitlines()]
         if steps:
             charts["curves"] = _curves(steps)
     if "evaluation" in manifests:

@@ -9,11 +9,10 @@ from rich.panel import Panel
 from rich.text import Text
 
 from rdpo.errors import InputError
-from rdpo.evaluation.report import STAGES, shown
+from rdpo.evaluation.report import shown, stage_folder
 from rdpo.pipeline import job_of_run
 from rdpo.policy.chat import load_chat
 from rdpo.records import Row
-from rdpo.storage import StageFolder
 
 TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 TOKEN_STYLES = {"prompt_ids": ("grey50", "grey70"), "chosen_ids": ("green", "bright_green")}
@@ -26,9 +25,7 @@ def show_rows(run_dir: str, stage: str, row_id: str | None, limit: int, dropped:
     Raises:
         InputError: there is no such stage or row.
     """
-    if stage not in STAGES:
-        raise InputError(f"stage {stage}: the stages are {', '.join(STAGES)}")
-    table = StageFolder(run_dir, stage).table("dropped" if dropped else "")
+    table = stage_folder(run_dir, stage).table("dropped" if dropped else "")
     if not table.num_rows:
         raise InputError(f"{run_dir}: the {stage} stage holds no {'dropped ' if dropped else ''}rows")
     rows = table.sort_by("prompt_id").to_pylist()

@@ -22,10 +22,10 @@ from rdpo.storage import StageFolder
 from rdpo.stores import arrow_file_system
 from rdpo.training.checkpoint import EXPORT
 from rdpo.training.loop import NonFiniteStep
+from rdpo.training.metrics import METRICS
 from rdpo.training.watchdog import Beat, Pulse
 from rdpo.training.worker import train_worker
 
-METRICS = "metrics.jsonl"
 HELDOUT_MARGINS = "heldout.jsonl"
 CHECKPOINTS = "checkpoints"
 POLL_SECONDS = 0.5

@@ -1,5 +1,7 @@
 """What the documents show is true: the job in the README is a whole one, its commands exist."""
 
+import ast
+import importlib
 import re
 import tomllib
 from pathlib import Path
@@ -9,6 +11,7 @@ import pytest
 from rdpo.cli import main
 from rdpo.config import Job
 from rdpo.config.manual import manual
+from tests.made_up import made_up_run
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -52,6 +55,32 @@ def test_every_field_of_a_job_has_a_type_and_a_meaning():
     assert not [row for row in fields if not (row[1].strip() and row[-1].strip())]
     assert "| `rank` | whole number, at least 1 | `16` |" in manual()
     assert "| `num_workers` | whole number or list of 2 whole numbers, at least 1 | `1` |" in manual()
+
+
+PYTHON = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+
+
+def test_the_examples_in_python_run(job_table, tmp_path, monkeypatch, capsys):
+    made_up_run(tmp_path / "runs" / "quickstart", job_table)
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    for block in re.findall(r"```python\n(.*?)```", PYTHON, re.DOTALL):
+        exec(block, names)
+    printed = capsys.readouterr().out
+    assert "win rate    1.000" in printed
+    assert "0.5 0.1" in printed
+    # The reward doubts the second pair, so that it counts less than an undecided one would.
+    slopes = names["pairs"].chosen.grad
+    assert slopes[0] < slopes[1] < 0
+
+
+def test_what_the_examples_for_a_cluster_use_is_there():
+    for block in re.findall(r"```python ray\n(.*?)```", PYTHON, re.DOTALL):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom):
+                assert all(hasattr(importlib.import_module(node.module), one.name) for one in node.names)
+    for home, name in re.findall(r"`(rdpo(?:\.\w+)+)\.(\w+)\((?:rows|job)", PYTHON):
+        assert hasattr(importlib.import_module(home), name), name
 
 
 def test_links_in_the_documents_lead_somewhere():
