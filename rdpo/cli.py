@@ -134,6 +134,7 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("run_dir", metavar="RUN_DIR")
     report.set_defaults(function=_report)
     _add_show(commands)
+    _add_export(commands)
     _add_plan(commands)
     env = commands.add_parser("env", help="versions and devices, for bug reports")
     env.set_defaults(function=_env)
@@ -181,6 +182,14 @@ def _add_show(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     show.add_argument("--limit", type=int, default=3, help="how many rows (default 3)")
     show.add_argument("--dropped", action="store_true", help="the dropped rows, with their reasons")
     show.set_defaults(function=_show)
+
+
+def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    export = commands.add_parser("export", help="write a run's pairs or answers for other programs")
+    export.add_argument("run_dir", metavar="RUN_DIR")
+    export.add_argument("what", choices=["pairs", "answers"], help="a preference data set, or AlpacaEval's outputs")
+    export.add_argument("target", metavar="FOLDER")
+    export.set_defaults(function=_export)
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -256,6 +265,14 @@ def _show(options: argparse.Namespace) -> int:
     from rdpo.evaluation.show import show_rows
 
     show_rows(options.run_dir, options.stage, options.row, options.limit, options.dropped)
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from rdpo.evaluation.export import export
+
+    for line in export(options.run_dir, options.what, options.target):
+        print(visible(line))
     return 0
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from markupsafe import Markup
 
 from rdpo.errors import InputError
+from rdpo.evaluation.export import export
 from rdpo.evaluation.report import REPORT, STAGES, headline, stage_folder
 from rdpo.folder import Folder
 from rdpo.pipeline import job_of_run
@@ -93,6 +94,14 @@ class RunView:
             InputError: there is no such stage, or it has not begun.
         """
         return self._folder(stage).dataset()
+
+    def export(self, what: Literal["pairs", "answers"], target: str) -> None:
+        """Write the pairs as a preference data set, or the evaluated answers as AlpacaEval's outputs, in a new folder.
+
+        Raises:
+            InputError: they are not made yet or there are none, or the folder is not empty.
+        """
+        export(self.dir, what, target)
 
     def _folder(self, stage: str) -> StageFolder:
         folder = stage_folder(self.dir, stage)

@@ -72,7 +72,8 @@ class Loss(Section):
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
     """Assumed share of flipped pairs (dpo: conservative DPO)."""
     length_coef: float = Field(default=0.0, ge=0)
-    """R-DPO's alpha, per token: a longer chosen answer must win by more."""
+    """R-DPO's alpha, per token of difference: where the chosen answer is the longer one, its length explains part of
+    the preference, and less is learnt."""
     margin: float = 0.0
     """A constant part of the offset, before beta (simpo: gamma itself, not gamma / beta)."""
     reference_point: float = 0.0

@@ -5,11 +5,12 @@ import importlib
 import re
 import tomllib
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from rdpo.cli import main
-from rdpo.config import Job
+from rdpo.config import LOSS_OPTIONS, Job, Loss
 from rdpo.config.manual import manual
 from tests.made_up import made_up_run
 
@@ -55,6 +56,13 @@ def test_every_field_of_a_job_has_a_type_and_a_meaning():
     assert not [row for row in fields if not (row[1].strip() and row[-1].strip())]
     assert "| `rank` | whole number, at least 1 | `16` |" in manual()
     assert "| `num_workers` | whole number or list of 2 whole numbers, at least 1 | `1` |" in manual()
+
+
+def test_every_loss_and_every_way_of_the_reward_has_its_equation():
+    told = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    ways = get_args(Loss.model_fields["reward_as"].annotation)
+    assert not [name for name in LOSS_OPTIONS if f"| `{name}` | " not in told]
+    assert not [way for way in ways if way != "auto" and f'| `training.reward_as = "{way}"` |' not in told]
 
 
 PYTHON = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")

@@ -81,5 +81,5 @@ def test_run_refuses_what_no_job_has(job_table):
 def test_every_public_name_is_there():
     assert all(getattr(rdpo, name) for name in rdpo.__all__)
     assert set(rdpo.__all__) <= set(dir(rdpo))
-    with pytest.raises(AttributeError, match="no attribute 'runn'"):
-        rdpo.runn  # noqa: B018
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        rdpo.nothing  # noqa: B018
