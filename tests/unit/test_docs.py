@@ -65,6 +65,19 @@ def test_every_loss_and_every_way_of_the_reward_has_its_equation():
     assert not [way for way in ways if way != "auto" and f'| `training.reward_as = "{way}"` |' not in told]
 
 
+def test_the_messages_in_the_remedies_are_those_that_are_printed():
+    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "rdpo").rglob("*.py")]
+    # A text over several lines is one text; what a message has from elsewhere stands as `…` in the document.
+    printed = re.sub(r"\{[^{}\n]*\}", "…", re.sub(r'"\s*\n\s*f?"', "", "\n".join(sources))).replace("`", "")
+    remedies = (ROOT / "docs" / "remedies.md").read_text(encoding="utf-8")
+    quoted = re.findall(r"^> (.+)$|^\| (`.+`) \|", remedies, re.MULTILINE)
+    messages = [message for line in quoted for message in re.findall(r"`([^`]+)`", "".join(line))]
+    told = [message.removeprefix("warning: ") for message in messages]
+    parts = [part.strip(" …0123456789.;:,") for message in told for part in message.split("…")]
+    assert len(messages) > 30
+    assert not [part for part in parts if len(part) > 9 and part not in printed]
+
+
 PYTHON = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
 
 
