@@ -65,6 +65,13 @@ def test_every_loss_and_every_way_of_the_reward_has_its_equation():
     assert not [way for way in ways if way != "auto" and f'| `training.reward_as = "{way}"` |' not in told]
 
 
+def test_the_map_of_the_house_names_every_module():
+    told = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    modules = [path.name for path in (ROOT / "rdpo").glob("*.py")]
+    rooms = [f"rdpo/{path.parent.name}/" for path in (ROOT / "rdpo").glob("*/__init__.py")]
+    assert not [name for name in modules + rooms if f"{name}`" not in told]
+
+
 def test_the_messages_in_the_remedies_are_those_that_are_printed():
     sources = [path.read_text(encoding="utf-8") for path in (ROOT / "rdpo").rglob("*.py")]
     # A text over several lines is one text; what a message has from elsewhere stands as `…` in the document.
