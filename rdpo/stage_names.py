@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from rdpo.errors import InputError
+from rdpo.suggestion import did_you_mean
+
 STAGES = (
     "prompts",
     "calibration",
@@ -28,3 +31,14 @@ STAGE_COMMANDS = {
     "publish": "model",
 }
 """What is typed to bring one stage of a run up to date."""
+
+
+def known_stage(name: str) -> str:
+    """The name of a stage, as a person gives it.
+
+    Raises:
+        InputError: there is no such stage.
+    """
+    if name not in STAGES:
+        raise InputError(f"no stage {name}{did_you_mean(name, STAGES)}; the stages are {', '.join(STAGES)}")
+    return name

@@ -23,10 +23,10 @@ from rdpo.stores import arrow_file_system
 from rdpo.training.checkpoint import EXPORT, HELDOUT_MARGINS
 from rdpo.training.heldout import LOSS
 from rdpo.training.loop import NonFiniteStep
+from rdpo.training.metrics import METRICS
 from rdpo.training.watchdog import Beat, Pulse
 from rdpo.training.worker import train_worker
 
-METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 POLL_SECONDS = 0.5
 WRITE_SECONDS = 10.0

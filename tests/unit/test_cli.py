@@ -114,7 +114,7 @@ def test_out_of_memory_is_one_message_with_remedies(capsys, tmp_path, job_table,
     def crash(*_, **__):
         raise RuntimeError("Refer to the documentation on how to address the out of memory issue: ...")
 
-    monkeypatch.setattr("rdpo.cli.commands._execute", crash)
+    monkeypatch.setattr("rdpo.runs.execute", crash)
     path = write_job(tmp_path / "job.toml", job_table)
     assert main(["run", path, "--run-dir", str(tmp_path / "run")]) == 1
     message = capsys.readouterr().err
