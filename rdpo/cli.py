@@ -11,6 +11,8 @@ import os
 import re
 import sys
 import traceback
+from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -160,7 +162,7 @@ def _add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    plan = commands.add_parser("plan", help="memory and speed of a job's training, before anything runs")
+    plan = commands.add_parser("plan", help="placement, memory and speed of a job, and its cost, before anything runs")
     plan.add_argument("job", metavar="JOB.toml")
     plan.add_argument("--set", metavar="section.key=value", action="append", default=[], dest="overrides")
     plan.add_argument("--gpu", metavar="TYPE", help="a GPU type, for example H100")
@@ -171,6 +173,15 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         help="a run whose reference stage is done: its pairs' lengths count",
     )
     plan.add_argument("--workers", type=int, help="how many (default: training.num_workers, of two the smallest)")
+    plan.add_argument(
+        "--rates",
+        metavar="PATH",
+        help="for hours: a finished smaller run of the job, or rows a second by stage in TOML",
+    )
+    plan.add_argument("--prices", metavar="TOML", help="for dollars: prices by kind of node; needs --rates")
+    plan.add_argument(
+        "--prompts", type=int, metavar="N", help="how many the teacher answers (default: synthesis.limit)"
+    )
     plan.set_defaults(function=_plan)
 
 
@@ -302,13 +313,32 @@ def _show(options: argparse.Namespace) -> int:
 
 def _plan(options: argparse.Namespace) -> int:
     from rdpo.config import load_job
+    from rdpo.placement import placement_table
+
+    job = load_job(options.job, options.overrides)
+    for line in chain(placement_table(job), _costs(job, options), _training(job, options)):
+        print(visible(line))
+    return 0
+
+
+def _costs(job: Job, options: argparse.Namespace) -> Iterator[str]:
+    from rdpo.costs import cost_table, load_prices, load_rates
+
+    if options.prices and not options.rates:
+        raise InputError("--prices: dollars need hours; give --rates, a finished smaller run or rows a second by stage")
+    if options.rates:
+        prices = load_prices(options.prices) if options.prices else {}
+        yield ""
+        yield from cost_table(job, options.prompts, load_rates(options.rates), prices)
+
+
+def _training(job: Job, options: argparse.Namespace) -> Iterator[str]:
     from rdpo.training.loop import PairTable
     from rdpo.training.plan import plan
 
     sizes = PairTable.load(options.lengths_from).sizes if options.lengths_from else ()
-    for line in plan(load_job(options.job, options.overrides), options.gpu, options.workers, sizes):
-        print(line)
-    return 0
+    yield ""
+    yield from plan(job, options.gpu, options.workers, sizes)
 
 
 def _env(options: argparse.Namespace) -> int:
