@@ -40,8 +40,15 @@ def test_make_targets_in_the_readme_exist():
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
+def test_every_file_for_clusters_is_in_their_table():
+    told = (ROOT / "cluster" / "README.md").read_text(encoding="utf-8")
+    files = [path.relative_to(ROOT / "cluster") for path in (ROOT / "cluster").rglob("*") if path.is_file()]
+    assert not [path for path in files if path.parts[0] not in ("locks", "README.md") and f"`{path}`" not in told]
+
+
 def test_links_in_the_documents_lead_somewhere():
-    for document in [ROOT / "README.md", ROOT / "jobs" / "README.md", ROOT / "CONTRIBUTING.md"]:
+    documents = ("README.md", "jobs/README.md", "cluster/README.md", "CONTRIBUTING.md", "SECURITY.md")
+    for document in (ROOT / name for name in documents):
         for target in re.findall(r"\]\(([^)#]+)\)", document.read_text(encoding="utf-8")):
             if not target.startswith("http"):
                 assert (document.parent / target).exists(), f"{document.name}: {target}"
