@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rdpo.errors import InputError
@@ -170,6 +171,24 @@ def diff(options: argparse.Namespace) -> int:
     return 0
 
 
+def chat(options: argparse.Namespace) -> int:
+    """Talk to the start model and the trained model of a run."""
+    from rdpo.evaluation.chat import chat_with
+
+    chat_with(options.run_dir)
+    return 0
+
+
+def init(options: argparse.Namespace) -> int:
+    """Write a first job file."""
+    from rdpo.init import QUESTIONS, write_job
+
+    given = {question.name: getattr(options, question.name) for question in QUESTIONS}
+    for line in write_job(Path(options.file), given, options.yes):
+        print(visible(line))
+    return 0
+
+
 def plan(options: argparse.Namespace) -> int:
     """Print the memory and speed of a training."""
     from rdpo.config import load_job
@@ -179,6 +198,16 @@ def plan(options: argparse.Namespace) -> int:
     sizes = PairTable.load(options.lengths_from).sizes if options.lengths_from else ()
     for line in plan(load_job(options.job, options.overrides), options.gpu, options.workers, sizes):
         print(line)
+    return 0
+
+
+def completion(options: argparse.Namespace) -> int:
+    """Print what makes a shell complete the command line."""
+    import shtab
+
+    from rdpo.cli.parser import build
+
+    print(shtab.complete(build()[0], options.shell))
     return 0
 
 
