@@ -78,12 +78,12 @@ def test_dry_run_prints_the_resolved_job_and_the_plan(capsys, tmp_path, job_tabl
 @pytest.mark.parametrize(
     ("arguments", "meant"),
     [
-        (["trian", "run"], "no command trian (did you mean `train`?)"),
+        (["trainn", "run"], "no command trainn (did you mean `train`?)"),
         (["show", "run", "trainnig"], "no stage trainnig (did you mean `training`?)"),
         (["run", "job.toml", "--until", "reward"], "no stage reward (did you mean `rewards`?)"),
         (["run", "job.toml", "--set", "training.loss=hnge"], "(did you mean `hinge`?)"),
         (["run", "job.toml", "--set", "rewards.0.kind=functoin"], "(did you mean `function`?)"),
-        (["run", "job.toml", "--set", "rounds.watch=lenght"], "(did you mean `length`?)"),
+        (["run", "job.toml", "--set", "rounds.watch=lengthh"], "(did you mean `length`?)"),
     ],
 )
 def test_a_mistyped_name_is_answered_with_the_one_that_was_meant(
