@@ -6,6 +6,7 @@ import argparse
 import os
 from collections.abc import Iterator
 from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rdpo.errors import InputError
@@ -125,6 +126,24 @@ def diff(options: argparse.Namespace) -> int:
     return 0
 
 
+def chat(options: argparse.Namespace) -> int:
+    """Talk to the start model and the trained model of a run."""
+    from rdpo.evaluation.chat import chat_with
+
+    chat_with(options.run_dir)
+    return 0
+
+
+def init(options: argparse.Namespace) -> int:
+    """Write a first job file."""
+    from rdpo.init import QUESTIONS, write_job
+
+    given = {question.name: getattr(options, question.name) for question in QUESTIONS}
+    for line in write_job(Path(options.file), given, options.yes):
+        print(visible(line))
+    return 0
+
+
 def plan(options: argparse.Namespace) -> int:
     """Print where a job runs, what that costs, and the memory and speed of its training."""
     from rdpo.config import load_job
@@ -154,6 +173,16 @@ def _training(job: Job, options: argparse.Namespace) -> Iterator[str]:
     sizes = PairTable.load(options.lengths_from).sizes if options.lengths_from else ()
     yield ""
     yield from plan(job, options.gpu, options.workers, sizes)
+
+
+def completion(options: argparse.Namespace) -> int:
+    """Print what makes a shell complete the command line."""
+    import shtab
+
+    from rdpo.cli.parser import build
+
+    print(shtab.complete(build()[0], options.shell))
+    return 0
 
 
 def env(options: argparse.Namespace) -> int:

@@ -42,6 +42,7 @@ def build() -> tuple[argparse.ArgumentParser, Commands]:
     )
     parser.add_argument("--version", action="version", version=f"rdpo {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_init(commands)
     _add_run(commands)
     _add_compare(commands)
     for name, stage in STAGE_COMMANDS.items():
@@ -51,6 +52,9 @@ def build() -> tuple[argparse.ArgumentParser, Commands]:
     _add_looking(commands)
     _add_export(commands)
     _add_plan(commands)
+    completion = commands.add_parser("completion", help='completion for a shell: eval "$(rdpo completion bash)"')
+    completion.add_argument("shell", choices=("bash", "zsh"))
+    completion.set_defaults(function=does.completion)
     env = commands.add_parser("env", help="versions and devices, for bug reports")
     env.set_defaults(function=does.env)
     return parser, commands
@@ -59,6 +63,21 @@ def build() -> tuple[argparse.ArgumentParser, Commands]:
 def _add_place(parser: argparse._ActionsContainer, name: str, metavar: str, kind: str, help: str | None = None) -> None:
     action = parser.add_argument(name, metavar=metavar, help=help)
     action.complete = kind  # type: ignore[attr-defined]
+
+
+def _add_init(commands: Commands) -> None:
+    init = commands.add_parser("init", help="write a first job file out of a few answers")
+    init.add_argument("file", metavar="FILE", nargs="?", default="job.toml", help="the file to write (job.toml)")
+    init.add_argument("--prompts", metavar="SOURCE", help="file, folder or hf:DATASET")
+    init.add_argument("--column", metavar="NAME", help="column with the prompt")
+    init.add_argument("--pairs", choices=("yes", "no"), help="train on the source's own pairs, where it has some")
+    init.add_argument("--student", metavar="MODEL", help="the model to align")
+    init.add_argument("--task", metavar="TASK", help="safety, sycophancy, roleplay, or a task file")
+    init.add_argument("--teacher", metavar="MODEL", help="a model, or `same`")
+    init.add_argument("--reward", metavar="REWARD", help="a reward model, module:name, or `judge`")
+    init.add_argument("--gpus", metavar="N", help="how many")
+    init.add_argument("--yes", action="store_true", help="ask nothing: take the defaults of what is not given")
+    init.set_defaults(function=does.init)
 
 
 def _add_run(commands: Commands) -> None:
@@ -112,6 +131,8 @@ def _add_looking(commands: Commands) -> None:
     diff = _looks(commands, "diff", does.diff, "what differs between two runs: settings, stages, rows, results")
     runs = diff.add_argument("run_dirs", metavar="RUN_DIR", nargs=2)
     runs.complete = DIRECTORY  # type: ignore[attr-defined]
+    chat = _looks(commands, "chat", does.chat, "talk to the start model and the trained model side by side")
+    _add_place(chat, "run_dir", "RUN_DIR", DIRECTORY)
     report = _looks(commands, "report", does.report, "write RUN_DIR/report.html")
     _add_place(report, "run_dir", "RUN_DIR", DIRECTORY)
     show = _looks(commands, "show", does.show, "look at the rows of a stage")

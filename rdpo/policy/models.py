@@ -39,14 +39,31 @@ def local_model(name: str, revision: str | None = None, weights: bool = True) ->
 
 @lru_cache(maxsize=64)
 def _model_of_name(name: str, revision: str | None, weights: bool) -> Path:
+    path = _place(name)
+    if path is None:
+        return _downloaded(name, revision, weights)
+    return _checked_folder(path, weights) if path.is_dir() else _dequantised(path)
+
+
+def check_model_name(name: str) -> None:
+    """Look at what a name stands for, without a download or conversion.
+
+    Raises:
+        InputError: there is no such folder or file, or it holds no model; a hub id is taken as it is.
+    """
+    path = None if is_remote(name) else _place(name)
+    if path is not None and path.is_dir():
+        _checked_folder(path, weights=True)
+
+
+def _place(name: str) -> Path | None:
+    """The folder or GGUF file that a name stands for on this machine; None for a hub id."""
     path = _package_file(name) if name.startswith("package:") else _path(name)
-    if path.is_file() and path.suffix == ".gguf":
-        return _dequantised(path)
-    if path.is_dir():
-        return _checked_folder(path, weights)
+    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+        return path
     if path.suffix == ".gguf" or name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise InputError(f"model {name}: no such folder or file")
-    return _downloaded(name, revision, weights)
+    return None
 
 
 def fingerprint(name: str, revision: str | None = None) -> str:

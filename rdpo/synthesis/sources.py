@@ -50,7 +50,7 @@ def raw_rows(job: Job) -> ray.data.Dataset:
         rows = _hub_rows(settings, needed_columns(job))
         return rows.map_batches(_hub_table, fn_kwargs={"source": settings.source}, batch_format="pyarrow")
     files = source_files(settings.source)
-    _check_columns(files[0], needed_columns(job))
+    _check_named(files[0], list(first_row(files[0])), needed_columns(job))
     shares = [{"path": path, "rows": count} for path, count in _shares(files, settings.limit)]
     paths = ray.data.from_items(shares, override_num_blocks=len(shares))
     return paths.map_batches(_file_tables, batch_format="pyarrow", batch_size=1)
@@ -254,11 +254,16 @@ def needed_columns(job: Job) -> list[list[str]]:
     return [[job.prompts.column]]
 
 
-def _check_columns(path: str, needed: list[list[str]]) -> None:
+def first_row(path: str) -> dict[str, Any]:
+    """The first row of a file that can be read.
+
+    Raises:
+        InputError: there is none near its beginning.
+    """
     first = next((row for _, row in islice(read_rows(path), LOOKED_AT) if isinstance(row, dict)), None)
     if first is None:
         raise InputError(f"prompts.source: {path} has no readable row in its first {LOOKED_AT} lines")
-    _check_named(path, list(first), needed)
+    return first
 
 
 def _check_named(source: str, columns: list[str], needed: list[list[str]]) -> None:

@@ -1,5 +1,6 @@
 """The command line: light to start, and its exit codes."""
 
+import re
 import subprocess
 import sys
 import time
@@ -77,12 +78,12 @@ def test_dry_run_prints_the_resolved_job_and_the_plan(capsys, tmp_path, job_tabl
 @pytest.mark.parametrize(
     ("arguments", "meant"),
     [
-        (["trian", "run"], "no command trian (did you mean `train`?)"),
+        (["trainn", "run"], "no command trainn (did you mean `train`?)"),
         (["show", "run", "trainnig"], "no stage trainnig (did you mean `training`?)"),
         (["run", "job.toml", "--until", "reward"], "no stage reward (did you mean `rewards`?)"),
         (["run", "job.toml", "--set", "training.loss=hnge"], "(did you mean `hinge`?)"),
         (["run", "job.toml", "--set", "rewards.0.kind=functoin"], "(did you mean `function`?)"),
-        (["run", "job.toml", "--set", "rounds.watch=lenght"], "(did you mean `length`?)"),
+        (["run", "job.toml", "--set", "rounds.watch=lengt"], "(did you mean `length`?)"),
     ],
 )
 def test_a_mistyped_name_is_answered_with_the_one_that_was_meant(
@@ -101,6 +102,22 @@ def test_every_stage_has_its_name_in_the_order_of_the_data():
 
     assert tuple(stage.name for stage in STAGES) == NAMES
     assert set(STAGE_COMMANDS.values()) <= set(NAMES)
+
+
+def test_a_shell_completes_commands_options_stages_and_folders(tmp_path):
+    script = run("-m", "rdpo", "completion", "bash").stdout
+    function = re.search(r"complete .*-F (\w+) rdpo", script)[1]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "rules.txt").touch()
+    asked = {"rdpo tr": "train", "rdpo run --dr": "--dry-run", "rdpo show run tra": "training", "rdpo status r": "run"}
+    for line, completed in asked.items():
+        *_, before, word = words = line.split()
+        call = (
+            f"COMP_WORDS=({line}); COMP_CWORD={len(words) - 1}; {function} rdpo {word} {before}; echo ${{COMPREPLY[*]}}"
+        )
+        bash = subprocess.run(["bash", "-c", f"{script}\n{call}"], capture_output=True, text=True, cwd=tmp_path)
+        assert bash.stdout.split() == [completed], bash
+    assert "#compdef rdpo" in run("-m", "rdpo", "completion", "zsh").stdout
 
 
 @pytest.mark.parametrize("command", ["synthesize", "train", "report"])
