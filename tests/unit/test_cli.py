@@ -83,7 +83,7 @@ def test_dry_run_prints_the_resolved_job_and_the_plan(capsys, tmp_path, job_tabl
         (["run", "job.toml", "--until", "reward"], "no stage reward (did you mean `rewards`?)"),
         (["run", "job.toml", "--set", "training.loss=hnge"], "(did you mean `hinge`?)"),
         (["run", "job.toml", "--set", "rewards.0.kind=functoin"], "(did you mean `function`?)"),
-        (["run", "job.toml", "--set", "rounds.watch=lengt"], "(did you mean `length`?)"),
+        (["run", "job.toml", "--set", "rounds.watch=lengths"], "(did you mean `length`?)"),
     ],
 )
 def test_a_mistyped_name_is_answered_with_the_one_that_was_meant(
