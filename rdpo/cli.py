@@ -246,6 +246,7 @@ def _check_one_round(job: Job, run_dir: str) -> None:
 
 def _execute(job, run_dir: str, fresh: bool = False, until: str | None = None, only: str | None = None) -> int:  # type: ignore[no-untyped-def]
     from rdpo.cluster import ray_stopped_after
+    from rdpo.evaluation.report import report_so_far, write_report
     from rdpo.pipeline import Run, locked, run_stages
     from rdpo.stages import prepare, stages_of
     from rdpo.stores import absolute
@@ -255,9 +256,11 @@ def _execute(job, run_dir: str, fresh: bool = False, until: str | None = None, o
     names = [stage.name for stage in stages]
     last = names.index(until or only or names[-1])
     with locked(job, run_dir, fresh), run_console(run_dir) as console, ray_stopped_after():
-        run = Run(job, absolute(run_dir), console, prepare)
+        run = Run(job, absolute(run_dir), console, prepare, on_stage=report_so_far)
         run_stages(run, stages[last if only else 0 : last + 1])
-        if not only and not until:
+        if only or until:
+            write_report(run.dir)
+        else:
             _finish(run)
     return 0
 

@@ -9,7 +9,8 @@ from rich.panel import Panel
 from rich.text import Text
 
 from rdpo.errors import InputError
-from rdpo.evaluation.report import STAGES, shown
+from rdpo.evaluation.page import shown
+from rdpo.evaluation.report import STAGES
 from rdpo.pipeline import job_of_run
 from rdpo.policy.chat import load_chat
 from rdpo.records import Row
