@@ -209,7 +209,7 @@ def _evaluation(run_dir: str, job: Job) -> Section:
         "by_length": {name: columns.by_length(name) for name in columns.rewards},
         "sorts": [*columns.rewards, "tokens"],
         "samples": samples,
-        "extremes": _extremes(samples) if np.ptp(columns.gain) else {},
+        "extremes": _extremes(samples),
         "total": len(columns.ids),
     }
 
@@ -228,5 +228,6 @@ def _reward_charts(columns: PromptColumns, reward: str) -> dict[str, Any]:
 
 def _extremes(samples: list[Sample]) -> dict[str, list[Sample]]:
     ordered = sorted(samples, key=lambda sample: sample.gain)
-    count = min(EXTREMES, len(samples) // 2)
-    return {"gained most": ordered[: -count - 1 : -1], "lost most": ordered[:count]} if count else {}
+    gained = [sample for sample in ordered[::-1][:EXTREMES] if sample.gain > 0]
+    lost = [sample for sample in ordered[:EXTREMES] if sample.gain < 0]
+    return {title: extremes for title, extremes in (("gained most", gained), ("lost most", lost)) if extremes}
