@@ -31,7 +31,7 @@ def histogram(series: Mapping[str, Values], label: str, unit: str, colours: Sequ
     """Distributions (n,) over common bins."""
     figure, axis = _figure()
     known = {name: values[np.isfinite(values)] for name, values in series.items() if len(values)}
-    edges = np.histogram_bin_edges(np.concatenate(list(known.values())), bins=BINS)
+    edges = _edges(np.concatenate(list(known.values())))
     for (name, values), colour in zip(known.items(), colours, strict=False):
         counts, _ = np.histogram(values, edges)
         axis.stairs(counts, edges, color=colour, alpha=0.3, fill=True)
@@ -112,6 +112,13 @@ def _figure(size: tuple[float, float] = SMALL) -> tuple[Any, Any]:
     axis.tick_params(labelsize=FONT_SIZE)
     axis.locator_params(nbins=5)
     return figure, axis
+
+
+def _edges(values: Values) -> Values:
+    """Edges of the bins; one for each number where the values are whole and few."""
+    if len(values) and np.ptp(values) < BINS and np.array_equal(values, np.round(values)):
+        return np.arange(values.min() - 0.5, values.max() + 1)
+    return np.histogram_bin_edges(values, bins=BINS)
 
 
 def _legend(axis: Any, entries: int) -> None:

@@ -32,6 +32,8 @@ CURVES = {
     "tokens per second": ["tokens_per_second"],
     "peak memory (GiB)": ["peak_memory_gib"],
 }
+EVERY_S = 180.0
+"""A page takes seconds to write, which a run of minutes should not spend on every stage."""
 EXTREMES = 3
 """Answers that gained most, and as many that lost most, shown before the others."""
 
@@ -76,12 +78,24 @@ def write_report(run_dir: str, under_way: bool = False) -> str:
     )
 
 
-def report_so_far(run: Run) -> None:
-    """Write the report of a run that goes on; a page that fails is told of, and does not end the run."""
-    try:
-        write_report(run.dir, under_way=True)
-    except Exception as error:
-        run.console.say(f"{'':<12}warning: no report yet: {type(error).__name__}: {error}")
+class ReportSoFar:
+    """Writes the report of a run that goes on, after a stage but not more often than every so many seconds.
+
+    A page that fails is told of, and does not end the run.
+    """
+
+    def __init__(self, every_s: float = EVERY_S):
+        self.every_s, self.written = every_s, time.monotonic()
+
+    def __call__(self, run: Run) -> None:
+        """A stage of the run is made."""
+        if time.monotonic() - self.written < self.every_s:
+            return
+        try:
+            write_report(run.dir, under_way=True)
+        except Exception as error:
+            run.console.warn(f"no report yet: {type(error).__name__}: {error}")
+        self.written = time.monotonic()
 
 
 def headline(run_dir: str) -> list[str]:
@@ -198,7 +212,7 @@ def _evaluation(run_dir: str, job: Job) -> Section:
         "by_length": {name: columns.by_length(name) for name in columns.rewards},
         "sorts": [*columns.rewards, "tokens"],
         "samples": samples,
-        "extremes": _extremes(samples) if np.ptp(columns.gain) else {},
+        "extremes": _extremes(samples),
         "total": len(columns.ids),
     }
 
@@ -217,5 +231,6 @@ def _reward_charts(columns: PromptColumns, reward: str) -> dict[str, Any]:
 
 def _extremes(samples: list[Sample]) -> dict[str, list[Sample]]:
     ordered = sorted(samples, key=lambda sample: sample.gain)
-    count = min(EXTREMES, len(samples) // 2)
-    return {"gained most": ordered[: -count - 1 : -1], "lost most": ordered[:count]} if count else {}
+    gained = [sample for sample in ordered[::-1][:EXTREMES] if sample.gain > 0]
+    lost = [sample for sample in ordered[:EXTREMES] if sample.gain < 0]
+    return {title: extremes for title, extremes in (("gained most", gained), ("lost most", lost)) if extremes}

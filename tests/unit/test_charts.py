@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from rdpo.evaluation.charts import PALETTE, curves, histogram, scatter
+from rdpo.evaluation.charts import BINS, PALETTE, _edges, curves, histogram, scatter
 
 STYLE = (importlib.resources.files("rdpo.evaluation") / "templates" / "style.css").read_text(encoding="utf-8")
 
@@ -42,6 +42,11 @@ def test_charts_do_not_grow_with_the_rows():
     assert len(scatter(x, y, "x", "y", diagonal=True)) < 150_000
     assert len(curves(np.arange(100_000), {"one": x, "other": y})) < 150_000
     assert len(histogram({"before": x, "after": y}, "x", "rows")) < 20_000
+
+
+def test_few_whole_numbers_have_a_bin_each():
+    assert _edges(np.array([3.0, 1.0, 3.0])).tolist() == [0.5, 1.5, 2.5, 3.5]
+    assert len(_edges(np.array([0.0, 0.5, 3.0]))) == BINS + 1
 
 
 def test_a_chart_takes_the_text_colour_and_names_no_address():

@@ -18,7 +18,7 @@ import pytest
 from rdpo.config import Job
 from rdpo.evaluation.compare import summarize
 from rdpo.evaluation.page import SHOWN_CHARS, content_policy, escaped, shown
-from rdpo.evaluation.report import report_so_far, write_report
+from rdpo.evaluation.report import ReportSoFar, write_report
 from rdpo.pipeline import JOB_FILE, Run, Stage, run_stages
 from rdpo.storage import Manifest, StageFolder
 from rdpo.tracking import Console
@@ -201,12 +201,12 @@ def test_a_report_that_fails_does_not_end_the_run(tmp_path):
     said = io.StringIO()
     run_dir = write_run(tmp_path, until="prompts")
     job = Job.model_validate({"name": "tiny", "student": {"model": "m"}, "prompts": {"source": "p.jsonl"}})
-    run = Run(job, run_dir, Console(said), lambda job: False, on_stage=report_so_far)
+    run = Run(job, run_dir, Console(said), lambda job: False, on_stage=ReportSoFar(0))
     stages = [Stage(name, (), lambda job: {}, lambda run, folder, meter: {}, id_column=None) for name in ("a", "b")]
     run_stages(run, stages)
     assert "Under way" in Path(run_dir, "report.html").read_text(encoding="utf-8")
     Path(run_dir, JOB_FILE).unlink()
-    report_so_far(run)
+    ReportSoFar(0)(run)
     assert "warning: no report yet: InputError" in said.getvalue()
 
 
