@@ -37,6 +37,13 @@ def local_model(name: str, revision: str | None = None, weights: bool = True) ->
     return _model_of_name(name, revision, weights)
 
 
+def named_anywhere(name: str) -> str:
+    """A model's name that holds in any working directory: a local folder's or file's whole path, any other as it is."""
+    if is_remote(name) or name.startswith("package:") or not _path(name).exists():
+        return name
+    return str(_path(name).resolve())
+
+
 @lru_cache(maxsize=64)
 def _model_of_name(name: str, revision: str | None, weights: bool) -> Path:
     path = _place(name)

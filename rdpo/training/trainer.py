@@ -19,6 +19,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rdpo.config import Job
 from rdpo.placement import share_of
 from rdpo.policy.hardware import worker_cores
+from rdpo.policy.models import named_anywhere
 from rdpo.storage import StageFolder
 from rdpo.stores import arrow_file_system
 from rdpo.training.checkpoint import EXPORT, HELDOUT_MARGINS
@@ -133,6 +134,9 @@ def heldout_margins(folder: StageFolder) -> dict[str, float]:
 
 def _torch_trainer(job: Job, run_dir: str, folder: StageFolder, sink: Any) -> TorchTrainer:
     training = job.training
+    # Ray Train's workers have a working directory of their own.
+    student = job.student.model_copy(update={"model": named_anywhere(job.student.model)})
+    job = job.model_copy(update={"student": student})
     cores = worker_cores(training) if len(ray.nodes()) == 1 else training.cpus_per_worker or 1
     resources: dict[str, float] = {"CPU": cores, **(share_of(job.cluster.placement.trainer) or {})}
     if training.gpus_per_worker:

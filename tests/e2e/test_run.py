@@ -32,6 +32,8 @@ def job_path(place, wordy_models, tiny_classifier):
     table = whole_job(place / "prompts.jsonl", wordy_models[0], tiny_classifier)
     table["rewards"].append({"kind": "function", "name": "length", "function": "tests.rewards:length", "weight": 0.0})
     table["training"]["epochs"] = 4
+    # Every process of a run must find it, whatever its working directory.
+    table["student"]["model"] = os.path.relpath(wordy_models[0], ROOT)
     return write_job(place / "job.toml", table)
 
 
