@@ -10,3 +10,15 @@ class InputError(Exception):
 
 class ConservationError(RuntimeError):
     """Rows that entered a stage neither left it nor lie in its dropped table."""
+
+
+def input_error_within(error: BaseException | None) -> InputError | None:
+    """The bad input behind an error that a worker raised, if there is one."""
+    while error is not None:
+        cause = getattr(error, "cause", None)
+        if isinstance(error, InputError):
+            return error
+        if isinstance(cause, InputError):
+            return cause
+        error = cause if isinstance(cause, BaseException) else error.__cause__
+    return None

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rdpo.config import Job, job_of, read_toml, to_table, with_changes
-from rdpo.errors import InputError
+from rdpo.errors import InputError, input_error_within
 from rdpo.records import visible
 from rdpo.suggestion import did_you_mean
 from rdpo.tracking import Console, run_console
@@ -42,7 +42,12 @@ def run(
     checked = _job(job, overrides or {})
     check_until(checked, until)
     place = str(run_dir) if run_dir else default_dir(checked)
-    execute(checked, place, fresh=fresh, until=until)
+    try:
+        execute(checked, place, fresh=fresh, until=until)
+    except Exception as error:
+        if bad_input := input_error_within(error):
+            raise bad_input from None
+        raise
     return load_run(place)
 
 

@@ -7,7 +7,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from rdpo.errors import InputError
+from rdpo.errors import input_error_within
 from rdpo.records import visible
 
 OUT_OF_MEMORY = "out of memory"
@@ -18,7 +18,7 @@ ERROR_LINE = re.compile(r"[\w.]+(Error|Exception): ")
 
 def told(error: Exception, run_dir: str | None) -> int:
     """Say what broke in one line, keep the details in a file of the run, and return the exit code."""
-    cause = _input_error_within(error)
+    cause = input_error_within(error)
     if cause:
         print(f"rdpo: {visible(str(cause))}", file=sys.stderr)
         return 2
@@ -61,15 +61,3 @@ def in_one_line(error: Exception) -> str:
     # What a worker raised comes with its traceback: the first error named there is the cause of the others.
     named = next((line for line in lines if ERROR_LINE.match(line)), None)
     return named or f"{type(error).__name__}: {lines[-1].strip() if lines else ''}"
-
-
-def _input_error_within(error: BaseException | None) -> InputError | None:
-    """The bad input behind an error that a worker raised, if there is one."""
-    while error is not None:
-        cause = getattr(error, "cause", None)
-        if isinstance(error, InputError):
-            return error
-        if isinstance(cause, InputError):
-            return cause
-        error = cause if isinstance(cause, BaseException) else error.__cause__
-    return None

@@ -78,6 +78,17 @@ def test_run_refuses_what_no_job_has(job_table):
         rdpo.run(job_table, overrides={"rewards.3.weight": 1})
 
 
+def test_the_bad_input_behind_a_worker_s_error_is_raised(job_table, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        error = RuntimeError("ray::MapBatches()")
+        error.cause = InputError("prompts.source: nothing is there")
+        raise error
+
+    monkeypatch.setattr("rdpo.runs.execute", fail)
+    with pytest.raises(InputError, match="nothing is there"):
+        rdpo.run(job_table, tmp_path)
+
+
 def test_every_public_name_is_there():
     assert all(getattr(rdpo, name) for name in rdpo.__all__)
     assert set(rdpo.__all__) <= set(dir(rdpo))
