@@ -14,7 +14,7 @@ INSTALL := $(PIP) install --no-compile
 export HF_HUB_OFFLINE ?= 1
 
 # The quickstart's models come inside Python packages: nothing is asked of the Hugging Face hub.
-.PHONY: help install quickstart reward-pairs test test-faults test-fast bench-training bench-synthesis bench-dataplane lint format type lock audit clean
+.PHONY: help install quickstart reward-pairs test test-faults test-fast test-wheel bench-training bench-synthesis bench-dataplane docs lint format type lock audit clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -51,6 +51,18 @@ test-faults: $(READY)  ## the long cases: every fault in every stage, kills by t
 test-fast: $(READY)  ## the tests of the pure core: seconds
 	$(BIN)/python -m pytest -q tests/unit -m 'not ray'
 
+WHEEL := build/wheel
+
+test-wheel: $(READY) models/plain-answer/config.json  ## the quickstart by the wheel, in a clean environment outside the repository's code
+	rm -rf build
+	mkdir -p $(WHEEL)
+	$(PIP) wheel --no-deps --no-build-isolation -w $(WHEEL) .
+	$(MAKE) $(WHEEL)/venv/.ready VENV=$(WHEEL)/venv
+	$(WHEEL)/venv/bin/python -m pip --disable-pip-version-check -q uninstall -y rdpo
+	$(WHEEL)/venv/bin/python -m pip --disable-pip-version-check -q install --no-deps $(WHEEL)/*.whl
+	cp -r jobs models $(WHEEL)
+	cd $(WHEEL) && venv/bin/rdpo run jobs/quickstart.toml
+
 PAIRS ?= jobs/quickstart/reward_pairs.jsonl
 BENCH ?= --steps 5 --batch-size 4 --micro 2 --lora 16
 
@@ -67,6 +79,9 @@ ROWS ?= 1000 10000 100000 1000000
 
 bench-dataplane: $(READY)  ## what rdpo itself costs for each row, with an engine that echoes: ROWS='1000 10000'
 	$(BIN)/python jobs/bench/dataplane.py --rows $(ROWS)
+
+docs: $(READY)  ## write docs/config.md anew from the fields of a job
+	$(BIN)/python -m rdpo.config.manual > docs/config.md
 
 lint: $(READY)  ## ruff and codespell
 	$(BIN)/ruff check .

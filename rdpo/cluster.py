@@ -64,12 +64,20 @@ def adapt_pools() -> None:
 
 @contextmanager
 def ray_stopped_after() -> Iterator[None]:
-    """Leave Ray when the context ends, while its last words still go where the context sends them."""
+    """Leave Ray when the context ends, while its last words still go where the context sends them.
+
+    A program that was connected before stays so.
+    """
+    connected = _connected()
     try:
         yield
     finally:
-        if "ray" in sys.modules:
+        if _connected() and not connected:
             sys.modules["ray"].shutdown()
+
+
+def _connected() -> bool:
+    return "ray" in sys.modules and sys.modules["ray"].is_initialized()
 
 
 def pools_ended(within_s: float = ENDS_WITHIN_S) -> bool:

@@ -156,7 +156,12 @@ def calibration(job: Job) -> dict[str, Any]:
 
 def training(job: Job) -> dict[str, Any]:
     """Settings of the training stage."""
-    return {**job.training.model_dump(), "student": _student(job), "seed": job.seed}
+    return {**job.training.model_dump(exclude={"extrapolation"}), "student": _student(job), "seed": job.seed}
+
+
+def policy(job: Job) -> dict[str, Any]:
+    """Settings of the whole model that is made of what training left."""
+    return {"extrapolation": job.training.extrapolation, "student": _student(job)}
 
 
 def retention(job: Job) -> dict[str, Any]:

@@ -155,6 +155,12 @@ def valid_job(tiny_model, tmp_path):
     }
 
 
+ALL_STAGES = (
+    *("prompts", "calibration", "synthesis", "rewards", "pairs", "reference"),
+    *("training", "policy", "evaluation", "model"),
+)
+
+
 def whole_job(source, student, classifier):
     """The tables of a job from end to end, in fp32, with two training workers and checkpoints."""
     engine = {"max_model_len": 1024, "kv_cache_gib": 1, "batch_rows": 4, "batches_in_flight": 1}

@@ -8,6 +8,11 @@ def brief(prompt: list[dict], answer: str, row: dict) -> float:
     return float(len(answer.split()) <= MOST_WORDS)
 
 
+def prose(prompt: list[dict], answer: str, row: dict) -> float:
+    """Whether an answer is one piece of prose: no list, no heading, no second paragraph."""
+    return float("\n" not in answer.strip())
+
+
 def words(prompt: list[dict], answer: str, row: dict) -> float:
     """How many words an answer has; measured, not optimised."""
     return float(len(answer.split()))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,39 +12,21 @@ from rdpo.records import visible
 
 if TYPE_CHECKING:
     from rdpo.config import Job
-    from rdpo.pipeline import Run
-    from rdpo.tracking import Console
 
 
 def run(options: argparse.Namespace) -> int:
     """Run a job from prompts to the published model."""
     from rdpo.config import load_job
+    from rdpo.runs import check_until, default_dir, execute
     from rdpo.tracking import Console, JsonConsole, QuietConsole
 
     job = load_job(options.job, options.overrides)
-    options.run_dir = options.run_dir or os.path.join("runs", job.name)
-    if options.until and options.until not in job.stages:
-        raise InputError(f"--until {options.until}: the job's stages are {', '.join(job.stages)}")
-    voice = QuietConsole if options.quiet else JsonConsole if options.json else Console
+    options.run_dir = options.run_dir or default_dir(job)
+    check_until(job, options.until)
     if options.dry_run:
         return _dry_run(job, options.run_dir)
-    if job.rounds.count > 1:
-        return _rounds(job, options, voice)
-    return _execute(job, options.run_dir, voice, fresh=options.fresh, until=options.until)
-
-
-def _rounds(job: Job, options: argparse.Namespace, voice: type[Console]) -> int:
-    from rdpo.cluster import ray_stopped_after
-    from rdpo.pipeline import locked
-    from rdpo.rounds import run_rounds
-    from rdpo.stores import absolute
-    from rdpo.tracking import run_console
-
-    if options.until:
-        raise InputError("--until: a job of several rounds is run whole; add --set rounds.count=1")
-    run_dir = options.run_dir
-    with locked(job, run_dir, options.fresh, _aside), run_console(run_dir, voice) as console, ray_stopped_after():
-        run_rounds(job, absolute(run_dir), console)
+    voice = QuietConsole if options.quiet else JsonConsole if options.json else Console
+    execute(job, options.run_dir, voice, options.fresh, options.until)
     return 0
 
 
@@ -68,54 +49,17 @@ def _dry_run(job: Job, run_dir: str) -> int:
 def stage(options: argparse.Namespace) -> int:
     """Bring one stage of a run up to date."""
     from rdpo.pipeline import job_of_run
-    from rdpo.tracking import Console
+    from rdpo.runs import execute
 
     job = job_of_run(options.run_dir)
     _check_one_round(job, options.run_dir)
-    return _execute(job, options.run_dir, Console, only=options.stage)
+    execute(job, options.run_dir, only=options.stage)
+    return 0
 
 
 def _check_one_round(job: Job, run_dir: str) -> None:
     if job.rounds.count > 1:
         raise InputError(f"{run_dir}: holds several rounds; name one of them, as in {run_dir}/rounds/1")
-
-
-def _execute(
-    job: Job,
-    run_dir: str,
-    voice: type[Console],
-    fresh: bool = False,
-    until: str | None = None,
-    only: str | None = None,
-) -> int:
-    from rdpo.cluster import ray_stopped_after
-    from rdpo.pipeline import Run, locked, run_stages
-    from rdpo.stages import prepare, stages_of
-    from rdpo.stores import absolute
-    from rdpo.tracking import run_console
-
-    stages = stages_of(job)
-    last = job.stages.index(until or only or job.stages[-1])
-    with locked(job, run_dir, fresh, _aside), run_console(run_dir, voice) as console, ray_stopped_after():
-        whole = Run(job, absolute(run_dir), console, prepare)
-        run_stages(whole, stages[last if only else 0 : last + 1])
-        if not only and not until:
-            _finish(whole)
-    return 0
-
-
-def _aside(text: str) -> None:
-    """Say what is no part of the output."""
-    print(f"rdpo: {visible(text)}", file=sys.stderr)
-
-
-def _finish(run: Run) -> None:
-    from rdpo.evaluation.report import headline, write_report
-
-    path, model = write_report(run.dir), run.folder("model").address()
-    for line in [*headline(run.dir), f"model       {model}", f"report      {path}"]:
-        run.console.conclude(line)
-    run.console.tell("result", model=model, report=path, evaluation=run.manifest("evaluation", "result").summary)
 
 
 def compare(options: argparse.Namespace) -> int:
@@ -146,6 +90,15 @@ def show(options: argparse.Namespace) -> int:
     from rdpo.evaluation.show import show_rows
 
     show_rows(options.run_dir, options.stage, options.row, options.limit, options.dropped)
+    return 0
+
+
+def export(options: argparse.Namespace) -> int:
+    """Write a run's pairs or answers for other programs."""
+    from rdpo.evaluation.export import export
+
+    for line in export(options.run_dir, options.what, options.target):
+        print(visible(line))
     return 0
 
 

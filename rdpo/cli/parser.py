@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rdpo import __version__
 from rdpo.cli import commands as does
 from rdpo.errors import InputError
-from rdpo.stage_names import STAGE_COMMANDS, STAGES
+from rdpo.stage_names import STAGE_COMMANDS, STAGES, known_stage
 from rdpo.suggestion import did_you_mean
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ def build() -> tuple[argparse.ArgumentParser, Commands]:
         _add_place(one, "run_dir", "RUN_DIR", DIRECTORY)
         one.set_defaults(function=does.stage, stage=stage)
     _add_looking(commands)
+    _add_export(commands)
     _add_plan(commands)
     completion = commands.add_parser("completion", help='completion for a shell: eval "$(rdpo completion bash)"')
     completion.add_argument("shell", choices=("bash", "zsh"))
@@ -62,12 +63,6 @@ def build() -> tuple[argparse.ArgumentParser, Commands]:
 def _add_place(parser: argparse._ActionsContainer, name: str, metavar: str, kind: str, help: str | None = None) -> None:
     action = parser.add_argument(name, metavar=metavar, help=help)
     action.complete = kind  # type: ignore[attr-defined]
-
-
-def _stage(name: str) -> str:
-    if name not in STAGES:
-        raise InputError(f"no stage {name}{did_you_mean(name, STAGES)}; the stages are {', '.join(STAGES)}")
-    return name
 
 
 def _add_init(commands: Commands) -> None:
@@ -90,7 +85,7 @@ def _add_run(commands: Commands) -> None:
     _add_place(run, "job", "JOB.toml", FILE)
     run.add_argument("--set", metavar="section.key=value", action="append", default=[], dest="overrides")
     _add_place(run, "--run-dir", "DIR", DIRECTORY, "where the run lives (default: runs/NAME)")
-    run.add_argument("--until", metavar="STAGE", type=_stage, choices=STAGES, help="stop after this stage")
+    run.add_argument("--until", metavar="STAGE", type=known_stage, choices=STAGES, help="stop after this stage")
     run.add_argument("--fresh", action="store_true", help="start over: remove the run directory first")
     told = run.add_mutually_exclusive_group()
     told.add_argument("--dry-run", action="store_true", help="print the resolved job and what would run")
@@ -136,10 +131,17 @@ def _add_looking(commands: Commands) -> None:
     _add_place(report, "run_dir", "RUN_DIR", DIRECTORY)
     show = _looks(commands, "show", does.show, "look at the rows of a stage")
     _add_place(show, "run_dir", "RUN_DIR", DIRECTORY)
-    show.add_argument("stage", metavar="STAGE", type=_stage, choices=STAGES)
+    show.add_argument("stage", metavar="STAGE", type=known_stage, choices=STAGES)
     show.add_argument("--row", metavar="ID", help="one row, by (the beginning of) its id")
     show.add_argument("--limit", type=int, default=3, help="how many rows (default 3)")
     show.add_argument("--dropped", action="store_true", help="the dropped rows, with their reasons")
+
+
+def _add_export(commands: Commands) -> None:
+    export = _looks(commands, "export", does.export, "write a run's pairs or answers for other programs")
+    _add_place(export, "run_dir", "RUN_DIR", DIRECTORY)
+    export.add_argument("what", choices=["pairs", "answers"], help="a preference data set, or AlpacaEval's outputs")
+    _add_place(export, "target", "FOLDER", DIRECTORY)
 
 
 def _looks(

@@ -5,7 +5,7 @@ before any model is loaded.
 """
 
 from rdpo.config.evaluation import Evaluation, Publish, Retention, Rounds
-from rdpo.config.files import explained, job_of, load_job, read_toml, to_toml
+from rdpo.config.files import explained, job_of, load_job, read_toml, to_table, to_toml, with_changes
 from rdpo.config.job import Cluster, Job
 from rdpo.config.models import Endpoint, Engine, Sampling, Student
 from rdpo.config.pairs import BEST, WORST, Defect, Pairs, Reference, Replay, Sides
@@ -54,5 +54,7 @@ __all__ = [
     "load_job",
     "read_toml",
     "smallest",
+    "to_table",
     "to_toml",
+    "with_changes",
 ]

@@ -14,7 +14,7 @@ class Evaluation(Section):
     """Held-out prompts answered by the start model and the trained one, and compared."""
 
     limit: int | None = Field(default=None, ge=1)
-    """At most so many held-out prompts, the first by id."""
+    """At most so many held-out prompts, the first by id; by default all."""
     condition: str | None = None
     """The turn of the task whose question is asked; by default the prompt itself."""
     refine: bool = False
@@ -61,6 +61,6 @@ class Publish(Section):
     merge: bool = True
     """Merge a LoRA adapter into the weights; the adapter is kept in `model/adapter` in any case."""
     max_shard_gb: float = Field(default=4.0, gt=0)
-    """Size of one safetensors file."""
+    """Largest size of one safetensors file, in GB."""
     license: str | None = None
-    """Licence named on the model card."""
+    """Licence named on the model card, by its id on the hub (`apache-2.0`)."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import tomllib
+from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,18 @@ def load_job(path: str | Path, overrides: list[str] | None = None) -> Job:
     for override in overrides or []:
         _apply_override(table, override)
     return job_of(table, str(path))
+
+
+def with_changes(table: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a job's tables with some settings changed, by their names, as in `{"training.beta": 0.2}`.
+
+    Raises:
+        InputError: a name leads through a value, or to no entry of a list.
+    """
+    changed = deepcopy(dict(table))
+    for name, value in changes.items():
+        _put(changed, name, value, name)
+    return changed
 
 
 def job_of(table: dict[str, Any], where: str) -> Job:
@@ -79,7 +93,12 @@ def to_toml(job: Job) -> str:
     """The resolved job as TOML; `load_job` reads it back."""
     import tomli_w
 
-    return tomli_w.dumps(job.model_dump(mode="json", exclude_none=True))
+    return tomli_w.dumps(to_table(job))
+
+
+def to_table(job: Job) -> dict[str, Any]:
+    """The tables of a resolved job; `job_of` reads them back."""
+    return job.model_dump(mode="json", exclude_none=True)
 
 
 def _apply_override(table: dict[str, Any], override: str) -> None:
@@ -88,28 +107,33 @@ def _apply_override(table: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise InputError(f"--set {override}: write it as section.key=value")
-    *sections, last = key.strip().split(".")
+    _put(table, key.strip(), _toml_value(text), f"--set {override}")
+
+
+def _put(table: dict[str, Any], name: str, value: Any, told: str) -> None:
+    """Set the value at `section.key`; `told` is what a message calls the change."""
+    *sections, last = name.split(".")
     target: Any = table
     for section in sections:
-        target = _descend(target, section, override)
+        target = _descend(target, section, told)
     if isinstance(target, list):
-        raise InputError(f"--set {override}: name an entry of the list, as in rewards.0.weight=1")
-    target[last] = _toml_value(text)
+        raise InputError(f"{told}: name an entry of the list, as in rewards.0.weight=1")
+    target[last] = value
 
 
-def _descend(target: Any, section: str, override: str) -> Any:
+def _descend(target: Any, section: str, told: str) -> Any:
     if isinstance(target, list):
         # Not by `int`, which takes other scripts' digits and refuses numbers of thousands of them.
         entries = {str(index): entry for index, entry in enumerate(target)}
         if section not in entries:
-            raise InputError(f"--set {override}: the list has entries 0 to {len(target) - 1}")
-        return _section(entries[section], section, override)
-    return _section(target.setdefault(section, {}), section, override)
+            raise InputError(f"{told}: the list has entries 0 to {len(target) - 1}")
+        return _section(entries[section], section, told)
+    return _section(target.setdefault(section, {}), section, told)
 
 
-def _section(child: Any, section: str, override: str) -> Any:
+def _section(child: Any, section: str, told: str) -> Any:
     if not isinstance(child, dict | list):
-        raise InputError(f"--set {override}: {section} is a value, not a section")
+        raise InputError(f"{told}: {section} is a value, not a section")
     return child
 
 

@@ -114,6 +114,8 @@ class Job(Section):
                     f"{section}: tokens_per_batch must hold one pair, so at least twice "
                     f"reference.max_length = {2 * self.reference.max_length}"
                 )
+        if self.training.select == "best" and not self.pairs.heldout_fraction:
+            raise ValueError('training: select = "best" goes by held-out pairs; give pairs.heldout_fraction above 0')
         if self.student.quantization != "none" and (self.training.lora is None or self.training.zero_stage == 3):
             raise ValueError(
                 "student: quantization trains an adapter over weights that are not partitioned; "

@@ -13,11 +13,13 @@ class Student(Section):
     """The model to align. It is also the reference, and its tokenizer renders the training data."""
 
     model: str
-    """Folder, hub id (`owner/name`), `.gguf` file, or `package:NAME/FILE` inside an installed package."""
+    """Folder, address of a folder in an object store (`s3://…`), hub id (`owner/name`), `.gguf` file, or
+    `package:NAME/FILE` inside an installed package."""
     revision: str | None = None
-    """Branch, tag or commit of a hub model."""
+    """Branch, tag or commit of a hub model; by default its main branch."""
     dtype: Dtype = "auto"
-    """Precision of the forward of reference and training; the published weights keep the model's own."""
+    """Precision of the forward of reference and training; `auto`: bfloat16 on GPUs and on CPUs that multiply in it,
+    else float32. The published weights keep the model's own."""
     quantization: Literal["none", "nf4"] = "none"
     """`nf4`: the frozen weights under a LoRA adapter in 4 bits (QLoRA, arXiv 2305.14314), in training and reference;
     the adapter is merged into the unquantised weights. Needs `training.lora`, ZeRO stage 2 or lower, bitsandbytes."""
@@ -29,12 +31,12 @@ class Sampling(Section):
     """How answers are drawn from a model."""
 
     temperature: float = Field(default=0.7, ge=0)
-    """0 is greedy decoding."""
+    """What the logits are divided by before a token is drawn; 0 is greedy decoding."""
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Nucleus sampling: keep the smallest set of tokens with this total probability. Below 1 the vocabulary is
     sorted at every step, which costs a CPU about a quarter of its speed."""
     max_tokens: int = Field(default=512, ge=1)
-    """An answer that reaches this many tokens is cut off and marked `finish_reason = "length"`."""
+    """Most tokens of one answer; one that reaches them is cut off and marked `finish_reason = "length"`."""
 
 
 class Engine(Section):
@@ -49,9 +51,9 @@ class Engine(Section):
     cpus: int | None = Field(default=None, ge=1)
     """CPU cores of one engine; by default all cores of the machine without GPUs, one with them."""
     max_model_len: int = Field(default=2048, ge=16)
-    """Context length of the engine, in tokens."""
+    """Most tokens of a conversation, answer included, that the engine takes."""
     dtype: Dtype = "auto"
-    """Precision of the engine."""
+    """Precision of the engine; `auto` as in `student.dtype`."""
     kv_cache_gib: float = Field(default=2.0, gt=0)
     """Memory for the key-value cache of an engine on the CPU, in GiB."""
     batch_rows: int = Field(default=16, ge=1)
@@ -94,6 +96,6 @@ class Endpoint(Section):
     retries: int = Field(default=5, ge=0)
     """How often a failed request is made again."""
     pause_s: float = Field(default=1.0, gt=0)
-    """First pause before that, in seconds; it doubles each time. A server that asks for longer gets it."""
+    """Pause before the first repetition, in seconds; it doubles each time. A server that asks for longer gets it."""
     price_per_million: tuple[float, float] = (0.0, 0.0)
     """Price of a million tokens read and a million written, for the cost in the manifest."""

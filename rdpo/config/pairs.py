@@ -34,7 +34,7 @@ class Pairs(Section):
     among: str = "response"
     """The turn with several `samples` from which `best` and `worst` are taken."""
     min_samples: int = Field(default=2, ge=2)
-    """Drop rows with fewer usable ones: those that `min_answer_chars` and `drop_truncated` would not drop."""
+    """Drop rows with fewer usable samples: those that `min_answer_chars` and `drop_truncated` would not drop."""
     length_coef: float | Literal["auto"] = 0.0
     """What a character costs a sample in the choice of `best` and `worst`; `auto`: so much that chosen answers are
     on average as long as rejected ones (DICE, arXiv 2406.09760)."""
@@ -46,9 +46,9 @@ class Pairs(Section):
     direction: Literal["teacher", "reward"] = "teacher"
     """`teacher`: chosen is as named above; `reward`: the answer with the higher score is chosen."""
     min_gap: float | None = None
-    """Drop pairs with `score_chosen - score_rejected` below this."""
+    """Drop pairs with `score_chosen - score_rejected` (weighted sums of the rewards) below this; by default none."""
     min_answer_chars: int = Field(default=1, ge=1)
-    """Drop pairs with a shorter answer."""
+    """Drop pairs with an answer of fewer characters."""
     drop_defects: list[Defect] = Field(default_factory=list)
     """Drop rows with these defects of the teacher's turns, see `rdpo.synthesis.defects`; all are counted anyway."""
     heldout_fraction: float = Field(default=0.0, ge=0, lt=1)
@@ -85,6 +85,6 @@ class Reference(Section):
     cpus: int | None = Field(default=None, ge=1)
     """CPU cores of one actor; by default all cores of the machine without GPUs, one with them."""
     max_length: int = Field(default=1024, ge=16)
-    """Pairs with a longer prompt and completion together (tokens) are dropped, never cut."""
+    """Pairs whose prompt and longer completion together have more tokens are dropped, never cut."""
     tokens_per_batch: int = Field(default=4096, ge=32)
     """Token budget of one forward, padding included."""

@@ -12,7 +12,8 @@ class Prompts(Section):
     """Where the prompts come from and how they are split."""
 
     source: Source
-    """A JSONL, Parquet or CSV file or folder, or `hf:DATASET` for a Hugging Face dataset."""
+    """A JSONL, Parquet or CSV file or a folder of them, on disk or in an object store (`s3://…`), or `hf:DATASET` for a
+    Hugging Face dataset."""
     subset: str | None = None
     """Configuration name of a Hugging Face dataset."""
     dataset_split: str = "train"
@@ -27,7 +28,7 @@ class Prompts(Section):
     heldout_templates: list[str] = Field(default_factory=list)
     """Those of the held-out prompts; by default the same."""
     limit: int | None = Field(default=None, ge=1)
-    """Use only the first so many rows of the source."""
+    """Use only the first so many rows of the source; by default all."""
     heldout_fraction: float = Field(default=0.1, gt=0, lt=1)
     """Share of prompts held out for evaluation, where the source has no `split` column."""
     max_prompt_tokens: int = Field(default=1024, ge=1)
@@ -44,9 +45,9 @@ class Synthesis(Section):
     values: dict[str, str] = Field(default_factory=dict)
     """Words that the task's templates use by name, the style of a counterfactual task for example."""
     split: str = "train"
-    """Which split of the prompts is trained on."""
+    """Which split of the prompts is trained on: `train`, or one that the source's `split` column names."""
     limit: int | None = Field(default=None, ge=1)
-    """At most so many prompts, the first by id."""
+    """At most so many prompts, the first by id; by default all."""
     teacher: str | None = None
     """The teacher's model, named as in `student.model`; by default the student itself."""
     adapter: str | None = None

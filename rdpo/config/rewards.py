@@ -26,9 +26,9 @@ class ClassifierReward(RewardSection):
     model: str
     """A sequence-classification model with one output, named as in `student.model`."""
     dtype: Dtype = "auto"
-    """Precision of its forward."""
+    """Precision of its forward; `auto` as in `student.dtype`."""
     max_length: int = Field(default=1024, ge=8)
-    """Longer conversations keep their last tokens."""
+    """Most tokens that it reads; a longer conversation keeps its last ones."""
     answer_only: bool = False
     """Score the answer by itself, without the prompt (for style and sentiment models)."""
     batch_size: int = Field(default=16, ge=1)
@@ -88,9 +88,9 @@ class ImplicitReward(RewardSection):
     normalization: Literal["sum", "token_mean"] = "sum"
     """Log-ratio of the whole answer, or its mean per token."""
     dtype: Dtype = "auto"
-    """Precision of both forwards."""
+    """Precision of both forwards; `auto` as in `student.dtype`."""
     tokens_per_batch: int = Field(default=4096, ge=32)
-    """Token budget of one forward."""
+    """Token budget of one forward, padding included."""
     concurrency: Concurrency = 1
     """Number of reward actors, or `[smallest, largest]`."""
     gpus: float = Field(default=0, ge=0)

@@ -19,7 +19,7 @@ class Lora(Section):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout on the adapter's input; above 0 the log-probs of training become random."""
     target_modules: str | list[str] = "all-linear"
-    """Modules that get an adapter, as in peft."""
+    """Modules that get an adapter: `all-linear`, or names as in peft."""
 
 
 PER_RATIO = {"normalization", "length_coef", "margin", "offset", "weight"}
@@ -66,15 +66,16 @@ class Loss(Section):
     offset_transform: Literal["identity", "log"] = "identity"
     """`log` is ODPO's; gaps of at most 0 count as 1e-6 there."""
     reward_norm: Literal["none", "zscore", "range01"] = "none"
-    """Scale of the reward gap: as it is, divided by its standard deviation, or by its largest size."""
+    """Scale of the reward gap: as it is, divided by its standard deviation over all pairs, or by its largest size."""
     reward_temperature: float = Field(default=1.0, gt=0)
     """Gap at which a soft label, geometric label or weight is sigmoid(1) = 0.73."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
     """Assumed share of flipped pairs (dpo: conservative DPO)."""
     length_coef: float = Field(default=0.0, ge=0)
-    """R-DPO's alpha, per token: a longer chosen answer must win by more."""
+    """R-DPO's alpha, per token of difference: where the chosen answer is the longer one, its length explains part of
+    the preference, and less is learnt."""
     margin: float = 0.0
-    """A constant offset (simpo: gamma itself, not gamma / beta)."""
+    """A constant part of the offset, before beta (simpo: gamma itself, not gamma / beta)."""
     reference_point: float = 0.0
     """kto: z0, nats of log-ratio; bco: the shift of the rewards."""
     sft_coef: float = Field(default=0.0, ge=0)
@@ -112,7 +113,7 @@ class Training(Loss):
     learning_rate: float = Field(default=5e-6, gt=0)
     """Peak learning rate of AdamW; LoRA wants about 10 times that of full fine-tuning."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """Decay after the warm-up."""
+    """Decay to 0 after the warm-up; `constant` is none."""
     warmup_ratio: float = Field(default=0.1, ge=0, lt=1)
     """Share of the steps in which the rate rises from 0."""
     weight_decay: float = Field(default=0.0, ge=0)
@@ -124,9 +125,11 @@ class Training(Loss):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     zero_stage: Literal[0, 1, 2, 3] = 3
-    """DeepSpeed ZeRO stage: what is partitioned over the workers. 0 is for float32; in bfloat16 it means 1."""
+    """DeepSpeed ZeRO stage, what is partitioned over the workers: 1 the optimizer state, 2 the gradients too, 3 the
+    weights too. 0 is for float32; in bfloat16 it means 1."""
     offload: Literal["none", "optimizer", "all"] = "none"
-    """Keep optimizer state (and parameters) in CPU memory; for GPU training."""
+    """What GPU training keeps in CPU memory: the optimizer state (from `zero_stage` 1 on), or with `all` the weights
+    too (`zero_stage` 3)."""
     num_workers: Concurrency = 1
     """Training processes, on GPUs one for each; or `[smallest, largest]`: as many as the cluster has room for,
     which may change while training runs. A run may go on with another number."""
@@ -137,7 +140,10 @@ class Training(Loss):
     checkpoint_every: int = Field(default=50, ge=1)
     """Optimizer steps between two checkpoints."""
     keep_checkpoints: int = Field(default=2, ge=1)
-    """How many of the last checkpoints are kept."""
+    """How many checkpoints are kept: the last ones; with `select = "best"` the best ones, and the last."""
+    select: Literal["last", "best"] = "last"
+    """Which weights leave training: those of the last step, or of the step after which the held-out pairs
+    (`pairs.heldout_fraction`) are most likely. They are measured at every checkpoint and at the end."""
     max_skipped_steps: int = Field(default=0, ge=0)
     """Optimizer steps that may be left out because their loss or gradient is not finite; one more stops the run
     and names the rows."""

@@ -20,7 +20,7 @@ from rdpo.storage import Manifest, StageFolder
 from rdpo.streaming import ID
 
 ANSWERS = ("chosen", "rejected")
-WITHOUT_ROWS = ("training", "model")
+WITHOUT_ROWS = ("training", "policy", "model")
 SHOWN_CHARS = 48
 SHOWN_NAMES = 5
 UNSET = "-"

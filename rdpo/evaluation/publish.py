@@ -143,6 +143,11 @@ def _code(text: str) -> str:
 
 def model_card(job: Job, facts: dict[str, Any]) -> str:
     """The folder's README.md, with the metadata block of the Hugging Face hub."""
+    return rendered_card("card.md.jinja", job=job, **facts)
+
+
+def rendered_card(template: str, **facts: Any) -> str:
+    """A card as Markdown; the filter `code` makes any text harmless in it."""
     environment = Environment(loader=PackageLoader("rdpo.evaluation"), autoescape=False, trim_blocks=True)
     environment.filters["code"] = _code
-    return environment.get_template("card.md.jinja").render(job=job, json=json, **facts)
+    return environment.get_template(template).render(json=json, **facts)

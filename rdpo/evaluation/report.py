@@ -22,7 +22,7 @@ from rdpo.pipeline import job_of_run
 from rdpo.records import Row, extra_of, text_of, visible
 from rdpo.stage_names import STAGES
 from rdpo.storage import Manifest, StageFolder
-from rdpo.training.metrics import NAMES
+from rdpo.training.metrics import METRICS, NAMES
 
 if TYPE_CHECKING:
     from rdpo.comparison import Comparison
@@ -244,7 +244,7 @@ def _charts(run_dir: str, job: Job, manifests: dict[str, Manifest]) -> dict[str,
         charts["gaps"] = _histogram({"reward gap": gaps}, "score of chosen minus score of rejected")
     if "training" in manifests:
         folder = StageFolder(run_dir, "training")
-        steps = [json.loads(line) for line in folder.read_bytes("metrics.jsonl").decode().splitlines()]
+        steps = [json.loads(line) for line in folder.read_bytes(METRICS).decode().splitlines()]
         if steps:
             charts["curves"] = _curves(steps)
     if "evaluation" in manifests:

@@ -34,10 +34,11 @@ STAGES = (
     Stage("replay", ("prompts", "pairs"), lineage.replay, pairs.draw_replay, unit="ready pairs"),
     Stage("reference", ("pairs", "replay"), lineage.reference, rows=RowWork(pairs.pairs_source, pairs.refer)),
     Stage("training", ("reference",), lineage.training, policy.train_policy, id_column=None, unit="steps"),
-    Stage("retention", ("training",), lineage.retention, policy.measure_retention, unit="texts"),
+    Stage("policy", ("training",), lineage.policy, policy.complete_policy, id_column=None, unit="model"),
+    Stage("retention", ("policy",), lineage.retention, policy.measure_retention, unit="texts"),
     Stage(
         "evaluation",
-        ("prompts", "training"),
+        ("prompts", "policy"),
         lineage.evaluation,
         rows=RowWork(
             lambda run: prompts.split_source(run, HELDOUT, run.job.evaluation.limit),
@@ -46,7 +47,7 @@ STAGES = (
             generates=True,
         ),
     ),
-    Stage("model", ("training", "evaluation"), lineage.publish, policy.publish_model, id_column=None, unit="model"),
+    Stage("model", ("policy", "evaluation"), lineage.publish, policy.publish_model, id_column=None, unit="model"),
 )
 
 

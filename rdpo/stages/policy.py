@@ -1,4 +1,4 @@
-"""Training, and what becomes of its policy: retention, evaluation, the published model."""
+"""Training, and what becomes of its policy: the whole model, retention, evaluation, the published model."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rdpo import lineage
-from rdpo.config import Job
 from rdpo.errors import InputError
 from rdpo.pipeline import Run
 from rdpo.records import alive, table_of
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def train_policy(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:
-    """The trained policy, as it leaves training and merged; the first and the last step's metrics.
+    """The policy as it leaves training; the first and the last step's metrics.
 
     Raises:
         InputError: there is no step to take, or none had a finite gradient.
@@ -28,11 +27,12 @@ def train_policy(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:
     from rdpo.training.gaps import GapScale, advice
     from rdpo.training.loop import PairTable
     from rdpo.training.schedule import total_steps
-    from rdpo.training.trainer import train
+    from rdpo.training.trainer import METRICS, train
 
     job, data = run.job, PairTable.load(run.dir)
     if job.training.max_steps == 0:
-        return _untrained(run, folder)
+        folder.write_bytes(METRICS, b"")
+        return {"steps": 0, "pairs": 0}
     meter.total = total_steps(len(data), job)
     if not meter.total:
         raise InputError(f"training: {len(data)} pairs make no optimizer step; add prompts or lower batch_size")
@@ -43,23 +43,44 @@ def train_policy(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:
     taken = [step for step in history if not step["skipped"]]
     if not taken:
         raise InputError("training: every step had a loss or gradient that is not finite; lower training.learning_rate")
-    _complete(job, folder)
     told = {"steps": len(taken), "pairs": len(data), "first": taken[0], "last": taken[-1]}
-    return {**told, **_heldout(run, folder)}
+    return {**told, **_selected(run, history), **_heldout(run, folder)}
 
 
-def _complete(job: Job, folder: StageFolder) -> None:
-    """Make a model folder of what training exported."""
+def complete_policy(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:
+    """What training exported, extrapolated if the job says so, and a whole model folder made of it.
+
+    Where nothing was trained that is the start model.
+    """
     from rdpo.policy.models import local_model
     from rdpo.training.checkpoint import EXPORT, MERGED, finish_policy
     from rdpo.training.extrapolation import extrapolate
 
-    base = local_model(job.student.model, job.student.revision)
-    if job.training.extrapolation:
+    student, training = run.job.student, run.folder("training")
+    base = local_model(student.model, student.revision)
+    if not training.exists(EXPORT):
+        folder.put(base, MERGED)
+        return {}
+    folder.put(Path(training.local(EXPORT)), EXPORT)
+    if alpha := run.job.training.extrapolation:
         with folder.made(EXPORT, keep=True) as exported:
-            extrapolate(exported, base, job.training.extrapolation)
+            extrapolate(exported, base, alpha)
     with folder.made(MERGED) as merged:
-        finish_policy(Path(folder.local(EXPORT)), base, merged, job.student.trust_remote_code)
+        finish_policy(Path(folder.local(EXPORT)), base, merged, student.trust_remote_code)
+    meter.advance(1)
+    return {"extrapolation": alpha}
+
+
+def _selected(run: Run, history: list[dict[str, float]]) -> dict[str, int]:
+    """The step whose weights leave training, where they are selected; says so."""
+    from rdpo.training.heldout import LOSS, best_step
+
+    step = best_step(history)
+    if run.job.training.select == "last" or not step:
+        return {}
+    loss = history[step - 1][LOSS]
+    run.console.say(f"{'':<12}the weights after step {step} leave: held-out loss {loss:.4f}, the lowest")
+    return {"selected": step}
 
 
 def _heldout(run: Run, folder: StageFolder) -> dict[str, Any]:
@@ -75,18 +96,6 @@ def _heldout(run: Run, folder: StageFolder) -> dict[str, Any]:
     right = float(correct(margins).mean())
     run.console.say(f"{'':<12}prefers the chosen side of {right:.2f} of {len(margins)} held-out pairs")
     return {"heldout": {"pairs": len(margins), "accuracy": right, "margin": float(margins.mean())}}
-
-
-def _untrained(run: Run, folder: StageFolder) -> dict[str, Any]:
-    """The start model as the policy that leaves training."""
-    from rdpo.policy.models import local_model
-    from rdpo.training.checkpoint import MERGED
-    from rdpo.training.trainer import METRICS
-
-    start = local_model(run.job.student.model, run.job.student.revision)
-    folder.put(start, MERGED)
-    folder.write_bytes(METRICS, b"")
-    return {"steps": 0, "pairs": 0}
 
 
 def _step(meter: Meter, metrics: dict[str, float]) -> None:
@@ -109,7 +118,7 @@ def measure_retention(run: Run, folder: StageFolder, meter: Meter) -> dict[str, 
     rows = texts(run.job, run.job.retention)
     if not any(map(alive, rows)):
         raise InputError(f"retention: no usable conversation in {run.job.retention.source}; {rows[0]['dropped']}")
-    trained = run.folder("training").address(MERGED)
+    trained = run.folder("policy").address(MERGED)
     write_rows(measured(rows, run.job, trained), folder, ID, lambda block: meter.advance(block.rows + block.dropped))
     told = summary(folder.table().sort_by(ID).to_pylist(), run.job.seed)
     factor = told["perplexity_factor"]
@@ -140,7 +149,7 @@ def evaluate(rows: ray.data.Dataset, run: Run) -> ray.data.Dataset:
     student = job.student
     # A store's name holds on every machine of a cluster; the place of this machine's copy does not.
     start = student.model if is_remote(student.model) else str(local_model(student.model, student.revision))
-    trained = run.folder("training").address(MERGED)
+    trained = run.folder("policy").address(MERGED)
     answered = answer_prompts(rows.take_all(), job, {START: start, TRAINED: trained})
     scored = score_answers(ray.data.from_arrow(table_of(answered)), job, [START, TRAINED]).materialize()
     return add_divergence(scored, job, trained, TRAINED)
@@ -159,10 +168,10 @@ def publish_model(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]
         "pairs": inputs["reference"].rows_out,
         "lineage": {name: manifest.digest for name, manifest in inputs.items()},
     }
-    training = run.folder("training")
-    # What training of the start model itself leaves has no adapter or weights of its own.
-    exported = Path(training.local(EXPORT)) if training.exists(EXPORT) else None
+    policy = run.folder("policy")
+    # The start model itself has no adapter or weights of its own.
+    exported = Path(policy.local(EXPORT)) if policy.exists(EXPORT) else None
     with folder.made() as target:
-        checks = publish(run.job, exported, Path(training.local(MERGED)), target, facts)
+        checks = publish(run.job, exported, Path(policy.local(MERGED)), target, facts)
     meter.advance(1, note=f"reloaded; logits differ by {checks['logit_difference']:.1e}")
     return checks

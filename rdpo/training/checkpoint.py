@@ -23,12 +23,14 @@ import ray
 import ray.train
 import torch
 import torch.distributed as dist
+from ray.train import CheckpointUploadMode
 
 from rdpo.folder import checksum
 from rdpo.policy.models import WEIGHTS
 
 EXPORT = "policy"
 MERGED = "merged"
+HELDOUT_MARGINS = "heldout.jsonl"
 
 StepMetrics = dict[str, float]
 TAG = "state"
@@ -44,23 +46,35 @@ class Saved:
     universal: bool = False
 
 
-def save_checkpoint(engine: Any, history: list[StepMetrics], policy: Any = None) -> None:
-    """Report a checkpoint of all workers; with `policy` given, the last one, with the weights to leave.
+def save_checkpoint(engine: Any, history: list[StepMetrics], leaving: str | None = None, last: bool = False) -> None:
+    """Report a checkpoint of all workers; all but the last one are stored while training goes on.
 
-    `history`, the metrics of every step so far, is part of it, so that none is missing after a restart.
+    Args:
+        engine: DeepSpeed's.
+        history: the metrics of every step so far; part of the checkpoint, so that none is missing after a restart.
+        leaving: these may be the weights that leave training: they are added, with these lines on the held-out pairs.
+        last: nothing comes after it, so it is stored at once.
     """
-    with tempfile.TemporaryDirectory() as directory:
-        engine.save_checkpoint(
-            directory,
-            tag=TAG,
-            client_state={"history": history},
-            exclude_frozen_parameters=engine.module.adapted,
-        )
-        if policy is not None:
-            export_policy(policy, Path(directory) / EXPORT)
-        write_checksums(Path(directory))
-        checkpoint = ray.train.Checkpoint.from_directory(directory)
-        ray.train.report(history[-1] if history else {}, checkpoint=checkpoint)
+    # One is on its way at most: a store slower than training must not fill this machine's disk.
+    ray.train.get_all_reported_checkpoints()
+    directory = tempfile.mkdtemp(prefix="rdpo-checkpoint-")
+    engine.save_checkpoint(
+        directory,
+        tag=TAG,
+        client_state={"history": history},
+        exclude_frozen_parameters=engine.module.adapted,
+    )
+    if leaving is not None:
+        export_policy(engine.module, Path(directory) / EXPORT)
+        if dist.get_rank() == 0:
+            (Path(directory) / HELDOUT_MARGINS).write_text(leaving, encoding="utf-8")
+    write_checksums(Path(directory))
+    ray.train.report(
+        history[-1] if history else {},
+        checkpoint=ray.train.Checkpoint.from_directory(directory),
+        checkpoint_upload_mode=CheckpointUploadMode.SYNC if last else CheckpointUploadMode.ASYNC,
+        delete_local_checkpoint_after_upload=True,
+    )
 
 
 def write_checksums(directory: Path) -> None:
@@ -92,7 +106,7 @@ def last_checkpoint() -> Iterator[Saved | None]:
     """The newest whole checkpoint of this run, if there is one; all workers take the same."""
     reported = ray.train.get_all_reported_checkpoints() if ray.train.get_checkpoint() else []
     with ExitStack() as opened:
-        for one in reversed(reported):
+        for one in sorted(reported, key=lambda one: one.metrics.get("step", 0), reverse=True):
             directory = Path(opened.enter_context(one.checkpoint.as_directory()))
             if all(_told_by_all(is_whole(directory))):
                 yield opened.enter_context(_fitted(directory))

@@ -20,13 +20,13 @@ from rdpo.config import Job
 from rdpo.policy.hardware import worker_cores
 from rdpo.storage import StageFolder
 from rdpo.stores import arrow_file_system
-from rdpo.training.checkpoint import EXPORT
+from rdpo.training.checkpoint import EXPORT, HELDOUT_MARGINS
+from rdpo.training.heldout import LOSS
 from rdpo.training.loop import NonFiniteStep
+from rdpo.training.metrics import METRICS
 from rdpo.training.watchdog import Beat, Pulse
 from rdpo.training.worker import train_worker
 
-METRICS = "metrics.jsonl"
-HELDOUT_MARGINS = "heldout.jsonl"
 CHECKPOINTS = "checkpoints"
 POLL_SECONDS = 0.5
 WRITE_SECONDS = 10.0
@@ -39,10 +39,9 @@ class MetricsSink:
 
     def __init__(self) -> None:
         self.pending: list[StepMetrics] = []
-        self.warnings: list[str] = []
+        self.warnings: dict[str, str] = {}
         self.given_up: str | None = None
         self.stopping = False
-        self.margins: list[Any] = []
         self.pulse: Pulse | None = None
 
     def begin(self, hang_after_s: float, workers: int) -> None:
@@ -58,16 +57,12 @@ class MetricsSink:
         """Hear a worker; what holds all of them up, if training hangs."""
         held_up = self.pulse.hear(beat, time.monotonic()) if self.pulse else None
         if held_up:
-            self.warnings = [held_up]
+            self.warn("hang", held_up)
         return held_up
 
-    def measure(self, margins: list[Any]) -> None:
-        """Keep the margins of held-out pairs."""
-        self.margins = margins
-
-    def measured(self) -> list[Any]:
-        """The margins of held-out pairs, if there are any."""
-        return self.margins
+    def warn(self, topic: str, warning: str) -> None:
+        """Keep what the person should hear, the last word on each topic."""
+        self.warnings[topic] = warning
 
     def stop(self) -> None:
         """Ask training to stop after the present step."""
@@ -83,8 +78,8 @@ class MetricsSink:
 
     def take(self) -> tuple[list[StepMetrics], list[str]]:
         """The steps since the last call, and the warnings."""
-        taken = self.pending, self.warnings
-        self.pending, self.warnings = [], []
+        taken = self.pending, list(self.warnings.values())
+        self.pending, self.warnings = [], {}
         return taken
 
 
@@ -116,11 +111,17 @@ def train(
         raise NonFiniteStep(reason)
     if result.checkpoint is None:
         raise RuntimeError("training ended without a checkpoint")
-    if margins := ray.get(sink.measured.remote()):
-        folder.write_bytes(HELDOUT_MARGINS, "".join(json.dumps(margin) + "\n" for margin in margins).encode())
-    with result.checkpoint.as_directory() as directory:
+    with _leaving(result, job).as_directory() as directory:
         folder.put(Path(directory) / EXPORT, EXPORT)
+        folder.write_bytes(HELDOUT_MARGINS, (Path(directory) / HELDOUT_MARGINS).read_bytes())
     return history.write()
+
+
+def _leaving(result: Any, job: Job) -> ray.train.Checkpoint:
+    """The checkpoint whose weights leave training."""
+    if job.training.select == "last" or LOSS not in result.metrics:
+        return result.checkpoint
+    return min(reversed(result.best_checkpoints), key=lambda kept: kept[1].get(LOSS, math.inf))[0]
 
 
 def heldout_margins(folder: StageFolder) -> dict[str, float]:
@@ -149,7 +150,11 @@ def _torch_trainer(job: Job, run_dir: str, folder: StageFolder, sink: Any) -> To
             storage_path=folder.root,
             storage_filesystem=None if folder.on_disk else arrow_file_system(folder.fs),
             failure_config=ray.train.FailureConfig(max_failures=training.max_failures),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=training.keep_checkpoints),
+            checkpoint_config=ray.train.CheckpointConfig(
+                num_to_keep=training.keep_checkpoints,
+                checkpoint_score_attribute=LOSS if training.select == "best" else None,
+                checkpoint_score_order="min",
+            ),
         ),
     )
 

@@ -12,6 +12,7 @@ from ray.train.torch import get_device
 
 from rdpo.config import Job
 from rdpo.training.checkpoint import StepMetrics, last_checkpoint, restore_checkpoint, save_checkpoint
+from rdpo.training.heldout import HeldoutPairs, best_step
 from rdpo.training.loop import NonFiniteStep, PairTable, Trainer, step_pairs
 from rdpo.training.schedule import total_steps
 from rdpo.training.watchdog import Watchdog
@@ -33,35 +34,58 @@ def train_worker(config: dict[str, Any]) -> None:
         trainer = Trainer(job, data, get_device(), saved is not None and saved.universal)
         history = restore_checkpoint(trainer.engine, saved)
     trainer.skipped = sum(int(step["skipped"]) for step in history)
+    heldout = HeldoutPairs(config["run_dir"])
     try:
-        ended = _all_steps(trainer, history, config["sink"])
+        ended = _all_steps(trainer, history, heldout, config["sink"])
     except NonFiniteStep as error:
         # Ray Train would do it again from the last checkpoint, with the same end.
         if trainer.rank == 0:
             ray.get(config["sink"].give_up.remote(str(error)))
         return
-    if ended:
-        _measure(trainer, config)
-    save_checkpoint(trainer.engine, history, policy=trainer.engine.module if ended else None)
+    if ended and not heldout.margins:
+        heldout.measure(trainer)
+    _save(trainer, history, heldout, ended, last=True)
 
 
-def _all_steps(trainer: Trainer, history: list[StepMetrics], sink: Any) -> bool:
+def _all_steps(trainer: Trainer, history: list[StepMetrics], heldout: HeldoutPairs, sink: Any) -> bool:
     """Take the steps that are left, with a checkpoint now and then; false if training was asked to stop before."""
     job, pairs = trainer.job, len(trainer.data)
     total, taken = total_steps(pairs, job), len(history)
     if trainer.rank == 0:
         ray.get(sink.begin.remote(job.training.hang_after_s, trainer.workers))
-    stop = _tell(trainer, sink, history)
+    stop, noticed = _tell(trainer, sink, history), False
     with Watchdog(trainer.rank, job.training.hang_after_s, lambda beat: ray.get(sink.beat.remote(beat))) as watchdog:
         for index, batch in islice(enumerate(step_pairs(pairs, job)), taken, total):
             if stop:
                 return False
             watchdog.steps = index
             history.append(trainer.step(index, total, batch))
+            notice = not noticed and _notice(trainer, sink, index + 1)
+            noticed = noticed or notice
+            due = notice or (index + 1) % job.training.checkpoint_every == 0
+            if due or index + 1 == total:
+                history[-1] |= heldout.measure(trainer)
             stop = _tell(trainer, sink, history[-1:])
-            if (index + 1) % job.training.checkpoint_every == 0 and index + 1 < total and not stop:
-                save_checkpoint(trainer.engine, history)
+            if due and index + 1 < total and not stop:
+                _save(trainer, history, heldout, ended=False)
     return True
+
+
+def _save(trainer: Trainer, history: list[StepMetrics], heldout: HeldoutPairs, ended: bool, last: bool = False) -> None:
+    """Save a checkpoint, with the weights if they are to leave training as far as is known by now."""
+    by_likelihood = trainer.job.training.select == "best" and heldout.pairs
+    leaves = best_step(history) == len(history) if by_likelihood else ended
+    save_checkpoint(trainer.engine, history, heldout.lines() if leaves else None, last)
+
+
+def _notice(trainer: Trainer, sink: Any, step: int) -> bool:
+    """Whether a node of this training is about to be taken away, as Ray heard from its cloud; says so."""
+    told = ray.train.get_preemption_info()
+    if told and trainer.rank == 0:
+        ranks = ", ".join(map(str, told.preempted_ranks))
+        warning = f"the node of rank {ranks} is about to be taken away; checkpoint after step {step}"
+        ray.get(sink.warn.remote("notice", warning))
+    return told is not None
 
 
 def _tell(trainer: Trainer, sink: Any, steps: list[StepMetrics]) -> bool:
@@ -70,12 +94,3 @@ def _tell(trainer: Trainer, sink: Any, steps: list[StepMetrics]) -> bool:
     answer = torch.tensor([float(told)], device=trainer.device)
     torch.distributed.broadcast(answer, src=0)
     return bool(answer.item())
-
-
-def _measure(trainer: Trainer, config: dict[str, Any]) -> None:
-    """Measure the margins of held-out pairs, if there are any."""
-    heldout = PairTable.load(config["run_dir"], heldout=True)
-    if len(heldout):
-        margins = trainer.margins(heldout)
-        if trainer.rank == 0:
-            ray.get(config["sink"].measure.remote(margins))

@@ -1,5 +1,8 @@
 """A real Ray cluster of several nodes on this machine, one of which can be taken away."""
 
+import subprocess
+import sys
+
 import psutil
 
 
@@ -23,15 +26,26 @@ class Nodes:
     def pids(self):
         return [process.process.pid for node in self.cluster.list_all_nodes() for process in raylets(node)]
 
-    def remove(self, process):
-        """Take away the node that a process runs on, as if its machine were gone."""
+    def of(self, process):
+        """The node that a process runs on."""
         above = {parent.pid for parent in process.parents()}
         for node in self.workers:
             if above & {raylet.process.pid for raylet in raylets(node)}:
-                self.cluster.remove_node(node, allow_graceful=False)
-                self.workers.remove(node)
-                return
+                return node
         raise AssertionError(f"{process} is on no node that can be taken away")
+
+    def remove(self, process):
+        """Take away the node that a process runs on, as if its machine were gone."""
+        node = self.of(process)
+        self.cluster.remove_node(node, allow_graceful=False)
+        self.workers.remove(node)
+
+    def announce(self, process):
+        """Tell Ray, as a cloud's agent does, that the node of a process will be taken away."""
+        to_node = ["--address", self.address, "--node-id", self.of(process).node_id]
+        reason = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
+        ray = [sys.executable, "-m", "ray.scripts.scripts", "drain-node"]
+        subprocess.run([*ray, *to_node, *reason, "--deadline-remaining-seconds", "120"], check=True)
 
     def end(self):
         children = psutil.Process().children(recursive=True)

@@ -20,7 +20,7 @@ from rdpo.cli import main
 from rdpo.errors import InputError
 from rdpo.folder import Folder
 from rdpo.storage import Manifest, StageFolder
-from tests.conftest import valid_job, write_job, write_jsonl
+from tests.conftest import ALL_STAGES, valid_job, write_job, write_jsonl
 from tests.faults.stores import SECRET, FlakyProxy, client, environment, keys
 
 pytest.importorskip("moto", reason="the S3 server of the tests is not installed")
@@ -429,9 +429,6 @@ def test_prompts_go_through_ray_and_a_store_that_fails_now_and_then(bucket, endp
     assert not [key for key in keys(endpoint, bucket, "run/.lock/") if key.endswith(".json")]
 
 
-STAGES = ("prompts", "calibration", "synthesis", "rewards", "pairs", "reference", "training", "evaluation", "model")
-
-
 @pytest.fixture
 def whole_job(wordy_models, bucket, tmp_path):
     table = valid_job(wordy_models[0], tmp_path)
@@ -454,19 +451,19 @@ def test_a_whole_run_killed_in_training_goes_on_and_publishes(
     kill_at_first_checkpoint(environ, whole_job, run_dir, endpoint, bucket, tmp_path / "killed.log")
     assert StageFolder(run_dir, "training").manifest() is None
     (first, *_) = steps_of(run_dir)
-    before = {stage: StageFolder(run_dir, stage).manifest() for stage in STAGES[:6]}
+    before = {stage: StageFolder(run_dir, stage).manifest() for stage in ALL_STAGES[:6]}
     assert all(before.values())
     printed = run(environ, whole_job, run_dir)
     assert "took over from process" in printed
     assert f"model       {run_dir}/model" in printed
-    assert {stage: StageFolder(run_dir, stage).manifest() for stage in STAGES[:6]} == before
-    done = {stage: StageFolder(run_dir, stage).manifest() for stage in STAGES}
+    assert {stage: StageFolder(run_dir, stage).manifest() for stage in ALL_STAGES[:6]} == before
+    done = {stage: StageFolder(run_dir, stage).manifest() for stage in ALL_STAGES}
     assert all(done.values())
     steps = steps_of(run_dir)
     # With the seconds it took: a step that was made again would have others.
     assert steps[0] == first
     assert len(steps) == done["training"].summary["steps"] > 2
-    assert run(environ, whole_job, run_dir).count("up to date") == len(STAGES)
+    assert run(environ, whole_job, run_dir).count("up to date") == len(ALL_STAGES)
     loads(Path(StageFolder(run_dir, "model").local()))
     assert main(["show", run_dir, "pairs", "--limit", "1"]) == 0
     assert main(["report", run_dir]) == 0

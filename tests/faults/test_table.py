@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from rdpo.storage import StageFolder
-from tests.conftest import whole_job, write_job, write_jsonl
+from tests.conftest import ALL_STAGES, whole_job, write_job, write_jsonl
 from tests.faults.faults import FAULTS, PATIENCE_S, Victim
 from tests.faults.nodes import Nodes
 
@@ -21,7 +21,6 @@ pytestmark = [pytest.mark.ray, pytest.mark.long]
 
 ROOT = Path(__file__).parents[2]
 STAGES = ("synthesis", "rewards", "pairs", "reference", "training", "evaluation")
-ORDER = ("prompts", "calibration", *STAGES)
 ROWS = 48
 # What a worker or a node takes with it is made again by Ray; an engine that dies as it starts ends the run.
 BY_ITSELF = ("worker kill -9", "node removed")
@@ -66,7 +65,7 @@ def whole(job, place):
 
 def begun(whole, run_dir, stage):
     """A run directory in which all stages before this one are done."""
-    for earlier in ORDER[: ORDER.index(stage)]:
+    for earlier in ALL_STAGES[: ALL_STAGES.index(stage)]:
         shutil.copytree(whole / earlier, run_dir / earlier)
     return run_dir
 
@@ -129,6 +128,25 @@ def test_training_goes_on_with_the_workers_that_are_left(job, whole, tmp_path):
     finally:
         nodes.end()
     same(run_dir, whole, "training")
+
+
+def test_a_node_that_will_be_taken_away_leaves_a_checkpoint(job, whole, tmp_path):
+    """No other checkpoint is due before the end of a long training."""
+    run_dir, log, nodes = begun(whole, tmp_path / "run", "training"), tmp_path / "log", Nodes()
+    settings = ["num_workers=[1, 2]", "cpus_per_worker=4", "checkpoint_every=10000", "epochs=60"]
+    try:
+        placed = [part for setting in settings for part in ("--set", f"training.{setting}")]
+        placed += ["--set", f"cluster.address={nodes.address}"]
+        victim = Victim(start(job, run_dir, "training", log, *placed), run_dir, "training", nodes)
+        victim.wait_until((victim.folder / "metrics.jsonl").exists)
+        nodes.announce(victim.workers()[0])
+        victim.wait_until(lambda: list(victim.folder.glob("checkpoints/checkpoint_*/checksums-0.json")))
+        nodes.remove(victim.workers()[0])
+        assert victim.driver.wait(PATIENCE_S) == 0, log.read_text()
+    finally:
+        nodes.end()
+    assert "is about to be taken away; checkpoint after step" in log.read_text()
+    assert len(losses(run_dir)) == 60 * len(losses(whole)) / 2
 
 
 def same(run_dir, whole, stage):

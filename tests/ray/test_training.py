@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from rdpo.config import Job
 from rdpo.storage import Manifest, StageFolder
 from rdpo.training.checkpoint import finish_policy
+from rdpo.training.heldout import LOSS, best_step
 from rdpo.training.loop import NonFiniteStep
 from rdpo.training.trainer import heldout_margins
 from tests.conftest import valid_job
@@ -128,6 +129,20 @@ def test_two_workers_under_zero3_equal_one_with_smaller_micro_batches(run_dir, t
     assert sorted(margins) == ["p24", "p25", "p26"]
     assert min(map(abs, margins.values())) > 1e-3
     assert heldout_margins(undisturbed[1]) == pytest.approx(margins, abs=2e-2)
+
+
+def test_the_weights_of_the_best_step_leave(run_dir, table):
+    table = {**table, "pairs": {"heldout_fraction": 0.1}}
+    # A rate at which training soon does more harm than good.
+    plain = {"zero_stage": 0, "schedule": "constant", "warmup_ratio": 0.0, "learning_rate": 6e-2}
+    history, folder = train(run_dir, table, "best", **plain, select="best", checkpoint_every=2, keep_checkpoints=1)
+    best = best_step(history)
+    assert 0 < best < len(history)
+    assert [step["step"] for step in history if LOSS in step] == [2, 4, 6, 8, 10, 12]
+    _, stopped = train(run_dir, table, "stopped", **plain, max_steps=best)
+    assert heldout_margins(folder) == heldout_margins(stopped)
+    left, expected = (load_file(Path(one.local("policy")) / "model.safetensors") for one in (folder, stopped))
+    assert all(torch.equal(left[name], tensor) for name, tensor in expected.items())
 
 
 def test_adapter_trains_and_merges(run_dir, table):

@@ -83,7 +83,7 @@ def test_dry_run_prints_the_resolved_job_and_the_plan(capsys, tmp_path, job_tabl
         (["run", "job.toml", "--until", "reward"], "no stage reward (did you mean `rewards`?)"),
         (["run", "job.toml", "--set", "training.loss=hnge"], "(did you mean `hinge`?)"),
         (["run", "job.toml", "--set", "rewards.0.kind=functoin"], "(did you mean `function`?)"),
-        (["run", "job.toml", "--set", "rounds.watch=lengthh"], "(did you mean `length`?)"),
+        (["run", "job.toml", "--set", "rounds.watch=lengths"], "(did you mean `length`?)"),
     ],
 )
 def test_a_mistyped_name_is_answered_with_the_one_that_was_meant(
@@ -131,7 +131,7 @@ def test_out_of_memory_is_one_message_with_remedies(capsys, tmp_path, job_table,
     def crash(*_, **__):
         raise RuntimeError("Refer to the documentation on how to address the out of memory issue: ...")
 
-    monkeypatch.setattr("rdpo.cli.commands._execute", crash)
+    monkeypatch.setattr("rdpo.runs.execute", crash)
     path = write_job(tmp_path / "job.toml", job_table)
     assert main(["run", path, "--run-dir", str(tmp_path / "run")]) == 1
     message = capsys.readouterr().err

@@ -1,13 +1,18 @@
 """What the documents show is true: the job in the README is a whole one, its commands exist."""
 
+import ast
+import importlib
 import re
 import tomllib
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from rdpo.cli import main
-from rdpo.config import Job
+from rdpo.config import LOSS_OPTIONS, Job, Loss
+from rdpo.config.manual import manual
+from tests.made_up import made_up_run
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -40,8 +45,80 @@ def test_make_targets_in_the_readme_exist():
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
+def test_the_reference_of_the_job_file_is_current():
+    assert (ROOT / "docs" / "config.md").read_text(encoding="utf-8") == manual(), "run `make docs`"
+
+
+def test_every_field_of_a_job_has_a_type_and_a_meaning():
+    rows = [line.strip("| ").split(" | ") for line in manual().splitlines() if line.startswith("| `")]
+    fields = [row for row in rows if len(row) > 3]
+    assert len(fields) > 100
+    assert not [row for row in fields if not (row[1].strip() and row[-1].strip())]
+    assert "| `rank` | whole number, at least 1 | `16` |" in manual()
+    assert "| `num_workers` | whole number or list of 2 whole numbers, at least 1 | `1` |" in manual()
+
+
+def test_every_loss_and_every_way_of_the_reward_has_its_equation():
+    told = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    ways = get_args(Loss.model_fields["reward_as"].annotation)
+    assert not [name for name in LOSS_OPTIONS if f"| `{name}` | " not in told]
+    assert not [way for way in ways if way != "auto" and f'| `training.reward_as = "{way}"` |' not in told]
+
+
+def test_the_map_of_the_house_names_every_module():
+    told = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    modules = [path.name for path in (ROOT / "rdpo").glob("*.py")]
+    rooms = [f"rdpo/{path.parent.name}/" for path in (ROOT / "rdpo").glob("*/__init__.py")]
+    assert not [name for name in modules + rooms if f"{name}`" not in told]
+
+
+def test_the_messages_in_the_remedies_are_those_that_are_printed():
+    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "rdpo").rglob("*.py")]
+    # A text over several lines is one text; what a message has from elsewhere stands as `…` in the document.
+    printed = re.sub(r"\{[^{}\n]*\}", "…", re.sub(r'"\s*\n\s*f?"', "", "\n".join(sources))).replace("`", "")
+    remedies = (ROOT / "docs" / "remedies.md").read_text(encoding="utf-8")
+    quoted = re.findall(r"^> (.+)$|^\| (`.+`) \|", remedies, re.MULTILINE)
+    messages = [message for line in quoted for message in re.findall(r"`([^`]+)`", "".join(line))]
+    told = [message.removeprefix("warning: ") for message in messages]
+    parts = [part.strip(" …0123456789.;:,") for message in told for part in message.split("…")]
+    assert len(messages) > 30
+    assert not [part for part in parts if len(part) > 9 and part not in printed]
+
+
+PYTHON = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+
+
+def test_the_examples_in_python_run(job_table, tmp_path, monkeypatch, capsys):
+    made_up_run(tmp_path / "runs" / "quickstart", job_table)
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    for block in re.findall(r"```python\n(.*?)```", PYTHON, re.DOTALL):
+        exec(block, names)
+    printed = capsys.readouterr().out
+    assert "win rate    1.000" in printed
+    assert "0.5 0.1" in printed
+    # The reward doubts the second pair, so that it counts less than an undecided one would.
+    slopes = names["pairs"].chosen.grad
+    assert slopes[0] < slopes[1] < 0
+
+
+def test_what_the_examples_for_a_cluster_use_is_there():
+    for block in re.findall(r"```python ray\n(.*?)```", PYTHON, re.DOTALL):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom):
+                assert all(hasattr(importlib.import_module(node.module), one.name) for one in node.names)
+    for home, name in re.findall(r"`(rdpo(?:\.\w+)+)\.(\w+)\((?:rows|job)", PYTHON):
+        assert hasattr(importlib.import_module(home), name), name
+
+
 def test_links_in_the_documents_lead_somewhere():
-    for document in [ROOT / "README.md", ROOT / "jobs" / "README.md", ROOT / "CONTRIBUTING.md"]:
+    documents = [
+        ROOT / "README.md",
+        ROOT / "jobs" / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        *(ROOT / "docs").glob("*.md"),
+    ]
+    for document in documents:
         for target in re.findall(r"\]\(([^)#]+)\)", document.read_text(encoding="utf-8")):
             if not target.startswith("http"):
                 assert (document.parent / target).exists(), f"{document.name}: {target}"

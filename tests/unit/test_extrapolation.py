@@ -6,6 +6,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from rdpo import lineage
+from rdpo.config import Job
 from rdpo.training.checkpoint import finish_policy
 from rdpo.training.extrapolation import extrapolate
 
@@ -42,3 +44,10 @@ def test_adapter_and_whole_weights_move_equally_far(tiny_model, tmp_path):
         torch.testing.assert_close(further[name], expected, atol=1e-5, rtol=0)
         moved += not torch.equal(after[name], start)
     assert moved > 5
+
+
+def test_an_extrapolated_arm_shares_its_training(job_table):
+    plain = Job.model_validate(job_table)
+    further = Job.model_validate({**job_table, "training": {**job_table["training"], "extrapolation": 0.5}})
+    assert lineage.training(plain) == lineage.training(further)
+    assert lineage.policy(plain) != lineage.policy(further)

@@ -28,14 +28,14 @@ def init(tmp_path, monkeypatch, capsys):
 
 def test_answers_from_a_pipe_are_asked_again_until_they_will_do(init):
     answers = ["none.jsonl", "asks.jsonl", "questionn", "", "no-such-model", "owner/student", "roleplay", "same"]
-    code, told, _ = init("mine.toml", answers=[*answers, "tests.rewards:lengthh", "tests.rewards:length", "two", "2"])
+    code, told, _ = init("mine.toml", answers=[*answers, "tests.rewards:lengths", "tests.rewards:length", "two", "2"])
     assert code == 0, told
     told = " ".join(told.split())
     for remark in (
         "none.jsonl does not exist",
         "no column `questionn` (did you mean `question`?)",
         "model no-such-model: no such folder or file",
-        "has no attribute 'lengthh'",
+        "has no attribute 'lengths'",
         "answer with a number",
         "rdpo run mine.toml --dry-run",
     ):

@@ -56,7 +56,7 @@ def test_a_run_that_nobody_works_in(run_dir, capsys):
     driver, stages = status(capsys, run_dir)
     assert driver is None
     states = [stage["state"] for stage in stages.values()]
-    assert states == ["done", "not begun", "done", "done", "done", "done", "interrupted", "not begun", "not begun"]
+    assert states == ["done", "not begun", "done", "done", "done", "done", "interrupted", *["not begun"] * 3]
     assert (stages["pairs"]["stored"], stages["pairs"]["dropped"]) == (12, 1)
     # Six of the pairs are trained on, two at a time, twice.
     assert (stages["training"]["stored"], stages["training"]["total"]) == (4, 6)

@@ -1,0 +1,45 @@
+"""Pairs that are held out of training: how likely the policy makes their preferences, step by step."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+from torch.nn.functional import logsigmoid
+
+from rdpo.training.loop import PairTable, Trainer
+
+LOSS = "heldout/loss"
+ACCURACY = "heldout/accuracy"
+
+StepMetrics = dict[str, float]
+
+
+class HeldoutPairs:
+    """The held-out pairs of a run, and their margins at the step they were last measured at."""
+
+    def __init__(self, run_dir: str):
+        self.pairs = PairTable.load(run_dir, heldout=True)
+        self.margins: list[dict[str, Any]] = []
+
+    def measure(self, trainer: Trainer) -> StepMetrics:
+        """The mean DPO loss -log sigmoid(margin) of the pairs, in nats, and the share with a margin above 0.
+
+        Nothing where no pairs are held out. All workers must call it, and all get the same.
+        """
+        if not len(self.pairs):
+            return {}
+        self.margins = trainer.margins(self.pairs)
+        margins = torch.tensor([row["margin"] for row in self.margins], dtype=torch.float64)
+        return {LOSS: float(-logsigmoid(margins).mean()), ACCURACY: float((margins > 0).double().mean())}
+
+    def lines(self) -> str:
+        """The margins as JSON lines, a pair in each."""
+        return "".join(json.dumps(row) + "\n" for row in self.margins)
+
+
+def best_step(history: list[StepMetrics]) -> int:
+    """The step after which the held-out pairs were most likely, the later one of equals; 0 if none was measured."""
+    measured = [step for step in history if LOSS in step]
+    return int(min(reversed(measured), key=lambda step: step[LOSS])["step"]) if measured else 0
