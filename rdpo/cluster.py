@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from rdpo.config import ClassifierReward, Concurrency, ImplicitReward, Job, JudgeReward, largest, smallest
-from rdpo.errors import InputError
+from rdpo.config import Concurrency, Job, largest, smallest
 from rdpo.interruption import heed_sigterm
 
 if TYPE_CHECKING:
@@ -102,45 +101,6 @@ def pools_ended(within_s: float = ENDS_WITHIN_S) -> bool:
         if time.monotonic() > deadline:
             return False
         time.sleep(PAUSE_S)
-
-
-def check_devices(job: Job, ray: Any) -> float:
-    """Compare the GPUs the job asks for with those the cluster has; how many it has.
-
-    Raises:
-        InputError: a stage asks for more.
-    """
-    wanted = {f"{name}.gpus": gpus for name, gpus, _ in _pools(job)} | {
-        "evaluation.engine.gpus": job.evaluation.engine.gpus,
-        "reference.gpus": job.reference.gpus,
-        "training": smallest(job.training.num_workers) * job.training.gpus_per_worker,
-    }
-    available = ray.cluster_resources().get("GPU", 0)
-    for name, count in wanted.items():
-        if count > available:
-            raise InputError(f"{name} asks for {count} GPU(s), but the cluster has {available:g}; set it to 0")
-    return available
-
-
-def fit_side_by_side(job: Job, gpus: float) -> bool:
-    """Whether teacher and rewards run at the same time: every pool has its GPUs, and one at most is on the CPU."""
-    if job.cluster.streaming != "auto":
-        return job.cluster.streaming == "on"
-    pools = _pools(job)
-    return sum(each * smallest(size) for _, each, size in pools) <= gpus and sum(not each for _, each, _ in pools) <= 1
-
-
-def _pools(job: Job) -> list[tuple[str, float, Concurrency]]:
-    """Those pools of teacher and rewards that hold a model: name, GPUs of an actor, number of actors."""
-    pools: list[tuple[str, float, Concurrency]] = []
-    if job.synthesis.task and not job.synthesis.endpoint:
-        pools.append(("synthesis.engine", job.synthesis.engine.gpus, job.synthesis.engine.concurrency))
-    for reward in job.rewards:
-        if isinstance(reward, JudgeReward):
-            pools.append((f"rewards.{reward.name}.engine", reward.engine.gpus, reward.engine.concurrency))
-        elif isinstance(reward, ClassifierReward | ImplicitReward):
-            pools.append((f"rewards.{reward.name}", reward.gpus, reward.concurrency))
-    return pools
 
 
 def actor_pool(concurrency: Concurrency, at_once: int = 1) -> ActorPoolStrategy:

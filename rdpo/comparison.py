@@ -146,7 +146,7 @@ def run_arms(jobs: dict[tuple[str, int], Job], run_dir: str, console: Console, u
 def compare_arms(comparison: Comparison, jobs: dict[tuple[str, int], Job], run_dir: str, console: Console) -> None:
     """Run all arms; print the tables, write them as CSV and as a report."""
     from rdpo.evaluation import arms, heldout, retention
-    from rdpo.evaluation.report import write_comparison
+    from rdpo.evaluation.comparison_report import write_comparison
     from rdpo.training.trainer import heldout_margins
 
     run_arms(jobs, run_dir, console, comparison.until)

@@ -30,8 +30,9 @@ TOLD_REASONS = 20
 
 @dataclass
 class Run:
-    """One run: its job, its directory, run directories whose stages it may take over, and what has been done so far:
-    the manifests of finished stages, and which of them this run has made.
+    """One run: its job, its directory, run directories whose stages it may take over, whom to tell when a stage is made
+    and others are to come, and what has been done so far: the manifests of finished stages, and which of them this run
+    has made.
     """
 
     job: Job
@@ -39,6 +40,7 @@ class Run:
     console: Console
     prepare: Callable[[Job], bool]
     siblings: tuple[str, ...] = ()
+    on_stage: Callable[[Run], None] | None = None
     manifests: dict[str, Manifest] = field(default_factory=dict)
     made: set[str] = field(default_factory=set)
 
@@ -97,6 +99,8 @@ def run_stages(run: Run, stages: Sequence[Stage]) -> None:
         while run.streams and waiting and waiting[0].joins:
             chain.append(waiting.pop(0))
         _make(run, chain)
+        if run.on_stage and waiting:
+            run.on_stage(run)
 
 
 def _up_to_date(run: Run, stage: Stage) -> bool:

@@ -23,7 +23,7 @@ MODEL = "model"
 
 def run_rounds(job: Job, run_dir: str, console: Console) -> None:
     """Bring every round up to date, until one does not raise the watched reward."""
-    from rdpo.evaluation.report import headline, write_report
+    from rdpo.evaluation.report import ReportSoFar, headline, write_report
 
     starts, shown = [job.student.model], []
     for number in range(1, job.rounds.count + 1):
@@ -31,7 +31,7 @@ def run_rounds(job: Job, run_dir: str, console: Console) -> None:
         console.tell("round_begin", round=number, start=starts[-1])
         folder, of_round = round_dir(run_dir, number), job_of_round(job, number, starts)
         with locked(of_round, folder, say=console.say):
-            run = Run(of_round, folder, console, prepare)
+            run = Run(of_round, folder, console, prepare, on_stage=ReportSoFar())
             run_stages(run, stages_of(of_round))
             path = write_report(folder)
         for line in [*headline(folder), f"report      {path}"]:

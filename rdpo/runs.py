@@ -91,6 +91,7 @@ def execute(
 ) -> None:
     """Bring a run up to date: all its rounds or stages, those up to `until`, or `only` one; `voice` tells of it."""
     from rdpo.cluster import ray_stopped_after
+    from rdpo.evaluation.report import ReportSoFar, write_report
     from rdpo.pipeline import Run, locked, run_stages
     from rdpo.rounds import run_rounds
     from rdpo.stages import prepare, stages_of
@@ -102,9 +103,11 @@ def execute(
         if job.rounds.count > 1:
             run_rounds(job, absolute(run_dir), console)
             return
-        run = Run(job, absolute(run_dir), console, prepare)
+        run = Run(job, absolute(run_dir), console, prepare, on_stage=ReportSoFar())
         run_stages(run, stages[last if only else 0 : last + 1])
-        if not only and not until:
+        if only or until:
+            write_report(run.dir)
+        else:
             _finish(run)
 
 

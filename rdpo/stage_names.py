@@ -19,6 +19,7 @@ STAGES = (
     "evaluation",
     "model",
 )
+WITHOUT_ROWS = ("training", "policy", "model")
 STAGE_COMMANDS = {
     "calibrate": "calibration",
     "synthesize": "synthesis",

@@ -9,7 +9,8 @@ from markupsafe import Markup
 
 from rdpo.errors import InputError
 from rdpo.evaluation.export import export
-from rdpo.evaluation.report import REPORT, headline
+from rdpo.evaluation.page import REPORT
+from rdpo.evaluation.report import headline
 from rdpo.folder import Folder
 from rdpo.pipeline import job_of_run
 from rdpo.records import visible

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -143,15 +145,34 @@ def init(options: argparse.Namespace) -> int:
 
 
 def plan(options: argparse.Namespace) -> int:
-    """Print the memory and speed of a training."""
+    """Print where a job runs, what that costs, and the memory and speed of its training."""
     from rdpo.config import load_job
+    from rdpo.placement import placement_table
+
+    job = load_job(options.job, options.overrides)
+    for line in chain(placement_table(job), _costs(job, options), _training(job, options)):
+        print(visible(line))
+    return 0
+
+
+def _costs(job: Job, options: argparse.Namespace) -> Iterator[str]:
+    from rdpo.costs import cost_table, load_prices, load_rates
+
+    if options.prices and not options.rates:
+        raise InputError("--prices: dollars need hours; give --rates, a finished smaller run or rows a second by stage")
+    if options.rates:
+        prices = load_prices(options.prices) if options.prices else {}
+        yield ""
+        yield from cost_table(job, options.prompts, load_rates(options.rates), prices)
+
+
+def _training(job: Job, options: argparse.Namespace) -> Iterator[str]:
     from rdpo.training.loop import PairTable
     from rdpo.training.plan import plan
 
     sizes = PairTable.load(options.lengths_from).sizes if options.lengths_from else ()
-    for line in plan(load_job(options.job, options.overrides), options.gpu, options.workers, sizes):
-        print(line)
-    return 0
+    yield ""
+    yield from plan(job, options.gpu, options.workers, sizes)
 
 
 def completion(options: argparse.Namespace) -> int:

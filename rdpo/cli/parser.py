@@ -102,7 +102,7 @@ def _add_compare(commands: Commands) -> None:
 
 
 def _add_plan(commands: Commands) -> None:
-    plan = commands.add_parser("plan", help="memory and speed of a job's training, before anything runs")
+    plan = commands.add_parser("plan", help="placement, memory and speed of a job, and its cost, before anything runs")
     _add_place(plan, "job", "JOB.toml", FILE)
     plan.add_argument("--set", metavar="section.key=value", action="append", default=[], dest="overrides")
     plan.add_argument("--gpu", metavar="TYPE", help="a GPU type, for example H100")
@@ -114,6 +114,12 @@ def _add_plan(commands: Commands) -> None:
     )
     lengths.complete = DIRECTORY  # type: ignore[attr-defined]
     plan.add_argument("--workers", type=int, help="how many (default: training.num_workers, of two the smallest)")
+    rates = "for hours: a finished smaller run of the job, or rows a second by stage in TOML"
+    _add_place(plan, "--rates", "PATH", DIRECTORY, rates)
+    _add_place(plan, "--prices", "TOML", FILE, "for dollars: prices by kind of node; needs --rates")
+    plan.add_argument(
+        "--prompts", type=int, metavar="N", help="how many the teacher answers (default: synthesis.limit)"
+    )
     plan.set_defaults(function=does.plan)
 
 

@@ -6,7 +6,7 @@ before any model is loaded.
 
 from rdpo.config.evaluation import Evaluation, Publish, Retention, Rounds
 from rdpo.config.files import explained, job_of, load_job, read_toml, to_table, to_toml, with_changes
-from rdpo.config.job import Cluster, Job
+from rdpo.config.job import RESOURCES, Cluster, Job, Placement
 from rdpo.config.models import Endpoint, Engine, Sampling, Student
 from rdpo.config.pairs import BEST, WORST, Defect, Pairs, Reference, Replay, Sides
 from rdpo.config.prompts import Prompts, Synthesis
@@ -17,6 +17,7 @@ from rdpo.config.training import LOSS_OPTIONS, Lora, Loss, Training
 __all__ = [
     "BEST",
     "LOSS_OPTIONS",
+    "RESOURCES",
     "WORST",
     "Calibration",
     "ClassifierReward",
@@ -35,6 +36,7 @@ __all__ = [
     "Lora",
     "Loss",
     "Pairs",
+    "Placement",
     "Prompts",
     "Publish",
     "Reference",

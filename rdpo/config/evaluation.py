@@ -24,8 +24,9 @@ class Evaluation(Section):
     """How both models answer."""
     engine: Engine = Engine()
     """The engines of both models."""
-    samples: int = Field(default=20, ge=0)
-    """Prompts whose answers are shown side by side in the report."""
+    samples: int = Field(default=1000, ge=0)
+    """At most so many prompts stand in the report with both answers: of more, those that gained and lost most, and
+    others."""
 
 
 class Retention(Section):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from rdpo.config.evaluation import Evaluation, Publish, Retention, Rounds
 from rdpo.config.models import Student
@@ -15,6 +15,30 @@ from rdpo.config.section import Section, largest
 from rdpo.config.training import Training
 from rdpo.stage_names import STAGES
 from rdpo.suggestion import did_you_mean
+
+RESOURCES = {"CPU", "GPU", "TPU", "memory", "object_store_memory"}
+"""What Ray counts on every node; anything else is a custom resource."""
+
+
+def _not_a_resource(name: str) -> str:
+    if name in RESOURCES:
+        raise ValueError("every node has that; name a custom resource that only its nodes declare")
+    return name
+
+
+Kind = Annotated[str, Field(pattern=r"^[A-Za-z][\w:.-]*$"), AfterValidator(_not_a_resource)]
+"""A kind of node, by a custom resource that its nodes declare; `accelerator_type:H100` is one that Ray declares."""
+
+
+class Placement(Section):
+    """Which work runs on which nodes; by default all of it anywhere."""
+
+    teacher: Kind | None = None
+    """The engines that write: the teacher's, and those of the evaluation."""
+    reward: Kind | None = None
+    """Rewards that hold a model."""
+    trainer: Kind | None = None
+    """Training, and the forward of reference and divergence."""
 
 
 class Cluster(Section):
@@ -28,6 +52,10 @@ class Cluster(Section):
     streaming: Literal["auto", "on", "off"] = "auto"
     """Whether rewards score the first rows while the teacher still writes the last. `auto`: where every model has
     GPUs of its own, or only one runs on the CPU; `off`: one model after the other, on a machine that holds one."""
+
+    placement: Placement = Placement()
+    """Kinds of nodes, by what runs on them. A node declares its kind, as in `ray start --resources='{"teacher": 1}'`;
+    it changes no result, and a run may go on with another one."""
 
 
 class Job(Section):

@@ -18,7 +18,7 @@ from rich.text import Text
 
 from rdpo.config import Job, Sampling
 from rdpo.errors import InputError
-from rdpo.evaluation.report import shown
+from rdpo.evaluation.page import shown
 from rdpo.pipeline import job_of_run
 from rdpo.policy.chat import Chat, load_chat
 from rdpo.policy.hardware import compute_dtype, take_device

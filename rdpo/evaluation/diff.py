@@ -15,12 +15,11 @@ from rdpo.evaluation.results import result_lines
 from rdpo.lineage import placeless
 from rdpo.pipeline import job_of_run
 from rdpo.records import digest
-from rdpo.stage_names import STAGES
+from rdpo.stage_names import STAGES, WITHOUT_ROWS
 from rdpo.storage import Manifest, StageFolder
 from rdpo.streaming import ID
 
 ANSWERS = ("chosen", "rejected")
-WITHOUT_ROWS = ("training", "policy", "model")
 SHOWN_CHARS = 48
 SHOWN_NAMES = 5
 UNSET = "-"

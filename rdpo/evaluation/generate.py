@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from rdpo.cluster import actor_pool
 from rdpo.config import Job, Sampling
+from rdpo.placement import share_of
 from rdpo.policy.chat import load_chat
 from rdpo.policy.hardware import take_device
 from rdpo.policy.models import local_model
@@ -42,7 +43,8 @@ def answer_prompts(rows: list[Row], job: Job, models: dict[str, str]) -> list[Ro
     questions = _questions(rows, job)
     asked = table_of([{**row, "contender": column} for column in models for row in questions])
     arguments = {"job": job, "models": models}
-    answered = engine_pool(ray.data.from_arrow(asked), Answerer, job.evaluation.engine, arguments)
+    nodes = job.cluster.placement.teacher
+    answered = engine_pool(ray.data.from_arrow(asked), Answerer, job.evaluation.engine, arguments, nodes)
     return side_by_side(answered.take_all(), list(models))
 
 
@@ -133,6 +135,7 @@ def add_divergence(rows: ray.data.Dataset, job: Job, trained: str, column: str) 
         compute=actor_pool(job.reference.concurrency),
         num_cpus=1,
         num_gpus=job.reference.gpus,
+        resources=share_of(job.cluster.placement.trainer),
     )
 
 

@@ -1,139 +1,107 @@
-"""report.html: one self-contained page of what a run did, in the order of the data.
-
-Charts are SVG drawings inside the page; model text is escaped by the template engine. Nothing is
-loaded from elsewhere.
-"""
+"""report.html: one self-contained page of what a run did, in the order of the data."""
 
 from __future__ import annotations
 
-import io
 import json
-from typing import TYPE_CHECKING, Any
+import time
+from collections.abc import Mapping
+from typing import Any
 
-from jinja2 import Environment, PackageLoader
-from markupsafe import Markup
+import numpy as np
 
 from rdpo.config import Job
-from rdpo.evaluation.arms import ArmResult
-from rdpo.evaluation.compare import Estimate
-from rdpo.evaluation.heldout import HeldoutResult
-from rdpo.folder import Folder
-from rdpo.pipeline import job_of_run
-from rdpo.records import Row, extra_of, text_of, visible
-from rdpo.stage_names import STAGES
-from rdpo.storage import Manifest, StageFolder
-from rdpo.training.metrics import METRICS, NAMES
+from rdpo.evaluation import charts
+from rdpo.evaluation.alerts import alerts
+from rdpo.evaluation.columns import PairColumns, PromptColumns, pair_columns, prompt_columns, prompt_lengths
+from rdpo.evaluation.page import SCRIPT, write_page
+from rdpo.evaluation.provenance import sources
+from rdpo.evaluation.samples import Sample, conversations, evaluated_samples
+from rdpo.pipeline import Run, job_of_run
+from rdpo.stage_names import STAGES, WITHOUT_ROWS
+from rdpo.storage import IN_PROGRESS, Manifest, StageFolder
+from rdpo.training.metrics import METRICS
 
-if TYPE_CHECKING:
-    from rdpo.comparison import Comparison
-
-REPORT = "report.html"
-SHOWN_CHARS = 4000
-BEFORE, AFTER = "#8a8f98", "#2f6fde"
 CURVES = {
     "loss": ["loss"],
-    "margins and accuracy": ["rewards/margins", "rewards/accuracies"],
+    "accuracy of the implicit rewards": ["rewards/accuracies"],
+    "margin of the implicit rewards": ["rewards/margins"],
     "implicit rewards": ["rewards/chosen", "rewards/rejected"],
-    "log-probs (sum, nats)": ["logps/chosen", "logps/rejected"],
+    "log-probs of the answers (nats)": ["logps/chosen", "logps/rejected"],
     "gradient norm": ["grad_norm"],
     "learning rate": ["learning_rate"],
+    "tokens per second": ["tokens_per_second"],
+    "peak memory (GiB)": ["peak_memory_gib"],
 }
+EVERY_S = 180.0
+"""A page takes seconds to write, which a run of minutes should not spend on every stage."""
+EXTREMES = 3
+"""Answers that gained most, and as many that lost most, shown before the others."""
+
+Manifests = dict[str, Manifest]
+Section = dict[str, Any]
 
 
-def write_report(run_dir: str) -> str:
+def write_report(run_dir: str, under_way: bool = False) -> str:
     """Write the report of a run, as far as the run has come; its path.
+
+    Args:
+        run_dir: the run.
+        under_way: more is to come; a browser that shows the page loads it anew now and then.
 
     Raises:
         InputError: there is no run in this directory.
     """
-    job = job_of_run(run_dir)
-    manifests = _manifests(run_dir)
-    page = (
-        _environment()
-        .get_template("report.html.jinja")
-        .render(
-            job=job,
-            settings=json.dumps(job.model_dump(mode="json", exclude_none=True), indent=2),
-            manifests=manifests,
-            evaluation=_summary(manifests, "evaluation"),
-            training=_summary(manifests, "training"),
-            retention=_summary(manifests, "retention"),
-            agreement=_summary(manifests, "pairs").get("agreement", {}),
-            right=_summary(manifests, "calibration").get("right", {}) if job.calibration.source else {},
-            charts=_charts(run_dir, job, manifests),
-            samples=_samples(run_dir, job.evaluation.samples) if "evaluation" in manifests else [],
-            conversations=_conversations(run_dir, 3) if "synthesis" in manifests else [],
-            warnings=_warnings(manifests),
-        )
+    job, manifests = job_of_run(run_dir), _manifests(run_dir)
+    pairs = pair_columns(StageFolder(run_dir, "pairs")) if "pairs" in manifests else None
+    summaries = {name: manifest.summary for name, manifest in manifests.items()}
+    return write_page(
+        run_dir,
+        "report.html.jinja",
+        script=SCRIPT,
+        job=job,
+        run_dir=run_dir,
+        settings=json.dumps(job.model_dump(mode="json", exclude_none=True), indent=2, ensure_ascii=False),
+        manifests=manifests,
+        without_rows=WITHOUT_ROWS,
+        unfinished=_unfinished(run_dir, manifests),
+        written=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()) if under_way else None,
+        seconds=_seconds(manifests),
+        summaries=summaries,
+        alerts=alerts(manifests, pairs),
+        prompts=_prompts(run_dir) if "prompts" in manifests else None,
+        conversations=conversations(StageFolder(run_dir, "synthesis"), job) if "synthesis" in manifests else [],
+        scores=_scores(job, pairs, summaries) if pairs else None,
+        pairs=_pairs(pairs) if pairs else None,
+        training=_training(run_dir),
+        evaluation=_evaluation(run_dir, job) if summaries.get("evaluation", {}).get("prompts") else None,
+        sources=sources(manifests, job.student.model),
     )
-    return _written(run_dir, page)
 
 
-def write_comparison(
-    run_dir: str, comparison: Comparison, results: list[ArmResult], heldout: list[HeldoutResult]
-) -> str:
-    """Write the report of a comparison; its path."""
-    rewards: dict[str, list[ArmResult]] = {}
-    for result in results:
-        rewards.setdefault(result.reward, []).append(result)
-    charts = {
-        reward: _compared({result.arm: result.difference for result in of_reward}, comparison, f"{reward}: gain")
-        for reward, of_reward in rewards.items()
-    }
-    accuracies = {result.arm: result.accuracy for result in heldout}
-    page = (
-        _environment()
-        .get_template("comparison.html.jinja")
-        .render(
-            comparison=comparison,
-            rewards=rewards,
-            charts=charts,
-            heldout=heldout,
-            accuracies=_compared(accuracies, comparison, "share of pairs") if heldout else None,
-        )
-    )
-    return _written(run_dir, page)
+class ReportSoFar:
+    """Writes the report of a run that goes on, after a stage but not more often than every so many seconds.
 
+    A page that fails is told of, and does not end the run.
+    """
 
-def _written(run_dir: str, page: str) -> str:
-    Folder(run_dir).write_bytes(REPORT, page.encode("utf-8", "replace"))
-    return f"{run_dir.rstrip('/')}/{REPORT}"
+    def __init__(self, every_s: float = EVERY_S):
+        self.every_s, self.written = every_s, time.monotonic()
 
-
-def _compared(estimates: dict[str, Estimate], comparison: Comparison, label: str) -> Markup:
-    """The arms' figures with their intervals: over the values of what varies, or one row for each arm."""
-    if comparison.vary is None:
-        return _rows(estimates, label)
-    figure, axes = _figure(height=3.0)
-    axis = axes[0][0]
-    for arm in comparison.arms:
-        points = [(v.value, estimates[str(v)]) for v in comparison.variants if v.arm == arm and str(v) in estimates]
-        places, means = [value for value, _ in points], [estimate.mean for _, estimate in points]
-        ends = [[e.mean - e.low for _, e in points], [e.high - e.mean for _, e in points]]
-        axis.errorbar(places, means, yerr=ends, marker="o", markersize=4, linewidth=1.4, capsize=2, label=arm)
-    axis.set_xlabel(comparison.vary.key, fontsize=8)
-    axis.set_ylabel(label, fontsize=8)
-    axis.legend(fontsize=8, frameon=False)
-    return _svg(figure)
-
-
-def _rows(estimates: dict[str, Estimate], label: str) -> Markup:
-    figure, axes = _figure(height=0.6 + 0.32 * len(estimates))
-    axis = axes[0][0]
-    for place, estimate in enumerate(reversed(estimates.values())):
-        axis.plot([estimate.low, estimate.high], [place, place], color=AFTER, linewidth=2)
-        axis.plot([estimate.mean], [place], "o", color=AFTER, markersize=5)
-    axis.axvline(0, color=BEFORE, linewidth=0.8)
-    axis.set_yticks(range(len(estimates)), list(reversed(estimates)))
-    axis.set_ylim(-0.6, len(estimates) - 0.4)
-    axis.set_xlabel(label, fontsize=8)
-    return _svg(figure)
+    def __call__(self, run: Run) -> None:
+        """A stage of the run is made."""
+        if time.monotonic() - self.written < self.every_s:
+            return
+        try:
+            write_report(run.dir, under_way=True)
+        except Exception as error:
+            run.console.warn(f"no report yet: {type(error).__name__}: {error}")
+        self.written = time.monotonic()
 
 
 def headline(run_dir: str) -> list[str]:
     """The result of a run in a few lines of text."""
-    manifests = _manifests(run_dir)
-    summary, retention = _summary(manifests, "evaluation"), _summary(manifests, "retention")
+    summaries = {name: manifest.summary for name, manifest in _manifests(run_dir).items()}
+    summary, retention = summaries.get("evaluation", {}), summaries.get("retention")
     lines = []
     for reward in summary.get("rewards", []):
         rate, kind = reward["win_rate"], "optimised" if reward["weight"] else "independent"
@@ -157,157 +125,112 @@ def headline(run_dir: str) -> list[str]:
     return lines
 
 
-def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("rdpo.evaluation"), autoescape=True, trim_blocks=True, finalize=_written_out
-    )
-    environment.filters["shown"] = shown
-    environment.filters["clock"] = lambda seconds: f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
-    return environment
-
-
-def _written_out(value: Any) -> Any:
-    """Whatever a template prints, fit for a page; our own drawings as they are."""
-    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
-
-
-def shown(text: str) -> str:
-    """Model text fit for a page: control and direction characters made visible, very long text cut."""
-    text = text or ""
-    cut = visible(text[:SHOWN_CHARS])
-    return cut if len(text) <= SHOWN_CHARS else f"{cut} … ({len(text)} characters)"
-
-
-def _manifests(run_dir: str) -> dict[str, Manifest]:
+def _manifests(run_dir: str) -> Manifests:
     found = {name: StageFolder(run_dir, name).manifest() for name in STAGES}
     return {name: manifest for name, manifest in found.items() if manifest}
 
 
-def _summary(manifests: dict[str, Manifest], stage: str) -> dict[str, Any]:
-    return manifests[stage].summary if stage in manifests else {}
+def _seconds(manifests: Manifests) -> float:
+    """Time of all stages; those that ran together count once."""
+    counted: list[str] = []
+    for name, manifest in manifests.items():
+        if not set(manifest.together) & set(counted):
+            counted.append(name)
+    return sum(manifests[name].seconds for name in counted)
 
 
-def _warnings(manifests: dict[str, Manifest]) -> list[str]:
-    training, evaluation = _summary(manifests, "training"), _summary(manifests, "evaluation")
-    found = []
-    if training.get("steps") and training["last"]["logps/chosen"] < training["first"]["logps/chosen"] - 10:
-        found.append(
-            "The log-probs of the chosen answers fell in training; an SFT term (training.sft_coef) holds them."
+def _unfinished(run_dir: str, manifests: Manifests) -> dict[str, int]:
+    """Rows that stages have stored so far that are begun and not committed."""
+    folders = {name: StageFolder(run_dir, name) for name in STAGES if name not in manifests}
+    return {name: folder.count() for name, folder in folders.items() if folder.exists(IN_PROGRESS)}
+
+
+def _prompts(run_dir: str) -> Section:
+    lengths = prompt_lengths(StageFolder(run_dir, "prompts"))
+    return {
+        "lengths": charts.histogram({"prompts": lengths}, "tokens of the prompt", "prompts", [charts.AFTER]),
+        "median": float(np.median(lengths)),
+        "longest": float(lengths.max()),
+    }
+
+
+def _scores(job: Job, pairs: PairColumns, summaries: Mapping[str, Section]) -> Section:
+    """What each reward says of the pairs, and how far they agree."""
+    # Without known pairs of the user's the trial says only that the models load.
+    right = summaries.get("calibration", {}).get("right", {}) if job.calibration.source else {}
+    drawn = {}
+    for name in pairs.chosen:
+        sides = {"rejected": pairs.rejected[name], "chosen": pairs.chosen[name]}
+        drawn[name] = charts.histogram(sides, name, "pairs", [charts.OTHER, charts.AFTER])
+    return {"right": right, "charts": drawn, "same_side": pairs.same_side()}
+
+
+def _pairs(pairs: PairColumns) -> Section:
+    gaps = {"kept": pairs.kept_gaps, "dropped": pairs.dropped_gaps}
+    lengths = {"rejected": pairs.rejected_chars, "chosen": pairs.chosen_chars}
+    drawn = {}
+    if any(map(len, gaps.values())):
+        label = "score of chosen minus score of rejected"
+        drawn["reward gap"] = charts.histogram(gaps, label, "pairs", [charts.AFTER, charts.BEFORE])
+    if len(pairs.kept_gaps):
+        drawn["length of the answers"] = charts.histogram(lengths, "characters", "pairs", [charts.OTHER, charts.AFTER])
+        longer = pairs.chosen_chars - pairs.rejected_chars
+        drawn["reward gap by length"] = charts.scatter(
+            longer, pairs.kept_gaps, "characters that chosen is longer", "reward gap"
         )
-    length = evaluation.get("length")
-    if length and length["trained"]["mean"] > 1.5 * length["start"]["mean"]:
-        found.append("Answers grew by more than half; compare rewards at equal length before believing the win rate.")
-    stop = evaluation.get("stop_rate")
-    if stop and stop["trained"]["mean"] < stop["start"]["mean"] - 0.1:
-        found.append("The trained model stops by itself less often than the start model.")
-    return found
+    return {"columns": pairs, "charts": drawn}
 
 
-def _samples(run_dir: str, limit: int) -> list[dict[str, Any]]:
-    rows = StageFolder(run_dir, "evaluation").table().sort_by("prompt_id").slice(0, limit).to_pylist()
-    return [
-        {
-            "id": row["prompt_id"][:8],
-            "prompt": text_of(row["prompt"]),
-            "sides": [_side(row, "start"), _side(row, "trained")],
-        }
-        for row in rows
-    ]
+def _training(run_dir: str) -> Section | None:
+    """The curves as far as training has written them down."""
+    folder = StageFolder(run_dir, "training")
+    content = folder.read_bytes(METRICS).decode() if folder.exists(METRICS) else ""
+    steps = [json.loads(line) for line in content.splitlines()]
+    if not steps:
+        return None
+    series = {name: np.array([step.get(name) for step in steps], dtype=float) for name in ("step", *steps[0])}
+    drawn = {}
+    for title, names in CURVES.items():
+        known = {name.rsplit("/", 1)[-1]: series[name] for name in names if name in series}
+        if known:
+            drawn[title] = charts.curves(series["step"], known)
+    return {
+        "charts": drawn,
+        "steps": len(steps),
+        "skipped": int(np.nansum(series.get("skipped", 0))),
+        "first": steps[0],
+        "last": steps[-1],
+    }
 
 
-def _side(row: Row, side: str) -> dict[str, Any]:
-    return {"name": side, "text": row[side], "scores": row[f"{side}_scores"] or {}, "score": row[f"{side}_score"]}
+def _evaluation(run_dir: str, job: Job) -> Section:
+    folder = StageFolder(run_dir, "evaluation")
+    columns = prompt_columns(folder)
+    samples = evaluated_samples(folder, columns, job.evaluation.samples)
+    return {
+        "charts": {name: _reward_charts(columns, name) for name in columns.rewards},
+        "by_length": {name: columns.by_length(name) for name in columns.rewards},
+        "sorts": [*columns.rewards, "tokens"],
+        "samples": samples,
+        "extremes": _extremes(samples),
+        "total": len(columns.ids),
+    }
 
 
-def _conversations(run_dir: str, limit: int) -> list[dict[str, Any]]:
-    folder = StageFolder(run_dir, "synthesis")
-    if not folder.parts():
-        return []
-    rows = folder.table().sort_by("prompt_id").slice(0, limit).to_pylist()
-    turns = [name.removesuffix("_finish_reason") for name in rows[0] if name.endswith("_finish_reason")]
-    return [
-        {
-            "id": row["prompt_id"][:8],
-            "prompt": text_of(row["prompt"]),
-            "turns": [(name, row[name]) for name in turns],
-            "extra": extra_of(row),
-        }
-        for row in rows
-    ]
+def _reward_charts(columns: PromptColumns, reward: str) -> dict[str, Any]:
+    start, trained = (columns.scores[model][reward] for model in ("start", "trained"))
+    models = {"start model": start, "trained model": trained}
+    return {
+        "scores": charts.histogram(models, reward, "prompts"),
+        "each prompt, before and after": charts.scatter(start, trained, "start model", "trained model", diagonal=True),
+        "gain by growth": charts.scatter(
+            columns.growth, columns.change(reward), "tokens that the answer grew", f"gain in {reward}"
+        ),
+    }
 
 
-def _charts(run_dir: str, job: Job, manifests: dict[str, Manifest]) -> dict[str, Markup]:
-    charts = {}
-    if "pairs" in manifests:
-        pairs = StageFolder(run_dir, "pairs")
-        gaps = pairs.table(columns=["reward_gap"])["reward_gap"].to_pylist() if pairs.parts() else []
-        charts["gaps"] = _histogram({"reward gap": gaps}, "score of chosen minus score of rejected")
-    if "training" in manifests:
-        folder = StageFolder(run_dir, "training")
-        steps = [json.loads(line) for line in folder.read_bytes(METRICS).decode().splitlines()]
-        if steps:
-            charts["curves"] = _curves(steps)
-    if "evaluation" in manifests:
-        rows = StageFolder(run_dir, "evaluation").table().to_pylist()
-        for reward in job.rewards:
-            before = [row["start_scores"][reward.name] for row in rows]
-            after = [row["trained_scores"][reward.name] for row in rows]
-            charts[f"reward/{reward.name}"] = _histogram({"start model": before, "trained model": after}, reward.name)
-    return charts
-
-
-def _figure(columns: int = 1, rows: int = 1, width: float = 6.4, height: float = 2.4) -> Any:
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height * rows), layout="constrained")
-    FigureCanvasSVG(figure)
-    axes = figure.subplots(rows, columns, squeeze=False)
-    for axis in axes.flat:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.tick_params(labelsize=8)
-    return figure, axes
-
-
-def _svg(figure: Any) -> Markup:
-    """The figure as an SVG element that takes the page's text colour."""
-    from matplotlib import rc_context
-
-    buffer = io.StringIO()
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "rdpo"}):
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    text = buffer.getvalue()
-    return Markup(text[text.index("<svg") :].replace("#000000", "currentColor"))
-
-
-def _histogram(series: dict[str, list[float]], label: str) -> Markup:
-    figure, axes = _figure()
-    axis = axes[0][0]
-    everything = [value for values in series.values() for value in values]
-    bins = _bins(everything)
-    for (name, values), colour in zip(series.items(), (BEFORE, AFTER), strict=False):
-        axis.hist(values, bins=bins, alpha=0.65, color=colour, label=name)
-    axis.set_xlabel(label, fontsize=8)
-    axis.set_ylabel("prompts", fontsize=8)
-    if len(series) > 1:
-        axis.legend(fontsize=8, frameon=False)
-    return _svg(figure)
-
-
-def _bins(values: list[float]) -> Any:
-    import numpy as np
-
-    return np.histogram_bin_edges(values, bins=24) if values else 1
-
-
-def _curves(steps: list[dict[str, float]]) -> Markup:
-    figure, axes = _figure(columns=2, rows=3, width=7.2, height=1.9)
-    known = {*NAMES, "grad_norm", "learning_rate"}
-    for axis, (title, names) in zip(axes.flat, CURVES.items(), strict=True):
-        for name, colour in zip([name for name in names if name in known], (AFTER, "#c2573a"), strict=False):
-            label = name.rsplit("/", 1)[-1]
-            axis.plot([step["step"] for step in steps], [step[name] for step in steps], color=colour, label=label)
-        axis.set_title(title, fontsize=9)
-        if len(names) > 1:
-            axis.legend(fontsize=7, frameon=False)
-    return _svg(figure)
+def _extremes(samples: list[Sample]) -> dict[str, list[Sample]]:
+    ordered = sorted(samples, key=lambda sample: sample.gain)
+    gained = [sample for sample in ordered[::-1][:EXTREMES] if sample.gain > 0]
+    lost = [sample for sample in ordered[:EXTREMES] if sample.gain < 0]
+    return {title: extremes for title, extremes in (("gained most", gained), ("lost most", lost)) if extremes}

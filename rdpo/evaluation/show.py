@@ -9,7 +9,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from rdpo.errors import InputError
-from rdpo.evaluation.report import shown
+from rdpo.evaluation.page import shown
 from rdpo.pipeline import job_of_run
 from rdpo.policy.chat import load_chat
 from rdpo.records import Row

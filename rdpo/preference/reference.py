@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from rdpo.cluster import actor_pool
 from rdpo.config import Job
+from rdpo.placement import share_of
 from rdpo.policy.chat import Chat, load_chat
 from rdpo.policy.hardware import compute_dtype, take_device
 from rdpo.policy.models import local_model
@@ -36,6 +37,7 @@ def add_reference(rows: ray.data.Dataset, job: Job) -> ray.data.Dataset:
         compute=actor_pool(settings.concurrency),
         num_cpus=1,
         num_gpus=settings.gpus,
+        resources=share_of(job.cluster.placement.trainer),
     )
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rdpo.cluster import actor_pool
 from rdpo.config import ClassifierReward, FunctionReward, ImplicitReward, Job, JudgeReward, Reward
+from rdpo.placement import share_of
 from rdpo.policy.chat import load_chat
 from rdpo.preference.classifier import Classifier, checked_classifier
 from rdpo.preference.function import load_function, score_by_function
@@ -45,8 +46,9 @@ def score_answers(rows: ray.data.Dataset, job: Job, answers: list[str], together
 
 def _score_by(rows: ray.data.Dataset, job: Job, reward: Reward, answers: list[str]) -> ray.data.Dataset:
     arguments: dict[str, Any] = {"reward": reward, "answers": answers}
+    nodes = job.cluster.placement.reward
     if isinstance(reward, JudgeReward):
-        return engine_pool(rows, Judge, reward.engine, {**arguments, "job": job})
+        return engine_pool(rows, Judge, reward.engine, {**arguments, "job": job}, nodes)
     if isinstance(reward, FunctionReward):
         arguments["path"] = os.getcwd()
         blocks = rows.repartition(target_num_rows_per_block=FUNCTION_BLOCK_ROWS)
@@ -60,6 +62,7 @@ def _score_by(rows: ray.data.Dataset, job: Job, reward: Reward, answers: list[st
         batch_size=BLOCK_ROWS,
         compute=actor_pool(reward.concurrency),
         num_gpus=reward.gpus,
+        resources=share_of(nodes),
     )
 
 

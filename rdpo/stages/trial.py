@@ -18,7 +18,8 @@ def prepare(job: Job) -> bool:
     Raises:
         InputError: something the job names cannot be used.
     """
-    from rdpo.cluster import check_devices, fit_side_by_side, start_ray
+    from rdpo.cluster import start_ray
+    from rdpo.placement import Nodes, check_room, fit_side_by_side
     from rdpo.policy.chat import load_chat
     from rdpo.policy.models import model_config
     from rdpo.preference.rewards import check_rewards
@@ -29,8 +30,9 @@ def prepare(job: Job) -> bool:
     load_chat(job.student.model, job.student.revision, job.student.trust_remote_code)
     _check_teacher(job)
     check_rewards(job)
-    gpus = check_devices(job, start_ray(job))
-    return fit_side_by_side(job, gpus)
+    nodes = Nodes.of(start_ray(job))
+    check_room(job, nodes)
+    return fit_side_by_side(job, nodes)
 
 
 def _check_teacher(job: Job) -> None:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from rdpo.cluster import actor_pool
 from rdpo.config import Engine as EngineSettings
 from rdpo.config import Sampling, largest
+from rdpo.placement import share_of
 from rdpo.policy.hardware import available_cores, compute_dtype
 from rdpo.synthesis.ledger import open_ledger
 
@@ -216,11 +217,15 @@ def _cpu_arguments(settings: EngineSettings) -> dict[str, Any]:
 
 
 def engine_pool(
-    rows: ray.data.Dataset, actor: type, settings: EngineSettings, arguments: dict[str, Any]
+    rows: ray.data.Dataset,
+    actor: type,
+    settings: EngineSettings,
+    arguments: dict[str, Any],
+    nodes: str | None = None,
 ) -> ray.data.Dataset:
     """Stream rows through a pool of engine actors, several blocks at a time in each engine.
 
-    The actor's class takes `arguments`, and `ledger` for its `Hands`.
+    The actor's class takes `arguments`, and `ledger` for its `Hands`; it runs on `nodes` of a kind, or anywhere.
     """
     blocks = rows.repartition(target_num_rows_per_block=settings.batch_rows)
     return blocks.map_batches(
@@ -231,5 +236,6 @@ def engine_pool(
         compute=actor_pool(settings.concurrency, settings.batches_in_flight),
         num_cpus=settings.cpus or 1,
         num_gpus=settings.gpus,
+        resources=share_of(nodes),
         max_concurrency=settings.batches_in_flight,
     )

@@ -43,7 +43,8 @@ def synthesize(rows: ray.data.Dataset, job: Job) -> ray.data.Dataset:
     """Add the answers of every turn of the task to the rows of prompts."""
     synthesis = job.synthesis
     if synthesis.endpoint is None:
-        return engine_pool(rows, Teacher, synthesis.engine, {"job": job, "voice": EngineVoice})
+        arguments = {"job": job, "voice": EngineVoice}
+        return engine_pool(rows, Teacher, synthesis.engine, arguments, job.cluster.placement.teacher)
     settings = client_pool(synthesis.engine, synthesis.endpoint)
     voice = partial(EndpointVoice, key=endpoint_key(synthesis.endpoint))
     return engine_pool(rows, Teacher, settings, {"job": job, "voice": voice})

@@ -17,6 +17,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rdpo.config import Job
+from rdpo.placement import share_of
 from rdpo.policy.hardware import worker_cores
 from rdpo.storage import StageFolder
 from rdpo.stores import arrow_file_system
@@ -133,7 +134,7 @@ def heldout_margins(folder: StageFolder) -> dict[str, float]:
 def _torch_trainer(job: Job, run_dir: str, folder: StageFolder, sink: Any) -> TorchTrainer:
     training = job.training
     cores = worker_cores(training) if len(ray.nodes()) == 1 else training.cpus_per_worker or 1
-    resources: dict[str, float] = {"CPU": cores}
+    resources: dict[str, float] = {"CPU": cores, **(share_of(job.cluster.placement.trainer) or {})}
     if training.gpus_per_worker:
         resources["GPU"] = training.gpus_per_worker
     return TorchTrainer(

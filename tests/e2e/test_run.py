@@ -91,12 +91,12 @@ def test_published_model_loads_in_transformers_and_peft(finished):
 
 def test_report_is_one_self_contained_page(finished):
     page = (finished[0] / "report.html").read_text()
-    for heading in ("What ran", "Dropped rows", "Pairs", "Training", "Evaluation", "Answers, before and after"):
+    for heading in ("What ran", "Scores", "Pairs", "Training", "Evaluation", "Answers, before and after", "Lineage"):
         assert f"<h2>{heading}</h2>" in page
     assert "line is not JSON" in page
     assert page.count("<svg") >= 3
     assert "src=" not in page
-    assert "<script" not in page
+    assert page.count("<script") == 1
 
 
 def test_same_command_again_does_nothing(job_path, finished):

@@ -7,9 +7,9 @@ import psutil
 
 
 class Nodes:
-    """A head that runs nothing and two nodes that do."""
+    """A head that runs nothing, and a node of each kind, or two of none, that do."""
 
-    def __init__(self):
+    def __init__(self, *kinds):
         from ray.cluster_utils import Cluster
 
         store = 120 << 20
@@ -17,7 +17,8 @@ class Nodes:
             initialize_head=True,
             head_node_args={"num_cpus": 0, "object_store_memory": store, "dashboard_host": "127.0.0.1"},
         )
-        self.workers = [self.cluster.add_node(num_cpus=6, object_store_memory=store) for _ in range(2)]
+        declared = [{kind: 1} for kind in kinds] or [{}, {}]
+        self.workers = [self.cluster.add_node(num_cpus=6, object_store_memory=store, resources=one) for one in declared]
 
     @property
     def address(self):

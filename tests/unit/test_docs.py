@@ -111,14 +111,15 @@ def test_what_the_examples_for_a_cluster_use_is_there():
         assert hasattr(importlib.import_module(home), name), name
 
 
+def test_every_file_for_clusters_is_in_their_table():
+    told = (ROOT / "cluster" / "README.md").read_text(encoding="utf-8")
+    files = [path.relative_to(ROOT / "cluster") for path in (ROOT / "cluster").rglob("*") if path.is_file()]
+    assert not [path for path in files if path.parts[0] not in ("locks", "README.md") and f"`{path}`" not in told]
+
+
 def test_links_in_the_documents_lead_somewhere():
-    documents = [
-        ROOT / "README.md",
-        ROOT / "jobs" / "README.md",
-        ROOT / "CONTRIBUTING.md",
-        *(ROOT / "docs").glob("*.md"),
-    ]
-    for document in documents:
+    named = ("README.md", "jobs/README.md", "cluster/README.md", "CONTRIBUTING.md", "SECURITY.md")
+    for document in (*(ROOT / name for name in named), *(ROOT / "docs").glob("*.md")):
         for target in re.findall(r"\]\(([^)#]+)\)", document.read_text(encoding="utf-8")):
             if not target.startswith("http"):
                 assert (document.parent / target).exists(), f"{document.name}: {target}"

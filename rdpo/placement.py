@@ -1,0 +1,168 @@
+"""What the pools of a job take, and on which nodes they run.
+
+A kind of node is named by a custom resource that its nodes declare (`ray start --resources='{"teacher": 1}'`), and
+every actor that is meant for it takes a thousandth of that. Ray's node labels would do the same, but Ray Train counts
+the workers that there is room for by resources alone, and an autoscaler without label support would start nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rdpo.config import (
+    RESOURCES,
+    ClassifierReward,
+    Concurrency,
+    Engine,
+    ImplicitReward,
+    Job,
+    JudgeReward,
+    largest,
+    smallest,
+)
+from rdpo.errors import InputError
+
+SHARE = 0.001
+NODE_GROUP = "ray.io/node-group"
+"""Label of a node that a cluster launcher or KubeRay has started, so that more may follow."""
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Actors of one stage that hold a model, as many as `size`, with `cpus` and `gpus` for each, on nodes named so."""
+
+    stage: str
+    setting: str
+    size: Concurrency
+    cpus: int
+    gpus: float
+    nodes: str | None
+
+    @property
+    def actor(self) -> dict[str, float]:
+        """What Ray sets aside for one of its actors."""
+        return {"CPU": self.cpus, "GPU": self.gpus, **(share_of(self.nodes) or {})}
+
+
+def share_of(nodes: str | None) -> dict[str, float] | None:
+    """The custom resource that keeps an actor on nodes of a kind; None is anywhere."""
+    return {nodes: SHARE} if nodes else None
+
+
+def pools_of(job: Job) -> list[Pool]:
+    """The pools of a job, in the order of its stages."""
+    where, reference, training = job.cluster.placement, job.reference, job.training
+    pools = []
+    if job.synthesis.task and not job.synthesis.endpoint:
+        pools.append(_engines("synthesis", "synthesis.engine", job.synthesis.engine, where.teacher))
+    pools += _reward_pools(job)
+    pools.append(Pool("reference", "reference", reference.concurrency, 1, reference.gpus, where.trainer))
+    if training.max_steps != 0:
+        cpus = training.cpus_per_worker or 1
+        pools.append(Pool("training", "training", training.num_workers, cpus, training.gpus_per_worker, where.trainer))
+    return [*pools, _engines("evaluation", "evaluation.engine", job.evaluation.engine, where.teacher)]
+
+
+def _reward_pools(job: Job) -> Iterator[Pool]:
+    nodes = job.cluster.placement.reward
+    for reward in job.rewards:
+        setting = f"rewards.{reward.name}"
+        if isinstance(reward, JudgeReward):
+            yield _engines("rewards", f"{setting}.engine", reward.engine, nodes)
+        elif isinstance(reward, ClassifierReward | ImplicitReward):
+            yield Pool("rewards", setting, reward.concurrency, 1, reward.gpus, nodes)
+
+
+def _engines(stage: str, setting: str, engine: Engine, nodes: str | None) -> Pool:
+    return Pool(stage, setting, engine.concurrency, engine.cpus or 1, engine.gpus, nodes)
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """What each node of a cluster has, by resource; and whether an autoscaler may start more."""
+
+    resources: Sequence[dict[str, float]]
+    grows: bool = False
+
+    @classmethod
+    def of(cls, ray: Any) -> Nodes:
+        """The nodes of the cluster that this process is connected to."""
+        alive = [node for node in ray.nodes() if node["Alive"]]
+        return cls([node["Resources"] for node in alive], any(NODE_GROUP in node["Labels"] for node in alive))
+
+    def room(self, pool: Pool) -> int:
+        """How many actors of a pool they hold, were they empty."""
+        return sum(_times(node, pool.actor) for node in self.resources)
+
+    def gpus(self, name: str | None = None) -> float:
+        """GPUs of all of them, or of those of a kind."""
+        return sum(node.get("GPU", 0) for node in self.resources if name is None or name in node)
+
+
+def _times(node: dict[str, float], actor: dict[str, float]) -> int:
+    # 1 / 0.1 must count as 10, not as 9.
+    return min(math.floor(node.get(name, 0) / amount + 1e-9) for name, amount in actor.items() if amount)
+
+
+def check_room(job: Job, nodes: Nodes) -> None:
+    """Compare what the smallest size of each pool takes with what the nodes have.
+
+    Raises:
+        InputError: a pool does not fit, and no autoscaler could start a node for it.
+    """
+    for pool in pools_of(job) if not nodes.grows else ():
+        if nodes.room(pool) < smallest(pool.size):
+            raise InputError(_misfit(pool, nodes))
+
+
+def _misfit(pool: Pool, nodes: Nodes) -> str:
+    shapes = Counter(_told(node) for node in nodes.resources)
+    there = "; ".join(f"{count} x {shape}" for shape, count in shapes.items())
+    wanted = f"{pool.setting}: {smallest(pool.size)} x {pool.cpus} CPU, {pool.gpus:g} GPU on {pool.nodes or 'any node'}"
+    if pool.nodes and not any(pool.nodes in node for node in nodes.resources):
+        start = f"""`ray start --resources='{{"{pool.nodes}": 1}}'`"""
+        return f"{wanted}: no node declares {pool.nodes}; start one with {start}, or change cluster.placement ({there})"
+    return (
+        f"{wanted} does not fit; there is room for {nodes.room(pool)}. The nodes are {there}; lower its GPUs (0 is the "
+        "CPU), its CPUs or its number of actors"
+    )
+
+
+def _told(resources: dict[str, float]) -> str:
+    """CPUs, GPUs and the kinds of a node, in words."""
+    amounts = [f"{resources.get(name, 0):g} {name}" for name in ("CPU", "GPU")]
+    # Ray gives every node a resource with its address.
+    return ", ".join([*amounts, *(name for name in resources if not (name in RESOURCES or name.startswith("node:")))])
+
+
+def fit_side_by_side(job: Job, nodes: Nodes) -> bool:
+    """Whether teacher and rewards run at the same time: every pool has its GPUs, and one at most is on the CPU."""
+    if job.cluster.streaming != "auto":
+        return job.cluster.streaming == "on"
+    pools = [pool for pool in pools_of(job) if pool.stage in ("synthesis", "rewards")]
+    if sum(not pool.gpus for pool in pools) > 1:
+        return False
+    shared = Counter(pool.nodes for pool in pools)
+    # Nodes are started for a pool that has a kind to itself; several might wait for each other.
+    here = [pool for pool in pools if not (nodes.grows and pool.nodes and shared[pool.nodes] == 1)]
+    kinds = {None, *(pool.nodes for pool in here)}
+    return all(_gpus([one for one in here if kind in (None, one.nodes)]) <= nodes.gpus(kind) for kind in kinds)
+
+
+def _gpus(pools: Sequence[Pool]) -> float:
+    return sum(pool.gpus * smallest(pool.size) for pool in pools)
+
+
+def placement_table(job: Job) -> Iterator[str]:
+    """Which pool takes what and runs where, as lines of text."""
+    yield f"{'stage':<12}{'pool':<28}{'actors':>8}{'CPUs each':>11}{'GPUs each':>11}  nodes"
+    for pool in pools_of(job):
+        low, high = smallest(pool.size), largest(pool.size)
+        actors = str(high) if low == high else f"{low}-{high}"
+        yield (
+            f"{pool.stage:<12}{pool.setting:<28}{actors:>8}{pool.cpus:>11}{pool.gpus:>11g}  {pool.nodes or 'anywhere'}"
+        )

@@ -1,0 +1,47 @@
+"""What calls for a second look, and what does not."""
+
+import numpy as np
+
+from rdpo.evaluation.alerts import alerts
+from rdpo.evaluation.columns import PairColumns
+from rdpo.storage import Manifest
+
+
+def evaluated(**differences):
+    """An evaluation in which rewards moved by so much; the first is optimised."""
+    rewards = [
+        {"reward": name, "weight": float(not place), "difference": {"low": moved - 0.1, "high": moved + 0.1}}
+        for place, (name, moved) in enumerate(differences.items())
+    ]
+    same = {"start": {"mean": 1.0}, "trained": {"mean": 1.0}}
+    return {"prompts": 9, "rewards": rewards, "length": same, "stop_rate": same}
+
+
+def told(pairs=None, **summaries):
+    return alerts({stage: Manifest(stage, "k", {}, {}, summary=of) for stage, of in summaries.items()}, pairs)
+
+
+def test_a_reward_that_is_not_optimised_and_falls_is_told_of():
+    assert told(evaluation=evaluated(optimised=1.0, other=1.0)) == []
+    (alert,) = told(evaluation=evaluated(optimised=1.0, other=-1.0))
+    assert "optimised rose while other, not optimised, fell" in alert
+
+
+def test_a_gap_that_follows_length_is_told_of():
+    lengths = np.arange(9.0)
+    pairs = PairColumns({}, {}, lengths, np.zeros(0), lengths, np.zeros(9))
+    (alert,) = told(pairs)
+    assert "The longer the chosen answer" in alert
+
+
+def test_falling_log_probs_are_told_of():
+    steps = [{"logps/chosen": value, "rewards/accuracies": 1.0} for value in (-30.0, -41.0)]
+    (alert,) = told(training={"steps": 2, "first": steps[0], "last": steps[1]})
+    assert "sft_coef" in alert
+
+
+def test_a_stage_made_from_what_is_no_longer_there_is_told_of():
+    pairs = Manifest("pairs", "k", {}, {}, digest="new")
+    assert alerts({"pairs": pairs, "reference": Manifest("reference", "k", {}, {"pairs": "new"})}, None) == []
+    (alert,) = alerts({"pairs": pairs, "reference": Manifest("reference", "k", {}, {"pairs": "old"})}, None)
+    assert alert.startswith("reference was made from other pairs")
