@@ -88,15 +88,14 @@ def write_job(path: Path, given: Mapping[str, str | None], yes: bool) -> list[st
 
 
 def _answer(question: Question, given: str | None, yes: bool, answers: Answers) -> str:
-    default = question.default(answers)
     if given is None and yes:
-        given = default
+        given = question.default(answers)
     if given is not None:
         question.check(given, answers)
         return given
     if yes:
         raise InputError(f"--{question.name}: has no default; give it")
-    return _asked(question, default, answers)
+    return _asked(question, question.default(answers), answers)
 
 
 def _asked(question: Question, default: str | None, answers: Answers) -> str:
