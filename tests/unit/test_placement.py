@@ -177,8 +177,15 @@ def test_what_does_not_fit_is_said_with_what_would(job_with):
     assert "no node declares spot" in str(caught.value)
     assert """`ray start --resources='{"spot": 1}'`""" in str(caught.value)
     assert "(1 x 4 CPU, 0 GPU)" in str(caught.value)
-    check_room(job, Nodes([HEAD], grows=True))
-    check_room(job, Nodes([machine(4, "spot"), machine(0, "big")]))
+    assert check_room(job, Nodes([machine(4, "spot"), machine(0, "big")])) == []
+
+
+def test_pools_that_wait_for_nodes_are_named(job_with):
+    waiting = check_room(
+        job_with(teacher=4, size=(2, 8), placement=KINDS), Nodes([HEAD, machine(8, "big")], grows=True)
+    )
+    assert [pool.setting for pool in waiting] == ["synthesis.engine", "evaluation.engine"]
+    assert str(waiting[0]) == "1 CPU, 4 GPU on spot"
 
 
 def test_shares_of_a_gpu_are_counted_whole(job_with):
