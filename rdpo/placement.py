@@ -27,6 +27,7 @@ from rdpo.config import (
 from rdpo.errors import InputError
 
 SHARE = 0.001
+"""What an actor takes of its kind. Ray Train divides sums of it with a floor, which not every fraction survives."""
 NODE_GROUP = "ray.io/node-group"
 """Label of a node that a cluster launcher or KubeRay has started, so that more may follow."""
 
