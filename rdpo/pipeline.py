@@ -38,7 +38,7 @@ class Run:
     job: Job
     dir: str
     console: Console
-    prepare: Callable[[Job], bool]
+    prepare: Callable[[Job, Say], bool]
     siblings: tuple[str, ...] = ()
     on_stage: Callable[[Run], None] | None = None
     manifests: dict[str, Manifest] = field(default_factory=dict)
@@ -49,7 +49,7 @@ class Run:
         """Whether stages may run at the same time here; known once the job's models are tried and Ray is started."""
         for section in self.job.trusted_code:
             self.console.warn(f"{section}.trust_remote_code: Python code that ships with the model is run")
-        return self.prepare(self.job)
+        return self.prepare(self.job, self.console.say)
 
     def folder(self, stage: str) -> StageFolder:
         """Folder of a stage."""

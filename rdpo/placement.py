@@ -27,6 +27,7 @@ from rdpo.config import (
 from rdpo.errors import InputError
 
 SHARE = 0.001
+"""What an actor takes of its kind. Ray Train divides sums of it with a floor, which not every fraction survives."""
 NODE_GROUP = "ray.io/node-group"
 """Label of a node that a cluster launcher or KubeRay has started, so that more may follow."""
 
@@ -41,6 +42,9 @@ class Pool:
     cpus: int
     gpus: float
     nodes: str | None
+
+    def __str__(self) -> str:
+        return f"{self.cpus} CPU, {self.gpus:g} GPU on {self.nodes or 'any node'}"
 
     @property
     def actor(self) -> dict[str, float]:
@@ -108,21 +112,25 @@ def _times(node: dict[str, float], actor: dict[str, float]) -> int:
     return min(math.floor(node.get(name, 0) / amount + 1e-9) for name, amount in actor.items() if amount)
 
 
-def check_room(job: Job, nodes: Nodes) -> None:
+def check_room(job: Job, nodes: Nodes) -> list[Pool]:
     """Compare what the smallest size of each pool takes with what the nodes have.
 
+    Returns:
+        The pools that an autoscaler has to start nodes for.
+
     Raises:
-        InputError: a pool does not fit, and no autoscaler could start a node for it.
+        InputError: a pool does not fit, and there is no autoscaler.
     """
-    for pool in pools_of(job) if not nodes.grows else ():
-        if nodes.room(pool) < smallest(pool.size):
-            raise InputError(_misfit(pool, nodes))
+    lacking = [pool for pool in pools_of(job) if nodes.room(pool) < smallest(pool.size)]
+    if lacking and not nodes.grows:
+        raise InputError(_misfit(lacking[0], nodes))
+    return lacking
 
 
 def _misfit(pool: Pool, nodes: Nodes) -> str:
     shapes = Counter(_told(node) for node in nodes.resources)
     there = "; ".join(f"{count} x {shape}" for shape, count in shapes.items())
-    wanted = f"{pool.setting}: {smallest(pool.size)} x {pool.cpus} CPU, {pool.gpus:g} GPU on {pool.nodes or 'any node'}"
+    wanted = f"{pool.setting}: {smallest(pool.size)} x {pool}"
     if pool.nodes and not any(pool.nodes in node for node in nodes.resources):
         start = f"""`ray start --resources='{{"{pool.nodes}": 1}}'`"""
         return f"{wanted}: no node declares {pool.nodes}; start one with {start}, or change cluster.placement ({there})"

@@ -72,7 +72,7 @@ def statuses(run_dir: str) -> Iterator[RunStatus]:
 
 
 def _status(run_dir: str) -> RunStatus:
-    run = Run(job_of_run(run_dir), run_dir, Console(sys.stdout), lambda job: False)
+    run = Run(job_of_run(run_dir), run_dir, Console(sys.stdout), lambda *_: False)
     stages = stages_of(run.job)
     made = {stage.name: run.folder(stage.name).manifest() for stage in stages}
     run.manifests = {name: manifest for name, manifest in made.items() if manifest}

@@ -116,7 +116,7 @@ def measure(rows: int, folder: Path) -> dict:
     watch = StoreWatch()
     watch.start()
     with locked(job, run_dir):
-        run = Run(job, run_dir, Console(sys.stderr), lambda job: False)
+        run = Run(job, run_dir, Console(sys.stderr), lambda *_: False)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         began = time.monotonic()
         run_stages(run, echoing())

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from rdpo.config import Job
+from rdpo.config import Job, smallest
 from rdpo.errors import InputError
+from rdpo.lock import Say
 from rdpo.pipeline import Run
 from rdpo.storage import StageFolder, write_rows
 from rdpo.streaming import ID
 from rdpo.tracking import Meter
 
 
-def prepare(job: Job) -> bool:
+def prepare(job: Job, say: Say = print) -> bool:
     """Try models, task and rewards, and start Ray, before any long work; whether its pools fit side by side.
+
+    Says which pools wait for nodes that are not there yet.
 
     Raises:
         InputError: something the job names cannot be used.
@@ -31,7 +34,8 @@ def prepare(job: Job) -> bool:
     _check_teacher(job)
     check_rewards(job)
     nodes = Nodes.of(start_ray(job))
-    check_room(job, nodes)
+    for pool in check_room(job, nodes):
+        say(f"{pool.setting} waits until nodes are started: {smallest(pool.size)} x {pool}")
     return fit_side_by_side(job, nodes)
 
 

@@ -59,7 +59,7 @@ def test_ten_thousand_rows_outlive_their_actors(ray_cluster, job_table, tmp_path
     job_table["rewards"][0] |= {"function": "tests.rewards:length"}
     job = Job.model_validate(job_table)
     with locked(job, str(tmp_path / "run")), Killer() as killer:
-        run = Run(job, str(tmp_path / "run"), Console(io.StringIO()), lambda job: False)
+        run = Run(job, str(tmp_path / "run"), Console(io.StringIO()), lambda *_: False)
         run_stages(run, [stage for stage in echoing() if stage.name != "pairs"])
     assert killer.kills >= LEAST_KILLS
     for stage in ("synthesis", "rewards"):

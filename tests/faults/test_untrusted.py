@@ -164,7 +164,7 @@ def test_trust_is_told_on_the_console_once(job_table, tmp_path):
     job_table["student"]["trust_remote_code"] = True
     job_table["evaluation"]["engine"]["options"] = {"trust_remote_code": True}
     stream = io.StringIO()
-    run = Run(Job.model_validate(job_table), str(tmp_path), Console(stream), lambda job: False)
+    run = Run(Job.model_validate(job_table), str(tmp_path), Console(stream), lambda *_: False)
     assert run.streams is False and run.streams is False
     told = [line.split(":")[0] for line in stream.getvalue().splitlines()]
     assert told == ["student.trust_remote_code", "evaluation.engine.options.trust_remote_code"]

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.ray
 
 def calibrated(job_table, folder):
     screen = io.StringIO()
-    run = Run(Job.model_validate(job_table), str(folder), Console(screen), lambda job: False)
+    run = Run(Job.model_validate(job_table), str(folder), Console(screen), lambda *_: False)
     run_stages(run, [stage for stage in STAGES if stage.name == "calibration"])
     return run.manifests["calibration"], screen.getvalue()
 

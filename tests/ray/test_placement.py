@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 ROOT = Path(__file__).parents[2]
 PATIENCE_S = 600
 KINDS = ("spot", "small", "big")
-# The session of the other tests is this process's Ray.
+# Ray of this process is that of the other tests.
 WHERE = """
 import json, sys
 import ray

@@ -71,7 +71,7 @@ def stages(first, second):
 
 
 def run_together(folder, first, second, together=True):
-    run = Run(Job.model_validate(JOB), str(folder), Console(io.StringIO()), lambda job: together)
+    run = Run(Job.model_validate(JOB), str(folder), Console(io.StringIO()), lambda *_: together)
     run_stages(run, stages(first, second))
     return run
 

@@ -84,7 +84,7 @@ def test_a_stage_of_a_sibling_is_taken_over_and_never_written_to(write, tmp_path
 
     def bring_up(name, value, *siblings):
         stage = Stage("prompts", (), lambda job: {"value": value}, execute)
-        run = Run(jobs["dpo", 0], str(tmp_path / name), Console(io.StringIO()), lambda job: False, siblings)
+        run = Run(jobs["dpo", 0], str(tmp_path / name), Console(io.StringIO()), lambda *_: False, siblings)
         run_stages(run, [stage])
         return StageFolder(run.dir, "prompts").table()["by"].to_pylist()
 

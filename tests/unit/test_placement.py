@@ -1,5 +1,6 @@
 """Which pool runs where: kinds of nodes reach every pool, what does not fit is said, side by side or one by one."""
 
+from itertools import accumulate
 from types import SimpleNamespace
 
 import pytest
@@ -7,7 +8,7 @@ import pytest
 from rdpo import lineage
 from rdpo.config import Engine, Job, largest, load_job, smallest
 from rdpo.errors import InputError
-from rdpo.placement import NODE_GROUP, Nodes, check_room, fit_side_by_side, placement_table, pools_of
+from rdpo.placement import NODE_GROUP, SHARE, Nodes, check_room, fit_side_by_side, placement_table, pools_of
 from tests.conftest import write_job
 
 CLASSIFIER = {"kind": "classifier", "name": "rm", "model": "m"}
@@ -177,8 +178,21 @@ def test_what_does_not_fit_is_said_with_what_would(job_with):
     assert "no node declares spot" in str(caught.value)
     assert """`ray start --resources='{"spot": 1}'`""" in str(caught.value)
     assert "(1 x 4 CPU, 0 GPU)" in str(caught.value)
-    check_room(job, Nodes([HEAD], grows=True))
-    check_room(job, Nodes([machine(4, "spot"), machine(0, "big")]))
+    assert check_room(job, Nodes([machine(4, "spot"), machine(0, "big")])) == []
+
+
+def test_pools_that_wait_for_nodes_are_named(job_with):
+    waiting = check_room(
+        job_with(teacher=4, size=(2, 8), placement=KINDS), Nodes([HEAD, machine(8, "big")], grows=True)
+    )
+    assert [pool.setting for pool in waiting] == ["synthesis.engine", "evaluation.engine"]
+    assert str(waiting[0]) == "1 CPU, 4 GPU on spot"
+
+
+def test_ray_train_counts_the_workers_of_a_node_by_their_shares():
+    """As its elastic policy does: what is set aside is added up, and divided with a floor."""
+    taken = list(accumulate([SHARE] * 64))
+    assert [total // SHARE for total in taken] == list(range(1, 65))
 
 
 def test_shares_of_a_gpu_are_counted_whole(job_with):

@@ -201,7 +201,7 @@ def test_a_report_that_fails_does_not_end_the_run(tmp_path):
     said = io.StringIO()
     run_dir = write_run(tmp_path, until="prompts")
     job = Job.model_validate({"name": "tiny", "student": {"model": "m"}, "prompts": {"source": "p.jsonl"}})
-    run = Run(job, run_dir, Console(said), lambda job: False, on_stage=ReportSoFar(0))
+    run = Run(job, run_dir, Console(said), lambda *_: False, on_stage=ReportSoFar(0))
     stages = [Stage(name, (), lambda job: {}, lambda run, folder, meter: {}, id_column=None) for name in ("a", "b")]
     run_stages(run, stages)
     assert "Under way" in Path(run_dir, "report.html").read_text(encoding="utf-8")

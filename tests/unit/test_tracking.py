@@ -20,7 +20,7 @@ def run_of_one_stage(folder, console):
 
     stage = Stage("prompts", (), lambda job: {}, execute)
     for _ in range(2):
-        run = Run(Job, str(folder), console, lambda job: False)
+        run = Run(Job, str(folder), console, lambda *_: False)
         run_stages(run, [stage])
     console.conclude("win rate 0.9")
     console.tell("result", model="m")
