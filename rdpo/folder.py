@@ -82,6 +82,10 @@ class Folder:
         except ValueError:
             return None
 
+    def read_lines(self, name: str) -> list[Any]:
+        """The values of a file of JSON lines; none if there is no such file."""
+        return [json.loads(line) for line in self.read_bytes(name).splitlines()] if self.exists(name) else []
+
     def write_bytes(self, name: str, content: bytes) -> None:
         """Write a file so that it is there whole or not at all."""
         target = self._at(name)

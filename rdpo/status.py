@@ -20,11 +20,10 @@ from rdpo.lock import holder
 from rdpo.pipeline import JOB_FILE, Run, Stage, job_of_run
 from rdpo.rounds import round_dir
 from rdpo.stages import stages_of
-from rdpo.storage import IN_PROGRESS, Manifest, StageFolder
+from rdpo.storage import IN_PROGRESS, METRICS, Manifest, StageFolder
 from rdpo.tracking import Console
 from rdpo.training.schedule import total_steps
 
-METRICS = "metrics.jsonl"
 RECENT_STEPS = 20
 
 
@@ -119,8 +118,7 @@ def _expected(run: Run, stage: Stage) -> int | None:
 
 def _trained(run: Run, folder: StageFolder, status: StageStatus) -> StageStatus:
     """The status with the last optimizer step that is on file, and the time that the others will take."""
-    content = folder.read_bytes(METRICS).decode() if folder.exists(METRICS) else ""
-    steps = [json.loads(line) for line in content.splitlines()]
+    steps = folder.read_lines(METRICS)
     if "reference" in run.manifests:
         heldout = pc.fill_null(run.folder("reference").table(columns=["heldout"])["heldout"], False)
         status.total = total_steps(len(heldout) - (pc.sum(heldout).as_py() or 0), run.job)

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 IN_PROGRESS = "in_progress.json"
+METRICS = "metrics.jsonl"
+"""In the folder of training, a line for each optimizer step."""
 TOKENS = "_tokens"
 OPEN_AT_ONCE = 16
 PART_ROWS = 4096

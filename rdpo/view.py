@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Literal
 
 from markupsafe import Markup
@@ -16,9 +15,8 @@ from rdpo.pipeline import job_of_run
 from rdpo.records import visible
 from rdpo.rounds import round_dir
 from rdpo.stage_names import STAGES, known_stage
-from rdpo.storage import Manifest, StageFolder
+from rdpo.storage import METRICS, Manifest, StageFolder
 from rdpo.streaming import ID
-from rdpo.training.metrics import METRICS
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -64,9 +62,7 @@ class RunView:
     @property
     def metrics(self) -> list[dict[str, float]]:
         """The metrics of every optimizer step, in order; none before training is finished."""
-        folder = StageFolder(self.dir, "training")
-        lines = folder.read_bytes(METRICS).decode().splitlines() if folder.exists(METRICS) else []
-        return [json.loads(line) for line in lines]
+        return StageFolder(self.dir, "training").read_lines(METRICS)
 
     @property
     def model(self) -> str | None:

@@ -18,8 +18,7 @@ from rdpo.evaluation.provenance import sources
 from rdpo.evaluation.samples import Sample, conversations, evaluated_samples
 from rdpo.pipeline import Run, job_of_run
 from rdpo.stage_names import STAGES, WITHOUT_ROWS
-from rdpo.storage import IN_PROGRESS, Manifest, StageFolder
-from rdpo.training.metrics import METRICS
+from rdpo.storage import IN_PROGRESS, METRICS, Manifest, StageFolder
 
 CURVES = {
     "loss": ["loss"],
@@ -183,9 +182,7 @@ def _pairs(pairs: PairColumns) -> Section:
 
 def _training(run_dir: str) -> Section | None:
     """The curves as far as training has written them down."""
-    folder = StageFolder(run_dir, "training")
-    content = folder.read_bytes(METRICS).decode() if folder.exists(METRICS) else ""
-    steps = [json.loads(line) for line in content.splitlines()]
+    steps = StageFolder(run_dir, "training").read_lines(METRICS)
     if not steps:
         return None
     series = {name: np.array([step.get(name) for step in steps], dtype=float) for name in ("step", *steps[0])}

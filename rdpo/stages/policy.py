@@ -9,7 +9,7 @@ from rdpo import lineage
 from rdpo.errors import InputError
 from rdpo.pipeline import Run
 from rdpo.records import alive, table_of
-from rdpo.storage import StageFolder, write_rows
+from rdpo.storage import METRICS, StageFolder, write_rows
 from rdpo.stores import is_remote
 from rdpo.streaming import ID
 from rdpo.tracking import Meter
@@ -27,7 +27,7 @@ def train_policy(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:
     from rdpo.training.gaps import GapScale, advice
     from rdpo.training.loop import PairTable
     from rdpo.training.schedule import total_steps
-    from rdpo.training.trainer import METRICS, train
+    from rdpo.training.trainer import train
 
     job, data = run.job, PairTable.load(run.dir)
     if job.training.max_steps == 0:

@@ -12,9 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-METRICS = "metrics.jsonl"
-"""The file in the training folder with a line for each step."""
-
 NAMES = (
     "loss",
     "sft_loss",

@@ -20,12 +20,11 @@ from rdpo.config import Job
 from rdpo.placement import share_of
 from rdpo.policy.hardware import worker_cores
 from rdpo.policy.models import named_anywhere
-from rdpo.storage import StageFolder
+from rdpo.storage import METRICS, StageFolder
 from rdpo.stores import arrow_file_system
 from rdpo.training.checkpoint import EXPORT, HELDOUT_MARGINS
 from rdpo.training.heldout import LOSS
 from rdpo.training.loop import NonFiniteStep
-from rdpo.training.metrics import METRICS
 from rdpo.training.watchdog import Beat, Pulse
 from rdpo.training.worker import train_worker
 
@@ -128,8 +127,7 @@ def _leaving(result: Any, job: Job) -> ray.train.Checkpoint:
 
 def heldout_margins(folder: StageFolder) -> dict[str, float]:
     """The margins of held-out pairs by id, as training left them."""
-    content = folder.read_bytes(HELDOUT_MARGINS).decode() if folder.exists(HELDOUT_MARGINS) else ""
-    return {row["prompt_id"]: row["margin"] for row in map(json.loads, content.splitlines())}
+    return {row["prompt_id"]: row["margin"] for row in folder.read_lines(HELDOUT_MARGINS)}
 
 
 def _torch_trainer(job: Job, run_dir: str, folder: StageFolder, sink: Any) -> TorchTrainer:
@@ -169,8 +167,7 @@ class _History:
 
     def __init__(self, folder: StageFolder, on_step: Callable[[StepMetrics], None], on_warning: Callable[[str], None]):
         self.folder, self.on_step, self.on_warning = folder, on_step, on_warning
-        stored = folder.read_bytes(METRICS).decode().splitlines() if folder.exists(METRICS) else []
-        self.steps = {int(metrics["step"]): metrics for metrics in map(json.loads, stored)}
+        self.steps = {int(metrics["step"]): metrics for metrics in folder.read_lines(METRICS)}
         self.written = time.monotonic()
 
     def take(self, sink: Any) -> None:

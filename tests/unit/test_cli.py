@@ -3,7 +3,6 @@
 import re
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -20,15 +19,10 @@ def run(*arguments, **options):
 def test_import_and_help_are_light():
     code = f"import sys, rdpo, rdpo.cli, rdpo.config; print([m for m in {HEAVY} if m in sys.modules])"
     assert run("-c", code).stdout.strip() == "[]"
-    fastest = []
-    for _ in range(3):
-        began = time.perf_counter()
-        result = run("-X", "importtime", "-m", "rdpo", "--help")
-        fastest.append(time.perf_counter() - began)
+    result = run("-X", "importtime", "-m", "rdpo", "--help")
     assert result.returncode == 0
     assert "synthesize" in result.stdout
     assert not any(f" {name}\n" in result.stderr for name in HEAVY)
-    assert min(fastest) < 1.0
 
 
 def exit_code(capsys, *arguments):
