@@ -12,6 +12,8 @@ class Nodes:
     def __init__(self, *kinds):
         from ray.cluster_utils import Cluster
 
+        # The Ray of other tests lives in the same process.
+        self.others = set(psutil.Process().children(recursive=True))
         store = 120 << 20
         self.cluster = Cluster(
             initialize_head=True,
@@ -49,9 +51,9 @@ class Nodes:
         subprocess.run([*ray, *to_node, *reason, "--deadline-remaining-seconds", "120"], check=True)
 
     def end(self):
-        children = psutil.Process().children(recursive=True)
+        own = [child for child in psutil.Process().children(recursive=True) if child not in self.others]
         self.cluster.shutdown()
-        _, alive = psutil.wait_procs(children, timeout=20)
+        _, alive = psutil.wait_procs(own, timeout=20)
         for process in alive:
             process.kill()
 
