@@ -166,8 +166,10 @@ def test_trust_is_told_on_the_console_once(job_table, tmp_path):
     stream = io.StringIO()
     run = Run(Job.model_validate(job_table), str(tmp_path), Console(stream), lambda *_: False)
     assert run.streams is False and run.streams is False
-    told = [line.split(":")[0] for line in stream.getvalue().splitlines()]
-    assert told == ["student.trust_remote_code", "evaluation.engine.options.trust_remote_code"]
+    told = [line.strip().split(":")[:2] for line in stream.getvalue().splitlines()]
+    assert told == [
+        ["warning", f" {key}"] for key in ("student.trust_remote_code", "evaluation.engine.options.trust_remote_code")
+    ]
 
 
 # (b) templates
