@@ -4,7 +4,6 @@ Each cell takes the stages before its own from a run that nothing disturbed, mee
 work, and must complete: by itself, or with the same command once more.
 """
 
-import json
 import shutil
 import subprocess
 import sys
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from rdpo.storage import StageFolder
+from rdpo.storage import METRICS, StageFolder
 from tests.conftest import ALL_STAGES, whole_job, write_job, write_jsonl
 from tests.faults.faults import FAULTS, PATIENCE_S, Victim
 from tests.faults.nodes import Nodes
@@ -138,7 +137,7 @@ def test_a_node_that_will_be_taken_away_leaves_a_checkpoint(job, whole, tmp_path
         placed = [part for setting in settings for part in ("--set", f"training.{setting}")]
         placed += ["--set", f"cluster.address={nodes.address}"]
         victim = Victim(start(job, run_dir, "training", log, *placed), run_dir, "training", nodes)
-        victim.wait_until((victim.folder / "metrics.jsonl").exists)
+        victim.wait_until(lambda: victim.workers() and losses(run_dir))
         nodes.announce(victim.workers()[0])
         victim.wait_until(lambda: list(victim.folder.glob("checkpoints/checkpoint_*/checksums-0.json")))
         nodes.remove(victim.workers()[0])
@@ -173,5 +172,4 @@ def rows(run_dir, stage):
 
 
 def losses(run_dir):
-    lines = (run_dir / "training" / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line)["loss"] for line in lines]
+    return [step["loss"] for step in StageFolder(str(run_dir), "training").read_lines(METRICS)]
