@@ -132,9 +132,9 @@ def _reopened(run: Run, stage: Stage, stages: Sequence[Stage]) -> list[Stage]:
         InputError: one of them is not to be run.
     """
     repair = []
-    for name in (name for name in stage.inputs if name not in run.made):
+    for name in stage.inputs:
         folder = run.folder(name)
-        damaged = folder.damaged()
+        damaged = [] if name in run.made else folder.damaged()
         if not damaged:
             continue
         what = damaged[0] + (f" and {len(damaged) - 1} other files" if damaged[1:] else "")

@@ -47,7 +47,14 @@ STAGES = (
             generates=True,
         ),
     ),
-    Stage("model", ("policy", "evaluation"), lineage.publish, policy.publish_model, id_column=None, unit="model"),
+    Stage(
+        "model",
+        ("training", "policy", "evaluation"),
+        lineage.publish,
+        policy.publish_model,
+        id_column=None,
+        unit="model",
+    ),
 )
 
 

@@ -48,27 +48,35 @@ def train_policy(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:
 
 
 def complete_policy(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:
-    """What training exported, extrapolated if the job says so, and a whole model folder made of it.
+    """A whole model folder, made of what training exported; that is here too if it is moved further (ExPO).
 
-    Where nothing was trained that is the start model.
+    Where nothing was trained it is the start model.
     """
     from rdpo.policy.models import local_model
     from rdpo.training.checkpoint import EXPORT, MERGED, finish_policy
     from rdpo.training.extrapolation import extrapolate
 
-    student, training = run.job.student, run.folder("training")
-    base = local_model(student.model, student.revision)
-    if not training.exists(EXPORT):
+    student, alpha = run.job.student, run.job.training.extrapolation
+    base, trained = local_model(student.model, student.revision), _exported(run, "training")
+    meter.advance(1)
+    if trained is None:
         folder.put(base, MERGED)
         return {}
-    folder.put(Path(training.local(EXPORT)), EXPORT)
-    if alpha := run.job.training.extrapolation:
-        with folder.made(EXPORT, keep=True) as exported:
-            extrapolate(exported, base, alpha)
+    if alpha:
+        folder.put(trained, EXPORT)
+        with folder.made(EXPORT, keep=True) as moved:
+            extrapolate(moved, base, alpha)
     with folder.made(MERGED) as merged:
-        finish_policy(Path(folder.local(EXPORT)), base, merged, student.trust_remote_code)
-    meter.advance(1)
+        finish_policy(_exported(run, "policy") or trained, base, merged, student.trust_remote_code)
     return {"extrapolation": alpha}
+
+
+def _exported(run: Run, stage: str) -> Path | None:
+    """The adapter or weights, as training exports them, that a stage holds; None if it holds none."""
+    from rdpo.training.checkpoint import EXPORT
+
+    folder = run.folder(stage)
+    return Path(folder.local(EXPORT)) if folder.exists(EXPORT) else None
 
 
 def _selected(run: Run, history: list[dict[str, float]]) -> dict[str, int]:
@@ -159,7 +167,7 @@ def publish_model(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]
     """The Hugging Face folder, reloaded and compared; what was checked."""
     from rdpo.evaluation.publish import publish
     from rdpo.stages import stages_of
-    from rdpo.training.checkpoint import EXPORT, MERGED
+    from rdpo.training.checkpoint import MERGED
 
     inputs = {stage.name: run.manifest(stage.name, "model") for stage in stages_of(run.job)[:-1]}
     facts = {
@@ -170,7 +178,7 @@ def publish_model(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]
     }
     policy = run.folder("policy")
     # The start model itself has no adapter or weights of its own.
-    exported = Path(policy.local(EXPORT)) if policy.exists(EXPORT) else None
+    exported = _exported(run, "policy") or _exported(run, "training")
     with folder.made() as target:
         checks = publish(run.job, exported, Path(policy.local(MERGED)), target, facts)
     meter.advance(1, note=f"reloaded; logits differ by {checks['logit_difference']:.1e}")

@@ -13,7 +13,7 @@ from rdpo.streaming import ID
 from rdpo.tracking import Meter
 
 
-def prepare(job: Job, say: Say = print) -> bool:
+def prepare(job: Job, say: Say) -> bool:
     """Try models, task and rewards, and start Ray, before any long work; whether its pools fit side by side.
 
     Says which pools wait for nodes that are not there yet.

@@ -57,24 +57,29 @@ def save_checkpoint(engine: Any, history: list[StepMetrics], leaving: str | None
     """
     # One is on its way at most: a store slower than training must not fill this machine's disk.
     ray.train.get_all_reported_checkpoints()
-    directory = tempfile.mkdtemp(prefix="rdpo-checkpoint-")
-    engine.save_checkpoint(
-        directory,
-        tag=TAG,
-        client_state={"history": history},
-        exclude_frozen_parameters=engine.module.adapted,
-    )
+    directory = Path(tempfile.mkdtemp(prefix="rdpo-checkpoint-"))
+    try:
+        _write(directory, engine, history, leaving)
+        ray.train.report(
+            history[-1] if history else {},
+            checkpoint=ray.train.Checkpoint.from_directory(str(directory)),
+            checkpoint_upload_mode=CheckpointUploadMode.SYNC if last else CheckpointUploadMode.ASYNC,
+            delete_local_checkpoint_after_upload=True,
+        )
+    except BaseException:
+        # A disk that is full must not be filled by each attempt.
+        shutil.rmtree(directory, ignore_errors=True)
+        raise
+
+
+def _write(directory: Path, engine: Any, history: list[StepMetrics], leaving: str | None) -> None:
+    state, adapted = {"history": history}, engine.module.adapted
+    engine.save_checkpoint(str(directory), tag=TAG, client_state=state, exclude_frozen_parameters=adapted)
     if leaving is not None:
-        export_policy(engine.module, Path(directory) / EXPORT)
+        export_policy(engine.module, directory / EXPORT)
         if dist.get_rank() == 0:
-            (Path(directory) / HELDOUT_MARGINS).write_text(leaving, encoding="utf-8")
-    write_checksums(Path(directory))
-    ray.train.report(
-        history[-1] if history else {},
-        checkpoint=ray.train.Checkpoint.from_directory(directory),
-        checkpoint_upload_mode=CheckpointUploadMode.SYNC if last else CheckpointUploadMode.ASYNC,
-        delete_local_checkpoint_after_upload=True,
-    )
+            (directory / HELDOUT_MARGINS).write_text(leaving, encoding="utf-8")
+    write_checksums(directory)
 
 
 def write_checksums(directory: Path) -> None:

@@ -8,12 +8,10 @@ from typing import Any
 import torch
 from torch.nn.functional import logsigmoid
 
+from rdpo.training.checkpoint import StepMetrics
 from rdpo.training.loop import PairTable, Trainer
 
 LOSS = "heldout/loss"
-ACCURACY = "heldout/accuracy"
-
-StepMetrics = dict[str, float]
 
 
 class HeldoutPairs:
@@ -24,7 +22,7 @@ class HeldoutPairs:
         self.margins: list[dict[str, Any]] = []
 
     def measure(self, trainer: Trainer) -> StepMetrics:
-        """The mean DPO loss -log sigmoid(margin) of the pairs, in nats, and the share with a margin above 0.
+        """The mean DPO loss -log sigmoid(margin) of the pairs, in nats.
 
         Nothing where no pairs are held out. All workers must call it, and all get the same.
         """
@@ -32,7 +30,7 @@ class HeldoutPairs:
             return {}
         self.margins = trainer.margins(self.pairs)
         margins = torch.tensor([row["margin"] for row in self.margins], dtype=torch.float64)
-        return {LOSS: float(-logsigmoid(margins).mean()), ACCURACY: float((margins > 0).double().mean())}
+        return {LOSS: float(-logsigmoid(margins).mean())}
 
     def lines(self) -> str:
         """The margins as JSON lines, a pair in each."""

@@ -22,7 +22,7 @@ from rdpo.policy.hardware import worker_cores
 from rdpo.policy.models import named_anywhere
 from rdpo.storage import METRICS, StageFolder
 from rdpo.stores import arrow_file_system
-from rdpo.training.checkpoint import EXPORT, HELDOUT_MARGINS
+from rdpo.training.checkpoint import EXPORT, HELDOUT_MARGINS, StepMetrics
 from rdpo.training.heldout import LOSS
 from rdpo.training.loop import NonFiniteStep
 from rdpo.training.watchdog import Beat, Pulse
@@ -31,8 +31,6 @@ from rdpo.training.worker import train_worker
 CHECKPOINTS = "checkpoints"
 POLL_SECONDS = 0.5
 WRITE_SECONDS = 10.0
-
-StepMetrics = dict[str, float]
 
 
 class MetricsSink:

@@ -137,5 +137,5 @@ def test_what_can_be_tried_before_a_cluster_starts_ends_clearly_too(whole, tmp_p
         path = tmp_path / f"{number}.toml"
         path.write_bytes(hostile(whole, random.Random(number)))
         with pytest.raises((InputError, AllChecksPassed)) as ended:
-            prepare(load_job(path))
+            prepare(load_job(path), print)
         assert len(str(ended.value)) < 5000
