@@ -67,7 +67,6 @@ PAIRS ?= jobs/quickstart/reward_pairs.jsonl
 BENCH ?= --steps 5 --batch-size 4 --micro 2 --lora 16
 
 bench-training: $(READY)  ## rdpo against TRL's DPOTrainer: make bench-training PAIRS=pairs.jsonl BENCH='--steps 5'
-	@$(BIN)/python -c 'import trl' 2> /dev/null || $(INSTALL) --no-deps trl==1.16.0
 	$(BIN)/python jobs/bench/training.py $(PAIRS) $(BENCH)
 
 SPEAK ?= --rows 96 --max-tokens 96

@@ -91,7 +91,7 @@ def show(options: argparse.Namespace) -> int:
     """Print rows of a stage."""
     from rdpo.evaluation.show import show_rows
 
-    show_rows(options.run_dir, options.stage, options.row, options.limit, options.dropped)
+    show_rows(options.run_dir, options.stage, options.row, options.limit, options.dropped, options.logps)
     return 0
 
 
@@ -101,6 +101,24 @@ def export(options: argparse.Namespace) -> int:
 
     for line in export(options.run_dir, options.what, options.target):
         print(visible(line))
+    return 0
+
+
+def harness(options: argparse.Namespace) -> int:
+    """Print what both models score in tasks of lm-evaluation-harness."""
+    from rdpo.evaluation.harness import changes, table
+
+    found = changes(options.run_dir, options.tasks, options.include, options.limit, options.chat)
+    for line in table(found):
+        print(visible(line))
+    return 0
+
+
+def push(options: argparse.Namespace) -> int:
+    """Put a run's model or pairs on the Hugging Face hub."""
+    from rdpo.evaluation.hub import push
+
+    print(visible(push(options.run_dir, options.what, options.repository, options.public)))
     return 0
 
 

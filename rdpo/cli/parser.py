@@ -50,7 +50,9 @@ def build() -> tuple[argparse.ArgumentParser, Commands]:
         _add_place(one, "run_dir", "RUN_DIR", DIRECTORY)
         one.set_defaults(function=does.stage, stage=stage)
     _add_looking(commands)
+    _add_harness(commands)
     _add_export(commands)
+    _add_push(commands)
     _add_plan(commands)
     completion = commands.add_parser("completion", help='completion for a shell: eval "$(rdpo completion bash)"')
     completion.add_argument("shell", choices=("bash", "zsh"))
@@ -141,6 +143,9 @@ def _add_looking(commands: Commands) -> None:
     show.add_argument("--row", metavar="ID", help="one row, by (the beginning of) its id")
     show.add_argument("--limit", type=int, default=3, help="how many rows (default 3)")
     show.add_argument("--dropped", action="store_true", help="the dropped rows, with their reasons")
+    show.add_argument(
+        "--logps", action="store_true", help="of the reference stage: each token's log-prob, before and after"
+    )
 
 
 def _add_export(commands: Commands) -> None:
@@ -148,6 +153,23 @@ def _add_export(commands: Commands) -> None:
     _add_place(export, "run_dir", "RUN_DIR", DIRECTORY)
     export.add_argument("what", choices=["pairs", "answers"], help="a preference data set, or AlpacaEval's outputs")
     _add_place(export, "target", "FOLDER", DIRECTORY)
+
+
+def _add_harness(commands: Commands) -> None:
+    harness = _looks(commands, "harness", does.harness, "tasks of lm-evaluation-harness, before and after training")
+    _add_place(harness, "run_dir", "RUN_DIR", DIRECTORY)
+    harness.add_argument("tasks", metavar="TASK", nargs="+", help="a task, group or tag of the harness, or a pattern")
+    _add_place(harness, "--include", "DIR", DIRECTORY, "a folder with tasks of your own")
+    harness.add_argument("--limit", type=int, metavar="N", help="documents of each task (default: all)")
+    harness.add_argument("--chat", action="store_true", help="ask in the model's chat template")
+
+
+def _add_push(commands: Commands) -> None:
+    push = _looks(commands, "push", does.push, "put a run's model or pairs on the Hugging Face hub")
+    _add_place(push, "run_dir", "RUN_DIR", DIRECTORY)
+    push.add_argument("what", choices=["model", "pairs"], help="the published model, or the pairs as a data set")
+    push.add_argument("repository", metavar="OWNER/NAME")
+    push.add_argument("--public", action="store_true", help="a new repository is for everybody (default: private)")
 
 
 def _looks(

@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from rdpo.records import Row
 
 RESAMPLES = 10_000
+DRAWN_AT_ONCE = 10_000_000
+"""Values, so that memory does not grow with their number."""
 Values = NDArray[np.float64]
 
 
@@ -44,9 +46,11 @@ class RewardComparison:
 
 def bootstrap(values: Values, seed: int) -> Estimate:
     """Mean of values (n,) with its paired-bootstrap interval."""
-    generator = np.random.default_rng(seed)
-    draws = generator.integers(0, len(values), (RESAMPLES, len(values)))
-    low, high = np.percentile(values[draws].mean(axis=1), [2.5, 97.5])
+    generator, count = np.random.default_rng(seed), len(values)
+    at_once = max(1, DRAWN_AT_ONCE // count)
+    sizes = [min(at_once, RESAMPLES - done) for done in range(0, RESAMPLES, at_once)]
+    means = [values[generator.integers(0, count, (size, count))].mean(axis=1) for size in sizes]
+    low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
     return Estimate(float(values.mean()), float(low), float(high))
 
 

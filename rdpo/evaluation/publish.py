@@ -48,7 +48,11 @@ def publish(job: Job, exported: Path | None, merged: Path, target: Path, facts: 
         if adapter:
             shutil.copytree(adapter, target / "adapter", dirs_exist_ok=True)
     checks = verify(merged, target, adapter is not None, job.student.trust_remote_code)
-    (target / "README.md").write_text(model_card(job, facts), encoding="utf-8")
+    card = target / "README.md"
+    card.write_text(model_card(job, facts), encoding="utf-8")
+    for file in target.rglob("*.safetensors"):
+        # safetensors lets nobody else read what it wrote, and an engine may run as another user.
+        file.chmod(card.stat().st_mode)
     return checks
 
 

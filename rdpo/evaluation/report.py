@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
 from rdpo.config import Job
 from rdpo.evaluation import charts
 from rdpo.evaluation.alerts import alerts
 from rdpo.evaluation.columns import PairColumns, PromptColumns, pair_columns, prompt_columns, prompt_lengths
+from rdpo.evaluation.compare import Values
 from rdpo.evaluation.page import SCRIPT, write_page
 from rdpo.evaluation.provenance import sources
 from rdpo.evaluation.samples import Sample, conversations, evaluated_samples
@@ -22,6 +24,7 @@ from rdpo.storage import IN_PROGRESS, METRICS, Manifest, StageFolder
 
 CURVES = {
     "loss": ["loss"],
+    "loss of the held-out pairs": ["heldout/loss"],
     "accuracy of the implicit rewards": ["rewards/accuracies"],
     "margin of the implicit rewards": ["rewards/margins"],
     "implicit rewards": ["rewards/chosen", "rewards/rejected"],
@@ -185,19 +188,25 @@ def _training(run_dir: str) -> Section | None:
     steps = StageFolder(run_dir, "training").read_lines(METRICS)
     if not steps:
         return None
-    series = {name: np.array([step.get(name) for step in steps], dtype=float) for name in ("step", *steps[0])}
-    drawn = {}
-    for title, names in CURVES.items():
-        known = {name.rsplit("/", 1)[-1]: series[name] for name in names if name in series}
-        if known:
-            drawn[title] = charts.curves(series["step"], known)
+    names = {name for step in steps for name in step}
+    series = {name: np.array([step.get(name) for step in steps], dtype=float) for name in names}
+    drawn = {title: _curves(series, [name for name in of if name in series]) for title, of in CURVES.items()}
     return {
-        "charts": drawn,
+        "charts": {title: drawing for title, drawing in drawn.items() if drawing},
         "steps": len(steps),
         "skipped": int(np.nansum(series.get("skipped", 0))),
         "first": steps[0],
         "last": steps[-1],
     }
+
+
+def _curves(series: Mapping[str, Values], names: Sequence[str]) -> Markup | None:
+    """Metrics over the steps at which they were measured; None if they never were."""
+    measured = np.isfinite([series[name] for name in names]).any(0) if names else np.array(False)
+    if not measured.any():
+        return None
+    drawn = {name.rsplit("/", 1)[-1]: series[name][measured] for name in names}
+    return charts.curves(series["step"][measured], drawn)
 
 
 def _evaluation(run_dir: str, job: Job) -> Section:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from rich import box
 from rich.console import Console, Group
 from rich.panel import Panel
+from rich.table import Table
 from rich.text import Text
 
 from rdpo.errors import InputError
 from rdpo.evaluation.page import shown
+from rdpo.evaluation.token_logps import TokenLogps, TokenReader
 from rdpo.pipeline import job_of_run
 from rdpo.policy.chat import load_chat
 from rdpo.records import Row
@@ -18,13 +21,16 @@ from rdpo.storage import StageFolder
 TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 TOKEN_STYLES = {"prompt_ids": ("grey50", "grey70"), "chosen_ids": ("green", "bright_green")}
 COMPLETION_STYLES = ("red", "bright_red")
+LIKELIER, LESS_LIKELY = "green", "red"
+MOVED = 0.1
+"""Nats from which a token's change is coloured."""
 
 
-def show_rows(run_dir: str, stage: str, row_id: str | None, limit: int, dropped: bool) -> None:
-    """Print rows of a stage, or of its dropped table.
+def show_rows(run_dir: str, stage: str, row_id: str | None, limit: int, dropped: bool, logps: bool = False) -> None:
+    """Print rows of a stage, or of its dropped table; with `logps` also what each completion token is worth.
 
     Raises:
-        InputError: there is no such row.
+        InputError: there is no such row, or it has no tokens whose log-probs could be shown.
     """
     table = StageFolder(run_dir, stage).table("dropped" if dropped else "")
     if not table.num_rows:
@@ -34,10 +40,15 @@ def show_rows(run_dir: str, stage: str, row_id: str | None, limit: int, dropped:
         rows = [row for row in rows if row["prompt_id"].startswith(row_id)]
         if not rows:
             raise InputError(f"{run_dir}: no row of the {stage} stage has an id that begins with {row_id}")
+    if logps and "prompt_ids" not in rows[0]:
+        raise InputError("--logps: only rows of the reference stage have the tokens that training sees; show those")
     console = Console()
     decode = _decoder(run_dir, rows[0])
+    reader = TokenReader(run_dir) if logps else None
     for row in rows[:limit]:
         console.print(_panel(row, decode))
+        for side, values in (reader.read(row) if reader else {}).items():
+            console.print(_worth(side, values, [decode([token]) for token in row[f"{side}_ids"]]))
     console.print(f"{min(limit, len(rows))} of {len(rows)} rows")
 
 
@@ -77,3 +88,31 @@ def _tokens(name: str, ids: list[int], decode: Any) -> Text:
     for index, token in enumerate(ids):
         text.append(shown(decode([token])), style=f"not bold {shades[index % 2]}")
     return text
+
+
+def _worth(side: str, values: TokenLogps, tokens: list[str]) -> Table:
+    """A line for each token of a completion, all of which count in the loss, and their sums."""
+    columns = {"reference": values.reference}
+    if values.policy:
+        changes = [after - before for after, before in zip(values.policy, values.reference, strict=True)]
+        columns |= {"policy": values.policy, "policy - reference": changes}
+    table = Table(box=box.SIMPLE, title=f"{side}: log-probs in nats", title_justify="left", show_footer=True)
+    table.add_column("position", "sum", justify="right")
+    table.add_column("token")
+    for name, column in columns.items():
+        table.add_column(name, f"{sum(column):.3f}", justify="right")
+    for index, token in enumerate(tokens):
+        numbers = [column[index] for column in columns.values()]
+        table.add_row(
+            str(values.start + index),
+            Text(repr(shown(token))[1:-1]),
+            *(f"{number:.3f}" for number in numbers),
+            style=_shade(numbers[-1]) if values.policy else None,
+        )
+    return table
+
+
+def _shade(change: float) -> str | None:
+    if abs(change) < MOVED:
+        return None
+    return LIKELIER if change > 0 else LESS_LIKELY

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from rdpo.cli import main
+from rdpo.evaluation.token_logps import TokenReader
 from rdpo.storage import StageFolder
 from tests.conftest import ALL_STAGES, whole_job, write_job
 
@@ -89,6 +91,27 @@ def test_published_model_loads_in_transformers_and_peft(finished):
     assert (adapter(**ids).logits - expected).abs().max() < 1e-3
     assert "held-out prompts" in (model_dir / "README.md").read_text()
     assert not [path for path in model_dir.rglob("*") if path.suffix in (".bin", ".pt", ".pkl")]
+
+
+def test_show_gives_each_completion_token_its_log_prob_before_and_after(finished, capsys):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    run_dir = str(finished[0])
+    row = StageFolder(run_dir, "reference").table().sort_by("prompt_id").to_pylist()[0]
+    read = TokenReader(run_dir).read(row)
+    trained = AutoModelForCausalLM.from_pretrained(finished[0] / "model")
+    for side, values in read.items():
+        assert sum(values.reference) == pytest.approx(row[f"reference_{side}_logps"], abs=1e-3)
+        ids = torch.tensor([row["prompt_ids"] + row[f"{side}_ids"]])
+        logps = trained(ids).logits.float().log_softmax(-1)[0, values.start - 1 : -1]
+        expected = logps.gather(1, ids[0, values.start :, None])[:, 0].tolist()
+        assert values.policy == pytest.approx(expected, abs=1e-3)
+    assert main(["show", run_dir, "reference", "--logps", "--limit", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert f"{sum(read['rejected'].policy):.3f}" in printed
+    assert main(["show", run_dir, "pairs", "--logps"]) == 2
+    assert "only rows of the reference stage have the tokens" in capsys.readouterr().err
 
 
 def test_report_is_one_self_contained_page(finished):

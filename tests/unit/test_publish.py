@@ -35,3 +35,5 @@ def test_a_model_and_a_bare_adapter_are_published_and_verified(job_table, traine
     assert (target / "config.json").is_file() == merge
     assert (target / "adapter" / "adapter_config.json").is_file() == merge
     assert (target / "adapter_model.safetensors").is_file() != merge
+    modes = {file.stat().st_mode for file in target.rglob("*") if file.is_file()}
+    assert modes == {(target / "README.md").stat().st_mode}

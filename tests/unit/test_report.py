@@ -164,6 +164,16 @@ def test_an_unfinished_run_has_the_sections_it_has_come_to(tmp_path):
     assert 'http-equiv="refresh"' not in page_of(run_dir)
 
 
+def test_the_loss_of_held_out_pairs_is_drawn_over_the_steps_that_measured_it(tmp_path):
+    run_dir = write_run(tmp_path, until="pairs")
+    assert "loss of the held-out pairs" not in page_of(run_dir)
+    training = StageFolder(run_dir, "training")
+    training.begin("k")
+    steps = [{"step": number, **STEP} | ({"heldout/loss": 0.5} if number == 2 else {}) for number in (1, 2, 3)]
+    training.write_bytes("metrics.jsonl", "".join(json.dumps(step) + "\n" for step in steps).encode())
+    assert "loss of the held-out pairs" in page_of(run_dir)
+
+
 def test_hostile_text_is_text(tmp_path):
     page = page_of(write_run(tmp_path, text=HOSTILE + "x" * 1_000_000))
     found = Page(page)
