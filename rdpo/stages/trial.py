@@ -22,6 +22,7 @@ def prepare(job: Job, say: Say) -> bool:
         InputError: something the job names cannot be used.
     """
     from rdpo.cluster import start_ray
+    from rdpo.installed import check_installed
     from rdpo.placement import Nodes, check_room, fit_side_by_side
     from rdpo.policy.chat import load_chat
     from rdpo.policy.models import model_config
@@ -33,7 +34,9 @@ def prepare(job: Job, say: Say) -> bool:
     load_chat(job.student.model, job.student.revision, job.student.trust_remote_code)
     _check_teacher(job)
     check_rewards(job)
-    nodes = Nodes.of(start_ray(job))
+    ray = start_ray(job)
+    check_installed(ray)
+    nodes = Nodes.of(ray)
     for pool in check_room(job, nodes):
         say(f"{pool.setting} waits until nodes are started: {smallest(pool.size)} x {pool}")
     return fit_side_by_side(job, nodes)

@@ -79,3 +79,15 @@ def test_a_kind_that_no_node_declares_is_said_before_any_model_is_loaded(
     assert done.returncode == 2
     assert "no node declares huge" in done.stderr
     assert not (tmp_path / "run" / "synthesis").exists()
+
+
+def test_a_node_with_another_version_is_said_before_any_model_is_loaded(
+    cluster, tmp_path, wordy_models, tiny_classifier
+):
+    other = tmp_path / "other" / "peft-0.0.1.dist-info"
+    other.mkdir(parents=True)
+    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: peft\nVersion: 0.0.1\n")
+    cluster.cluster.add_node(num_cpus=1, env_vars={"PYTHONPATH": str(other.parent)})
+    done = run(job_file(tmp_path, wordy_models[0], tiny_classifier, {}), cluster, tmp_path / "run")
+    assert done.returncode == 2
+    assert "has peft 0.0.1, and node" in done.stderr

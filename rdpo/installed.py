@@ -1,0 +1,70 @@
+"""Whether the nodes of a cluster have the same packages: half a run by one vLLM and half by another is neither's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rdpo.errors import InputError
+from rdpo.lineage import versions
+
+ANSWERS_WITHIN_S = 60.0
+NOT_THERE = "-"
+
+
+@dataclass(frozen=True)
+class Installed:
+    """What a node has: packages by their versions, and whether it has GPUs."""
+
+    gpu: bool
+    versions: Mapping[str, str]
+
+
+def check_installed(ray: Any) -> None:
+    """Ask every node that is there what is installed on it.
+
+    A node that does not answer in time, and one that an autoscaler starts later, is not compared.
+
+    Raises:
+        InputError: rdpo is not there, or two nodes that do the same work have different versions.
+    """
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    if len(alive) < 2:
+        return
+    asked = {node["NodeManagerAddress"] + ", " + node["NodeID"][:8]: (node, _ask(ray, node)) for node in alive}
+    found = {}
+    for name, (node, answer) in asked.items():
+        try:
+            found[name] = Installed(bool(node["Resources"].get("GPU")), ray.get(answer, timeout=ANSWERS_WITHIN_S))
+        except ray.exceptions.GetTimeoutError:
+            continue
+        except ray.exceptions.RayTaskError as error:
+            told = str(error.cause).strip().splitlines()[-1]
+            raise InputError(f"node {name}: rdpo does not load there ({told}); install it on every node") from None
+    if different := disagreement(found):
+        raise InputError(f"{different}; install the same versions on every node, as from one file of cluster/locks")
+
+
+def _ask(ray: Any, node: Mapping[str, Any]) -> Any:
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+    return ray.remote(num_cpus=0, scheduling_strategy=there, max_retries=0)(versions).remote()
+
+
+def disagreement(found: Mapping[str, Installed]) -> str | None:
+    """The first package that two nodes have in different versions, in words.
+
+    Nodes with GPUs are compared with each other, and those without with each other: a head without GPUs may well have
+    another torch. rdpo itself is the same everywhere.
+    """
+    seen: dict[tuple[str, bool], tuple[str, str]] = {}
+    for name, node in found.items():
+        for package, version in node.versions.items():
+            if version == NOT_THERE:
+                continue
+            first, other = seen.setdefault((package, node.gpu and package != "rdpo"), (name, version))
+            if other != version:
+                return f"node {name} has {package} {version}, and node {first} has {other}"
+    return None

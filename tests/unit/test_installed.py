@@ -1,0 +1,21 @@
+"""Which versions may differ between nodes."""
+
+from rdpo.installed import Installed, disagreement
+
+LOCKED = {"rdpo": "0.1.0", "vllm": "0.32.0", "torch": "2.13.0"}
+
+
+def test_nodes_of_one_lock_agree_and_a_head_without_gpus_may_have_other_packages():
+    head = Installed(False, {"rdpo": "0.1.0", "vllm": "-", "torch": "2.13.0+cpu"})
+    assert disagreement({"head": head, "one": Installed(True, LOCKED), "two": Installed(True, LOCKED)}) is None
+
+
+def test_two_nodes_that_do_the_same_work_have_the_same_versions():
+    other = Installed(True, LOCKED | {"vllm": "0.29.0"})
+    told = disagreement({"one": Installed(True, LOCKED), "two": other})
+    assert told == "node two has vllm 0.29.0, and node one has 0.32.0"
+
+
+def test_rdpo_is_the_same_everywhere():
+    head, node = Installed(False, {"rdpo": "0.1.0"}), Installed(True, {"rdpo": "0.2.0"})
+    assert disagreement({"head": head, "node": node}) == "node node has rdpo 0.2.0, and node head has 0.1.0"
