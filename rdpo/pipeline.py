@@ -19,6 +19,7 @@ from rdpo.config import Job, load_job, to_toml
 from rdpo.errors import InputError
 from rdpo.folder import Folder
 from rdpo.lineage import stage_key, versions
+from rdpo.listeners import listening
 from rdpo.lock import LOCK, Say, held
 from rdpo.storage import TOKENS, Manifest, StageFolder
 from rdpo.streaming import RowWork, stream_rows
@@ -88,6 +89,11 @@ class Stage:
 
 def run_stages(run: Run, stages: Sequence[Stage]) -> None:
     """Bring stages up to date, in order; those that can, at the same time."""
+    with listening(run.job, run.dir, run.console):
+        _in_order(run, stages)
+
+
+def _in_order(run: Run, stages: Sequence[Stage]) -> None:
     waiting = list(stages)
     while waiting:
         chain = [waiting.pop(0)]
@@ -189,6 +195,7 @@ def _commit(run: Run, stage: Stage, folder: StageFolder, manifest: Manifest) -> 
     manifest.seed, manifest.versions = run.job.seed, versions()
     run.manifests[stage.name] = folder.commit(manifest, stage.id_column, expected)
     run.made.add(stage.name)
+    run.console.made(manifest)
     run.console.tell("stage_end", stage=stage.name, state="made", **_counts(manifest))
     reasons = sorted(manifest.dropped.items(), key=lambda item: -item[1])
     for reason, count in reasons[:TOLD_REASONS]:

@@ -13,16 +13,35 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from rdpo.records import visible
 from rdpo.stores import cache_dir, is_remote
 
+if TYPE_CHECKING:
+    from rdpo.storage import Manifest
+
 PLAIN_EVERY = 15.0
 LAST_WORDS_S = 2.0
+
+
+class Listener:
+    """Hears of a run what a person watches; what it does not override, it does not listen to."""
+
+    def progress(self, meter: Meter) -> None:
+        """A stage has come further."""
+
+    def step(self, metrics: Mapping[str, float]) -> None:
+        """Training has taken an optimizer step: its metrics, and `step`, which counts from 1."""
+
+    def made(self, manifest: Manifest) -> None:
+        """A stage is finished."""
+
+    def close(self) -> None:
+        """Nothing more comes."""
 
 
 class Meter:
@@ -68,7 +87,7 @@ class Console:
     def __init__(self, stream: IO[str], log_file: Path | None = None):
         self.stream = stream
         self.live = stream.isatty()
-        self._status: Any = None
+        self.listeners: list[Listener] = []
         self._log = logging.getLogger("rdpo.run")
         self._log.propagate = False
         self._log.setLevel(logging.INFO)
@@ -90,6 +109,30 @@ class Console:
     def tell(self, event: str, **facts: Any) -> None:
         """A fact for a machine that listens; people hear of it by `say`."""
 
+    def step(self, metrics: Mapping[str, float]) -> None:
+        """The metrics of an optimizer step, for who listens."""
+        self._heard(lambda listener: listener.step(metrics))
+
+    def made(self, manifest: Manifest) -> None:
+        """A finished stage, for who listens."""
+        self._heard(lambda listener: listener.made(manifest))
+
+    def close_listeners(self, but: Sequence[Listener] = ()) -> None:
+        """Nothing more comes for the listeners, but for some."""
+        kept = [listener for listener in self.listeners if listener in but]
+        self.listeners = [listener for listener in self.listeners if listener not in but]
+        self._heard(lambda listener: listener.close())
+        self.listeners = kept
+
+    def _heard(self, told: Callable[[Listener], None]) -> None:
+        """Tell all listeners; one that fails hears no more, and the run goes on."""
+        for listener in list(self.listeners):
+            try:
+                told(listener)
+            except Exception as error:
+                self.listeners.remove(listener)
+                self.warn(f"{type(listener).__name__} hears no more of the run: {type(error).__name__}: {error}")
+
     def log(self, text: str) -> None:
         """A line for the log file, and for the terminal if that is not live."""
         if self.live:
@@ -105,6 +148,7 @@ class Console:
 
     def show(self, meter: Meter) -> None:
         """Redraw the live line."""
+        self._heard(lambda listener: listener.progress(meter))
         if self.live:
             width = os.get_terminal_size(self.stream.fileno()).columns
             self.stream.write("\r\x1b[2K" + meter.line()[: width - 1])

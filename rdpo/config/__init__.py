@@ -12,6 +12,7 @@ from rdpo.config.pairs import BEST, WORST, Defect, Pairs, Reference, Replay, Sid
 from rdpo.config.prompts import Prompts, Synthesis
 from rdpo.config.rewards import Calibration, ClassifierReward, FunctionReward, ImplicitReward, JudgeReward, Reward
 from rdpo.config.section import Concurrency, Dtype, Layout, Section, largest, smallest
+from rdpo.config.tracking import Tracking
 from rdpo.config.training import LOSS_OPTIONS, Lora, Loss, Training
 
 __all__ = [
@@ -49,6 +50,7 @@ __all__ = [
     "Sides",
     "Student",
     "Synthesis",
+    "Tracking",
     "Training",
     "explained",
     "job_of",

@@ -12,6 +12,7 @@ from rdpo.config.pairs import Pairs, Reference, Replay
 from rdpo.config.prompts import Prompts, Synthesis
 from rdpo.config.rewards import Calibration, JudgeReward, Reward
 from rdpo.config.section import Section, largest
+from rdpo.config.tracking import Tracking
 from rdpo.config.training import Training
 from rdpo.stage_names import STAGES
 from rdpo.suggestion import did_you_mean
@@ -80,6 +81,7 @@ class Job(Section):
     rounds: Rounds = Rounds()
     publish: Publish = Publish()
     cluster: Cluster = Cluster()
+    tracking: Tracking = Tracking()
 
     def model_or_student(self, name: str | None) -> tuple[str, str | None, bool]:
         """Name, revision, and whether its own code may run: of the model named, which may not, or of the student."""

@@ -32,6 +32,7 @@ CURVES = {
     "gradient norm": ["grad_norm"],
     "learning rate": ["learning_rate"],
     "tokens per second": ["tokens_per_second"],
+    "model FLOPs utilisation": ["mfu"],
     "peak memory (GiB)": ["peak_memory_gib"],
 }
 EVERY_S = 180.0

@@ -39,12 +39,14 @@ class Arithmetic:
         head = policy.head.weight
         linear = [module for module in policy.model.modules() if isinstance(module, nn.Linear)]
         inner = [module for module in linear if module.weight is not head]
-        config = policy.config
-        head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        # A model of other names is trained all the same, and counts without its attention.
+        names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+        vocabulary, hidden, depth, heads = (getattr(policy.config, name, 0) for name in names)
+        head_size = getattr(policy.config, "head_dim", None) or hidden // max(heads, 1)
         return cls(
             layers=sum(module.in_features * module.out_features for module in inner),
-            head=config.vocab_size * config.hidden_size,
-            attention=config.num_hidden_layers * config.num_attention_heads * head_size,
+            head=vocabulary * hidden,
+            attention=depth * heads * head_size,
             frozen=policy.adapted,
         )
 

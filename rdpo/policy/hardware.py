@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rdpo.config.section import largest
+from rdpo.policy.gpus import gpu_of
 
 if TYPE_CHECKING:
     import torch
@@ -59,6 +60,14 @@ def worker_cores(training: Training) -> int:
     if training.cpus_per_worker or training.gpus_per_worker:
         return training.cpus_per_worker or 1
     return max(1, len(available_cores()) // largest(training.num_workers))
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bfloat16 FLOP/s of a GPU by its datasheet; None of a CPU, and of a type that is not known."""
+    import torch
+
+    gpu = gpu_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return gpu.flops if gpu else None
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -110,6 +110,7 @@ def _step(meter: Meter, metrics: dict[str, float]) -> None:
     meter.done = int(metrics["step"]) - 1
     note = f"loss {metrics['loss']:.4f}  margin {metrics['rewards/margins']:.3f}"
     meter.advance(1, int(metrics["tokens"]), note)
+    meter.console.step(metrics)
 
 
 def measure_retention(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:

@@ -19,7 +19,8 @@ import pyarrow.compute as pc
 import torch
 
 from rdpo.config import Job
-from rdpo.policy.hardware import peak_memory_gib
+from rdpo.policy.flops import Arithmetic
+from rdpo.policy.hardware import peak_flops, peak_memory_gib
 from rdpo.policy.model import load_policy
 from rdpo.policy.models import local_model
 from rdpo.policy.packing import MicroBatch, PairSize, epoch_order, epoch_steps, plan_step
@@ -129,6 +130,8 @@ class Trainer:
         gaps = data.table["reward_gap"].to_pylist()
         self.scale = GapScale.fitted(gaps, job.training.reward_norm)
         self.skipped = 0
+        self.arithmetic = Arithmetic.of(self.engine.module)
+        self.peak = peak_flops(device)
 
     def step(self, index: int, total: int, pairs: list[int]) -> dict[str, float]:
         """One optimizer step over the pairs of all workers; its metrics.
@@ -154,6 +157,7 @@ class Trainer:
         if skipped:
             self._skip(reduced["loss"], pairs)
         seconds = time.perf_counter() - began
+        flops = self.arithmetic.flops([self.data.sizes[pair] for pair in pairs], packed) / seconds / self.workers
         return {
             "step": index + 1,
             **reduced,
@@ -163,6 +167,8 @@ class Trainer:
             "seconds": seconds,
             "tokens_per_second": reduced["tokens"] / seconds,
             "peak_memory_gib": peak_memory_gib(self.device),
+            "tflops_per_worker": flops / 1e12,
+            **({"mfu": flops / self.peak} if self.peak else {}),
         }
 
     def margins(self, heldout: PairTable) -> list[dict[str, Any]]:

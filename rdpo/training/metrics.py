@@ -2,7 +2,8 @@
 
 Names are the field's: `loss`, `rewards/{chosen,rejected,margins,accuracies}`, `logps/{chosen,rejected}`
 (sums per completion, nats), `grad_norm`, `learning_rate`. Ours: `offset/mean`, `offset/negative_share`,
-`offset/zero_share`, `delta/mean`.
+`offset/zero_share`, `delta/mean`; `tflops_per_worker`, the step's model FLOPs a second in 1e12, and `mfu`, their
+share of what the GPU's datasheet promises.
 """
 
 from __future__ import annotations

@@ -8,13 +8,13 @@ and says so.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 
 from rdpo.config import Job, smallest
 from rdpo.errors import InputError
 from rdpo.policy.flops import matmul_rate
+from rdpo.policy.gpus import GPUS
 from rdpo.policy.hardware import available_cores, worker_cores
 from rdpo.policy.packing import PairSize
 from rdpo.preference.reference import student_dtype
@@ -22,27 +22,6 @@ from rdpo.training.memory import GIB, Rehearsal, rehearse, typical_pair, worker_
 from rdpo.training.zero import stage_of
 
 ASSUMED_MFU = 0.4
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """A GPU type: dense bfloat16 FLOP/s and memory in GiB, from its datasheet."""
-
-    flops: float
-    memory_gib: float
-
-
-GPUS = {
-    "A10": Gpu(125e12, 22),
-    "A100-40": Gpu(312e12, 39),
-    "A100": Gpu(312e12, 79),
-    "B200": Gpu(2250e12, 178),
-    "H100": Gpu(989e12, 79),
-    "H200": Gpu(989e12, 140),
-    "L4": Gpu(121e12, 22),
-    "L40S": Gpu(362e12, 44),
-    "RTX4090": Gpu(165e12, 23),
-}
 
 
 def plan(job: Job, gpu: str | None, workers: int | None, sizes: Sequence[PairSize] = ()) -> Iterator[str]:

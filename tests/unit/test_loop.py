@@ -67,6 +67,7 @@ def test_a_step_that_is_not_finite_is_left_out_and_the_next_one_taken(tiny_model
     taken = trainer.step(1, 9, [0, 1])
     assert taken["skipped"] == 0
     assert 0 < taken["grad_norm"] < math.inf
+    assert taken["tflops_per_worker"] > 0 and "mfu" not in taken
     after = weights(trainer)
     assert changed(start, after) > 5
     with pytest.raises(NonFiniteStep, match="rows of the batch: p3, p2"):

@@ -7,10 +7,11 @@ from transformers import AutoModelForCausalLM
 from rdpo.config import Job, Lora
 from rdpo.errors import InputError
 from rdpo.policy.flops import Arithmetic
+from rdpo.policy.gpus import GPUS, Gpu, gpu_of
 from rdpo.policy.model import as_policy, load_policy
 from rdpo.policy.packing import PairSize
 from rdpo.training.memory import Memory, heaviest, rehearse, worker_memory
-from rdpo.training.plan import GPUS, Gpu, plan
+from rdpo.training.plan import plan
 from tests.conftest import valid_job
 
 
@@ -113,3 +114,11 @@ def test_plan_says_what_does_not_fit(tiny_model, tmp_path, monkeypatch):
     assert "does not fit" in "\n".join(plan(job, "H100", 8))
     with pytest.raises(InputError, match="--workers 9: each needs a pair"):
         list(plan(job, "H100", 9))
+
+
+def test_a_gpu_is_known_by_the_name_its_driver_gives_it():
+    assert gpu_of("NVIDIA H100 80GB HBM3") is GPUS["H100"]
+    assert gpu_of("NVIDIA A100-SXM4-40GB") is GPUS["A100"]
+    assert gpu_of("NVIDIA L40S") is GPUS["L40S"]
+    assert gpu_of("NVIDIA GeForce RTX 4090") is GPUS["RTX4090"]
+    assert gpu_of("NVIDIA GeForce GTX 1080") is None

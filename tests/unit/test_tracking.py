@@ -5,6 +5,7 @@ import json
 
 import pyarrow as pa
 
+from rdpo.config import Tracking
 from rdpo.pipeline import Run, Stage, run_stages
 from rdpo.tracking import Console, JsonConsole, QuietConsole
 
@@ -29,7 +30,7 @@ def run_of_one_stage(folder, console):
 class Job:
     """As much of a job as the pipeline looks at."""
 
-    seed, trusted_code = 0, ()
+    name, seed, trusted_code, tracking = "job", 0, (), Tracking()
 
 
 def written(folder, voice):

@@ -1,0 +1,123 @@
+"""Who hears of a run: what trackers are told, and that none of them ends a run."""
+
+import io
+
+import pytest
+
+from rdpo.config import Job
+from rdpo.errors import InputError
+from rdpo.listeners import listening
+from rdpo.listeners.figures import stage_figures, step_figures
+from rdpo.storage import Manifest
+from rdpo.tracking import Console, Listener
+
+STEPS = [{"step": number, "loss": 0.7 - 0.1 * number, "rewards/margins": 0.1 * number} for number in (1, 2)]
+
+
+def evaluation():
+    rate = {"mean": 0.75, "low": 0.6, "high": 0.9}
+    summary = {"prompts": 8, "rewards": [{"reward": "length", "weight": 1.0, "win_rate": rate}], "kl": rate}
+    manifest = Manifest("evaluation", "key", {}, {}, summary=summary, seconds=3.0)
+    manifest.rows_in, manifest.rows_out, manifest.dropped = 10, 8, {"too long": 2}
+    return manifest
+
+
+@pytest.fixture
+def console():
+    return Console(io.StringIO())
+
+
+@pytest.fixture
+def told(job_table, tmp_path, console):
+    """Tell the trackers that a job names what a run tells."""
+
+    def tell(*trackers):
+        job = Job.model_validate(job_table | {"tracking": {"to": list(trackers), "project": "mine"}})
+        with listening(job, str(tmp_path / "run"), console):
+            for metrics in STEPS:
+                console.step(metrics)
+            console.made(evaluation())
+        return tmp_path / "run" / "logs"
+
+    return tell
+
+
+def test_figures_are_named_by_stage_and_reward():
+    assert step_figures(STEPS[1]) == {"train/loss": pytest.approx(0.5), "train/rewards/margins": 0.2}
+    assert stage_figures(evaluation()) == {
+        "evaluation/seconds": 3.0,
+        "evaluation/rows": 8.0,
+        "evaluation/dropped": 2.0,
+        "evaluation/prompts": 8.0,
+        "evaluation/length/weight": 1.0,
+        "evaluation/length/win_rate": 0.75,
+        "evaluation/kl": 0.75,
+    }
+
+
+class Broken(Listener):
+    def __init__(self):
+        self.heard = 0
+
+    def step(self, metrics):
+        self.heard += 1
+        raise ConnectionError("gone")
+
+
+def test_a_listener_that_fails_hears_no_more_and_the_others_do(console):
+    class Steady(Broken):
+        def step(self, metrics):
+            self.heard += 1
+
+    broken, steady = Broken(), Steady()
+    console.listeners = [broken, steady]
+    for metrics in STEPS:
+        console.step(metrics)
+    assert (broken.heard, steady.heard) == (1, 2)
+    assert console.stream.getvalue().count("warning: Broken hears no more of the run: ConnectionError: gone") == 1
+
+
+def test_a_tracker_that_is_not_installed_is_said_at_once(told, monkeypatch):
+    monkeypatch.setattr("rdpo.listeners.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"tracking\.to: wandb is not installed; pip install wandb"):
+        told("wandb")
+
+
+def test_a_tracker_that_does_not_begin_is_left_out(told, monkeypatch, console):
+    monkeypatch.setattr("rdpo.listeners.find_spec", lambda name: True)
+    monkeypatch.setattr("rdpo.listeners._maker", lambda name: lambda *_: 1 / 0)
+    told("mlflow")
+    assert "tracking.to: mlflow does not begin, the run goes on without it" in console.stream.getvalue()
+
+
+def test_tensorboard_has_the_curves(told):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(told("tensorboard") / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [
+        (1, pytest.approx(0.6)),
+        (2, pytest.approx(0.5)),
+    ]
+    assert events.Scalars("evaluation/length/win_rate")[0].value == 0.75
+
+
+def test_mlflow_finds_a_run_that_goes_on(told, tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlruns").as_uri())
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    told("mlflow")
+    told("mlflow")
+    client = mlflow.MlflowClient()
+    (run,) = client.search_runs([client.get_experiment_by_name("mine").experiment_id])
+    assert run.data.metrics["train/loss"] == pytest.approx(0.5)
+    assert run.data.params["tracking.project"] == "mine"
+    assert run.info.status == "FINISHED"
+
+
+def test_wandb_keeps_a_run_for_later_where_it_is_offline(told, monkeypatch, console):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    logs = told("wandb")
+    assert list(logs.glob("wandb/offline-run-*/*.wandb"))
+    assert "does not begin" not in console.stream.getvalue()
