@@ -1,26 +1,39 @@
-"""What GPU types give, from their datasheets."""
+"""What GPU types give, from their datasheets, and how they are usually connected."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
 
+PER_NODE = 8
+PCIE = 32e9
+"""Bytes a second of 16 lanes of PCI Express 4, where GPUs have no link of their own."""
+
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU type: dense bfloat16 FLOP/s and memory in GiB."""
+    """A GPU type: dense bfloat16 FLOP/s, memory in GiB, and bytes a second that reach a GPU from the others.
+
+    `link` is within a node; `network` is the GPU's share of what a node with eight of them has in the clouds.
+    """
 
     flops: float
     memory_gib: float
+    link: float = PCIE
+    network: float = 3.1e9
+
+    def arriving(self, workers: int) -> float:
+        """Bytes a second that so many workers, on full nodes, can each take in: what leaves a node is shared by it."""
+        return self.link if workers <= PER_NODE else min(self.link, PER_NODE * self.network)
 
 
 GPUS = {
     "A10": Gpu(125e12, 22),
-    "A100-40": Gpu(312e12, 39),
-    "A100": Gpu(312e12, 79),
-    "B200": Gpu(2250e12, 178),
-    "H100": Gpu(989e12, 79),
-    "H200": Gpu(989e12, 140),
+    "A100-40": Gpu(312e12, 39, 300e9, 25e9),
+    "A100": Gpu(312e12, 79, 300e9, 25e9),
+    "B200": Gpu(2250e12, 178, 900e9, 50e9),
+    "H100": Gpu(989e12, 79, 450e9, 50e9),
+    "H200": Gpu(989e12, 140, 450e9, 50e9),
     "L4": Gpu(121e12, 22),
     "L40S": Gpu(362e12, 44),
     "RTX4090": Gpu(165e12, 23),

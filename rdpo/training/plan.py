@@ -7,6 +7,7 @@ and says so.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -14,10 +15,11 @@ import torch
 from rdpo.config import Job, smallest
 from rdpo.errors import InputError
 from rdpo.policy.flops import matmul_rate
-from rdpo.policy.gpus import GPUS
+from rdpo.policy.gpus import GPUS, Gpu
 from rdpo.policy.hardware import available_cores, worker_cores
 from rdpo.policy.packing import PairSize
 from rdpo.preference.reference import student_dtype
+from rdpo.training.communication import bytes_sent, sent
 from rdpo.training.memory import GIB, Rehearsal, rehearse, typical_pair, worker_memory
 from rdpo.training.zero import stage_of
 
@@ -47,6 +49,8 @@ def plan(job: Job, gpu: str | None, workers: int | None, sizes: Sequence[PairSiz
     yield from _memory(parts, GPUS[gpu].memory_gib if gpu else None)
     if (gpu and student_dtype(job) == "bfloat16") or not job.training.gpus_per_worker:
         yield from _speed(job, rehearsal, gpu, sizes or [typical_pair(job)])
+    if gpu and workers > 1 and stage_of(job.training, student_dtype(job)) == 3:
+        yield _messages(job, rehearsal, GPUS[gpu], sizes or [typical_pair(job)])
 
 
 def _headline(job: Job, rehearsal: Rehearsal, gpu: str | None) -> str:
@@ -81,6 +85,22 @@ def _speed(job: Job, rehearsal: Rehearsal, gpu: str | None, sizes: Sequence[Pair
     tokens = sum(pair.tokens for pair in sizes)
     yield f"about {tokens / seconds:,.0f} tokens/s ({guess})"
     yield f"1,000 pairs of {tokens / len(sizes):,.0f} tokens in about {1000 * seconds / len(sizes) / 60:,.1f} min"
+
+
+def _messages(job: Job, rehearsal: Rehearsal, gpu: Gpu, sizes: Sequence[PairSize]) -> str:
+    """What ZeRO-3 sends in a step, beside its products."""
+    training, workers = job.training, smallest(job.training.num_workers)
+    share = training.batch_size / workers / len(sizes)
+    tokens = share * sum(size.packed if rehearsal.packed else size.tokens for size in sizes)
+    micros = max(1, math.ceil(tokens / training.tokens_per_batch))
+    flops = share * rehearsal.arithmetic.flops(sizes, rehearsal.packed)
+    cost = sent(flops / micros, rehearsal.weights, rehearsal.trained, workers, gpu, ASSUMED_MFU * gpu.flops)
+    amount = micros * bytes_sent(rehearsal.weights, rehearsal.trained, workers) / GIB
+    best, worst = (cost.products / seconds for seconds in cost.range)
+    return (
+        f"ZeRO-3 sends each worker {amount:,.1f} GiB a step, in {micros * cost.messages:.2f} s beside "
+        f"{micros * cost.products:.2f} s of products: {worst:.0%} to {best:.0%} of that rate are left"
+    )
 
 
 def _cpu_rate(job: Job) -> float:

@@ -10,6 +10,7 @@ from rdpo.policy.flops import Arithmetic
 from rdpo.policy.gpus import GPUS, Gpu, gpu_of
 from rdpo.policy.model import as_policy, load_policy
 from rdpo.policy.packing import PairSize
+from rdpo.training.communication import bytes_sent, sent
 from rdpo.training.memory import Memory, heaviest, rehearse, worker_memory
 from rdpo.training.plan import plan
 from tests.conftest import valid_job
@@ -122,3 +123,27 @@ def test_a_gpu_is_known_by_the_name_its_driver_gives_it():
     assert gpu_of("NVIDIA L40S") is GPUS["L40S"]
     assert gpu_of("NVIDIA GeForce RTX 4090") is GPUS["RTX4090"]
     assert gpu_of("NVIDIA GeForce GTX 1080") is None
+
+
+def test_zero_3_sends_three_times_the_weights_where_all_are_trained():
+    billion = 10**9
+    assert bytes_sent(8 * billion, 8 * billion, 8) == 2 * 24 * billion * 7 / 8
+    assert bytes_sent(8 * billion, 0, 8) == 2 * 16 * billion * 7 / 8
+    # A model that may stay gathered from forward to backward is sent once.
+    assert bytes_sent(billion, 0, 2) == billion
+
+
+def test_messages_take_what_the_slowest_link_lets_through():
+    h100 = GPUS["H100"]
+    within, beyond = (sent(1e15, 10**10, 0, workers, h100, 5e14) for workers in (8, 16))
+    assert within.products == beyond.products == 2.0
+    assert within.messages == pytest.approx(4e10 * 7 / 8 / (0.8 * 450e9))
+    assert beyond.messages == pytest.approx(4e10 * 15 / 16 / (0.8 * 400e9))
+    assert beyond.range == (2.0, 2.0 + beyond.messages)
+
+
+def test_the_plan_says_what_is_sent(tiny_model, tmp_path):
+    job = job_of(tiny_model, tmp_path, zero_stage=3, batch_size=16)
+    (told,) = [line for line in plan(job, "H100", 4) if line.startswith("ZeRO-3 sends each worker")]
+    assert "s of products" in told
+    assert not [line for line in plan(job, "H100", 1) if "sends" in line]
