@@ -404,7 +404,7 @@ def run(environ, job_path, run_dir, *more):
         command(job_path, run_dir, *more), cwd=ROOT, env=environ, capture_output=True, text=True, timeout=PATIENCE
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr + logs_of(environ)
-    return ended.stdout
+    return ended.stdout + ended.stderr
 
 
 def logs_of(environ):
