@@ -28,6 +28,22 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="no GPU"))
 
 
+def pytest_terminal_summary(terminalreporter):
+    """Print the table of faults and stages, of what `survived` has noted (tests/faults)."""
+    # Properties, because they come with a report also out of another process.
+    noted = [dict(report.user_properties).get("survived") for report in terminalreporter.getreports("passed")]
+    table = {(fault, stage): how for fault, stage, how in filter(None, noted)}
+    if not table:
+        return
+    stages = list(dict.fromkeys(stage for _, stage in table))
+    terminalreporter.write_line("")
+    terminalreporter.write_line("| fault | " + " | ".join(stages) + " |")
+    terminalreporter.write_line("|---|" + "---|" * len(stages))
+    for fault in dict.fromkeys(fault for fault, _ in table):
+        cells = (table.get((fault, stage), "") for stage in stages)
+        terminalreporter.write_line(f"| {fault} | " + " | ".join(cells) + " |")
+
+
 def byte_tokenizer(template=CHATML, bos=None, specials=("<|im_start|>", "<|im_end|>"), eos="<|im_end|>"):
     """A byte-level tokenizer: every byte is a token, plus the special ones."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers

@@ -1,4 +1,4 @@
-"""The table of faults and stages that the run of these tests prints."""
+"""What the table of faults and stages is made of."""
 
 import pytest
 
@@ -13,18 +13,3 @@ def survived(record_property):
         record_property(SURVIVED, (fault, stage, how))
 
     return note
-
-
-def pytest_terminal_summary(terminalreporter):
-    # Properties, because they come with a report also out of another process.
-    noted = [dict(report.user_properties).get(SURVIVED) for report in terminalreporter.getreports("passed")]
-    table = {(fault, stage): how for fault, stage, how in filter(None, noted)}
-    if not table:
-        return
-    stages = list(dict.fromkeys(stage for _, stage in table))
-    terminalreporter.write_line("")
-    terminalreporter.write_line("| fault | " + " | ".join(stages) + " |")
-    terminalreporter.write_line("|---|" + "---|" * len(stages))
-    for fault in dict.fromkeys(fault for fault, _ in table):
-        cells = (table.get((fault, stage), "") for stage in stages)
-        terminalreporter.write_line(f"| {fault} | " + " | ".join(cells) + " |")
