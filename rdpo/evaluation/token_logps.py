@@ -39,6 +39,9 @@ class TokenReader:
         Raises:
             InputError: there is no run, or its start model cannot be had.
         """
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
         job, trained = job_of_run(run_dir), StageFolder(run_dir, "policy")
         self.reference = _load(local_model(job.student.model, job.student.revision), job)
         self.policy = _load(_merged(trained), job) if trained.manifest() else None
