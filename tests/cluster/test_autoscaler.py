@@ -59,8 +59,9 @@ def autoscaling(gcs_address):
             },
         },
         "head_node_type": "ray.head.default",
-        "auth": {},
-        "file_mounts": {},
+        **{name: {} for name in ("auth", "docker", "file_mounts")},
+        **{name: [] for name in ("cluster_synced_files", "rsync_exclude", "rsync_filter")},
+        "file_mounts_sync_continuously": False,
         **{f"{name}_commands": [] for name in lists},
     }
 
