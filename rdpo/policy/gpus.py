@@ -8,6 +8,8 @@ from dataclasses import dataclass
 PER_NODE = 8
 PCIE = 32e9
 """Bytes a second of 16 lanes of PCI Express 4, where GPUs have no link of their own."""
+ETHERNET = 3.1e9
+"""Bytes a second of 25 Gb/s, a GPU's share where nodes have no network for training."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class Gpu:
     flops: float
     memory_gib: float
     link: float = PCIE
-    network: float = 3.1e9
+    network: float = ETHERNET
 
     def arriving(self, workers: int) -> float:
         """Bytes a second that so many workers, on full nodes, can each take in: what leaves a node is shared by it."""
