@@ -7,7 +7,7 @@ inputs is taken over from there, not made again.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -94,7 +94,11 @@ class Variant:
         return merged(merged(comparison.all, comparison.arms[self.arm]), changes or {})
 
 
-def load_comparison(path: str | Path) -> tuple[Comparison, dict[tuple[str, int], Job]]:
+Jobs = dict[tuple[str, int], Job]
+"""The job of each arm and seed."""
+
+
+def load_comparison(path: str | Path) -> tuple[Comparison, Jobs]:
     """A comparison file and the job of each of its arms and seeds.
 
     Raises:
@@ -132,24 +136,35 @@ def arm_dir(run_dir: str, arm: str, seed: int) -> str:
     return os.path.join(run_dir, "arms", f"{arm.replace('@', '-')}-{seed}")
 
 
-def run_arms(jobs: dict[tuple[str, int], Job], run_dir: str, console: Console, until: str) -> None:
-    """Bring every arm up to date, as far as the stage `until`."""
-    done: list[str] = []
+def run_arms(
+    comparison: Comparison, jobs: Jobs, run_dir: str, console: Console, seeds: Collection[int] | None = None
+) -> None:
+    """Bring every arm up to date with all its seeds, or with some.
+
+    Other commands may do so at the same time with other seeds of the same comparison.
+
+    Raises:
+        InputError: a seed is none of the comparison's.
+    """
+    if unknown := set(seeds or ()) - set(comparison.seeds):
+        raise InputError(f"--seed {min(unknown)}: the comparison's seeds are {', '.join(map(str, comparison.seeds))}")
+    folders = {run: absolute(arm_dir(run_dir, *run)) for run in jobs}
     for (arm, seed), job in jobs.items():
-        console.say(f"\n{arm}, seed {seed}")
-        folder = absolute(arm_dir(run_dir, arm, seed))
-        with locked(job, folder, say=console.say):
-            run_stages(Run(job, folder, console, prepare, siblings=tuple(done)), list(_stages(job, until)))
-        done.append(folder)
+        if seeds is None or seed in seeds:
+            console.say(f"\n{arm}, seed {seed}")
+            folder = folders[arm, seed]
+            siblings = tuple(other for other in folders.values() if other != folder)
+            with locked(job, folder, say=console.say):
+                run_stages(Run(job, folder, console, prepare, siblings), list(_stages(job, comparison.until)))
 
 
-def compare_arms(comparison: Comparison, jobs: dict[tuple[str, int], Job], run_dir: str, console: Console) -> None:
+def compare_arms(comparison: Comparison, jobs: Jobs, run_dir: str, console: Console) -> None:
     """Run all arms; print the tables, write them as CSV and as a report."""
     from rdpo.evaluation import arms, heldout, retention
     from rdpo.evaluation.comparison_report import write_comparison
     from rdpo.training.trainer import heldout_margins
 
-    run_arms(jobs, run_dir, console, comparison.until)
+    run_arms(comparison, jobs, run_dir, console)
     found = []
     if comparison.until == "evaluation":
         evaluated = {run: StageFolder(arm_dir(run_dir, *run), "evaluation").table().to_pylist() for run in jobs}

@@ -89,6 +89,7 @@ class Stage:
 
 def run_stages(run: Run, stages: Sequence[Stage]) -> None:
     """Bring stages up to date, in order; those that can, at the same time."""
+    run.console.events.run = run.job.name
     with listening(run.job, run.dir, run.console):
         _in_order(run, stages)
 
@@ -197,11 +198,20 @@ def _commit(run: Run, stage: Stage, folder: StageFolder, manifest: Manifest) -> 
     run.made.add(stage.name)
     run.console.made(manifest)
     run.console.tell("stage_end", stage=stage.name, state="made", **_counts(manifest))
+    if stage.id_column:
+        _log_dropped(run, folder, stage.id_column)
     reasons = sorted(manifest.dropped.items(), key=lambda item: -item[1])
     for reason, count in reasons[:TOLD_REASONS]:
         run.console.say(f"{'':<12}dropped {count}: {reason}")
     if others := reasons[TOLD_REASONS:]:
         run.console.say(f"{'':<12}dropped {sum(count for _, count in others)}: {len(others)} other reasons")
+
+
+def _log_dropped(run: Run, folder: StageFolder, id_column: str) -> None:
+    for table in folder.tables("dropped", [id_column, "dropped"]):
+        rows = zip(table[id_column].to_pylist(), table["dropped"].to_pylist(), strict=True)
+        facts = ({"stage": folder.name, "row": row, "reason": reason} for row, reason in rows)
+        run.console.events.write(*(("dropped", fact) for fact in facts))
 
 
 def _counts(manifest: Manifest) -> dict[str, Any]:

@@ -7,7 +7,6 @@ the run's log file; only the console writes to the terminal.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import sys
@@ -18,6 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from rdpo.event_log import FILE as EVENTS
+from rdpo.event_log import EventLog, event_line
 from rdpo.records import visible
 from rdpo.stores import cache_dir, is_remote
 
@@ -93,14 +94,17 @@ class Console:
         self._log.setLevel(logging.INFO)
         self._log.handlers = [logging.FileHandler(log_file)] if log_file else [logging.NullHandler()]
         self._log.handlers[0].setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        self.events = EventLog(log_file and log_file.with_name(EVENTS))
 
     def say(self, text: str) -> None:
-        """A lasting line, on the terminal and in the log."""
+        """A lasting line, on the terminal and in the logs."""
+        self._note(text)
         self._print(text)
 
     def warn(self, text: str) -> None:
         """A warning, beside the stage that it is about."""
-        self.say(f"{'':<12}warning: {text}")
+        self._note(text, "warning")
+        self._print(f"{'':<12}warning: {text}")
 
     def conclude(self, text: str) -> None:
         """A line of what came of the run."""
@@ -108,6 +112,11 @@ class Console:
 
     def tell(self, event: str, **facts: Any) -> None:
         """A fact for a machine that listens; people hear of it by `say`."""
+        self.events.write((event, facts))
+
+    def _note(self, text: str, level: str = "info") -> None:
+        if text.strip():
+            self.events.write(("message", {"text": text.strip()}), level=level)
 
     def step(self, metrics: Mapping[str, float]) -> None:
         """The metrics of an optimizer step, for who listens."""
@@ -163,8 +172,12 @@ class Console:
         """Watch one stage; its last state stays on the screen as a line."""
         meter = Meter(self, name, total, unit)
         self.show(meter)
-        yield meter
-        self.say(meter.line())
+        self.events.stage = name
+        try:
+            yield meter
+            self.say(meter.line())
+        finally:
+            self.events.stage = None
 
 
 class QuietConsole(Console):
@@ -175,19 +188,22 @@ class QuietConsole(Console):
         self.live = False
 
     def say(self, text: str) -> None:
-        """A line for the log."""
+        """A line for the logs."""
+        self._note(text)
         self._log.info(visible(text))
 
     def log(self, text: str) -> None:
         """A line for the log."""
-        self.say(text)
+        self._log.info(visible(text))
 
     def warn(self, text: str) -> None:
         """A warning."""
+        self._note(text, "warning")
         self._print(f"warning: {text}")
 
     def conclude(self, text: str) -> None:
         """A line of what came of the run."""
+        self._note(text)
         self._print(text)
 
 
@@ -199,18 +215,21 @@ class JsonConsole(QuietConsole):
 
     def warn(self, text: str) -> None:
         """A warning, as an event."""
-        self.say(f"warning: {text}")
-        self.tell("warning", text=text)
+        self._note(text, "warning")
+        self._log.info(visible(f"warning: {text}"))
+        self._speak("warning", text=text)
 
     def conclude(self, text: str) -> None:
-        """A line for the log; the `result` event has its facts."""
+        """A line for the logs; the `result` event has its facts."""
         self.say(text)
 
     def tell(self, event: str, **facts: Any) -> None:
         """One event."""
-        when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        # ASCII, so that nothing in a text can act on a terminal.
-        print(json.dumps({"event": event, "time": when, **facts}), file=self.stream, flush=True)
+        super().tell(event, **facts)
+        self._speak(event, **facts)
+
+    def _speak(self, event: str, **facts: Any) -> None:
+        print(event_line(event, **facts), file=self.stream, flush=True)
 
 
 def log_dir(run_dir: str) -> Path:

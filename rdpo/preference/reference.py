@@ -7,6 +7,7 @@ key holds the weights' fingerprint, so a cached value never outlives the weights
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -18,20 +19,25 @@ from rdpo.policy.chat import Chat, load_chat
 from rdpo.policy.hardware import compute_dtype, take_device
 from rdpo.policy.models import local_model
 from rdpo.policy.packing import MicroBatch, PairSize, micro_batches
+from rdpo.preference.known_logps import KnownLogps, recalled
 from rdpo.records import Row, alive, drop
 
 if TYPE_CHECKING:
     import ray.data
 
+    from rdpo.policy.model import Policy
+
 BLOCK_ROWS = 64
 
 
-def add_reference(rows: ray.data.Dataset, job: Job) -> ray.data.Dataset:
-    """Add token ids and the reference's log-probs to the rows of pairs."""
+def add_reference(rows: ray.data.Dataset, job: Job, known: KnownLogps | None = None) -> ray.data.Dataset:
+    """Add token ids and the reference's log-probs to the rows of pairs; those `known` are not computed again."""
+    import ray
+
     settings = job.reference
     return rows.repartition(target_num_rows_per_block=BLOCK_ROWS).map_batches(
         Reference,
-        fn_constructor_kwargs={"job": job},
+        fn_constructor_kwargs={"job": job, "known": ray.put(known) if known else None},
         batch_format="pyarrow",
         batch_size=BLOCK_ROWS,
         compute=actor_pool(settings.concurrency),
@@ -68,35 +74,48 @@ def student_dtype(job: Job) -> str:
 
 
 class Reference:
-    """A Ray Data actor that holds the reference model."""
+    """A Ray Data actor that holds the reference model, once there is a pair whose log-probs are not known.
 
-    def __init__(self, job: Job):
+    `known`: an object reference to `KnownLogps`.
+    """
+
+    def __init__(self, job: Job, known: Any = None):
+        import ray
+
+        self.job, self.settings = job, job.reference
+        self.known: KnownLogps = ray.get(known) if known else {}
+        self.device = take_device(self.settings.gpus, self.settings.cpus)
+        self.chat = load_chat(job.student.model, job.student.revision, job.student.trust_remote_code)
+
+    @cached_property
+    def policy(self) -> Policy:
+        """The reference model."""
         from rdpo.policy.model import load_policy
 
-        self.settings, student = job.reference, job.student
-        self.device = take_device(self.settings.gpus, self.settings.cpus)
-        self.chat = load_chat(student.model, student.revision, student.trust_remote_code)
-        folder = local_model(student.model, student.revision)
+        student, training = self.job.student, self.job.training
         policy = load_policy(
-            folder,
-            student_dtype(job),
-            job.training.logprob_chunk,
+            local_model(student.model, student.revision),
+            student_dtype(self.job),
+            training.logprob_chunk,
             trust_remote_code=student.trust_remote_code,
-            layout=job.training.layout,
+            layout=training.layout,
             quantization=student.quantization,
         )
-        self.policy = policy.eval().to(self.device)
+        return policy.eval().to(self.device)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Tokenize a block of pairs and add their log-probs."""
-        rows = [tokenize_pair(row, self.chat, self.settings.max_length) for row in batch.to_pylist()]
-        for row in rows:
-            row["reference_chosen_logps"] = row["reference_rejected_logps"] = None
-        sizes = [pair_size(row) for row in rows]
-        living = [index for index, row in enumerate(rows) if alive(row)]
-        for micro in micro_batches(living, sizes, self.settings.tokens_per_batch, self.policy.packed):
-            self._forward(rows, micro)
+        pairs = (tokenize_pair(row, self.chat, self.settings.max_length) for row in batch.to_pylist())
+        rows = [recalled(pair, self.known) for pair in pairs]
+        missing = [index for index, row in enumerate(rows) if alive(row) and row["reference_chosen_logps"] is None]
+        if missing:
+            self._fill(rows, missing)
         return pa.Table.from_pylist(rows, schema=_schema(batch.schema))
+
+    def _fill(self, rows: list[Row], missing: list[int]) -> None:
+        sizes = [pair_size(row) for row in rows]
+        for micro in micro_batches(missing, sizes, self.settings.tokens_per_batch, self.policy.packed):
+            self._forward(rows, micro)
 
     def _forward(self, rows: list[Row], micro: MicroBatch) -> None:
         import torch

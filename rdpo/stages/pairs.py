@@ -7,8 +7,10 @@ from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
+from rdpo import lineage
 from rdpo.errors import InputError
 from rdpo.pipeline import Run
+from rdpo.records import digest
 from rdpo.stages.prompts import HELDOUT, split_ids
 from rdpo.storage import StageFolder, write_rows
 from rdpo.streaming import ID, Source, stage_source
@@ -142,7 +144,13 @@ def pairs_source(run: Run) -> Source:
 
 
 def refer(rows: ray.data.Dataset, run: Run) -> ray.data.Dataset:
-    """Token ids and the reference's log-probs of pairs."""
+    """Token ids and the reference's log-probs of pairs; those that a sibling has made are taken from there."""
+    from rdpo.preference.known_logps import COLUMNS, known_logps
     from rdpo.preference.reference import add_reference
 
-    return add_reference(rows, run.job)
+    settings = digest(lineage.reference(run.job))
+    folders = [StageFolder(sibling, "reference") for sibling in run.siblings]
+    made = [(folder, folder.manifest()) for folder in folders]
+    same = [folder for folder, manifest in made if manifest and digest(manifest.settings) == settings]
+    known = known_logps(table for folder in same for table in folder.tables(columns=COLUMNS))
+    return add_reference(rows, run.job, known)

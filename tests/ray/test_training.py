@@ -70,6 +70,21 @@ def pair(draw, index):
     }
 
 
+def test_known_log_probs_need_no_model(run_dir, table):
+    import ray
+
+    from rdpo.preference.known_logps import known_logps
+    from rdpo.preference.reference import Reference
+
+    made = StageFolder(run_dir, "reference").table()
+    known = ray.put(known_logps([made]))
+    reference = Reference(Job.model_validate(table), known)
+    plain = [name for name in made.column_names if not name.endswith(("_ids", "_logps"))]
+    again = reference(made.select(plain))
+    assert "policy" not in vars(reference)
+    assert again.select(made.column_names).to_pylist() == made.to_pylist()
+
+
 def train(run_dir, table, name, **training):
     from rdpo.training.trainer import train
 

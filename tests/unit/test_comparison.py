@@ -1,9 +1,12 @@
 """Comparison files: every arm is the base job with its changes; what is wrong is said with the arm's name."""
 
+import io
+from pathlib import Path
+
 import pytest
 import tomli_w
 
-from rdpo.comparison import load_comparison, merged
+from rdpo.comparison import load_comparison, merged, run_arms
 from rdpo.errors import InputError
 from rdpo.pipeline import Run, run_stages
 from rdpo.storage import StageFolder
@@ -67,8 +70,6 @@ def test_what_is_wrong_is_said(write, changes, said):
 
 
 def test_a_stage_of_a_sibling_is_taken_over_and_never_written_to(write, tmp_path):
-    import io
-
     import pyarrow as pa
 
     from rdpo.pipeline import Stage
@@ -94,3 +95,18 @@ def test_a_stage_of_a_sibling_is_taken_over_and_never_written_to(write, tmp_path
     assert bring_up("second", 2, first) == [str(tmp_path / "second")]
     assert bring_up("first", 1) == [first]
     assert made == [first, str(tmp_path / "second")]
+
+
+def test_one_seed_alone_is_brought_up_to_date(write, tmp_path, monkeypatch):
+    from rdpo.tracking import Console
+
+    runs = []
+    monkeypatch.setattr("rdpo.comparison.run_stages", lambda run, stages: runs.append(run))
+    comparison, jobs = load_comparison(write())
+    screen = io.StringIO()
+    run_arms(comparison, jobs, str(tmp_path / "run"), Console(screen), seeds=[1])
+    assert [Path(run.dir).name for run in runs] == ["dpo-1", "rdpo-1"]
+    assert {Path(sibling).name for sibling in runs[0].siblings} == {"dpo-0", "rdpo-0", "rdpo-1"}
+    with pytest.raises(InputError, match=r"--seed 7: the comparison's seeds are 0, 1"):
+        run_arms(comparison, jobs, str(tmp_path / "run"), Console(screen), seeds=[0, 7])
+    assert len(runs) == 2

@@ -61,3 +61,26 @@ def test_a_person_sees_each_line_and_no_event(tmp_path):
     screen, _ = written(tmp_path, Console)
     assert "{" not in screen
     assert "            warning: mind" in screen and "prompts     up to date" in screen
+
+
+def test_every_line_of_the_structured_log_says_where_it_belongs(tmp_path):
+    written(tmp_path, Console)
+    lines = (tmp_path / "events.jsonl").read_text()
+    events = [json.loads(line) for line in lines.splitlines()]
+    assert lines.isascii()
+    assert all({"time", "level", "run", "stage", "event"} <= set(event) and event["run"] == "job" for event in events)
+    (dropped,) = [event for event in events if event["event"] == "dropped"]
+    assert (dropped["stage"], dropped["row"], dropped["reason"]) == ("prompts", "b", "too \x1b[31mlong")
+    (warning,) = [event for event in events if event["level"] == "warning"]
+    assert (warning["event"], warning["stage"], warning["text"]) == ("message", "prompts", "mind \u202ethis")
+    assert [event["state"] for event in events if event["event"] == "stage_end"] == ["made", "up to date"]
+
+
+def test_all_voices_write_the_same_structured_log(tmp_path):
+    logs = []
+    for voice in (Console, QuietConsole, JsonConsole):
+        (tmp_path / voice.__name__).mkdir()
+        written(tmp_path / voice.__name__, voice)
+        lines = (tmp_path / voice.__name__ / "events.jsonl").read_text().splitlines()
+        logs.append([(event["event"], event["level"], event["stage"]) for event in map(json.loads, lines)])
+    assert logs[0] == logs[1] == logs[2]

@@ -1,0 +1,40 @@
+"""Reference log-probs that another run has made of the same answers with the same weights, by the answers' tokens."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+import pyarrow as pa
+
+from rdpo.records import Row
+
+SIDES = ("chosen", "rejected")
+COLUMNS = ["prompt_ids", *(f"{side}_ids" for side in SIDES), *(f"reference_{side}_logps" for side in SIDES)]
+
+KnownLogps = dict[bytes, float]
+"""Summed log-probs of answers in nats, by `answer_key`."""
+
+
+def answer_key(prompt_ids: Sequence[int], answer_ids: Sequence[int]) -> bytes:
+    """16 bytes that stand for an answer behind its prompt."""
+    tokens = np.array([len(prompt_ids), *prompt_ids, *answer_ids], dtype=np.int64)
+    return hashlib.blake2b(tokens.tobytes(), digest_size=16).digest()
+
+
+def known_logps(tables: Iterable[pa.Table]) -> KnownLogps:
+    """The log-probs of all answers, chosen or rejected, in rows of reference stages (with `COLUMNS`)."""
+    return dict(entry for table in tables for row in table.to_pylist() for entry in _entries(row))
+
+
+def _entries(row: Row) -> Iterator[tuple[bytes, float]]:
+    for side in SIDES:
+        yield answer_key(row["prompt_ids"], row[f"{side}_ids"]), row[f"reference_{side}_logps"]
+
+
+def recalled(row: Row, known: KnownLogps) -> Row:
+    """The tokenized pair with both log-probs if both are known, else without either."""
+    found = [known.get(answer_key(row["prompt_ids"], row[f"{side}_ids"])) for side in SIDES]
+    chosen, rejected = (None, None) if None in found else found
+    return {**row, "reference_chosen_logps": chosen, "reference_rejected_logps": rejected}

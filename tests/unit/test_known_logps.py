@@ -1,0 +1,54 @@
+"""Log-probs that another arm has made: found by their tokens, on either side, where weights and settings agree."""
+
+import io
+
+import pyarrow as pa
+
+from rdpo import lineage
+from rdpo.config import Job
+from rdpo.pipeline import Run
+from rdpo.preference.known_logps import answer_key, known_logps, recalled
+from rdpo.stages.pairs import refer
+from rdpo.storage import Manifest, StageFolder
+from rdpo.tracking import Console
+
+ROW = {
+    "prompt_id": "p",
+    "prompt_ids": [1, 2],
+    "chosen_ids": [3],
+    "rejected_ids": [4, 5],
+    "reference_chosen_logps": -1.5,
+    "reference_rejected_logps": -2.5,
+}
+
+
+def test_a_pair_with_its_sides_changed_is_known():
+    flipped = {**ROW, "chosen_ids": [4, 5], "rejected_ids": [3]}
+    found = recalled(flipped, known_logps([pa.Table.from_pylist([ROW])]))
+    assert (found["reference_chosen_logps"], found["reference_rejected_logps"]) == (-2.5, -1.5)
+
+
+def test_a_pair_of_which_one_answer_is_new_is_made_whole():
+    found = recalled({**ROW, "rejected_ids": [4]}, known_logps([pa.Table.from_pylist([ROW])]))
+    assert found["reference_chosen_logps"] is found["reference_rejected_logps"] is None
+
+
+def test_where_the_prompt_ends_counts():
+    assert answer_key([1, 2], [3]) != answer_key([1], [2, 3])
+    assert answer_key([1, 2], [3]) == answer_key([1, 2], [3])
+
+
+def test_siblings_with_other_weights_or_settings_are_not_asked(job_table, tmp_path, monkeypatch):
+    job = Job.model_validate(job_table)
+    settings = lineage.reference(job)
+    for name, changes in {"same": {}, "other": {"student": {**settings["student"], "weights": "others"}}}.items():
+        folder = StageFolder(str(tmp_path / name), "reference")
+        folder.begin("k")
+        row = {**ROW, "reference_chosen_logps": -9.0 if name == "other" else -1.5}
+        folder.write_parts(pa.Table.from_pylist([row]), "prompt_id")
+        folder.commit(Manifest("reference", "k", {**settings, **changes}, {}), "prompt_id", 1)
+    siblings = tuple(str(tmp_path / name) for name in ("same", "other", "not-begun"))
+    run = Run(job, str(tmp_path / "own"), Console(io.StringIO()), lambda *_: False, siblings)
+    monkeypatch.setattr("rdpo.preference.reference.add_reference", lambda rows, job, known: known)
+    known = refer(None, run)
+    assert known == {answer_key([1, 2], [3]): -1.5, answer_key([1, 2], [4, 5]): -2.5}
