@@ -1,5 +1,6 @@
 """The files for clusters: valid by Ray's, Kubernetes's and the linters' own schemas, and of one mind about nodes."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -227,3 +228,25 @@ def test_a_slurm_job_starts_one_ray_node_on_each_and_hides_its_token(tmp_path):
     for host in ("two", "three"):
         assert "--address=one:20007" in steps[host]
         assert steps[host].endswith("""--resources={"trainer": 1}""")
+
+
+def test_grafanas_own_model_knows_every_field_of_the_dashboard():
+    from grafana_foundation_sdk.cog.encoder import JSONEncoder
+    from grafana_foundation_sdk.models.dashboard import Dashboard
+
+    written = json.loads((CLUSTER / "observe" / "grafana.json").read_text(encoding="utf-8"))
+
+    def read(dashboard):
+        return json.loads(JSONEncoder().encode(Dashboard.from_json(dashboard)))
+
+    assert holds(read(written), written)
+    assert not holds(read({**written, "pannels": []}), {**written, "pannels": []})
+
+
+def holds(whole, part):
+    """Whether all of `part` is in `whole`, which may have defaults besides."""
+    if isinstance(part, dict):
+        return isinstance(whole, dict) and all(name in whole and holds(whole[name], part[name]) for name in part)
+    if isinstance(part, list):
+        return len(whole) == len(part) and all(map(holds, whole, part))
+    return whole == part
