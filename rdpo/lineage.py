@@ -176,7 +176,21 @@ def evaluation(job: Job) -> dict[str, Any]:
     """Settings of the evaluation stage."""
     asked = _wording(job, job.evaluation.condition or ("refine" if job.evaluation.refine else None))
     final = {"final": job.pairs.chosen} if job.evaluation.refine else {}
-    return {**final, **job.evaluation.model_dump(), **asked, "rewards": _reward_settings(job), "seed": job.seed}
+    start = {"start": start_answers(job)}
+    return {
+        **final,
+        **job.evaluation.model_dump(),
+        **asked,
+        **start,
+        "rewards": _reward_settings(job),
+        "seed": job.seed,
+    }
+
+
+def start_answers(job: Job) -> dict[str, Any]:
+    """What the start model's answers to the held-out prompts depend on, beside the prompts."""
+    settings = job.evaluation.model_dump(include={"sampling", "engine"})
+    return {**settings, **_wording(job, job.evaluation.condition), "student": _student(job), "seed": job.seed}
 
 
 def pairs(job: Job) -> dict[str, Any]:

@@ -56,6 +56,12 @@ class Run:
         """Folder of a stage."""
         return StageFolder(self.dir, stage)
 
+    def made_by_siblings(self, stage: str) -> Iterator[tuple[StageFolder, dict[str, Any]]]:
+        """The committed folders of a stage in run directories that this one may take from, with their settings."""
+        for folder in (StageFolder(sibling, stage) for sibling in self.siblings):
+            if manifest := folder.manifest():
+                yield folder, manifest.settings
+
     def manifest(self, stage: str, wanted_by: str) -> Manifest:
         """Manifest of a committed stage.
 

@@ -7,7 +7,7 @@ divergence of the policy from the reference, and `kl_tokens` the answer's tokens
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -33,19 +33,36 @@ FORWARD_ROWS = 8
 START, TRAINED = "start", "trained"
 
 
-def answer_prompts(rows: list[Row], job: Job, models: dict[str, str]) -> list[Row]:
+def answer_columns(name: str) -> tuple[str, str, str]:
+    """What an answer adds to its row, by the name of its column."""
+    return (name, f"{name}_finish_reason", f"{name}_tokens")
+
+
+def answer_prompts(
+    rows: list[Row], job: Job, models: dict[str, str], known: Mapping[str, Mapping[str, Row]] | None = None
+) -> list[Row]:
     """The prompts' rows with the answers of several models of one architecture, by column.
 
-    Each engine answers with one model after the other, so that it is started once.
+    Each engine answers with one model after the other, so that it is started once. What is `known`, by column and
+    prompt, is not asked again: the three columns of `answer_columns`.
     """
     import ray.data
 
-    questions = _questions(rows, job)
-    asked = table_of([{**row, "contender": column} for column in models for row in questions])
-    arguments = {"job": job, "models": models}
-    nodes = job.cluster.placement.teacher
-    answered = engine_pool(ray.data.from_arrow(asked), Answerer, job.evaluation.engine, arguments, nodes)
-    return side_by_side(answered.take_all(), list(models))
+    asked = [{**row, "contender": column} for column in models for row in _questions(rows, job)]
+    found = [_recalled(row, known or {}) for row in asked]
+    new = [row for row, answered in zip(asked, found, strict=True) if answered is None]
+    told = [row for row in found if row]
+    if new:
+        used = {column: model for column, model in models.items() if any(row["contender"] == column for row in new)}
+        arguments, nodes = {"job": job, "models": used}, job.cluster.placement.teacher
+        source = ray.data.from_arrow(table_of(new))
+        told += engine_pool(source, Answerer, job.evaluation.engine, arguments, nodes).take_all()
+    return side_by_side(told, list(models))
+
+
+def _recalled(row: Row, known: Mapping[str, Mapping[str, Row]]) -> Row | None:
+    answer = known.get(row["contender"], {}).get(row["prompt_id"])
+    return {**row, **answer, "dropped": None} if answer else None
 
 
 def _questions(rows: list[Row], job: Job) -> list[Row]:

@@ -148,9 +148,7 @@ def refer(rows: ray.data.Dataset, run: Run) -> ray.data.Dataset:
     from rdpo.preference.known_logps import COLUMNS, known_logps
     from rdpo.preference.reference import add_reference
 
-    settings = digest(lineage.reference(run.job))
-    folders = [StageFolder(sibling, "reference") for sibling in run.siblings]
-    made = [(folder, folder.manifest()) for folder in folders]
-    same = [folder for folder, manifest in made if manifest and digest(manifest.settings) == settings]
+    own = digest(lineage.reference(run.job))
+    same = (folder for folder, settings in run.made_by_siblings("reference") if digest(settings) == own)
     known = known_logps(table for folder in same for table in folder.tables(columns=COLUMNS))
     return add_reference(rows, run.job, known)

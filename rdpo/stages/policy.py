@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rdpo import lineage
 from rdpo.errors import InputError
 from rdpo.pipeline import Run
-from rdpo.records import alive, table_of
+from rdpo.records import Row, alive, digest, table_of
 from rdpo.storage import METRICS, StageFolder, write_rows
 from rdpo.stores import is_remote
 from rdpo.streaming import ID
@@ -159,9 +159,20 @@ def evaluate(rows: ray.data.Dataset, run: Run) -> ray.data.Dataset:
     # A store's name holds on every machine of a cluster; the place of this machine's copy does not.
     start = student.model if is_remote(student.model) else str(local_model(student.model, student.revision))
     trained = run.folder("policy").address(MERGED)
-    answered = answer_prompts(rows.take_all(), job, {START: start, TRAINED: trained})
+    known = {START: _start_answers(run)}
+    answered = answer_prompts(rows.take_all(), job, {START: start, TRAINED: trained}, known)
     scored = score_answers(ray.data.from_arrow(table_of(answered)), job, [START, TRAINED]).materialize()
     return add_divergence(scored, job, trained, TRAINED)
+
+
+def _start_answers(run: Run) -> dict[str, Row]:
+    """The start model's answers by prompt, as far as a sibling has them."""
+    from rdpo.evaluation.generate import START, answer_columns
+
+    own, columns = digest(lineage.start_answers(run.job)), [ID, *answer_columns(START)]
+    made = run.made_by_siblings("evaluation")
+    same = (folder for folder, settings in made if digest(settings.get("start")) == own and folder.parts())
+    return {row.pop(ID): row for folder in same for row in folder.table(columns=columns).to_pylist()}
 
 
 def publish_model(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:

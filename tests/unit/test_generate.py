@@ -4,7 +4,7 @@ import asyncio
 from contextlib import asynccontextmanager
 
 from rdpo.config import Job
-from rdpo.evaluation.generate import Answerer, side_by_side
+from rdpo.evaluation.generate import START, TRAINED, Answerer, answer_prompts, side_by_side
 from rdpo.synthesis.engine import Generation
 
 
@@ -32,6 +32,40 @@ def test_a_prompt_that_one_model_cannot_answer_is_dropped():
     rows = [answered("a", "start", "", "no room"), answered("a", "trained", "yes")]
     assert side_by_side(rows, ["start", "trained"])[0]["dropped"] == "no room"
     assert side_by_side(rows[::-1], ["start", "trained"])[0]["dropped"] == "no room"
+
+
+def test_answers_that_are_known_are_not_asked_again(job_table, monkeypatch):
+    asked = []
+
+    class Pool:
+        def __init__(self, table, answerer, engine, arguments, nodes):
+            asked.append((sorted(arguments["models"]), table.to_pylist()))
+
+        def take_all(self):
+            return [
+                {**row, row["contender"]: "new", f"{row['contender']}_tokens": 1, "dropped": None}
+                for row in asked[-1][1]
+            ]
+
+    monkeypatch.setattr("rdpo.evaluation.generate.engine_pool", Pool)
+    monkeypatch.setattr("ray.data.from_arrow", lambda table: table)
+    rows = [{"prompt_id": name, "prompt": [{"role": "user", "content": name}], "extra": "{}"} for name in "ab"]
+    models, known = (
+        {START: "old", TRAINED: "better"},
+        {"start": "told", "start_finish_reason": "stop", "start_tokens": 9},
+    )
+    merged = answer_prompts(rows, Job.model_validate(job_table), models, {START: {"a": known}})
+    assert {row["prompt_id"]: (row["start"], row["trained"]) for row in merged} == {
+        "a": ("told", "new"),
+        "b": ("new", "new"),
+    }
+    assert [(row["contender"], row["prompt_id"]) for row in asked[0][1]] == [
+        (START, "b"),
+        (TRAINED, "a"),
+        (TRAINED, "b"),
+    ]
+    answer_prompts(rows, Job.model_validate(job_table), models, {START: {"a": known, "b": known}})
+    assert asked[1][0] == [TRAINED]
 
 
 class Engine:

@@ -1,4 +1,4 @@
-"""Log-probs that another arm has made: found by their tokens, on either side, where weights and settings agree."""
+"""What other arms have made and an arm takes from them: by its content, where all it depends on agrees."""
 
 import io
 
@@ -52,3 +52,20 @@ def test_siblings_with_other_weights_or_settings_are_not_asked(job_table, tmp_pa
     monkeypatch.setattr("rdpo.preference.reference.add_reference", lambda rows, job, known: known)
     known = refer(None, run)
     assert known == {answer_key([1, 2], [3]): -1.5, answer_key([1, 2], [4, 5]): -2.5}
+
+
+def test_the_start_models_answers_are_taken_from_siblings_that_asked_alike(job_table, tmp_path):
+    from rdpo.stages.policy import _start_answers
+
+    job = Job.model_validate(job_table)
+    asked = lineage.evaluation(job)
+    others = lineage.evaluation(job.model_copy(update={"seed": job.seed + 1}))
+    answer = {"start": "no", "start_finish_reason": "stop", "start_tokens": 1}
+    for name, settings in {"same": asked, "other": others}.items():
+        folder = StageFolder(str(tmp_path / name), "evaluation")
+        folder.begin("k")
+        folder.write_parts(pa.Table.from_pylist([{**answer, "prompt_id": name}]), "prompt_id")
+        folder.commit(Manifest("evaluation", "k", settings, {}), "prompt_id", 1)
+    siblings = tuple(str(tmp_path / name) for name in ("same", "other", "not-begun"))
+    run = Run(job, str(tmp_path / "own"), Console(io.StringIO()), lambda *_: False, siblings)
+    assert _start_answers(run) == {"same": answer}
