@@ -32,6 +32,9 @@ LAST_WORDS_S = 2.0
 class Listener:
     """Hears of a run what a person watches; what it does not override, it does not listen to."""
 
+    name = ""
+    """What warnings call it, where that is not its class."""
+
     def progress(self, meter: Meter) -> None:
         """A stage has come further."""
 
@@ -140,7 +143,8 @@ class Console:
                 told(listener)
             except Exception as error:
                 self.listeners.remove(listener)
-                self.warn(f"{type(listener).__name__} hears no more of the run: {type(error).__name__}: {error}")
+                name = listener.name or type(listener).__name__
+                self.warn(f"{name} hears no more of the run: {type(error).__name__}: {error}")
 
     def log(self, text: str) -> None:
         """A line for the log file, and for the terminal if that is not live."""

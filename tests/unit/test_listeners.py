@@ -90,6 +90,27 @@ def test_a_tracker_that_does_not_begin_is_left_out(told, monkeypatch, console):
     assert "tracking.to: mlflow does not begin, the run goes on without it" in console.stream.getvalue()
 
 
+def test_a_run_in_which_all_is_done_begins_no_tracker(job_table, tmp_path, console, monkeypatch):
+    begun = []
+    monkeypatch.setattr("rdpo.listeners.find_spec", lambda name: True)
+    monkeypatch.setattr("rdpo.listeners._maker", lambda name: lambda *_: begun.append(name) or Listener())
+    job = Job.model_validate(job_table | {"tracking": {"to": ["mlflow", "wandb"]}})
+    with listening(job, str(tmp_path / "run"), console):
+        console.say("prompts     up to date")
+        assert not begun
+        with console.stage("pairs", 1):
+            assert begun == ["mlflow", "wandb"]
+        console.made(evaluation())
+    assert begun == ["mlflow", "wandb"]
+
+
+def test_a_tracker_that_fails_is_called_by_its_name(told, monkeypatch, console):
+    monkeypatch.setattr("rdpo.listeners.find_spec", lambda name: True)
+    monkeypatch.setattr("rdpo.listeners._maker", lambda name: lambda *_: Broken())
+    told("mlflow")
+    assert console.stream.getvalue().count("warning: mlflow hears no more of the run: ConnectionError: gone") == 1
+
+
 def test_tensorboard_has_the_curves(told):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
