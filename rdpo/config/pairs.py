@@ -56,7 +56,7 @@ class Pairs(Section):
     the model prefers their chosen side."""
     flip: float = Field(default=0.0, ge=0, le=1)
     """Share of the pairs whose sides change places, scores and all: noise in the teacher's direction, to see what a
-    method makes of it."""
+    method makes of it. Which answers are cut off or too short is looked at before, `min_gap` after."""
     drop_truncated: Literal["never", "chosen", "any"] = "never"
     """Drop pairs whose chosen answer (or either) was cut off at the token limit."""
 

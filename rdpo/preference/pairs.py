@@ -90,15 +90,18 @@ def _pair(row: Row, job: Job, task: Task | None, length_coef: float) -> Row:
     # The same prompts whatever the seed, so that runs with other seeds are measured on the same pairs.
     heldout = unit_draw(0, prompt_id(row["prompt"]), "heldout pairs") < settings.heldout_fraction
     flipped = not heldout and unit_draw(job.seed, row["prompt_id"], "flip") < settings.flip
-    pair = pair_row(row, settings, sides, flipped, length_coef) | {"heldout": heldout}
+    pair = pair_row(row, settings, sides, length_coef) | {"heldout": heldout}
     if {sides.chosen, sides.rejected} & {BEST, WORST} and len(_usable(row, settings)) < settings.min_samples:
         pair = drop(pair, "fewer usable samples than pairs.min_samples")
     if settings.condition and task:
         pair["prompt"] = question_of(beginning(task, settings.condition), row, job.synthesis.values)
     told = task is not None and any(turn.after for turn in task.turns)
     pair["defects"] = defects(row, sides.rejected, sides.chosen) if told else []
-    wrong = [defect for defect in pair["defects"] if defect in settings.drop_defects]
-    return filtered(drop(pair, f"{sides.chosen}: {wrong[0]}") if wrong else pair, settings)
+    if wrong := [defect for defect in pair["defects"] if defect in settings.drop_defects]:
+        pair = drop(pair, f"{sides.chosen}: {wrong[0]}")
+    pair = sound(pair, settings)
+    # What is noise in the direction must not decide which answers are good enough.
+    return wide_enough(exchanged(pair) if flipped else pair, settings)
 
 
 def scored_answers(job: Job) -> list[str]:
@@ -125,15 +128,11 @@ def answers_of(settings: Settings, turns: list[Turn] | None) -> list[str]:
     return wanted
 
 
-def pair_row(
-    row: Row, settings: Settings, sides: Sides | None = None, flipped: bool = False, length_coef: float = 0.0
-) -> Row:
-    """One row with its pair: sides as named, or by score with `direction = "reward"`; `flipped` exchanges them."""
+def pair_row(row: Row, settings: Settings, sides: Sides | None = None, length_coef: float = 0.0) -> Row:
+    """One row with its pair: sides as named, or by score with `direction = "reward"`."""
     sides = sides or Sides(chosen=settings.chosen, rejected=settings.rejected)
     chosen, rejected = (_turn(row, settings, side, length_coef) for side in (sides.chosen, sides.rejected))
     if settings.direction == "reward" and row[f"{rejected}_score"] > row[f"{chosen}_score"]:
-        chosen, rejected = rejected, chosen
-    if flipped:
         chosen, rejected = rejected, chosen
     pair = {
         "prompt_id": row["prompt_id"],
@@ -176,8 +175,8 @@ def _samples(row: Row, turn: str) -> list[str]:
     return sorted(name for name in names if re.fullmatch(rf"{turn}_\d+", name))
 
 
-def filtered(pair: Row, settings: Settings) -> Row:
-    """The pair, or the pair with the reason why training learns nothing (or wrong things) from it."""
+def sound(pair: Row, settings: Settings) -> Row:
+    """The pair, or the pair with the reason why its answers are no use."""
     chosen, rejected = pair["chosen"][0]["content"], pair["rejected"][0]["content"]
     if chosen.strip() == rejected.strip():
         return drop(pair, "chosen and rejected are the same")
@@ -185,6 +184,18 @@ def filtered(pair: Row, settings: Settings) -> Row:
         return drop(pair, "an answer is shorter than pairs.min_answer_chars")
     if _cut_off(pair, settings.drop_truncated):
         return drop(pair, "an answer was cut off at the token limit")
+    return pair
+
+
+def exchanged(pair: Row) -> Row:
+    """The pair with its sides in each other's place, scores and all."""
+    other = {"chosen": "rejected", "rejected": "chosen"}
+    swapped = {name: pair[re.sub("chosen|rejected", lambda side: other[side[0]], name)] for name in pair}
+    return {**swapped, "reward_gap": -pair["reward_gap"]}
+
+
+def wide_enough(pair: Row, settings: Settings) -> Row:
+    """The pair, or the pair as dropped where the rewards hardly prefer its chosen side, or the other one."""
     if settings.min_gap is not None and pair["reward_gap"] < settings.min_gap:
         return drop(pair, "reward gap is below pairs.min_gap")
     return pair

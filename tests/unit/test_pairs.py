@@ -11,11 +11,13 @@ from rdpo.preference.pairs import (
     answers_of,
     copies,
     copy_names,
-    filtered,
+    exchanged,
     pair_row,
     pairs_table,
     scored_answers,
     shaping_of,
+    sound,
+    wide_enough,
 )
 from rdpo.preference.reference import tokenize_pair
 from rdpo.records import table_of
@@ -71,7 +73,7 @@ def test_reward_direction_swaps_the_sides():
 def test_filters(row, settings, reason):
     if row["revision"] == row["response"]:
         reason = "the same"
-    dropped = filtered(pair_row(row, settings), settings)["dropped"]
+    dropped = wide_enough(sound(pair_row(row, settings), settings), settings)["dropped"]
     assert dropped is None if reason is None else reason in dropped
 
 
@@ -129,6 +131,22 @@ def test_flipped_pairs_keep_their_scores(job_table):
     assert {pair["reward_gap"] for pair in pairs if pair not in flipped} == {2.0}
 
 
+def test_the_same_pairs_are_left_however_many_are_flipped(job_table):
+    stops = {"revision_finish_reason": "stop"}
+    endings = [{**stops, "response_finish_reason": "length"}, {}, stops]
+    rows = table_of([{**scored(), **endings[index % 3], "prompt_id": f"p{index}"} for index in range(90)])
+
+    def left(flip, **more):
+        pairs = pairs_table(rows, job_with(job_table, flip=flip, drop_truncated="chosen", **more)).to_pylist()
+        return {pair["prompt_id"]: pair for pair in pairs if not pair["dropped"]}
+
+    straight, flipped = left(0.0), left(1.0)
+    assert list(straight) == list(flipped) == [f"p{index}" for index in range(90) if index % 3 != 1]
+    assert flipped["p0"] == exchanged(straight["p0"])
+    assert flipped["p0"]["chosen_from"] == "response"
+    assert not left(1.0, min_gap=0.0)
+
+
 def test_held_out_pairs_are_never_flipped_and_the_same_for_every_seed(job_table):
     prompts = [[{"role": "user", "content": f"question {index}"}] for index in range(200)]
     rows = table_of([{**scored(), "prompt_id": f"p{index}", "prompt": prompt} for index, prompt in enumerate(prompts)])
@@ -156,7 +174,7 @@ def test_best_and_worst_of_several_samples():
     pair = pair_row(sampled([2.0, 5.0, 1.0, 5.0]), settings)
     assert (pair["chosen_from"], pair["rejected_from"], pair["reward_gap"]) == ("response_2", "response_3", 4.0)
     flat = pair_row(sampled([3.0, 3.0]), settings)
-    assert filtered(flat, settings)["dropped"] == "chosen and rejected are the same"
+    assert sound(flat, settings)["dropped"] == "chosen and rejected are the same"
 
 
 def test_longer_samples_are_held_back_and_unusable_ones_left_out():
