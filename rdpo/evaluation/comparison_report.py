@@ -29,6 +29,7 @@ def write_comparison(
         for reward, of_reward in rewards.items()
     }
     accuracies = {result.arm: result.accuracy for result in heldout}
+    margins = {result.arm: result.margin for result in heldout}
     return write_page(
         run_dir,
         "comparison.html.jinja",
@@ -37,6 +38,7 @@ def write_comparison(
         charts=drawn,
         heldout=heldout,
         accuracies=_chart(accuracies, comparison, "share of pairs") if heldout else None,
+        margins=_chart(margins, comparison, "margin") if heldout else None,
     )
 
 

@@ -21,14 +21,18 @@ Margins = dict[tuple[str, int], dict[str, float]]
 
 @dataclass(frozen=True)
 class HeldoutResult:
-    """One arm on the pairs that all arms were measured on with all seeds; a tie counts as half right."""
+    """One arm on the pairs that all arms were measured on with all seeds; a tie counts as half right.
+
+    `margin` is beta * Delta, which still tells arms apart where all of them prefer the right side everywhere.
+    """
 
     arm: str
     pairs: int
     seeds: int
     accuracy: Estimate
     against: Estimate
-    margin: float
+    margin: Estimate
+    margin_against: Estimate
 
 
 def heldout_results(margins: Margins, rivals: dict[str, str]) -> list[HeldoutResult]:
@@ -39,6 +43,7 @@ def heldout_results(margins: Margins, rivals: dict[str, str]) -> list[HeldoutRes
     arms = dict.fromkeys(arm for arm, _ in margins)
     tables = {arm: _margins([margins[run] for run in margins if run[0] == arm], pairs) for arm in arms}
     right = {arm: correct(table).mean(axis=0) for arm, table in tables.items()}
+    wide = {arm: table.mean(axis=0) for arm, table in tables.items()}
     return [
         HeldoutResult(
             arm=arm,
@@ -46,7 +51,8 @@ def heldout_results(margins: Margins, rivals: dict[str, str]) -> list[HeldoutRes
             seeds=len(tables[arm]),
             accuracy=bootstrap(right[arm], BOOTSTRAP_SEED),
             against=bootstrap(right[arm] - right[rivals[arm]], BOOTSTRAP_SEED),
-            margin=float(tables[arm].mean()),
+            margin=bootstrap(wide[arm], BOOTSTRAP_SEED),
+            margin_against=bootstrap(wide[arm] - wide[rivals[arm]], BOOTSTRAP_SEED),
         )
         for arm in arms
         if rivals[arm] in right
@@ -68,12 +74,13 @@ def table(results: list[HeldoutResult], baseline: str) -> list[str]:
     if not results:
         return []
     width = max(len(result.arm) for result in results) + 2
-    head = f"{'':<{width}}{'prefers the chosen side (95%)':<31}{'against ' + baseline + ' (95%)':<28}{'margin':>8}"
-    title = f"held-out pairs, {results[0].pairs} pairs, {results[0].seeds} seeds"
-    lines = ["", title, head]
+    against = f"against {baseline}"
+    title = f"held-out pairs, {results[0].pairs} pairs, {results[0].seeds} seeds; intervals 95%"
+    lines = ["", title, f"{'':<{width}}{'prefers chosen':<23}{against:<26}{'margin':<22}{against}"]
     for result in results:
-        accuracy, against = shown(result.accuracy, ".3f"), shown(result.against, "+.3f")
-        lines.append(f"{result.arm:<{width}}{accuracy:<31}{against:<28}{result.margin:>8.2f}")
+        accuracy, better = shown(result.accuracy, ".3f"), shown(result.against, "+.3f")
+        margin, wider = shown(result.margin, ".2f"), shown(result.margin_against, "+.2f")
+        lines.append(f"{result.arm:<{width}}{accuracy:<23}{better:<26}{margin:<22}{wider}")
     return lines
 
 
@@ -81,10 +88,10 @@ def to_csv(results: list[HeldoutResult]) -> str:
     """The results as CSV, one line for each arm."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    ends = [f"{name}{end}" for name in ("accuracy", "against") for end in ("", "_low", "_high")]
-    writer.writerow(["arm", "pairs", "seeds", "margin", *ends])
+    names = ("accuracy", "against", "margin", "margin_against")
+    writer.writerow(["arm", "pairs", "seeds", *(f"{name}{end}" for name in names for end in ("", "_low", "_high"))])
     for result in results:
-        estimates = (result.accuracy, result.against)
-        numbers = [result.margin, *(value for each in estimates for value in (each.mean, each.low, each.high))]
+        estimates = [getattr(result, name) for name in names]
+        numbers = [value for each in estimates for value in (each.mean, each.low, each.high)]
         writer.writerow([result.arm, result.pairs, result.seeds, *(round(number, 6) for number in numbers)])
     return buffer.getvalue()

@@ -49,7 +49,7 @@ def test_arms_share_what_they_have_in_common(wordy_models, tmp_path):
     assert (pairs.count(True), pairs.count(False)) == (heldout["pairs"], trained)
     assert f"held-out pairs, {heldout['pairs']} pairs, 1 seeds" in printed
     page = (tmp_path / "run" / "report.html").read_text()
-    assert page.count("<svg") == 1
+    assert page.count("<svg") == 2
     assert "src=" not in page
 
 

@@ -30,7 +30,9 @@ def test_each_arm_is_held_against_the_one_with_the_same_noise():
     assert [result.accuracy.mean for result in found.values()] == [0.75, 1.0, 0.125, 0.25]
     assert [result.against.mean for result in found.values()] == [0.0, 0.25, 0.0, 0.125]
     assert (found["rdpo@0"].accuracy.low, found["rdpo@0"].accuracy.high) == (1.0, 1.0)
-    assert found["rdpo@0.4"].margin == 0.0
+    assert found["rdpo@0.4"].margin.mean == 0.0
+    assert found["rdpo@0.4"].margin_against.mean == 0.75
+    assert (found["rdpo@0"].margin_against.low, found["rdpo@0"].margin_against.high) == (0.0, 1.5)
 
 
 def test_a_pair_counts_with_its_mean_over_the_seeds_and_only_where_all_have_it():
@@ -47,10 +49,11 @@ def test_nothing_measured_is_nothing_told():
 
 def test_table_and_csv_hold_every_arm():
     found = heldout_results({("dpo@0", 0): margins(1.0, -1.0), ("rdpo@0", 0): margins(1.0, 1.0)}, RIVALS)
-    assert "held-out pairs, 2 pairs, 1 seeds" in table(found, "dpo")
+    assert "held-out pairs, 2 pairs, 1 seeds; intervals 95%" in table(found, "dpo")
     lines = list(csv.DictReader(io.StringIO(to_csv(found))))
     assert [line["arm"] for line in lines] == ["dpo@0", "rdpo@0"]
     assert float(lines[1]["against"]) == pytest.approx(0.5)
+    assert float(lines[1]["margin_against"]) == pytest.approx(1.0)
 
 
 def test_an_arm_whose_rival_was_not_measured_is_left_out():
