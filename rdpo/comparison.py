@@ -21,6 +21,7 @@ from rdpo.pipeline import Run, Stage, locked, run_stages
 from rdpo.stages import prepare, stages_of
 from rdpo.storage import StageFolder
 from rdpo.stores import absolute
+from rdpo.suggestion import did_you_mean
 from rdpo.tracking import Console
 
 
@@ -64,6 +65,19 @@ class Comparison(Section):
             raise ValueError("seeds: one stands twice")
         return self
 
+    def of(self, arms: Collection[str]) -> Comparison:
+        """The comparison of the baseline with these arms alone.
+
+        Raises:
+            InputError: there is no such arm.
+        """
+        for arm in arms:
+            if arm not in self.arms:
+                meant = did_you_mean(arm, self.arms)
+                raise InputError(f"--arm {arm}: no such arm{meant}; the arms are {', '.join(self.arms)}")
+        kept = {name: changes for name, changes in self.arms.items() if name in {*arms, self.baseline}}
+        return self.model_copy(update={"arms": kept})
+
     @property
     def variants(self) -> list[Variant]:
         """The arms, each in every value of what varies."""
@@ -98,17 +112,19 @@ Jobs = dict[tuple[str, int], Job]
 """The job of each arm and seed."""
 
 
-def load_comparison(path: str | Path) -> tuple[Comparison, Jobs]:
-    """A comparison file and the job of each of its arms and seeds.
+def load_comparison(path: str | Path, arms: Collection[str] = ()) -> tuple[Comparison, Jobs]:
+    """A comparison file and the job of each of its arms and seeds; `arms`: only these and the baseline.
 
     Raises:
-        InputError: the file or its base job is missing or wrong, or an arm's changes are.
+        InputError: the file or its base job is missing or wrong, an arm's changes are, or there is no such arm.
     """
     path = Path(path)
     try:
         comparison = Comparison.model_validate(read_toml(path))
     except ValidationError as error:
         raise InputError(explained(path, error)) from None
+    if arms:
+        comparison = comparison.of(arms)
     base = path.parent / comparison.job
     table = read_toml(base)
     jobs = {}

@@ -70,7 +70,7 @@ def compare(options: argparse.Namespace) -> int:
     from rdpo.comparison import compare_arms, load_comparison, run_arms
     from rdpo.tracking import run_console
 
-    comparison, jobs = load_comparison(options.comparison)
+    comparison, jobs = load_comparison(options.comparison, options.arms)
     options.run_dir = options.run_dir or os.path.join("runs", comparison.name)
     with run_console(options.run_dir) as console, ray_stopped_after():
         if options.seeds:

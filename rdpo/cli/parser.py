@@ -100,6 +100,8 @@ def _add_compare(commands: Commands) -> None:
     compare = commands.add_parser("compare", help="run arms and seeds of a job and compare them")
     _add_place(compare, "comparison", "COMPARE.toml", FILE)
     _add_place(compare, "--run-dir", "DIR", DIRECTORY, "where the arms live (default: runs/NAME)")
+    some = "only this arm and the baseline (repeatable)"
+    compare.add_argument("--arm", metavar="NAME", action="append", default=[], dest="arms", help=some)
     one = "only the arms of this seed, and no table: several commands can share a comparison (repeatable)"
     compare.add_argument("--seed", metavar="N", type=int, action="append", dest="seeds", help=one)
     compare.set_defaults(function=does.compare)

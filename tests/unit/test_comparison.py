@@ -97,6 +97,14 @@ def test_a_stage_of_a_sibling_is_taken_over_and_never_written_to(write, tmp_path
     assert made == [first, str(tmp_path / "second")]
 
 
+def test_some_arms_are_compared_with_the_baseline_alone(write):
+    path = write(arms={**ARMS, "sft": {"training": {"loss": "sft"}}})
+    comparison, jobs = load_comparison(path, ["sft"])
+    assert list(comparison.arms) == ["dpo", "sft"] == list(dict.fromkeys(arm for arm, _ in jobs))
+    with pytest.raises(InputError, match=r"--arm sf: no such arm \(did you mean `sft`\?\); the arms are dpo, rdpo, sft"):
+        load_comparison(path, ["sf"])
+
+
 def test_one_seed_alone_is_brought_up_to_date(write, tmp_path, monkeypatch):
     from rdpo.tracking import Console
 
