@@ -240,7 +240,7 @@ def test_grafanas_own_model_knows_every_field_of_the_dashboard():
         return json.loads(JSONEncoder().encode(Dashboard.from_json(dashboard)))
 
     assert holds(read(written), written)
-    assert not holds(read({**written, "pannels": []}), {**written, "pannels": []})
+    assert not holds(read({**written, "gauges": []}), {**written, "gauges": []})
 
 
 def holds(whole, part):
