@@ -35,6 +35,7 @@ def _entries(row: Row) -> Iterator[tuple[bytes, float]]:
 
 def recalled(row: Row, known: KnownLogps) -> Row:
     """The tokenized pair with both log-probs if both are known, else without either."""
-    found = [known.get(answer_key(row["prompt_ids"], row[f"{side}_ids"])) for side in SIDES]
+    # Nothing is hashed where nothing is known: most runs have no siblings.
+    found = [known.get(answer_key(row["prompt_ids"], row[f"{side}_ids"])) for side in SIDES] if known else [None]
     chosen, rejected = (None, None) if None in found else found
     return {**row, "reference_chosen_logps": chosen, "reference_rejected_logps": rejected}

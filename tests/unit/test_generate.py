@@ -50,10 +50,8 @@ def test_answers_that_are_known_are_not_asked_again(job_table, monkeypatch):
     monkeypatch.setattr("rdpo.evaluation.generate.engine_pool", Pool)
     monkeypatch.setattr("ray.data.from_arrow", lambda table: table)
     rows = [{"prompt_id": name, "prompt": [{"role": "user", "content": name}], "extra": "{}"} for name in "ab"]
-    models, known = (
-        {START: "old", TRAINED: "better"},
-        {"start": "told", "start_finish_reason": "stop", "start_tokens": 9},
-    )
+    models = {START: "old", TRAINED: "better"}
+    known = {"start": "told", "start_finish_reason": "stop", "start_tokens": 9}
     merged = answer_prompts(rows, Job.model_validate(job_table), models, {START: {"a": known}})
     assert {row["prompt_id"]: (row["start"], row["trained"]) for row in merged} == {
         "a": ("told", "new"),
