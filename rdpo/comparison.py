@@ -65,18 +65,32 @@ class Comparison(Section):
             raise ValueError("seeds: one stands twice")
         return self
 
-    def of(self, arms: Collection[str]) -> Comparison:
-        """The comparison of the baseline with these arms alone.
+    def of(self, part: Part) -> Comparison:
+        """That part of the comparison, with the baseline in any case.
 
         Raises:
-            InputError: there is no such arm.
+            InputError: there is no such arm, or no such value.
         """
-        for arm in arms:
+        for arm in part.arms:
             if arm not in self.arms:
                 meant = did_you_mean(arm, self.arms)
                 raise InputError(f"--arm {arm}: no such arm{meant}; the arms are {', '.join(self.arms)}")
-        kept = {name: changes for name, changes in self.arms.items() if name in {*arms, self.baseline}}
-        return self.model_copy(update={"arms": kept})
+        changes: dict[str, Any] = {"until": part.until or self.until}
+        if part.arms:
+            kept = {*part.arms, self.baseline}
+            changes["arms"] = {name: own for name, own in self.arms.items() if name in kept}
+        if part.values:
+            changes["vary"] = self._varying(part.values)
+        return self.model_copy(update=changes)
+
+    def _varying(self, values: Collection[float]) -> Vary:
+        known = self.vary.values if self.vary else []
+        for value in values:
+            if value not in known:
+                told = f"the values are {', '.join(f'{one:g}' for one in known)}" if known else "nothing varies"
+                raise InputError(f"--value {value:g}: {told}")
+        assert self.vary
+        return self.vary.model_copy(update={"values": [value for value in known if value in values]})
 
     @property
     def variants(self) -> list[Variant]:
@@ -112,19 +126,31 @@ Jobs = dict[tuple[str, int], Job]
 """The job of each arm and seed."""
 
 
-def load_comparison(path: str | Path, arms: Collection[str] = ()) -> tuple[Comparison, Jobs]:
-    """A comparison file and the job of each of its arms and seeds; `arms`: only these and the baseline.
+@dataclass(frozen=True)
+class Part:
+    """What of a comparison is wanted: all of it unless said."""
+
+    arms: Collection[str] = ()
+    """Only these and the baseline."""
+    values: Collection[float] = ()
+    """Only these of what varies."""
+    until: Literal["training", "evaluation"] | None = None
+    """Another last stage than the file's."""
+
+
+def load_comparison(path: str | Path, part: Part | None = None) -> tuple[Comparison, Jobs]:
+    """A comparison file, or a part of it, and the job of each of its arms and seeds.
 
     Raises:
-        InputError: the file or its base job is missing or wrong, an arm's changes are, or there is no such arm.
+        InputError: the file or its base job is missing or wrong, an arm's changes are, or there is no such part.
     """
     path = Path(path)
     try:
         comparison = Comparison.model_validate(read_toml(path))
     except ValidationError as error:
         raise InputError(explained(path, error)) from None
-    if arms:
-        comparison = comparison.of(arms)
+    if part:
+        comparison = comparison.of(part)
     base = path.parent / comparison.job
     table = read_toml(base)
     jobs = {}

@@ -67,10 +67,10 @@ def _check_one_round(job: Job, run_dir: str) -> None:
 def compare(options: argparse.Namespace) -> int:
     """Run the arms of a comparison and hold them against each other."""
     from rdpo.cluster import ray_stopped_after
-    from rdpo.comparison import compare_arms, load_comparison, run_arms
+    from rdpo.comparison import Part, compare_arms, load_comparison, run_arms
     from rdpo.tracking import run_console
 
-    comparison, jobs = load_comparison(options.comparison, options.arms)
+    comparison, jobs = load_comparison(options.comparison, Part(options.arms, options.values, options.until))
     options.run_dir = options.run_dir or os.path.join("runs", comparison.name)
     with run_console(options.run_dir) as console, ray_stopped_after():
         if options.seeds:

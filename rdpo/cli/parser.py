@@ -102,6 +102,10 @@ def _add_compare(commands: Commands) -> None:
     _add_place(compare, "--run-dir", "DIR", DIRECTORY, "where the arms live (default: runs/NAME)")
     some = "only this arm and the baseline (repeatable)"
     compare.add_argument("--arm", metavar="NAME", action="append", default=[], dest="arms", help=some)
+    some = "only this value of the setting that varies (repeatable)"
+    compare.add_argument("--value", metavar="X", type=float, action="append", default=[], dest="values", help=some)
+    last = "the last stage, in place of the file's `until`"
+    compare.add_argument("--until", choices=["training", "evaluation"], help=last)
     one = "only the arms of this seed, and no table: several commands can share a comparison (repeatable)"
     compare.add_argument("--seed", metavar="N", type=int, action="append", dest="seeds", help=one)
     compare.set_defaults(function=does.compare)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import tomli_w
 
-from rdpo.comparison import load_comparison, merged, run_arms
+from rdpo.comparison import Part, load_comparison, merged, run_arms
 from rdpo.errors import InputError
 from rdpo.pipeline import Run, run_stages
 from rdpo.storage import StageFolder
@@ -99,10 +99,21 @@ def test_a_stage_of_a_sibling_is_taken_over_and_never_written_to(write, tmp_path
 
 def test_some_arms_are_compared_with_the_baseline_alone(write):
     path = write(arms={**ARMS, "sft": {"training": {"loss": "sft"}}})
-    comparison, jobs = load_comparison(path, ["sft"])
+    comparison, jobs = load_comparison(path, Part(["sft"]))
     assert list(comparison.arms) == ["dpo", "sft"] == list(dict.fromkeys(arm for arm, _ in jobs))
     with pytest.raises(InputError, match=r"--arm sf: .*did you mean `sft`.*; the arms are dpo, rdpo, sft"):
-        load_comparison(path, ["sf"])
+        load_comparison(path, Part(["sf"]))
+
+
+def test_one_value_and_another_last_stage_can_be_wanted(write):
+    path = write(vary={"key": "pairs.flip", "values": [0.0, 0.2, 0.4]}, until="training")
+    comparison, jobs = load_comparison(path, Part(["rdpo"], [0.4], "evaluation"))
+    assert [arm for arm, _ in jobs][::2] == ["dpo@0.4", "rdpo@0.4"]
+    assert comparison.until == "evaluation"
+    with pytest.raises(InputError, match="the values are 0, "):
+        load_comparison(path, Part(values=[0.3]))
+    with pytest.raises(InputError, match="nothing varies"):
+        load_comparison(write(), Part(values=[0.3]))
 
 
 def test_one_seed_alone_is_brought_up_to_date(write, tmp_path, monkeypatch):
