@@ -14,12 +14,12 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from rdpo.config import Job, Section, explained, job_of, read_toml
+from rdpo.config import Job, Section, explained, job_of, read_toml, with_changes
 from rdpo.errors import InputError
 from rdpo.folder import Folder
 from rdpo.pipeline import Run, Stage, locked, run_stages
 from rdpo.stages import prepare, stages_of
-from rdpo.storage import StageFolder
+from rdpo.storage import StageFolder, finished
 from rdpo.stores import absolute
 from rdpo.suggestion import did_you_mean
 from rdpo.tracking import Console
@@ -114,12 +114,10 @@ class Variant:
     def __str__(self) -> str:
         return self.arm if self.value is None else f"{self.arm}@{self.value:g}"
 
-    def changes(self, comparison: Comparison) -> dict[str, Any]:
-        """Its changes to the base job."""
-        changes: Any = self.value
-        for section in reversed(comparison.vary.key.split(".")) if comparison.vary else ():
-            changes = {section: changes}
-        return merged(merged(comparison.all, comparison.arms[self.arm]), changes or {})
+    def of(self, table: dict[str, Any], comparison: Comparison) -> dict[str, Any]:
+        """The base job's tables with its changes."""
+        changed = merged(merged(table, comparison.all), comparison.arms[self.arm])
+        return with_changes(changed, {comparison.vary.key: self.value}) if comparison.vary else changed
 
 
 Jobs = dict[tuple[str, int], Job]
@@ -157,11 +155,28 @@ def load_comparison(path: str | Path, part: Part | None = None) -> tuple[Compari
     for variant in comparison.variants:
         for seed in comparison.seeds:
             own = {"seed": seed, "name": f"{str(variant).replace('@', '-')}-{seed}"}
-            job = job_of(merged(table, {**variant.changes(comparison), **own}), f"{path}: arm {variant}")
+            job = job_of({**variant.of(table, comparison), **own}, f"{path}: arm {variant}")
             if job.rounds.count > 1:
                 raise InputError(f"{path}: arm {variant}: several rounds are run by `rdpo run`, not compared")
             jobs[str(variant), seed] = job
+    if comparison.until == "evaluation":
+        _check_rewards(jobs, str(path))
     return comparison, jobs
+
+
+def _check_rewards(jobs: Jobs, path: str) -> None:
+    """Whether all arms are measured by the same rewards, whatever weight each gives them."""
+    (first, of_first), *others = ((arm, _measures(job)) for (arm, _), job in jobs.items())
+    for arm, of_arm in others:
+        if different := [name for name in {**of_first, **of_arm} if of_first.get(name) != of_arm.get(name)]:
+            raise InputError(
+                f"{path}: arms {first} and {arm} do not have the same reward {different[0]!r}; give all arms the same "
+                "rewards, with weight = 0 where one is only measured"
+            )
+
+
+def _measures(job: Job) -> dict[str, dict[str, Any]]:
+    return {reward.name: {**reward.model_dump(), "weight": None} for reward in job.rewards}
 
 
 def merged(table: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -207,17 +222,20 @@ def compare_arms(comparison: Comparison, jobs: Jobs, run_dir: str, console: Cons
     from rdpo.training.trainer import heldout_margins
 
     run_arms(comparison, jobs, run_dir, console)
-    found = []
-    if comparison.until == "evaluation":
+    found, until = [], comparison.until
+    if until == "evaluation":
         evaluated = {run: StageFolder(arm_dir(run_dir, *run), "evaluation").table().to_pylist() for run in jobs}
-        weights = {reward.name: reward.weight for reward in next(iter(jobs.values())).rewards}
+        weights = {arm: {reward.name: reward.weight for reward in job.rewards} for (arm, _), job in jobs.items()}
         found = arms.arm_results(evaluated, weights, comparison.rivals)
-    left = {run: heldout_margins(StageFolder(arm_dir(run_dir, *run), "training")) for run in jobs}
+    made = {
+        run: finished(arm_dir(run_dir, *run), (stage.name for stage in _stages(job, until)))
+        for run, job in jobs.items()
+    }
     # An arm that trains nothing measures no margins.
-    margins = {run: of_run for run, of_run in left.items() if of_run}
-    measured = heldout.heldout_results(margins, comparison.rivals)
-    kept = {run: StageFolder(arm_dir(run_dir, *run), "retention").manifest() for run in jobs}
-    lost = retention.table({run: manifest.summary for run, manifest in kept.items() if manifest})
+    trained = [run for run in jobs if "training" in made[run]]
+    left = {run: heldout_margins(StageFolder(arm_dir(run_dir, *run), "training")) for run in trained}
+    measured = heldout.heldout_results({run: of_run for run, of_run in left.items() if of_run}, comparison.rivals)
+    lost = retention.table({run: of["retention"].summary for run, of in made.items() if "retention" in of})
     for line in [*arms.table(found, comparison.baseline), *heldout.table(measured, comparison.baseline), *lost]:
         console.say(line)
     for name, content in (

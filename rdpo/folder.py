@@ -7,7 +7,7 @@ import json
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -120,11 +120,16 @@ class Folder:
         if self.fs.exists(self.root):
             self.fs.rm(self.root, recursive=True)
 
-    def empty(self, keep: str) -> None:
-        """Remove all that is in the folder but `keep`."""
-        for path in self.fs.ls(self.root, detail=False) if self.fs.exists(self.root) else ():
-            if path.rstrip("/").rsplit("/", 1)[1] != keep:
-                self.fs.rm(path, recursive=True)
+    def entries(self) -> list[str]:
+        """Names of the files and folders in this folder; sorted."""
+        found = self.fs.ls(self.root, detail=False) if self.fs.exists(self.root) else []
+        return sorted(path.rstrip("/").rsplit("/", 1)[1] for path in found)
+
+    def empty(self, keep: Collection[str] = ()) -> None:
+        """Remove all that is in the folder but the entries to `keep`."""
+        for name in self.entries():
+            if name not in keep:
+                self.fs.rm(self._at(name), recursive=True)
 
     def files(self) -> list[str]:
         """Names of all files in this folder and below it; sorted."""

@@ -10,9 +10,10 @@ import hashlib
 import importlib.metadata
 import inspect
 import platform
+import sys
 from typing import Any
 
-from rdpo.config import FunctionReward, ImplicitReward, Job
+from rdpo.config import FunctionReward, ImplicitReward, Job, JudgeReward
 from rdpo.policy.hardware import compute_dtype
 from rdpo.policy.models import adapter_fingerprint, fingerprint
 from rdpo.records import digest
@@ -35,15 +36,17 @@ PLACEMENT = frozenset(
         "max_failures",
         "hang_after_s",
         "num_workers",
-        "samples",
     }
 )
+# What else is nested has names of the user's: turns, template words, an engine's options.
+SECTIONS = frozenset({"engine", "rewards", "start"})
 
 
 def placeless(settings: Any) -> Any:
     """Settings without those that only say where and in what portions work is done."""
     if isinstance(settings, dict):
-        return {key: placeless(value) for key, value in settings.items() if key not in PLACEMENT}
+        kept = {key: value for key, value in settings.items() if key not in PLACEMENT}
+        return {key: placeless(value) if key in SECTIONS else value for key, value in kept.items()}
     if isinstance(settings, list):
         return [placeless(value) for value in settings]
     return settings
@@ -88,16 +91,22 @@ def _student(job: Job) -> dict[str, Any]:
     return {**job.student.model_dump(), "dtype": dtype, "weights": fingerprint(job.student.model, job.student.revision)}
 
 
-def _reward_settings(job: Job) -> list[dict[str, Any]]:
+def _source(name: str) -> str:
+    """Hash of the source of the module that a function is named by, and of the one that defines it."""
     from rdpo.preference.function import load_function
+
+    modules = {inspect.getmodule(load_function(name)), sys.modules[name.partition(":")[0]]}
+    return digest(sorted(inspect.getsource(module) for module in modules if module and inspect.getsourcefile(module)))
+
+
+def _reward_settings(job: Job) -> list[dict[str, Any]]:
     from rdpo.preference.implicit import reference_of
 
     settings = []
     for reward in job.rewards:
         entry = reward.model_dump()
         if isinstance(reward, FunctionReward):
-            module = inspect.getmodule(load_function(reward.function))
-            entry["source"] = digest(inspect.getsource(module)) if module else ""
+            entry["source"] = _source(reward.function)
         else:
             entry["weights"] = fingerprint(*job.model_or_student(reward.model)[:2])
         if isinstance(reward, ImplicitReward):
@@ -108,8 +117,18 @@ def _reward_settings(job: Job) -> list[dict[str, Any]]:
 
 def prompts(job: Job) -> dict[str, Any]:
     """Settings of the prompts stage, with the content of its source."""
-    content = _file_hash(job.prompts.source)
-    return {**job.prompts.model_dump(), "content": content, "student": job.student.model, "seed": job.seed}
+    return {
+        **job.prompts.model_dump(),
+        "content": _file_hash(job.prompts.source),
+        # Pairs that are ready are read, and named, in another way than prompts.
+        "given": job.synthesis.task is None,
+        **_tokenizer(job),
+        "seed": job.seed,
+    }
+
+
+def _tokenizer(job: Job) -> dict[str, Any]:
+    return {"student": job.student.model, "revision": job.student.revision}
 
 
 def _wording(job: Job, condition: str | None) -> dict[str, Any]:
@@ -147,16 +166,26 @@ def rewards(job: Job) -> dict[str, Any]:
 
 def calibration(job: Job) -> dict[str, Any]:
     """Settings of the trial of the rewards, with the known pairs and the models as they are now."""
-    from rdpo.preference.calibration import known_pairs, tried_rewards
+    from rdpo.preference.calibration import known_pairs, trial_prompts, tried_rewards
 
-    content = _file_hash(known_pairs(job))
-    tried = _reward_settings(job.model_copy(update={"rewards": tried_rewards(job)}))
-    return {"content": content, "limit": job.calibration.limit, "rewards": [{**one, "weight": 1.0} for one in tried]}
+    tried = tried_rewards(job)
+    rewards = _reward_settings(job.model_copy(update={"rewards": tried}))
+    return {
+        **trial_prompts(job).model_dump(exclude={"source"}),
+        "content": _file_hash(known_pairs(job)),
+        **_tokenizer(job),
+        "seed": job.seed if any(isinstance(reward, JudgeReward) for reward in tried) else None,
+        "rewards": [{**one, "weight": 1.0} for one in rewards],
+    }
 
 
 def training(job: Job) -> dict[str, Any]:
     """Settings of the training stage."""
-    return {**job.training.model_dump(exclude={"extrapolation"}), "student": _student(job), "seed": job.seed}
+    settings = job.training.model_dump(exclude={"extrapolation"})
+    if job.training.select == "best":
+        # Only what is a checkpoint can be the best one.
+        settings["select_among_every"] = job.training.checkpoint_every
+    return {**settings, "student": _student(job), "seed": job.seed}
 
 
 def policy(job: Job) -> dict[str, Any]:
@@ -179,7 +208,7 @@ def evaluation(job: Job) -> dict[str, Any]:
     start = {"start": start_answers(job)}
     return {
         **final,
-        **job.evaluation.model_dump(),
+        **job.evaluation.model_dump(exclude={"samples"}),
         **asked,
         **start,
         "rewards": _reward_settings(job),

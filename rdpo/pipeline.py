@@ -122,7 +122,7 @@ def _up_to_date(run: Run, stage: Stage) -> bool:
     Raises:
         InputError: an input is missing.
     """
-    key, own = _begun(run, stage).key, run.folder(stage.name)
+    key, own = _begun(run, stage, stage.settings(run.job)).key, run.folder(stage.name)
     for folder in (own, *(StageFolder(sibling, stage.name) for sibling in run.siblings)):
         manifest = folder.manifest()
         if manifest and manifest.key == key:
@@ -161,10 +161,9 @@ def _reopened(run: Run, stage: Stage, stages: Sequence[Stage]) -> list[Stage]:
     return repair
 
 
-def _begun(run: Run, stage: Stage) -> Manifest:
+def _begun(run: Run, stage: Stage, settings: dict[str, Any]) -> Manifest:
     """The manifest of a stage that has its inputs but no rows yet."""
     inputs = {name: run.manifest(name, stage.name).digest for name in stage.inputs}
-    settings = stage.settings(run.job)
     return Manifest(stage.name, stage_key(stage.name, settings, inputs), settings, inputs)
 
 
@@ -172,14 +171,16 @@ def _make(run: Run, chain: Sequence[Stage]) -> None:
     """Make stages, together if they are several, and commit them in order."""
     began = time.monotonic()
     folders = [run.folder(stage.name) for stage in chain]
-    for stage, folder in zip(chain, folders, strict=True):
+    # As they are now: what is edited while a stage is made is not what made it.
+    settings = [stage.settings(run.job) for stage in chain]
+    for stage, folder, own in zip(chain, folders, settings, strict=True):
         births = {name: run.folder(name).birth for name in stage.inputs}
-        folder.begin(stage_key(stage.name, stage.settings(run.job), births))
+        folder.begin(stage_key(stage.name, own, births))
         run.console.tell("stage_begin", stage=stage.name)
     with run.console.stage("+".join(stage.name for stage in chain), None, chain[0].unit) as meter:
         summary = _work(run, chain, folders, meter)
-    for stage, folder in zip(chain, folders, strict=True):
-        manifest = _begun(run, stage)
+    for stage, folder, own in zip(chain, folders, settings, strict=True):
+        manifest = _begun(run, stage, own)
         manifest.summary, manifest.tokens = summary, meter.tokens
         manifest.seconds = round(time.monotonic() - began, 1)
         manifest.together = [other.name for other in chain if other is not stage]
@@ -247,14 +248,22 @@ def locked(job: Job, run_dir: str, fresh: bool = False, say: Say = print) -> Ite
     """Hold a run directory: one driver at a time; with `fresh`, emptied first. Writes the resolved job.
 
     Raises:
-        InputError: it cannot be written, or another driver holds it.
+        InputError: it cannot be written, or another driver holds it; or it is to be emptied and holds no run.
     """
     with held(run_dir, say):
         folder = Folder(run_dir)
         if fresh:
-            folder.empty(keep=LOCK)
+            _check_is_run(folder, run_dir)
         folder.write_bytes(JOB_FILE, to_toml(job).encode())
+        if fresh:
+            folder.empty(keep={LOCK, JOB_FILE})
         yield
+
+
+def _check_is_run(folder: Folder, run_dir: str) -> None:
+    held = set(folder.entries()) - {LOCK}
+    if held and JOB_FILE not in held:
+        raise InputError(f"--fresh: {run_dir} holds {min(held)} and no run (no {JOB_FILE}), so it is not emptied")
 
 
 def job_of_run(run_dir: str) -> Job:

@@ -119,8 +119,8 @@ def _expected(run: Run, stage: Stage) -> int | None:
 def _trained(run: Run, folder: StageFolder, status: StageStatus) -> StageStatus:
     """The status with the last optimizer step that is on file, and the time that the others will take."""
     steps = folder.read_lines(METRICS)
-    if "reference" in run.manifests:
-        heldout = pc.fill_null(run.folder("reference").table(columns=["heldout"])["heldout"], False)
+    if "reference" in run.manifests and (reference := run.folder("reference")).parts():
+        heldout = pc.fill_null(reference.table(columns=["heldout"])["heldout"], False)
         status.total = total_steps(len(heldout) - (pc.sum(heldout).as_py() or 0), run.job)
     if not steps:
         return status

@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -330,6 +330,12 @@ def _linked(source: str, target: str) -> None:
 
 def _sum_ending_in(ending: str, table: pa.Table) -> int:
     return sum(pc.sum(table[name]).as_py() or 0 for name in table.column_names if name.endswith(ending))
+
+
+def finished(run_dir: str, stages: Iterable[str]) -> dict[str, Manifest]:
+    """The manifests of those of the stages that are finished, by name."""
+    found = {name: StageFolder(run_dir, name).manifest() for name in stages}
+    return {name: manifest for name, manifest in found.items() if manifest}
 
 
 def stored(rows: ray.data.Dataset, folder: StageFolder, id_column: str, pass_on: bool) -> ray.data.Dataset:

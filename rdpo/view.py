@@ -14,8 +14,8 @@ from rdpo.folder import Folder
 from rdpo.pipeline import job_of_run
 from rdpo.records import visible
 from rdpo.rounds import round_dir
-from rdpo.stage_names import STAGES, known_stage
-from rdpo.storage import METRICS, Manifest, StageFolder
+from rdpo.stage_names import known_stage
+from rdpo.storage import METRICS, Manifest, StageFolder, finished
 from rdpo.streaming import ID
 
 if TYPE_CHECKING:
@@ -45,8 +45,7 @@ class RunView:
     @property
     def manifests(self) -> dict[str, Manifest]:
         """What is told of each finished stage, by its name: settings, rows, dropped rows by reason, tokens, seconds."""
-        found = {stage: StageFolder(self.dir, stage).manifest() for stage in STAGES}
-        return {stage: manifest for stage, manifest in found.items() if manifest}
+        return finished(self.dir, self.job.stages)
 
     @property
     def rounds(self) -> list[RunView]:

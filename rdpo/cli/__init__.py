@@ -10,7 +10,7 @@ import os
 import sys
 from argparse import Namespace
 
-from rdpo.cli.failure import told
+from rdpo.cli.failure import going_on, told
 from rdpo.cli.parser import parse
 from rdpo.errors import InputError
 from rdpo.interruption import heed_sigterm
@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
     except KeyboardInterrupt:
-        print("\nrdpo: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        print(f"\nrdpo: interrupted; {going_on(options)}", file=sys.stderr)
         return 1
     except Exception as error:
-        return told(error, getattr(options, "run_dir", None))
+        return told(error, options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import traceback
+from argparse import Namespace
 from pathlib import Path
 
 from rdpo.errors import input_error_within
@@ -16,8 +17,9 @@ ENGINE_FAILED = "Engine core initialization failed"
 ERROR_LINE = re.compile(r"[\w.]+(Error|Exception): ")
 
 
-def told(error: Exception, run_dir: str | None) -> int:
+def told(error: Exception, options: Namespace) -> int:
     """Say what broke in one line, keep the details in a file of the run, and return the exit code."""
+    run_dir = getattr(options, "run_dir", None)
     cause = input_error_within(error)
     if cause:
         print(f"rdpo: {visible(str(cause))}", file=sys.stderr)
@@ -29,10 +31,16 @@ def told(error: Exception, run_dir: str | None) -> int:
     print(f"rdpo: {visible(trouble or in_one_line(error))}", file=sys.stderr)
     if run_dir and log_dir(run_dir).is_dir():
         details = _written(log_dir(run_dir) / "error.log", error)
-        print(f"rdpo: the same command goes on where it stopped{details}", file=sys.stderr)
+        print(f"rdpo: {going_on(options)}{details}", file=sys.stderr)
     elif not trouble:
         print(visible("".join(traceback.format_exception(error))), file=sys.stderr)
     return 1
+
+
+def going_on(options: Namespace) -> str:
+    """What goes on where a command stopped."""
+    again = "the same command without --fresh" if getattr(options, "fresh", False) else "the same command"
+    return f"{again} goes on where it stopped"
 
 
 def _written(path: Path, error: Exception) -> str:

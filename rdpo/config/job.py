@@ -123,6 +123,8 @@ class Job(Section):
             raise ValueError("rewards: every weight is 0; give the optimised reward a weight above 0")
         if self.rounds.count > 1 and not self.rewards:
             raise ValueError("rounds: a round is judged by a reward; give at least one")
+        if self.rounds.count > 1 and self.training.lora and not self.publish.merge:
+            raise ValueError("rounds: the next round begins with the whole model; set publish.merge = true")
         if self.rounds.watch not in {"optimised", *names}:
             meant = did_you_mean(self.rounds.watch, ["optimised", *names])
             raise ValueError(

@@ -22,7 +22,7 @@ Layout = Literal["auto", "packed", "padded"]
 
 
 KEY_IN_ADDRESS = re.compile(
-    r"https?://[^/\s]*@|://[^/\s:@]*:[^/\s@]*@|[?&][^=&]*(key|token|secret|signature|password|credential)[^=&]*=",
+    r"https?://[^/\s]*@|://[^/\s:@]*:[^/\s@]*@|[?&]([^=&]*(key|token|secret|signature|password|credential)[^=&]*|sig)=",
     re.IGNORECASE,
 )
 

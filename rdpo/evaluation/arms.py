@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 
@@ -41,16 +42,20 @@ Evaluated = dict[tuple[str, int], list[Row]]
 """Rows of the evaluation stage by arm and seed."""
 
 
-def arm_results(evaluated: Evaluated, weights: dict[str, float], rivals: dict[str, str]) -> list[ArmResult]:
-    """Every reward's verdict on every arm, the rewards with a weight first; `rivals`: what each arm is held against."""
+Weights = Mapping[str, Mapping[str, float]]
+"""Weights of the same rewards in each arm, by the arm's name."""
+
+
+def arm_results(evaluated: Evaluated, weights: Weights, rivals: dict[str, str]) -> list[ArmResult]:
+    """Every reward's verdict on every arm, the optimised rewards first; `rivals`: what each arm is held against."""
     arms = list(dict.fromkeys(arm for arm, _ in evaluated))
     by_prompt = {run: {row["prompt_id"]: row for row in rows} for run, rows in evaluated.items()}
     prompts = sorted(set.intersection(*(set(rows) for rows in by_prompt.values())))
-    ordered = sorted(weights.items(), key=lambda item: not item[1])
+    ordered = sorted(weights[arms[0]], key=lambda reward: not any(weights[arm][reward] for arm in arms))
     tables = {arm: [by_prompt[run] for run in by_prompt if run[0] == arm] for arm in arms}
     return [
-        _result(arm, reward, weight, tables[arm], tables[rivals[arm]], prompts)
-        for reward, weight in ordered
+        _result(arm, reward, weights[arm][reward], tables[arm], tables[rivals[arm]], prompts)
+        for reward in ordered
         for arm in arms
         if prompts
     ]
@@ -77,7 +82,7 @@ def _result(
         difference=bootstrap((trained - start).mean(axis=0), BOOTSTRAP_SEED),
         wins_start=_wins(trained, start),
         wins_baseline=_wins(trained, rival),
-        kl=_mean(row["kl"] for run in runs for row in run.values()),
+        kl=_mean(run[prompt]["kl"] for run in runs for prompt in prompts),
         tokens=_mean(run[prompt]["trained_tokens"] for run in runs for prompt in prompts),
     )
 
@@ -101,25 +106,34 @@ def table(results: list[ArmResult], baseline: str) -> list[str]:
     """The results as lines of text, a block for each reward."""
     lines = []
     width = max(len(result.arm) for result in results) + 2 if results else 0
-    for first, result in _with_first(results):
-        if first:
-            kind = "optimised" if result.weight else "independent"
-            lines += ["", f"{result.reward} ({kind}), {result.prompts} prompts, {result.seeds} seeds"]
-            head = f"{'':<{width}}{'mean':>8}  {'against start (95%)':<30}{'beats start':<24}"
-            lines.append(f"{head}{'beats ' + baseline:<24}{'KL':>6}{'tokens':>8}")
-        lines.append(
-            f"{result.arm:<{width}}{result.mean:>8.3f}  {shown(result.difference, '+.3f'):<30}"
-            f"{shown(result.wins_start, '.2f'):<24}{shown(result.wins_baseline, '.2f'):<24}"
-            f"{result.kl:>6.1f}{result.tokens:>8.0f}"
-        )
+    for reward, of_reward in by_reward(results).items():
+        prompts, seeds = of_reward[0].prompts, of_reward[0].seeds
+        lines += ["", f"{reward} ({use_of(of_reward)}), {prompts} prompts, {seeds} seeds"]
+        head = f"{'':<{width}}{'mean':>8}  {'against start (95%)':<30}{'beats start':<24}"
+        lines.append(f"{head}{'beats ' + baseline:<24}{'KL':>6}{'tokens':>8}")
+        lines += [_line(result, width) for result in of_reward]
     return lines
 
 
-def _with_first(results: list[ArmResult]) -> Iterable[tuple[bool, ArmResult]]:
-    seen = None
-    for result in results:
-        yield result.reward != seen, result
-        seen = result.reward
+def by_reward(results: list[ArmResult]) -> dict[str, list[ArmResult]]:
+    """The results of each reward, by its name."""
+    return {name: list(found) for name, found in groupby(results, lambda result: result.reward)}
+
+
+def use_of(results: list[ArmResult]) -> str:
+    """Whether the arms optimise the reward that these results are of."""
+    users = [result.arm for result in results if result.weight]
+    if len(users) == len(results):
+        return "optimised"
+    return f"optimised by {', '.join(users)}" if users else "independent"
+
+
+def _line(result: ArmResult, width: int) -> str:
+    return (
+        f"{result.arm:<{width}}{result.mean:>8.3f}  {shown(result.difference, '+.3f'):<30}"
+        f"{shown(result.wins_start, '.2f'):<24}{shown(result.wins_baseline, '.2f'):<24}"
+        f"{result.kl:>6.1f}{result.tokens:>8.0f}"
+    )
 
 
 def shown(estimate: Estimate, form: str) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from markupsafe import Markup
 
 from rdpo.evaluation import charts
-from rdpo.evaluation.arms import ArmResult
+from rdpo.evaluation.arms import ArmResult, by_reward, use_of
 from rdpo.evaluation.compare import Estimate
 from rdpo.evaluation.heldout import HeldoutResult
 from rdpo.evaluation.page import write_page
@@ -21,9 +21,7 @@ def write_comparison(
     run_dir: str, comparison: Comparison, results: list[ArmResult], heldout: list[HeldoutResult]
 ) -> str:
     """Write the report of a comparison; its path."""
-    rewards: dict[str, list[ArmResult]] = {}
-    for result in results:
-        rewards.setdefault(result.reward, []).append(result)
+    rewards = by_reward(results)
     drawn = {
         reward: _chart({result.arm: result.difference for result in of_reward}, comparison, f"{reward}: gain")
         for reward, of_reward in rewards.items()
@@ -35,6 +33,7 @@ def write_comparison(
         "comparison.html.jinja",
         comparison=comparison,
         rewards=rewards,
+        uses={reward: use_of(of_reward) for reward, of_reward in rewards.items()},
         charts=drawn,
         heldout=heldout,
         accuracies=_chart(accuracies, comparison, "share of pairs") if heldout else None,

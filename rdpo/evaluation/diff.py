@@ -16,7 +16,7 @@ from rdpo.lineage import placeless
 from rdpo.pipeline import job_of_run
 from rdpo.records import digest
 from rdpo.stage_names import STAGES, WITHOUT_ROWS
-from rdpo.storage import Manifest, StageFolder
+from rdpo.storage import Manifest, StageFolder, finished
 from rdpo.streaming import ID
 
 ANSWERS = ("chosen", "rejected")
@@ -41,8 +41,7 @@ class Side:
             InputError: there is none.
         """
         job = job_of_run(run_dir)
-        found = {name: StageFolder(run_dir, name).manifest() for name in STAGES}
-        return cls(run_dir, job, {name: manifest for name, manifest in found.items() if manifest})
+        return cls(run_dir, job, finished(run_dir, job.stages))
 
     def folder(self, stage: str) -> StageFolder:
         """Folder of a stage."""

@@ -2,7 +2,7 @@
 
 For a column NAME adds the answer, `NAME_finish_reason` and `NAME_tokens`; `kl` is the log-ratio
 log pi(y|x) - log ref(y|x) of the trained model's own answer, in nats, whose mean estimates the KL
-divergence of the policy from the reference, and `kl_tokens` the answer's tokens.
+divergence of the policy from the reference, and `kl_length` the answer's tokens.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ class Answerer:
 
 
 def add_divergence(rows: ray.data.Dataset, job: Job, trained: str, column: str) -> ray.data.Dataset:
-    """Add `kl` and `kl_tokens` of the trained model's answers in `column`."""
+    """Add `kl` and `kl_length` of the trained model's answers in `column`."""
     return rows.map_batches(
         Divergence,
         fn_constructor_kwargs={"job": job, "trained": trained, "column": column},
@@ -184,7 +184,7 @@ class Divergence:
         rows = batch.to_pylist()
         answered = [row for row in rows if alive(row) and row[self.column]]
         for row in rows:
-            row["kl"] = row["kl_tokens"] = None
+            row["kl"] = row["kl_length"] = None
         for row, ratio in zip(answered, self.ratios(answered, self.column), strict=True):
-            row["kl"], row["kl_tokens"] = ratio.nats, ratio.tokens
+            row["kl"], row["kl_length"] = ratio.nats, ratio.tokens
         return table_of(rows)

@@ -19,8 +19,8 @@ from rdpo.evaluation.page import SCRIPT, write_page
 from rdpo.evaluation.provenance import sources
 from rdpo.evaluation.samples import Sample, conversations, evaluated_samples
 from rdpo.pipeline import Run, job_of_run
-from rdpo.stage_names import STAGES, WITHOUT_ROWS
-from rdpo.storage import IN_PROGRESS, METRICS, Manifest, StageFolder
+from rdpo.stage_names import WITHOUT_ROWS
+from rdpo.storage import IN_PROGRESS, METRICS, Manifest, StageFolder, finished
 
 CURVES = {
     "loss": ["loss"],
@@ -54,7 +54,8 @@ def write_report(run_dir: str, under_way: bool = False) -> str:
     Raises:
         InputError: there is no run in this directory.
     """
-    job, manifests = job_of_run(run_dir), _manifests(run_dir)
+    job = job_of_run(run_dir)
+    manifests = finished(run_dir, job.stages)
     pairs = pair_columns(StageFolder(run_dir, "pairs")) if "pairs" in manifests else None
     summaries = {name: manifest.summary for name, manifest in manifests.items()}
     return write_page(
@@ -66,7 +67,7 @@ def write_report(run_dir: str, under_way: bool = False) -> str:
         settings=json.dumps(job.model_dump(mode="json", exclude_none=True), indent=2, ensure_ascii=False),
         manifests=manifests,
         without_rows=WITHOUT_ROWS,
-        unfinished=_unfinished(run_dir, manifests),
+        unfinished=_unfinished(run_dir, [name for name in job.stages if name not in manifests]),
         written=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()) if under_way else None,
         seconds=_seconds(manifests),
         summaries=summaries,
@@ -75,7 +76,7 @@ def write_report(run_dir: str, under_way: bool = False) -> str:
         conversations=conversations(StageFolder(run_dir, "synthesis"), job) if "synthesis" in manifests else [],
         scores=_scores(job, pairs, summaries) if pairs else None,
         pairs=_pairs(pairs) if pairs else None,
-        training=_training(run_dir),
+        training=_training(run_dir) if "training" in job.stages else None,
         evaluation=_evaluation(run_dir, job) if summaries.get("evaluation", {}).get("prompts") else None,
         sources=sources(manifests, job.student.model),
     )
@@ -103,7 +104,7 @@ class ReportSoFar:
 
 def headline(run_dir: str) -> list[str]:
     """The result of a run in a few lines of text."""
-    summaries = {name: manifest.summary for name, manifest in _manifests(run_dir).items()}
+    summaries = {name: manifest.summary for name, manifest in finished(run_dir, job_of_run(run_dir).stages).items()}
     summary, retention = summaries.get("evaluation", {}), summaries.get("retention")
     lines = []
     for reward in summary.get("rewards", []):
@@ -128,11 +129,6 @@ def headline(run_dir: str) -> list[str]:
     return lines
 
 
-def _manifests(run_dir: str) -> Manifests:
-    found = {name: StageFolder(run_dir, name).manifest() for name in STAGES}
-    return {name: manifest for name, manifest in found.items() if manifest}
-
-
 def _seconds(manifests: Manifests) -> float:
     """Time of all stages; those that ran together count once."""
     counted: list[str] = []
@@ -142,9 +138,9 @@ def _seconds(manifests: Manifests) -> float:
     return sum(manifests[name].seconds for name in counted)
 
 
-def _unfinished(run_dir: str, manifests: Manifests) -> dict[str, int]:
-    """Rows that stages have stored so far that are begun and not committed."""
-    folders = {name: StageFolder(run_dir, name) for name in STAGES if name not in manifests}
+def _unfinished(run_dir: str, stages: Sequence[str]) -> dict[str, int]:
+    """Rows that those of the stages have stored so far that are begun."""
+    folders = {name: StageFolder(run_dir, name) for name in stages}
     return {name: folder.count() for name, folder in folders.items() if folder.exists(IN_PROGRESS)}
 
 

@@ -72,7 +72,7 @@ def _figures(manifests: Mapping[str, Manifest]) -> Iterator[tuple[str, str]]:
 def _picks(a: Row, b: Row) -> dict[str, Pick]:
     """The figures of an evaluated row, of every reward that both runs have and of the answers."""
     picks: dict[str, Pick] = {}
-    for reward in [name for name in a["trained_scores"] if name in b["trained_scores"]]:
+    for reward in [name for name in a["trained_scores"] or () if name in (b["trained_scores"] or ())]:
         picks[f"{reward}, start"] = lambda row, reward=reward: row["start_scores"][reward]  # type: ignore[misc]
         picks[f"{reward}, trained"] = lambda row, reward=reward: row["trained_scores"][reward]  # type: ignore[misc]
         picks[f"{reward}, win rate"] = lambda row, reward=reward: _win(row, reward)  # type: ignore[misc]

@@ -1,7 +1,7 @@
 """Did we break the rest? How much likelihood conversations that the training is not about have lost.
 
-For each conversation `kl` is log pi(y|x) - log ref(y|x) of its given answer, in nats over `kl_tokens` tokens; the
-perplexity of the trained model is that of the start model times exp(-kl / kl_tokens).
+For each conversation `kl` is log pi(y|x) - log ref(y|x) of its given answer, in nats over `kl_length` tokens; the
+perplexity of the trained model is that of the start model times exp(-kl / kl_length).
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def summary(rows: list[Row], seed: int) -> dict[str, Any]:
     """Number of conversations, and the geometric mean of their perplexities' factors, with its interval over them."""
     import numpy as np
 
-    lost = bootstrap(np.array([-row["kl"] / row["kl_tokens"] for row in rows]), seed)
+    lost = bootstrap(np.array([-row["kl"] / row["kl_length"] for row in rows]), seed)
     factor = Estimate(*(math.exp(nats) for nats in (lost.mean, lost.low, lost.high)))
     return {"texts": len(rows), "perplexity_factor": vars(factor)}
 

@@ -195,12 +195,13 @@ def _downloaded(name: str, revision: str | None, weights: bool) -> Path:
 
 
 def _dequantised(file: Path) -> Path:
-    stamp = f"{file.resolve()}:{file.stat().st_size}"
+    stat = file.stat()
+    stamp = f"{file.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
     folder = cache_dir() / "models" / f"{file.stem}-{hashlib.blake2b(stamp.encode(), digest_size=6).hexdigest()}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not folder.is_dir():
-            partial = folder.with_suffix(".partial")
+            partial = folder.with_name(f"{folder.name}.partial")
             shutil.rmtree(partial, ignore_errors=True)
             _convert_gguf(file, partial)
             partial.rename(folder)

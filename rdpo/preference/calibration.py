@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from rdpo.config import FunctionReward, Job, JudgeReward, Pairs, Reward, Synthesis
+from rdpo.config import FunctionReward, Job, JudgeReward, Pairs, Prompts, Reward, Synthesis
 from rdpo.errors import InputError
 from rdpo.preference.agreement import agreement
 from rdpo.preference.pairs import make_pairs
@@ -46,15 +46,19 @@ def _is_teacher(reward: Reward, job: Job) -> bool:
     return isinstance(reward, JudgeReward) and (reward.model or job.student.model) == teacher
 
 
-def calibrate(job: Job) -> list[ray.data.Dataset]:
-    """The known pairs with the scores of the tried rewards; and those lines of their source that are none."""
+def trial_prompts(job: Job) -> Prompts:
+    """How the known pairs are read."""
     own = job.calibration.source is not None
     column = job.prompts.column if own else "prompt"
     settings = beside(job.prompts, known_pairs(job), column, job.calibration.limit)
-    prompts = settings if own else settings.model_copy(update={"system": None})
+    return settings if own else settings.model_copy(update={"system": None})
+
+
+def calibrate(job: Job) -> list[ray.data.Dataset]:
+    """The known pairs with the scores of the tried rewards; and those lines of their source that are none."""
     trial = job.model_copy(
         update={
-            "prompts": prompts,
+            "prompts": trial_prompts(job),
             "synthesis": Synthesis(),
             "rewards": tried_rewards(job),
             "pairs": KNOWN,

@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 import torch
 
 from rdpo.config import Job
+from rdpo.errors import InputError
 from rdpo.policy.flops import Arithmetic
 from rdpo.policy.hardware import peak_flops, peak_memory_gib
 from rdpo.policy.model import load_policy
@@ -58,7 +59,11 @@ class PairTable:
     @classmethod
     def load(cls, run_dir: str, heldout: bool = False) -> PairTable:
         """The pairs of a run's reference stage: those to train on, or those that are held out."""
-        rows = StageFolder(run_dir, "reference").table(columns=[*COLUMNS, HELDOUT])
+        folder = StageFolder(run_dir, "reference")
+        if not folder.parts():
+            reasons = [f"{count}: {reason}" for reason, count in folder.reasons().items()]
+            raise InputError(f"reference: no pair is left to train on; dropped {'; '.join(reasons) or 'none'}")
+        rows = folder.table(columns=[*COLUMNS, HELDOUT])
         return cls.of(rows.filter(pc.equal(pc.fill_null(rows[HELDOUT], False), heldout)))
 
     @classmethod

@@ -138,7 +138,7 @@ def test_clearing_leaves_neighbours_alone(place):
     folder.clear()
     assert (folder.files(), folder.parts(), folder.exists("in_progress.json")) == ([], [], False)
     assert neighbour.count() == 2
-    Folder(place).empty(keep="stage2")
+    Folder(place).empty(keep={"stage2"})
     assert Folder(place).files() == neighbour_files(neighbour)
 
 

@@ -23,7 +23,7 @@ def rows(lift, prompts=PROMPTS):
     ]
 
 
-WEIGHTS = {"other": 0.0, "main": 1.0}
+WEIGHTS = {arm: {"other": 0.0, "main": 1.0} for arm in ("dpo", "rdpo", "none", "a")}
 
 
 def results(evaluated, baseline="dpo"):
@@ -54,9 +54,18 @@ def test_seeds_are_averaged_prompt_by_prompt_before_the_bootstrap():
 
 
 def test_only_prompts_that_every_arm_answered_count():
-    found = results({("dpo", 0): rows(0.0), ("rdpo", 0): rows(9.0, PROMPTS[:5])})
-    assert {result.prompts for result in found.values()} == {5}
+    everything = rows(0.0)
+    everything[-1] |= {"kl": 100.0, "trained_tokens": 100}
+    found = results({("dpo", 0): everything, ("rdpo", 0): rows(9.0, PROMPTS[:5])})
+    assert {(result.prompts, result.kl, result.tokens) for result in found.values()} == {(5, 2.0, 10.0)}
     assert arm_results({("dpo", 0): rows(0.0), ("rdpo", 0): []}, WEIGHTS, held_against("dpo")) == []
+
+
+def test_a_reward_that_some_arms_optimise_is_named_with_them():
+    weights = {"dpo": {"main": 1.0, "other": 0.0}, "rdpo": {"main": 1.0, "other": 0.5}}
+    found = arm_results({("dpo", 0): rows(0.5), ("rdpo", 0): rows(1.5)}, weights, held_against("dpo"))
+    assert "other (optimised by rdpo), 20 prompts, 1 seeds" in table(found, "dpo")
+    assert "main (optimised), 20 prompts, 1 seeds" in table(found, "dpo")
 
 
 def test_table_and_csv_hold_every_arm_and_reward():

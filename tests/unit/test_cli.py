@@ -7,6 +7,9 @@ import sys
 import pytest
 
 from rdpo.cli import main
+from rdpo.config import Job, load_job
+from rdpo.errors import InputError
+from rdpo.pipeline import locked
 from tests.conftest import write_job
 
 HEAVY = ("torch", "ray", "vllm", "deepspeed", "transformers")
@@ -130,6 +133,29 @@ def test_out_of_memory_is_one_message_with_remedies(capsys, tmp_path, job_table,
     assert main(["run", path, "--run-dir", str(tmp_path / "run")]) == 1
     message = capsys.readouterr().err
     assert message.startswith("rdpo: a worker was killed: its machine ran out of memory; lower tokens_per_batch")
+
+
+def test_after_starting_over_the_command_without_fresh_goes_on(capsys, tmp_path, job_table, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rdpo.runs.execute", interrupt)
+    path = write_job(tmp_path / "job.toml", job_table)
+    assert main(["run", path, "--run-dir", str(tmp_path / "run"), "--fresh"]) == 1
+    assert "the same command without --fresh goes on" in capsys.readouterr().err
+
+
+def test_only_a_run_is_emptied(tmp_path, job_table):
+    job, run_dir = Job.model_validate(job_table), tmp_path / "thesis"
+    run_dir.mkdir()
+    (run_dir / "thesis.txt").write_text("years")
+    with pytest.raises(InputError, match=r"thesis\.txt and no run"), locked(job, str(run_dir), fresh=True):
+        pass
+    assert (run_dir / "thesis.txt").read_text() == "years"
+    (run_dir / "config.toml").write_text("of a run")
+    with locked(job, str(run_dir), fresh=True):
+        assert sorted(path.name for path in run_dir.iterdir()) == [".lock", "config.toml"]
+        assert load_job(run_dir / "config.toml") == job
 
 
 def test_an_error_of_a_worker_is_told_by_its_cause():

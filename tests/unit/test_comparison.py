@@ -12,6 +12,7 @@ from rdpo.pipeline import Run, run_stages
 from rdpo.storage import StageFolder
 from tests.conftest import write_job
 
+LENGTH = {"kind": "function", "name": "length", "function": "tests.rewards:length"}
 ARMS = {"dpo": {"training": {"offset_coef": 0.0}}, "rdpo": {"training": {"offset_coef": 0.5}}}
 
 
@@ -45,6 +46,17 @@ def test_each_arm_is_run_in_every_value_of_what_varies(write):
     assert comparison.rivals["dpo@0"] == "dpo@0"
 
 
+def test_an_entry_of_a_list_can_vary_and_arms_may_weigh_rewards_in_other_ways(write):
+    two = {"rewards": [LENGTH, {**LENGTH, "name": "size", "weight": 0.0}]}
+    _, jobs = load_comparison(write(all=two, vary={"key": "rewards.1.weight", "values": [0.5, 2.0]}))
+    assert {arm: job.rewards[1].weight for (arm, _), job in jobs.items()} == {
+        "dpo@0.5": 0.5,
+        "rdpo@0.5": 0.5,
+        "dpo@2": 2.0,
+        "rdpo@2": 2.0,
+    }
+
+
 def test_merging_leaves_the_base_as_it_is():
     base = {"a": {"b": 1, "c": [1]}, "d": 2}
     assert merged(base, {"a": {"b": 5}, "e": {"f": 1}}) == {"a": {"b": 5, "c": [1]}, "d": 2, "e": {"f": 1}}
@@ -61,6 +73,11 @@ def test_merging_leaves_the_base_as_it_is():
         ({"job": "none.toml"}, "none.toml: no such job file"),
         ({"arm": {}}, "arm: unknown key"),
         ({"vary": {"key": "flip", "values": [0, 1]}}, "vary.key: "),
+        (
+            {"arms": {**ARMS, "other": {"rewards": [{**LENGTH, "name": "size"}]}}},
+            "the same reward 'length'.*weight = 0",
+        ),
+        ({"vary": {"key": "rewards.1.weight", "values": [0, 1]}}, "the list has entries 0 to 0"),
         ({"vary": {"key": "pairs.flop", "values": [0, 1]}}, "arm dpo@0: 1 problem.*\n.*flop: unknown key"),
     ],
 )

@@ -68,6 +68,20 @@ def test_settings_texts_and_results_that_differ(tmp_path, job_table, diff):
     assert any(line.startswith("KL, nats 0.600 (") for line in lines)
 
 
+def test_runs_without_rewards_are_compared_by_their_answers(tmp_path, job_table, diff):
+    runs = [make_run(tmp_path / name, job_table, chosen=name) for name in "ab"]
+    for tokens, run in enumerate(runs):
+        stage = StageFolder(run, "evaluation")
+        bare = {"start_scores": None, "trained_scores": None, "trained_tokens": tokens}
+        scored = stage.table().to_pylist()
+        manifest = stage.manifest()
+        stage.clear()
+        stage.write_parts(pa.Table.from_pylist([{**row, **bare, "dropped": None} for row in scored]), "prompt_id")
+        stage.commit(manifest, "prompt_id")
+    told = diff(*runs)
+    assert "tokens" in told and "+1.000" in told and "length, trained" not in told
+
+
 def test_another_reward_of_the_same_name_is_not_compared_in_silence(tmp_path, job_table, diff):
     a = make_run(tmp_path / "a", job_table)
     job_table["rewards"][0]["function"] = "tests.rewards:other"

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import threading
+import tomllib
 from html.parser import HTMLParser
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -18,7 +19,7 @@ import pytest
 from rdpo.config import Job
 from rdpo.evaluation.compare import summarize
 from rdpo.evaluation.page import SHOWN_CHARS, content_policy, escaped, shown
-from rdpo.evaluation.report import ReportSoFar, write_report
+from rdpo.evaluation.report import ReportSoFar, headline, write_report
 from rdpo.pipeline import JOB_FILE, Run, Stage, run_stages
 from rdpo.storage import Manifest, StageFolder
 from rdpo.tracking import Console
@@ -162,6 +163,15 @@ def test_an_unfinished_run_has_the_sections_it_has_come_to(tmp_path):
     assert Page(page).ids == ["prompts", "conversations", "training", "lineage", "job"]
     assert "Under way: 1 steps so far" in page and 'http-equiv="refresh"' in page
     assert 'http-equiv="refresh"' not in page_of(run_dir)
+
+
+def test_a_stage_that_the_job_no_longer_has_is_not_told_of(tmp_path):
+    run_dir = write_run(tmp_path)
+    assert any("other texts" in line for line in headline(run_dir))
+    config = tmp_path / "run" / JOB_FILE
+    write_job(config, {name: table for name, table in tomllib.loads(config.read_text()).items() if name != "retention"})
+    assert not any("other texts" in line for line in headline(run_dir))
+    assert "retention" not in Page(page_of(run_dir)).ids
 
 
 def test_the_loss_of_held_out_pairs_is_drawn_over_the_steps_that_measured_it(tmp_path):

@@ -10,7 +10,7 @@ from tests.conftest import write_jsonl
 
 
 def test_perplexity_grows_by_the_nats_lost_per_token():
-    rows = [{"kl": -0.2 * tokens, "kl_tokens": tokens} for tokens in (5, 10, 40)]
+    rows = [{"kl": -0.2 * tokens, "kl_length": tokens} for tokens in (5, 10, 40)]
     told = summary(rows, seed=0)
     assert told["texts"] == 3
     factor = told["perplexity_factor"]

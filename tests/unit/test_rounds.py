@@ -53,6 +53,12 @@ def test_a_policy_against_itself_is_no_reward(dice):
         Job.model_validate(dice)
 
 
+def test_a_round_needs_a_whole_model_to_begin_with(dice):
+    dice["training"]["lora"] = {"rank": 4}
+    with pytest.raises(ValueError, match=r"set publish\.merge = true"):
+        Job.model_validate({**dice, "publish": {"merge": False}})
+
+
 def test_only_a_reward_can_be_watched(dice):
     dice["rounds"]["watch"] = "nothing"
     with pytest.raises(ValueError, match="watch = 'nothing' is no reward; there are own, other, optimised"):

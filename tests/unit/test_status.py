@@ -11,8 +11,10 @@ from filelock import FileLock
 
 from rdpo.cli import main
 from rdpo.config import Job, to_toml
+from rdpo.errors import InputError
 from rdpo.lock import held, holder
 from rdpo.storage import Manifest, StageFolder
+from rdpo.training.loop import PairTable
 
 
 def rows(count, **columns):
@@ -93,6 +95,18 @@ def test_rows_so_far_and_stages_whose_inputs_were_made_again(run_dir, capsys):
     assert stages["synthesis"]["state"] == "interrupted"
     assert [stages["synthesis"][name] for name in ("stored", "total", "dropped")] == [5, 12, 1]
     assert stages["rewards"]["state"] == "outdated"
+
+
+def test_a_run_whose_pairs_all_fell_out_can_be_looked_at(run_dir, capsys):
+    reference = StageFolder(run_dir, "reference")
+    pairs = StageFolder(run_dir, "pairs").manifest().digest
+    reference.clear()
+    reference.write_parts(rows(12, dropped=["longer than reference.max_length"] * 12), "prompt_id")
+    reference.commit(Manifest("reference", "reference", {}, {"pairs": pairs}), "prompt_id")
+    stage = status(capsys, run_dir)[1]["reference"]
+    assert (stage["stored"], stage["dropped"]) == (12, 12)
+    with pytest.raises(InputError, match="no pair is left to train on; dropped 12: longer than"):
+        PairTable.load(run_dir)
 
 
 def test_no_run_is_one_message(tmp_path, capsys):
