@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from itertools import islice
 from typing import Any
 
 import torch
@@ -48,11 +49,8 @@ def packed_attention(
         raise NotPackable(f"{type(module).__name__}: no spans; set training.layout = 'padded'")
     if query.is_cuda:
         output = flex_by_block(query, key, value, tuple(spans), scaling, sliding_window, softcap)
-    else:
-        repeats = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
-        output = attend_by_span(query, key, value, spans, scaling, sliding_window, softcap)
-    return output.transpose(1, 2).contiguous(), None
+        return output.transpose(1, 2).contiguous(), None
+    return attend_by_span(query, key, value, spans, scaling, sliding_window, softcap), None
 
 
 def attend_by_span(
@@ -64,24 +62,31 @@ def attend_by_span(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """Attention (1, heads, T, head size), span by span; the prompt goes along with the first answer."""
+    """Attention (1, T, heads, head size), span by span; the prompt goes along with the first answer.
+
+    Key and value may have fewer heads; spans cover all of T.
+    """
+    # The query heads that share a key head side by side: (kv heads, heads for each, T, head size).
+    queries = query[0].unflatten(0, (key.shape[1], -1))
+    keys, values = (side[0].unsqueeze(1).expand(-1, queries.shape[1], -1, -1) for side in (key, value))
+    # In one split, for the gradient of each slice would be a row of zeros as long as T.
+    sizes = [size for span in spans for size in (span.prompt + span.answers[0], *span.answers[1:])]
+    pieces = zip(*(side.split(sizes, 2) for side in (queries, keys, values)), strict=True)
     parts = []
     for span in spans:
-        prompt = slice(span.start, span.start + span.prompt)
-        starts = zip(span.answer_starts(), span.answers, strict=True)
-        first, *others = [slice(start, start + length) for start, length in starts]
-        whole = slice(span.start, first.stop)
-        parts.append(_attend(query[:, :, whole], key[:, :, whole], value[:, :, whole], scaling, window, softcap))
-        for own in others:
-            keys, values = (torch.cat([side[:, :, prompt], side[:, :, own]], 2) for side in (key, value))
-            parts.append(_attend(query[:, :, own], keys, values, scaling, window, softcap))
-    return torch.cat(parts, 2)
+        query, key, value = next(pieces)
+        parts.append(_attend(query, key, value, scaling, window, softcap))
+        shared = key[:, :, : span.prompt], value[:, :, : span.prompt]
+        for query, *own in islice(pieces, len(span.answers) - 1):
+            key, value = (torch.cat(both, 2) for both in zip(shared, own, strict=True))
+            parts.append(_attend(query, key, value, scaling, window, softcap))
+    return torch.cat([part.permute(2, 0, 1, 3) for part in parts]).flatten(1, 2)[None]
 
 
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None, softcap: float | None
 ) -> Tensor:
-    """Causal attention of the last queries of a sequence to all its keys."""
+    """Causal attention of the last queries of a sequence to all its keys; heads in one dimension or two."""
     queries, keys = query.shape[2], key.shape[2]
     reach = keys if window is None else window
     if not softcap and queries == keys and reach >= keys:
