@@ -76,7 +76,7 @@ class Meter:
     def line(self) -> str:
         """The state as one line of text."""
         of = f"/{self.total}" if self.total else ""
-        parts = [f"{self.stage:<12}{self.done}{of} {self.unit}"]
+        parts = [f"{self.stage:<11} {self.done}{of} {self.unit}"]
         if self.tokens:
             parts.append(f"{self.tokens / max(self.seconds, 1e-9):,.0f} tokens/s")
         if self.total and 0 < self.done < self.total:
