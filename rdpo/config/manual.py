@@ -18,6 +18,7 @@ from rdpo.config.job import Job
 from rdpo.config.rewards import Reward, RewardSection
 from rdpo.config.section import Section
 from rdpo.config.training import LOSS_OPTIONS, REWARD_USES, Loss
+from rdpo.synthesis.instructions import Task, Turn
 
 INTRODUCTION = """\
 # The job file
@@ -62,7 +63,7 @@ def manual() -> str:
         where = ", ".join(f"`{place}`" for place in places)
         parts += [f"### {model.__name__}\n", f"{_one_line(model.__doc__)} In {where}.\n"]
         parts += _table(model.model_fields, shared)
-    return "\n".join(parts)
+    return "\n".join([*parts, *_task()])
 
 
 def _section(path: str, owner: type[Section], shared: Shared, depth: int = 2) -> Iterator[str]:
@@ -76,6 +77,14 @@ def _section(path: str, owner: type[Section], shared: Shared, depth: int = 2) ->
     for name in _sections(model):
         if _models(model, name)[0] not in shared:
             yield from _section(f"{path}.{name}", model, shared, depth + 1)
+
+
+def _task() -> Iterator[str]:
+    """The other file that a job may need."""
+    yield f"## The task file\n\n{_one_line(Task.__doc__)} [own.md](own.md) writes one.\n"
+    yield from _table({name: field for name, field in Task.model_fields.items() if name != "turns"}, {})
+    yield f"### [[turns]]\n\n{_one_line(Turn.__doc__)}\n"
+    yield from _table(Turn.model_fields, {})
 
 
 def _losses() -> Iterator[str]:

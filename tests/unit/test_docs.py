@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import json
 import re
 import tomllib
 from pathlib import Path
@@ -10,8 +11,10 @@ from typing import get_args
 import pytest
 
 from rdpo.cli import main
-from rdpo.config import LOSS_OPTIONS, Job, Loss
+from rdpo.config import LOSS_OPTIONS, Job, Loss, load_job
 from rdpo.config.manual import manual
+from rdpo.preference.function import load_function
+from rdpo.synthesis.instructions import check_fields, load_task
 from tests.made_up import made_up_run
 
 ROOT = Path(__file__).parents[2]
@@ -83,6 +86,23 @@ def test_the_messages_in_the_remedies_are_those_that_are_printed():
     parts = [part.strip(" …0123456789.;:,") for message in told for part in message.split("…")]
     assert len(messages) > 30
     assert not [part for part in parts if len(part) > 9 and part not in printed]
+
+
+def test_what_the_page_on_own_data_writes_is_a_job_that_scores_and_asks(tmp_path, monkeypatch):
+    page = (ROOT / "docs" / "own.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```(?:json|python|toml)\n.*?```", page, re.DOTALL)
+    names = ("prompts.jsonl", "my_rewards.py", "brief.toml", "first.toml")
+    for name, block in zip(names, blocks, strict=True):
+        (tmp_path / name).write_text("\n".join(block.splitlines()[1:-1]), encoding="utf-8")
+        assert f"`{name}`" in page
+    monkeypatch.chdir(tmp_path)
+    job = load_job("first.toml")
+    rows = [json.loads(line) for line in (tmp_path / "prompts.jsonl").read_text().splitlines()]
+    check_fields(load_task(job.synthesis.task), {"prompt": [], "extra": json.dumps(rows[0])}, {})
+    for reward in job.rewards:
+        score = load_function(reward.function)
+        worse, better = (score([], answer, {"extra": json.dumps(rows[0])}) for answer in ("- word\n" * 50, "A word."))
+        assert better > worse
 
 
 PYTHON = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
