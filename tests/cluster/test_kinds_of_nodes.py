@@ -14,7 +14,7 @@ from tests.faults.nodes import Nodes
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(1800)]
 
 ROOT = Path(__file__).parents[2]
-ROWS = 48
+ROWS = 160
 
 
 @pytest.fixture
@@ -41,8 +41,14 @@ def test_a_teachers_node_goes_and_nothing_is_lost(nodes, tmp_path, wordy_models,
     stored = StageFolder(str(run_dir), "synthesis").count()
     nodes.remove(victim.engines()[-1])
     trainers = Victim(driver, run_dir, "training", nodes)
-    trainers.wait_until(lambda: trainers.at_work() and len(trainers.workers()) == 2)
-    assert len({id(nodes.of(worker)) for worker in trainers.workers()}) == 2
+    working = []
+
+    def two_train():
+        working[:] = trainers.workers()
+        return trainers.at_work() and len(working) == 2
+
+    trainers.wait_until(two_train)
+    assert len({id(nodes.of(worker)) for worker in working}) == 2
     assert driver.wait(PATIENCE_S) == 0, log.read_text()
     assert all(StageFolder(str(run_dir), stage).manifest() for stage in ALL_STAGES)
     synthesis, prompts = (StageFolder(str(run_dir), stage) for stage in ("synthesis", "prompts"))
