@@ -37,8 +37,8 @@ class Turn(Section):
     system: str | None = None
     """Template of a system message, where the turn begins a conversation."""
     user: str | None = None
-    """Template of what is asked; by default the prompt as it is. It may use `{{ prompt }}` (the prompt as text), earlier
-    answers by name, the other columns of the prompt's row, and the job's `synthesis.values`."""
+    """Template of what is asked; by default the prompt as it is. It may use `{{ prompt }}` (the prompt as text),
+    earlier answers by name, the other columns of the prompt's row, and the job's `synthesis.values`."""
     prefill: str = ""
     """Template of the words that the answer begins with; a server as teacher cannot go on from any."""
     temperature: float | None = Field(default=None, ge=0)
