@@ -104,6 +104,7 @@ def stages():
 
 def measure(nodes: int, rows: int, folder: Path) -> dict:
     """Run one size on a cluster of a head and so many nodes; its figures."""
+    import ray
     from ray.cluster_utils import Cluster
 
     from rdpo.cluster import start_ray
@@ -121,6 +122,9 @@ def measure(nodes: int, rows: int, folder: Path) -> dict:
         run = Run(job, run_dir, Console(sys.stderr), lambda *_: False)
         run.console.listeners = [pace]
         run_stages(run, stages())
+    # A driver whose cluster goes before it does exits with an error.
+    ray.shutdown()
+    cluster.shutdown()
     found = pace.within(rows)
     return {
         "rows": rows,
