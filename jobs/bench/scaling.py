@@ -79,7 +79,7 @@ def job_of(source: Path, nodes: int, address: str) -> Job:
         {
             "name": "scaling",
             "student": {"model": STUDENT},
-            "prompts": {"source": str(source), "heldout_fraction": 0.001},
+            "prompts": {"source": str(source), "heldout_fraction": 0.01},
             "synthesis": {"task": "roleplay", "engine": engine},
             "rewards": [{"kind": "function", "name": "words", "function": "jobs.bench.dataplane:words"}],
             "cluster": {"address": address, "placement": {"teacher": NODE}},

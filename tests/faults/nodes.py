@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from contextlib import suppress
 
 import psutil
 
@@ -40,8 +41,13 @@ class Nodes:
     def remove(self, process):
         """Take away the node that a process runs on, as if its machine were gone."""
         node = self.of(process)
+        lost = [one for raylet in raylets(node) for one in psutil.Process(raylet.process.pid).children(recursive=True)]
         self.cluster.remove_node(node, allow_graceful=False)
         self.workers.remove(node)
+        # An engine's own processes would outlive the actor that started them.
+        for one in lost:
+            with suppress(psutil.NoSuchProcess):
+                one.kill()
 
     def announce(self, process):
         """Tell Ray, as a cloud's agent does, that the node of a process will be taken away."""
