@@ -122,9 +122,13 @@ def _aside(text: str) -> None:
 
 
 def _finish(run: Run) -> None:
+    from rdpo.evaluation.alerts import alerts
     from rdpo.evaluation.report import headline, write_report
+    from rdpo.storage import finished
 
     path, model = write_report(run.dir), run.folder("model").address()
+    for alert in alerts(finished(run.dir, run.job.stages), None):
+        run.console.warn(alert)
     for line in [*headline(run.dir), f"model       {model}", f"report      {path}"]:
         run.console.conclude(line)
     run.console.tell("result", model=model, report=path, evaluation=run.manifest("evaluation", "result").summary)

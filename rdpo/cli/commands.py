@@ -36,7 +36,9 @@ def _dry_run(job: Job, run_dir: str) -> int:
     from rdpo.config import to_toml
     from rdpo.pipeline import planned
     from rdpo.stages import stages_of
+    from rdpo.stages.trial import check_named
 
+    check_named(job)
     print(visible(to_toml(job)))
     if job.rounds.count > 1:
         from rdpo.rounds import job_of_round, round_dir

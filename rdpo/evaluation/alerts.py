@@ -10,6 +10,7 @@ from rdpo.storage import Manifest
 
 LOGPS_FALL = 10.0
 LENGTH_GROWS = 1.5
+FEW_PROMPTS = 20
 STOPS_FALL = 0.1
 GAP_FOLLOWS_LENGTH = 0.5
 
@@ -58,6 +59,9 @@ def _of_training(summary: dict[str, Any]) -> Iterator[str]:
 def _of_evaluation(summary: dict[str, Any]) -> Iterator[str]:
     if not summary.get("prompts"):
         return
+    if summary["prompts"] < FEW_PROMPTS:
+        more = "hold out more by prompts.heldout_fraction, or raise evaluation.limit"
+        yield f"Only {summary['prompts']} held-out prompts were compared, so the win rate says little; {more}."
     length, stops = ({model: of[model]["mean"] for model in of} for of in (summary["length"], summary["stop_rate"]))
     if length["trained"] > LENGTH_GROWS * length["start"]:
         yield "Answers grew by more than half; compare rewards at equal length before believing the win rate."

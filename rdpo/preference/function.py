@@ -16,6 +16,7 @@ from rdpo.config import FunctionReward
 from rdpo.errors import InputError
 from rdpo.preference.scores import record_scores
 from rdpo.records import drop, table_of
+from rdpo.suggestion import did_you_mean
 
 
 def load_function(name: str, path: str | None = None) -> Callable[..., float]:
@@ -31,7 +32,9 @@ def load_function(name: str, path: str | None = None) -> Callable[..., float]:
     try:
         function = getattr(importlib.import_module(module), attribute)
     except Exception as error:
-        raise InputError(f"reward function {name}: {type(error).__name__}: {error} (looked in {path} too)") from None
+        meant = did_you_mean(attribute, vars(sys.modules[module])) if module in sys.modules else ""
+        said = f"{type(error).__name__}: {error}{meant}"
+        raise InputError(f"reward function {name}: {said} (looked in {path} too)") from None
     if not callable(function):
         raise InputError(f"reward function {name} is not callable")
     if not _written_in_python(function):

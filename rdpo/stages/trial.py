@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rdpo.config import Job, smallest
+from rdpo.config import FunctionReward, Job, smallest
 from rdpo.errors import InputError
 from rdpo.lock import Say
 from rdpo.pipeline import Run
@@ -40,6 +40,23 @@ def prepare(job: Job, say: Say) -> bool:
     for pool in check_room(job, nodes):
         say(f"{pool.setting} waits until nodes are started: {smallest(pool.size)} x {pool}")
     return fit_side_by_side(job, nodes)
+
+
+def check_named(job: Job) -> None:
+    """Try what can be tried in a moment: templates, task and reward functions; no model, no Ray.
+
+    Raises:
+        InputError: one of them cannot be used.
+    """
+    from rdpo.preference.function import load_function
+    from rdpo.preference.pairs import scored_answers
+    from rdpo.synthesis.prompts import check_templates
+
+    check_templates(job.prompts)
+    scored_answers(job)
+    for reward in job.rewards:
+        if isinstance(reward, FunctionReward):
+            load_function(reward.function)
 
 
 def _check_teacher(job: Job) -> None:

@@ -22,6 +22,7 @@ from pydantic import Field, ValidationError
 from rdpo.config import Section
 from rdpo.errors import InputError
 from rdpo.records import Messages, Row, extra_of, text_of
+from rdpo.suggestion import did_you_mean
 
 SHIPPED = files("rdpo.synthesis") / "tasks"
 _SANDBOX = ImmutableSandboxedEnvironment(undefined=StrictUndefined, autoescape=False)
@@ -84,11 +85,17 @@ def load_task(source: str) -> Task:
     path = shipped if source.isidentifier() and shipped.is_file() else Path(source)
     try:
         task = Task.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        names = ", ".join(sorted(one.name.removesuffix(".toml") for one in SHIPPED.iterdir()))
+        raise InputError(f"synthesis.task: {source}: no such file; the tasks that come with rdpo are {names}") from None
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"synthesis.task: {source}: {error}") from None
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            meant = did_you_mean(str(first["loc"][-1]), [*Turn.model_fields, *Task.model_fields])
+            raise InputError(f"synthesis.task: {source}: {field}: unknown key{meant}") from None
         raise InputError(f"synthesis.task: {source}: {field}: {first['msg']}") from None
     _check_turns(task, source)
     return task

@@ -14,7 +14,7 @@ def evaluated(**differences):
         for place, (name, moved) in enumerate(differences.items())
     ]
     same = {"start": {"mean": 1.0}, "trained": {"mean": 1.0}}
-    return {"prompts": 9, "rewards": rewards, "length": same, "stop_rate": same}
+    return {"prompts": 30, "rewards": rewards, "length": same, "stop_rate": same}
 
 
 def told(pairs=None, **summaries):
@@ -25,6 +25,11 @@ def test_a_reward_that_is_not_optimised_and_falls_is_told_of():
     assert told(evaluation=evaluated(optimised=1.0, other=1.0)) == []
     (alert,) = told(evaluation=evaluated(optimised=1.0, other=-1.0))
     assert "optimised rose while other, not optimised, fell" in alert
+
+
+def test_a_few_prompts_prove_nothing():
+    (alert,) = told(evaluation={**evaluated(optimised=1.0), "prompts": 4})
+    assert alert.startswith("Only 4 held-out prompts were compared")
 
 
 def test_a_gap_that_follows_length_is_told_of():

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -156,6 +157,24 @@ def test_only_a_run_is_emptied(tmp_path, job_table):
     with locked(job, str(run_dir), fresh=True):
         assert sorted(path.name for path in run_dir.iterdir()) == [".lock", "config.toml"]
         assert load_job(run_dir / "config.toml") == job
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("rewards.0.function=tests.rewards:lenght", "did you mean `length`"),
+        ("synthesis.task=rolplay", "no such file; the tasks that come with rdpo are .*roleplay"),
+        ("pairs.chosen=revised", "revised"),
+        ("synthesis.task=task.toml", r"turns\.0\.usr: unknown key \(did you mean `user`\?\)"),
+    ],
+)
+def test_a_dry_run_tries_functions_and_task(capsys, tmp_path, job_table, monkeypatch, override, said):
+    (tmp_path / "task.toml").write_text('name = "t"\n[[turns]]\nname = "response"\nusr = "x"\n')
+    path = write_job(tmp_path / "job.toml", job_table)
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2]))
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", path, "--dry-run", "--set", override]) == 2
+    assert re.search(said, capsys.readouterr().err)
 
 
 def test_an_error_of_a_worker_is_told_by_its_cause():

@@ -41,7 +41,7 @@ TURNS = '[[turns]]\nname = "response"\n{first}\n[[turns]]\nname = "revision"\n{s
         ("", 'after = "response"', "needs a `user` template"),
         ("", 'after = "response"\nuser = "x"\nsystem = "y"', "begins a conversation"),
         ('user = "{{ open"', 'user = "x"', "template"),
-        ("colour = 1", 'user = "x"', "Extra inputs"),
+        ("colour = 1", 'user = "x"', "unknown key"),
     ],
 )
 def test_wrong_tasks_are_explained(tmp_path, first, second, said):
