@@ -93,14 +93,9 @@ docs: $(READY)  ## write docs/config.md anew from the fields of a job
 JOB ?= jobs/safety_nodes.toml
 ADDRESS ?= http://127.0.0.1:8265
 RUN ?=
-ID := rdpo-$(shell date +%Y%m%d-%H%M%S)
 
 submit: $(READY)  ## send a job to a Ray cluster: make submit JOB=jobs/safety.toml ADDRESS=http://127.0.0.1:8265 RUN='--run-dir s3://…'
-	RAY_AUTH_MODE=token $(BIN)/ray job submit --no-wait --address $(ADDRESS) --submission-id $(ID) \
-		--working-dir . --runtime-env jobs/runtime_env.yaml -- python -m rdpo run $(JOB) $(RUN)
-	@echo 'job:  $(ID)'
-	@echo 'logs: RAY_AUTH_MODE=token $(BIN)/ray job logs --follow --address $(ADDRESS) $(ID)'
-	@echo 'stop: RAY_AUTH_MODE=token $(BIN)/ray job stop --address $(ADDRESS) $(ID)'
+	$(BIN)/rdpo submit $(JOB) --address $(ADDRESS) $(RUN)
 
 lint: $(READY)  ## ruff and codespell
 	$(BIN)/ruff check .

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import time
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
@@ -64,6 +65,25 @@ def stage(options: argparse.Namespace) -> int:
 def _check_one_round(job: Job, run_dir: str) -> None:
     if job.rounds.count > 1:
         raise InputError(f"{run_dir}: holds several rounds; name one of them, as in {run_dir}/rounds/1")
+
+
+def submit(options: argparse.Namespace) -> int:
+    """Send a job to a Ray cluster."""
+    from rdpo.config import load_job
+    from rdpo.stores import is_remote
+    from rdpo.submission import submit as send
+
+    job = load_job(options.job, options.overrides)
+    if not (is_remote(options.run_dir) or os.path.isabs(options.run_dir)):
+        where = "s3://… or an absolute path on a shared disk"
+        raise InputError(f"--run-dir {options.run_dir}: it would go with the job; give {where}")
+    name = options.id or f"{job.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    changes = [word for override in options.overrides for word in ("--set", override)]
+    send(options.address, name, [options.job, "--run-dir", options.run_dir, *changes], options.runtime_env)
+    print(f"job:  {name}")
+    for title, command in (("logs", "logs --follow"), ("stop", "stop")):
+        print(f"{title}: RAY_AUTH_MODE=token ray job {command} --address {options.address} {name}")
+    return 0
 
 
 def compare(options: argparse.Namespace) -> int:

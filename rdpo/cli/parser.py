@@ -44,6 +44,7 @@ def build() -> tuple[argparse.ArgumentParser, Commands]:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_init(commands)
     _add_run(commands)
+    _add_submit(commands)
     _add_compare(commands)
     for name, stage in STAGE_COMMANDS.items():
         one = commands.add_parser(name, help=f"bring the {stage} stage of an existing run up to date")
@@ -94,6 +95,20 @@ def _add_run(commands: Commands) -> None:
     told.add_argument("--quiet", action="store_true", help="print warnings, errors and the result alone")
     told.add_argument("--json", action="store_true", help="print a line of JSON for each stage's beginning and end")
     run.set_defaults(function=does.run)
+
+
+def _add_submit(commands: Commands) -> None:
+    submit = commands.add_parser("submit", help="send a job and the working directory to a Ray cluster")
+    _add_place(submit, "job", "JOB.toml", FILE)
+    seen = "where all nodes see it: s3://… or a shared disk"
+    submit.add_argument("--run-dir", metavar="DIR", required=True, help=seen)
+    submit.add_argument("--set", metavar="section.key=value", action="append", default=[], dest="overrides")
+    where = "the cluster's dashboard (http://127.0.0.1:8265)"
+    submit.add_argument("--address", metavar="URL", default="http://127.0.0.1:8265", help=where)
+    submit.add_argument("--id", metavar="ID", help="the Ray job's id (by default the job's name and the time)")
+    left_out = "YAML of what goes along (jobs/runtime_env.yaml)"
+    _add_place(submit, "--runtime-env", "FILE", FILE, left_out)
+    submit.set_defaults(function=does.submit)
 
 
 def _add_compare(commands: Commands) -> None:

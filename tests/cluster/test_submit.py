@@ -1,6 +1,7 @@
 """`ray job submit` to a real head with its token on, from elsewhere than the repository: onto a disk, into a store."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -71,6 +72,24 @@ def test_a_submitted_job_succeeds_and_another_on_its_run_is_refused(head, work, 
     assert all(StageFolder(str(run_dir), stage).manifest() for stage in ALL_STAGES)
     assert "win rate" in log.read_text()
     assert (run_dir / "report.html").is_file()
+
+
+def test_a_wrong_token_and_a_folder_too_large_are_one_message(head, work, tmp_path):
+    wrong = tmp_path / "wrong"
+    wrong.write_text("0" * 64)
+    wrong.chmod(0o600)
+    command = [sys.executable, "-m", "rdpo", "submit", "job.toml", "--run-dir", str(tmp_path / "run")]
+
+    def refusal(environ):
+        there = ["--address", head.dashboard]
+        return subprocess.run([*command, *there], env=environ, cwd=work, capture_output=True, text=True, timeout=300)
+
+    done = refusal(head.environ | {"RAY_AUTH_TOKEN_PATH": str(wrong)})
+    assert done.returncode == 2 and "refuses the token" in done.stderr and "Traceback" not in done.stderr
+    (work / "weights.bin").write_bytes(os.urandom(120 << 20))
+    done = refusal(head.environ)
+    assert done.returncode == 2 and "its largest files are weights.bin (120 MiB)" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_submitted_job_has_prompts_and_run_in_a_store(head, work, store, tmp_path):
