@@ -54,17 +54,25 @@ def _ask(ray: Any, node: Mapping[str, Any]) -> Any:
 
 
 def disagreement(found: Mapping[str, Installed]) -> str | None:
-    """The first package that two nodes have in different versions, in words.
+    """The first package that nodes have in different versions, in words: the version that fewest have comes first.
 
     Nodes with GPUs are compared with each other, and those without with each other: a head without GPUs may well have
     another torch. rdpo itself is the same everywhere.
     """
-    seen: dict[tuple[str, bool], tuple[str, str]] = {}
+    seen: dict[tuple[str, bool], dict[str, list[str]]] = {}
     for name, node in found.items():
         for package, version in node.versions.items():
-            if version == NOT_THERE:
-                continue
-            first, other = seen.setdefault((package, node.gpu and package != "rdpo"), (name, version))
-            if other != version:
-                return f"node {name} has {package} {version}, and node {first} has {other}"
+            if version != NOT_THERE:
+                nodes = seen.setdefault((package, node.gpu and package != "rdpo"), {})
+                nodes.setdefault(version, []).append(name)
+    for (package, _), nodes in seen.items():
+        if len(nodes) > 1:
+            rarest = sorted(nodes.items(), key=lambda item: (len(item[1]), item[0]))
+            return f"{package} is " + ", and ".join(f"{version} on {_named(names)}" for version, names in rarest)
     return None
+
+
+def _named(nodes: list[str]) -> str:
+    """Nodes in words: the first of them, and how many more."""
+    more = f" and {len(nodes) - 1} more" if len(nodes) > 1 else ""
+    return f"node {nodes[0]}{more}"

@@ -90,4 +90,4 @@ def test_a_node_with_another_version_is_said_before_any_model_is_loaded(
     cluster.cluster.add_node(num_cpus=1, env_vars={"PYTHONPATH": str(other.parent)})
     done = run(job_file(tmp_path, wordy_models[0], tiny_classifier, {}), cluster, tmp_path / "run")
     assert done.returncode == 2
-    assert "has peft 0.0.1, and node" in done.stderr
+    assert "peft is 0.0.1 on node" in done.stderr

@@ -13,9 +13,15 @@ def test_nodes_of_one_lock_agree_and_a_head_without_gpus_may_have_other_packages
 def test_two_nodes_that_do_the_same_work_have_the_same_versions():
     other = Installed(True, LOCKED | {"vllm": "0.29.0"})
     told = disagreement({"one": Installed(True, LOCKED), "two": other})
-    assert told == "node two has vllm 0.29.0, and node one has 0.32.0"
+    assert told == "vllm is 0.29.0 on node two, and 0.32.0 on node one"
 
 
 def test_rdpo_is_the_same_everywhere():
     head, node = Installed(False, {"rdpo": "0.1.0"}), Installed(True, {"rdpo": "0.2.0"})
-    assert disagreement({"head": head, "node": node}) == "node node has rdpo 0.2.0, and node head has 0.1.0"
+    assert disagreement({"head": head, "node": node}) == "rdpo is 0.1.0 on node head, and 0.2.0 on node node"
+
+
+def test_the_odd_node_is_named_first_wherever_it_stands_in_the_list():
+    nodes = {name: Installed(False, {"peft": version}) for name, version in (("a", "2"), ("b", "3"), ("c", "2"))}
+    assert disagreement(nodes) == "peft is 3 on node b, and 2 on node a and 1 more"
+    assert disagreement(dict(reversed(nodes.items()))) == "peft is 3 on node b, and 2 on node c and 1 more"
