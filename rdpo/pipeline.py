@@ -205,20 +205,31 @@ def _commit(run: Run, stage: Stage, folder: StageFolder, manifest: Manifest) -> 
     run.made.add(stage.name)
     run.console.made(manifest)
     run.console.tell("stage_end", stage=stage.name, state="made", **_counts(manifest))
-    if stage.id_column:
-        _log_dropped(run, folder, stage.id_column)
+    first = _log_dropped(run, folder, stage.id_column) if stage.id_column else {}
     reasons = sorted(manifest.dropped.items(), key=lambda item: -item[1])
     for reason, count in reasons[:TOLD_REASONS]:
-        run.console.say(f"{'':<12}dropped {count}: {reason}")
+        run.console.say(f"{'':<12}dropped {count}: {reason}{_place(first.get(reason, ''), count)}")
     if others := reasons[TOLD_REASONS:]:
         run.console.say(f"{'':<12}dropped {sum(count for _, count in others)}: {len(others)} other reasons")
 
 
-def _log_dropped(run: Run, folder: StageFolder, id_column: str) -> None:
+def _log_dropped(run: Run, folder: StageFolder, id_column: str) -> dict[str, str]:
+    """Write every dropped row into the log of events; returned is the first row of each reason."""
+    first: dict[str, str] = {}
     for table in folder.tables("dropped", [id_column, "dropped"]):
-        rows = zip(table[id_column].to_pylist(), table["dropped"].to_pylist(), strict=True)
+        rows = list(zip(table[id_column].to_pylist(), table["dropped"].to_pylist(), strict=True))
         facts = ({"stage": folder.name, "row": row, "reason": reason} for row, reason in rows)
         run.console.events.write(*(("dropped", fact) for fact in facts))
+        for row, reason in rows:
+            first.setdefault(reason, row)
+    return first
+
+
+def _place(row: str, count: int) -> str:
+    """Where a dropped row stands in the user's file, in words; nothing for rows that only have an id of ours."""
+    if ":" not in row:
+        return ""
+    return f" ({'the first is ' if count > 1 else ''}{row})"
 
 
 def _counts(manifest: Manifest) -> dict[str, Any]:

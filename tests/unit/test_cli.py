@@ -162,6 +162,7 @@ def test_only_a_run_is_emptied(tmp_path, job_table):
 @pytest.mark.parametrize(
     ("override", "said"),
     [
+        ("rewards.0.function=tests.rewards.length", "did you mean `tests.rewards:length`"),
         ("rewards.0.function=tests.rewards:lengths", "did you mean `length`"),
         ("synthesis.task=rolplay", "no such file; the tasks that come with rdpo are .*roleplay"),
         ("pairs.chosen=revised", "revised"),

@@ -10,11 +10,11 @@ from rdpo.pipeline import Run, Stage, run_stages
 from rdpo.tracking import Console, JsonConsole, QuietConsole
 
 
-def run_of_one_stage(folder, console):
-    """A run whose only stage stores two rows, one of them dropped; run twice."""
+def run_of_one_stage(folder, console, lost=("b",)):
+    """A run whose only stage stores a row and drops those named; run twice."""
 
     def execute(run, folder, meter):
-        rows = pa.table({"prompt_id": ["a", "b"], "dropped": [None, "too \x1b[31mlong"]})
+        rows = pa.table({"prompt_id": ["a", *lost], "dropped": [None, *["too \x1b[31mlong"] * len(lost)]})
         meter.advance(folder.write_parts(rows, "prompt_id").rows)
         run.console.warn("mind \u202ethis")
         return {}
@@ -33,9 +33,9 @@ class Job:
     name, seed, trusted_code, tracking = "job", 0, (), Tracking()
 
 
-def written(folder, voice):
+def written(folder, voice, **rows):
     screen = io.StringIO()
-    run_of_one_stage(folder / "run", voice(screen, folder / "run.log"))
+    run_of_one_stage(folder / "run", voice(screen, folder / "run.log"), **rows)
     return screen.getvalue(), (folder / "run.log").read_text()
 
 
@@ -61,6 +61,17 @@ def test_a_person_sees_each_line_and_no_event(tmp_path):
     screen, _ = written(tmp_path, Console)
     assert "{" not in screen
     assert "            warning: mind" in screen and "prompts     up to date" in screen
+
+
+def test_a_dropped_row_of_a_file_is_named_by_its_line(tmp_path):
+    for name, lost, told in (
+        ("one", ["p.jsonl:4"], "long (p.jsonl:4)"),
+        ("two", ["p.jsonl:4", "p.jsonl:9"], "long (the first is p.jsonl:4)"),
+        ("ids", ["5f2e", "9a01"], "long"),
+    ):
+        (tmp_path / name).mkdir()
+        screen, _ = written(tmp_path / name, Console, lost=lost)
+        assert f"dropped {len(lost)}: too \\u001b[31m{told}\n" in screen
 
 
 def test_every_line_of_the_structured_log_says_where_it_belongs(tmp_path):
