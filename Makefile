@@ -67,7 +67,7 @@ test-wheel: $(READY) models/plain-answer/config.json  ## the quickstart by the w
 	cd $(WHEEL) && venv/bin/rdpo run jobs/quickstart.toml
 
 PAIRS ?= jobs/quickstart/reward_pairs.jsonl
-BENCH ?= --steps 5 --batch-size 4 --micro 2 --lora 16
+BENCH ?= --dtype float32 --tokens-per-batch 4096 --steps 5 --batch-size 4 --micro 2 --lora 16
 
 bench-training: $(READY)  ## rdpo against TRL's DPOTrainer: make bench-training PAIRS=pairs.jsonl BENCH='--steps 5'
 	$(BIN)/python jobs/bench/training.py $(PAIRS) $(BENCH)
