@@ -7,7 +7,8 @@ that). Both may see each other; then both are refused, never both let in. The ho
 not renewed for `STALE_S` by the store's own clock, or whose process on this machine is gone, is passed over.
 
 What remains: a holder that hangs for longer than `STALE_S` (a suspended machine, a store that it alone cannot reach)
-loses the run, and notices only when it goes on. It stops then, but what it writes until its next renewal arrives.
+loses the run, and notices only when it goes on. It stops then, but what it writes until its next renewal arrives. Its
+claim is marked as taken by an object beside it, which no renewal of its own can undo.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from rdpo.records import digest
 from rdpo.stores import is_remote, store_trouble
 
 LOCK = ".lock"
+TAKEN = ".taken"
 RENEW_S = 10.0
 STALE_S = 60.0
 # `holder` has the file lock for a moment.
@@ -134,6 +136,8 @@ class Claim:
                     f"{self.run_dir}: another rdpo command works in this run ({_named(holder)}); wait for it or end "
                     f"it; one that died elsewhere no longer counts after {STALE_S:.0f} s"
                 )
+            if holder and not _gone(holder):
+                self.folder.write_bytes(name + TAKEN, b"{}")
             self._remove(name)
             if holder:
                 say(f"took over from {_named(holder)}, which has ended or not been heard of for {silent:.0f} s")
@@ -162,12 +166,14 @@ class Claim:
         """Remove the claim; where the store cannot be reached it grows stale."""
         with contextlib.suppress(OSError):
             self._remove(self.name)
+            if self.lost:
+                self._remove(self.name + TAKEN)
 
     def _renew(self) -> None:
         heard = time.monotonic()
         while not self._stop.wait(RENEW_S):
             try:
-                if not self.folder.exists(self.name):
+                if not self.folder.exists(self.name) or self.folder.exists(self.name + TAKEN):
                     break
                 self._put()
                 heard = time.monotonic()
@@ -196,11 +202,12 @@ class Claim:
         return {name: (now - when).total_seconds() for name, when in written.items()}
 
     def _listed(self) -> dict[str, datetime]:
-        """The claims, and when the store says that they were written."""
+        """The claims that nobody has taken, and when the store says that they were written."""
         if not self.folder.fs.exists(self.folder.root):
             return {}
         found = self.folder.fs.ls(self.folder.root, detail=True)
-        return {entry["name"].rsplit("/", 1)[1]: entry["mtime"] for entry in found if entry["type"] == "file"}
+        written = {entry["name"].rsplit("/", 1)[1]: entry["mtime"] for entry in found if entry["type"] == "file"}
+        return {name: when for name, when in written.items() if TAKEN not in name and name + TAKEN not in written}
 
     def _holder(self, name: str) -> dict[str, Any] | None:
         try:

@@ -380,10 +380,25 @@ def test_a_holder_whose_claim_was_taken_stops(bucket, monkeypatch):
     monkeypatch.setattr(lock, "RENEW_S", 0.05)
     run_dir = f"s3://{bucket}/run"
     with pytest.raises(InputError, match="another rdpo command took over this run"), lock.held(run_dir):
-        # Again and again: a claim that goes between the holder's look and its renewal is put back by that.
-        for _ in range(600):
-            Folder(f"{run_dir}/{lock.LOCK}").clear()
-            threading.Event().wait(0.1)
+        monkeypatch.setattr(lock, "STALE_S", -1.0)
+        other = claim_of_another_machine(run_dir, monkeypatch)
+        threading.Event().wait(60)
+    assert Folder(run_dir).files() == [f"{lock.LOCK}/{other.name}"]
+
+
+def test_a_renewal_under_way_does_not_win_back_a_claim_that_was_taken(bucket, monkeypatch):
+    run_dir = f"s3://{bucket}/run"
+    silent = lock.Claim(run_dir)
+    silent.take(print)
+    with monkeypatch.context() as later:
+        later.setattr(lock, "STALE_S", -1.0)
+        other = claim_of_another_machine(run_dir, monkeypatch)
+    silent._put()
+    with pytest.raises(InputError, match="another rdpo command works in this run"):
+        lock.held(run_dir).__enter__()
+    other.release()
+    with lock.held(run_dir):
+        pass
 
 
 def test_a_held_claim_is_renewed(bucket, endpoint, monkeypatch):
