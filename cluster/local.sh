@@ -9,6 +9,8 @@ set -euo pipefail
 bin=${VENV:-.venv}/bin
 port=6379
 export RAY_AUTH_MODE=token
+# The `python` of a submitted job is this environment's.
+PATH=$(cd "$bin" && pwd):$PATH
 
 start() {
     read -r -a gpus <<< "${GPUS:-}"
