@@ -18,11 +18,12 @@ start() {
     "$bin/ray" start --head --port="$port" --num-cpus=1 --num-gpus=0 --dashboard-host=127.0.0.1 \
         --node-ip-address=127.0.0.1 --disable-usage-stats
     local number=0 kind devices
+    # Each in a folder of its own: every node unpacks a job's working directory anew, and removes what it finds there.
     for kind in "$@"; do
         devices=${gpus[number]:-}
         number=$((number + 1))
         CUDA_VISIBLE_DEVICES=$devices "$bin/ray" start --address="127.0.0.1:$port" --num-cpus="${CPUS:-2}" \
-            --node-ip-address=127.0.0.1 --dashboard-agent-listen-port=$((52365 + number)) \
+            --node-ip-address=127.0.0.1 --temp-dir="/tmp/ray-node-$number" --dashboard-agent-listen-port=$((52365 + number)) \
             --resources="{\"$kind\": 1}" --disable-usage-stats
     done
     "$bin/ray" status --address="127.0.0.1:$port"
