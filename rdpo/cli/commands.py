@@ -79,7 +79,8 @@ def submit(options: argparse.Namespace) -> int:
         raise InputError(f"--run-dir {options.run_dir}: it would go with the job; give {where}")
     name = options.id or f"{job.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     changes = [word for override in options.overrides for word in ("--set", override)]
-    send(options.address, name, [options.job, "--run-dir", options.run_dir, *changes], options.runtime_env)
+    extent = ["--until", options.until] * bool(options.until) + ["--fresh"] * options.fresh
+    send(options.address, name, [options.job, "--run-dir", options.run_dir, *changes, *extent], options.runtime_env)
     print(f"job:  {name}")
     for title, command in (("logs", "logs --follow"), ("stop", "stop")):
         print(f"{title}: RAY_AUTH_MODE=token ray job {command} --address {options.address} {name}")

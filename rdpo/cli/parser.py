@@ -88,13 +88,18 @@ def _add_run(commands: Commands) -> None:
     _add_place(run, "job", "JOB.toml", FILE)
     run.add_argument("--set", metavar="section.key=value", action="append", default=[], dest="overrides")
     _add_place(run, "--run-dir", "DIR", DIRECTORY, "where the run lives (default: runs/NAME)")
-    run.add_argument("--until", metavar="STAGE", type=known_stage, choices=STAGES, help="stop after this stage")
-    run.add_argument("--fresh", action="store_true", help="start over: remove the run directory first")
+    _add_extent(run)
     told = run.add_mutually_exclusive_group()
     told.add_argument("--dry-run", action="store_true", help="print the resolved job and what would run")
     told.add_argument("--quiet", action="store_true", help="print warnings, errors and the result alone")
     told.add_argument("--json", action="store_true", help="print a line of JSON for each stage's beginning and end")
     run.set_defaults(function=does.run)
+
+
+def _add_extent(parser: argparse.ArgumentParser) -> None:
+    """How much of a run is made, and whether anew."""
+    parser.add_argument("--until", metavar="STAGE", type=known_stage, choices=STAGES, help="stop after this stage")
+    parser.add_argument("--fresh", action="store_true", help="start over: remove the run directory first")
 
 
 def _add_submit(commands: Commands) -> None:
@@ -103,6 +108,7 @@ def _add_submit(commands: Commands) -> None:
     seen = "where all nodes see it: s3://… or a shared disk"
     submit.add_argument("--run-dir", metavar="DIR", required=True, help=seen)
     submit.add_argument("--set", metavar="section.key=value", action="append", default=[], dest="overrides")
+    _add_extent(submit)
     where = "the cluster's dashboard (http://127.0.0.1:8265)"
     submit.add_argument("--address", metavar="URL", default="http://127.0.0.1:8265", help=where)
     submit.add_argument("--id", metavar="ID", help="the Ray job's id (by default the job's name and the time)")

@@ -38,10 +38,12 @@ def test_the_job_its_changes_and_what_is_left_out_go_along(sent, tmp_path, capsy
     (tmp_path / "jobs").mkdir()
     (tmp_path / RUNTIME_ENV).write_text("excludes: [.git]\n")
     changes = ("--set", "training.beta=0.2", "--set", "name=a")
-    code, what = sent(None, "--run-dir", "/shared/a run", "--address", "http://h:1", *changes)
+    extent = ("--until", "pairs", "--fresh")
+    code, what = sent(None, "--run-dir", "/shared/a run", "--address", "http://h:1", *changes, *extent)
     assert (code, what["address"]) == (0, "http://h:1")
     assert what["entrypoint"] == (
-        "python -m rdpo run job.toml --run-dir '/shared/a run' --set training.beta=0.2 --set name=a"
+        "python -m rdpo run job.toml --run-dir '/shared/a run' --set training.beta=0.2 --set name=a "
+        "--until pairs --fresh"
     )
     assert what["runtime_env"] == {"excludes": [".git"], "working_dir": "."}
     told = capsys.readouterr().out
