@@ -14,16 +14,18 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 
 import torch
 
 from rdpo.config import Job
 from rdpo.policy.chat import load_chat
 from rdpo.policy.flops import Arithmetic, matmul_rate
-from rdpo.policy.hardware import peak_memory_gib
+from rdpo.policy.hardware import allocator_environment, peak_flops, peak_memory_gib
 from rdpo.policy.model import Policy, load_policy
 from rdpo.policy.models import local_model
 from rdpo.policy.packing import PairSize, batch_tokens, micro_batches
@@ -107,13 +109,15 @@ def reference_rows(job: Job, path: str, limit: int) -> PairTable:
     return PairTable.of(Reference(job)(pa.Table.from_pylist(rows)))
 
 
-def run_rdpo(job: Job, data: PairTable, batches: list[list[int]]) -> Steps:
-    """The steps by rdpo."""
+def run_rdpo(job: Job, data: PairTable, batches: list[list[int]], compiled: bool, profile: str | None) -> Steps:
+    """The steps by rdpo; then, into the file `profile`, the kernels of one more."""
     for name, value in ALONE.items():
         os.environ.setdefault(name, value)
     torch.distributed.init_process_group("nccl" if GPU else "gloo")
     trainer = Trainer(job, data, DEVICE)
     policy, budget = trainer.engine.module, job.training.tokens_per_batch
+    if compiled:
+        compile_pieces(policy)
     steps, seconds = [], []
     for index, batch in enumerate(batches):
         began = time.perf_counter()
@@ -121,6 +125,8 @@ def run_rdpo(job: Job, data: PairTable, batches: list[list[int]]) -> Steps:
         if GPU:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - began)
+    if profile:
+        write_profile(profile, lambda: trainer.step(0, len(batches), batches[-1]))
     forwards = [micro for batch in batches for micro in micro_batches(batch, data.sizes, budget, policy.packed)]
     return Steps(
         losses=[step["loss"] for step in steps],
@@ -129,6 +135,27 @@ def run_rdpo(job: Job, data: PairTable, batches: list[list[int]]) -> Steps:
         packed=policy.packed,
         positions=sum(batch_tokens([data.sizes[pair] for pair in micro.pairs], policy.packed) for micro in forwards),
     )
+
+
+def compile_pieces(policy: Policy) -> None:
+    """Compile what stands around the attention of every decoder layer: its norms and its MLP."""
+    layers = [module for module in policy.modules() if type(module) in policy.layer_types()]
+    for layer in layers:
+        for name, piece in layer.named_children():
+            if name != "self_attn":
+                piece.compile(dynamic=True)
+
+
+def write_profile(path: str, step: Callable[[], object]) -> None:
+    """The kernels that a step spends its time in."""
+    from torch.profiler import ProfilerActivity, profile
+
+    kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if GPU else [])]
+    with profile(activities=kinds) as profiler:
+        step()
+    order = "self_cuda_time_total" if GPU else "self_cpu_time_total"
+    table = profiler.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=70)
+    Path(path).write_text(table, encoding="utf-8")
 
 
 def run_trl(job: Job, data: PairTable, batches: list[list[int]], micro: int) -> Steps:
@@ -231,6 +258,8 @@ def options_from(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--layout", default="auto")
     parser.add_argument("--zero-stage", type=int, default=0)
     parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument("--compile", action="store_true", help="rdpo's norms and MLPs by torch.compile")
+    parser.add_argument("--profile", help="file for the kernels of one more step of rdpo")
     return parser.parse_args(arguments)
 
 
@@ -242,6 +271,8 @@ def main() -> None:
     options.tokens_per_batch = max(options.tokens_per_batch, 2 * options.max_length)
     if not GPU:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # For both trainers, before either touches the GPU.
+    os.environ.update(allocator_environment())
     job = job_of(options)
     # In its own process: what the reference needs is not the trainer's memory.
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as apart:
@@ -251,8 +282,10 @@ def main() -> None:
         sys.exit(
             f"{options.pairs}: {len(data)} pairs fit into --max-length {options.max_length}, too few for the steps"
         )
-    ours = options.trainer == "rdpo"
-    steps = run_rdpo(job, data, batches) if ours else run_trl(job, data, batches, options.micro)
+    if options.trainer == "rdpo":
+        steps = run_rdpo(job, data, batches, options.compile, options.profile)
+    else:
+        steps = run_trl(job, data, batches, options.micro)
     print(json.dumps({"trainer": options.trainer, **figures(data, batches, steps)}))
 
 
@@ -262,12 +295,15 @@ def figures(data: PairTable, batches: list[list[int]], steps: Steps) -> dict:
     seconds, config = sum(steps.seconds[WARM_STEPS:]), steps.policy.config
     memory = peak_memory_gib(DEVICE)
     rate = matmul_rate(config.hidden_size, config.intermediate_size, steps.policy.head.weight.dtype, DEVICE)
+    flops = Arithmetic.of(steps.policy).flops(sizes, steps.packed) / seconds
+    datasheet = peak_flops(DEVICE)
     return {
         "pairs_per_second": len(sizes) / seconds,
         "tokens_per_second": sum(size.tokens for size in sizes) / seconds,
         "padding": padding(steps, [data.sizes[pair] for batch in batches for pair in batch]),
         "peak_gib": memory,
-        "mfu": Arithmetic.of(steps.policy).flops(sizes, steps.packed) / seconds / rate,
+        "mfu": flops / (datasheet or rate),
+        "of_matmul": flops / rate,
         "matmul_gflops": rate / 1e9,
         "losses": steps.losses,
     }

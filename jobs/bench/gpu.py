@@ -1,6 +1,6 @@
 """The whole comparison with TRL on one GPU, in one call: a table for each case, and one JSON object at the end.
 
-    python jobs/bench/gpu.py PAIRS.jsonl TOKENIZER_FOLDER [--case NAME] [--steps N]
+    python jobs/bench/gpu.py PAIRS.jsonl TOKENIZER_FOLDER [--case NAME] [--steps N] [options of contender.py]
 
 Needs rdpo's training dependencies and TRL, not Ray or vLLM. The models have random weights in real shapes, so
 nothing is downloaded. In full fine-tuning rdpo keeps fp32 master weights, TRL trains the bfloat16 ones: its
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from random_model import write_random_model
-from training import compare, table
+from training import TRAINERS, WORKLOADS, compare, table
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,8 @@ CASES = {
     "trial": Case("tiny", 2048, 4),
     "1b full, 4k": Case("1b", 4096, 32),
     "1b full, 16k": Case("1b", 16_384, 64),
-    "8b LoRA, 8k": Case("8b", 8192, 32, ("--lora", "16", "--gradient-checkpointing")),
+    "8b LoRA, 8k": Case("8b", 8192, 32, ("--lora", "16")),
+    "8b LoRA, 8k, checkpointing": Case("8b", 8192, 32, ("--lora", "16", "--gradient-checkpointing")),
     "8b LoRA, 16k": Case("8b", 16_384, 32, ("--lora", "16", "--gradient-checkpointing")),
 }
 MAX_LENGTH = 1024
@@ -53,12 +54,15 @@ def main() -> None:
     parser.add_argument("tokenizer")
     parser.add_argument("--case", action="append", choices=list(CASES))
     parser.add_argument("--steps", type=int, default=4)
-    options = parser.parse_args()
+    parser.add_argument("--workload", action="append", choices=WORKLOADS, help="only these; by default all")
+    parser.add_argument("--trainer", action="append", choices=TRAINERS, help="only these; by default both")
+    options, more = parser.parse_known_args()
     reports = {}
     for name in options.case or [name for name in CASES if name != "trial"]:
         with tempfile.TemporaryDirectory() as model:
             write_random_model(CASES[name].shape, options.tokenizer, model)
-            reports[name] = compare(options.pairs, contender_options(CASES[name], model, options.steps))
+            settings = [*contender_options(CASES[name], model, options.steps), *more]
+            reports[name] = compare(options.pairs, settings, options.workload, options.trainer)
         print(f"\n{name}\n{table(reports[name])}", flush=True)
     print(json.dumps(reports))
 

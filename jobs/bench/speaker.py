@@ -5,7 +5,7 @@
 `rdpo` is the synthesis stage; `raw` is vLLM's offline `LLM.generate`, turn by turn; `barriers` is rdpo's engine
 without Ray, turn by turn; `raydata` is a chain of `ray.data.llm` processors, one for each turn. Weights, prompts,
 sampling, engine arguments, sequences in flight of an engine, and memory for all key-value caches together are the
-same. The time to start engines does not count. Runs on the CPU.
+same. The time to start engines does not count. `--gpus 1` runs on a GPU, without the comparison with `raydata`.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ from rdpo.policy.chat import Chat, load_chat
 from rdpo.policy.hardware import compute_dtype
 from rdpo.policy.models import local_model
 from rdpo.records import Messages, Row, draw_seed, prompt_id
-from rdpo.synthesis.engine import Engine, _cpu_arguments, _cpu_environment
+from rdpo.synthesis.engine import Engine, _cpu_arguments, _cpu_environment, _gpu_arguments
 from rdpo.synthesis.instructions import Task, Turn, check_prefills, load_task, template_values, turn_messages
 from rdpo.synthesis.teacher import synthesize, teacher_model, turn_sampling
 
@@ -53,6 +53,7 @@ class Spoken:
 def job_of(options: argparse.Namespace) -> Job:
     """The job file with the options over it."""
     engine = {
+        "gpus": options.gpus,
         "dtype": options.dtype,
         "max_model_len": options.max_model_len,
         "kv_cache_gib": options.kv_gib,
@@ -60,6 +61,9 @@ def job_of(options: argparse.Namespace) -> Job:
         "batches_in_flight": 2 * -(-options.in_flight // options.batch_rows),
         "options.max_num_seqs": options.in_flight,
     }
+    if options.gpus and options.default_engine:
+        for name in ("batch_rows", "batches_in_flight", "options.max_num_seqs"):
+            del engine[name]
     sampling = {"temperature": options.temperature, "max_tokens": options.max_tokens}
     overrides = {"task": options.task}
     overrides |= {f"engine.{key}": value for key, value in engine.items()}
@@ -70,13 +74,16 @@ def job_of(options: argparse.Namespace) -> Job:
 def read_rows(path: str, limit: int) -> list[Row]:
     """The first rows of the file, as the prompts stage leaves them."""
     with open(path, encoding="utf-8") as file:
-        return [prompt_row(json.loads(line)) for line in islice(file, limit)]
+        lines = [json.loads(line) for line in file]
+
+    # A small file is read again and again, with other seeds: each repetition is another row.
+    return [prompt_row(dict(raw), index // len(lines)) for index, raw in enumerate(islice(cycle(lines), limit))]
 
 
-def prompt_row(raw: dict[str, Any]) -> Row:
+def prompt_row(raw: dict[str, Any], repetition: int) -> Row:
     """One row of the file as the prompts stage leaves it."""
     messages = [{"role": "user", "content": raw.pop("prompt")}]
-    return {"prompt_id": prompt_id(messages), "prompt": messages, "extra": json.dumps(raw)}
+    return {"prompt_id": f"{prompt_id(messages)}-{repetition}", "prompt": messages, "extra": json.dumps(raw)}
 
 
 def conversation(task: Task, turn: Turn, row: Row) -> Messages:
@@ -103,13 +110,13 @@ def engine_arguments(job: Job) -> dict[str, Any]:
     """What rdpo's engine gives to vLLM, for those who call vLLM by themselves."""
     settings = job.synthesis.engine
     return {
-        "dtype": compute_dtype(settings.dtype, gpu=False),
+        "dtype": compute_dtype(settings.dtype, gpu=settings.gpus > 0),
         "max_model_len": settings.max_model_len,
         "enable_prefix_caching": True,
         "seed": job.seed,
         "generation_config": "vllm",
         "disable_log_stats": True,
-        **_cpu_arguments(settings),
+        **(_gpu_arguments(settings) if settings.gpus else _cpu_arguments(settings)),
         **settings.options,
     }
 
@@ -128,7 +135,10 @@ def sampling_arguments(job: Job, turn: Turn, row: Row, chat: Chat) -> dict[str, 
 
 def speak_raw(job: Job, task: Task, rows: list[Row]) -> Spoken:
     """All rows through one turn after the other by vLLM's offline class."""
-    os.environ.update(_cpu_environment(job.synthesis.engine))
+    if job.synthesis.engine.gpus:
+        os.environ["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
+    else:
+        os.environ.update(_cpu_environment(job.synthesis.engine))
     from vllm import LLM, SamplingParams, TokensPrompt
     from vllm.sampling_params import RequestOutputKind
 
@@ -319,6 +329,8 @@ def options_from(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--max-model-len", type=int, default=1024)
     parser.add_argument("--kv-gib", type=float, default=3.0, help="key-value cache of all engines together")
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--gpus", type=int, default=0, help="GPUs of the engine; 0 is the CPU")
+    parser.add_argument("--default-engine", action="store_true", help="rdpo's own choice of rows in flight (on GPUs)")
     return parser.parse_args(arguments)
 
 

@@ -11,11 +11,13 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 HERE = Path(__file__).parent
 PROMPT_WORDS, ANSWER_WORDS = 330, 90
 TRAINERS = ("trl", "rdpo")
+WORKLOADS = ("real", "long")
 
 
 def long_prompts(source: Path, target: Path) -> None:
@@ -34,46 +36,62 @@ def long_prompts(source: Path, target: Path) -> None:
 
 
 def run(trainer: str, pairs: Path, options: list[str]) -> dict:
-    """One contender's figures."""
+    """One contender's figures, or why it has none."""
     command = [sys.executable, str(HERE / "contender.py"), trainer, str(pairs), *options]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
-        sys.exit(f"{' '.join(command)} failed:\n{result.stderr[-3000:]}")
-    return json.loads(result.stdout.strip().splitlines()[-1])
+        print(f"{' '.join(command)} failed:\n{result.stderr[-3000:]}", file=sys.stderr, flush=True)
+        return {"failed": (result.stderr.strip().splitlines() or ["without a word"])[-1]}
+    figures = json.loads(result.stdout.strip().splitlines()[-1])
+    print(json.dumps(figures), flush=True)
+    return figures
 
 
-def compare(source: Path, options: list[str]) -> dict:
+def compare(
+    source: Path, options: list[str], workloads: Sequence[str] | None = None, trainers: Sequence[str] | None = None
+) -> dict:
     """Figures of both trainers on both workloads, and their ratios."""
     report = {}
     with tempfile.TemporaryDirectory() as directory:
         long = Path(directory) / "long.jsonl"
         long_prompts(source, long)
-        for workload, pairs in (("real", source), ("long", long)):
-            theirs, ours = (run(trainer, pairs, options) for trainer in TRAINERS)
-            differences = [abs(a - b) / abs(b) for a, b in zip(ours["losses"], theirs["losses"], strict=True)]
-            report[workload] = {
-                "trl": theirs,
-                "rdpo": ours,
-                "pairs_ratio": ours["pairs_per_second"] / theirs["pairs_per_second"],
-                "largest_loss_difference": max(differences),
-            }
+        files = {"real": source, "long": long}
+        for workload in workloads or WORKLOADS:
+            report[workload] = {trainer: run(trainer, files[workload], options) for trainer in trainers or TRAINERS}
+            report[workload] |= ratios(report[workload])
     return report
+
+
+def ratios(results: dict[str, dict]) -> dict[str, float]:
+    """How the trainers compare, where both have figures."""
+    if len(results) < len(TRAINERS) or any("failed" in figures for figures in results.values()):
+        return {}
+    theirs, ours = (results[trainer] for trainer in TRAINERS)
+    differences = [abs(a - b) / abs(b) for a, b in zip(ours["losses"], theirs["losses"], strict=True)]
+    return {
+        "pairs_ratio": ours["pairs_per_second"] / theirs["pairs_per_second"],
+        "largest_loss_difference": max(differences),
+    }
 
 
 def table(report: dict) -> str:
     """The report as text."""
     lines = [f"{'workload':<10}{'trainer':<9}{'pairs/s':>9}{'tokens/s':>10}{'padding':>9}{'peak GiB':>10}{'MFU':>7}"]
     for workload, results in report.items():
-        for trainer in TRAINERS:
+        for trainer in filter(results.__contains__, TRAINERS):
             row = results[trainer]
+            if "failed" in row:
+                lines.append(f"{workload:<10}{trainer:<9}failed: {row['failed']}")
+                continue
             lines.append(
                 f"{workload:<10}{trainer:<9}{row['pairs_per_second']:>9.3f}{row['tokens_per_second']:>10.0f}"
                 f"{row['padding']:>9.2f}{row['peak_gib']:>10.2f}{row['mfu']:>7.2f}"
             )
-        lines.append(
-            f"{workload:<10}rdpo / TRL: {results['pairs_ratio']:.2f} times the pairs; losses differ by at most "
-            f"{results['largest_loss_difference']:.1e} of their size"
-        )
+        if "pairs_ratio" in results:
+            lines.append(
+                f"{workload:<10}rdpo / TRL: {results['pairs_ratio']:.2f} times the pairs; losses differ by at most "
+                f"{results['largest_loss_difference']:.1e} of their size"
+            )
     return "\n".join(lines)
 
 

@@ -8,6 +8,8 @@ from pydantic import Field, JsonValue, field_validator, model_validator
 
 from rdpo.config.section import Concurrency, Dtype, Section
 
+GPU_BATCH_ROWS, CPU_BATCH_ROWS = 64, 16
+
 
 class Student(Section):
     """The model to align. It is also the reference, and its tokenizer renders the training data."""
@@ -56,8 +58,9 @@ class Engine(Section):
     """Precision of the engine; `auto` as in `student.dtype`."""
     kv_cache_gib: float = Field(default=2.0, gt=0)
     """Memory for the key-value cache of an engine on the CPU, in GiB."""
-    batch_rows: int = Field(default=16, ge=1)
-    """Rows in one block of work; the rows of `batches_in_flight` blocks are in the engine at once."""
+    batch_rows: int | None = Field(default=None, ge=1)
+    """Rows in one block of work; the rows of `batches_in_flight` blocks are in the engine at once. By default 64 on GPUs,
+    16 on the CPU."""
     batches_in_flight: int = Field(default=4, ge=1)
     """Blocks that one engine works on at the same time."""
     options: dict[str, JsonValue] = Field(default_factory=dict)
@@ -69,6 +72,16 @@ class Engine(Section):
         if "hf_token" in options:
             raise ValueError("a job file is no place for a token; give it as HF_TOKEN in the environment")
         return options
+
+    @property
+    def rows_in_block(self) -> int:
+        """`batch_rows` made definite."""
+        return self.batch_rows or (GPU_BATCH_ROWS if self.gpus else CPU_BATCH_ROWS)
+
+    @property
+    def rows_in_flight(self) -> int:
+        """Rows that one engine works on at the same time."""
+        return self.rows_in_block * self.batches_in_flight
 
     @model_validator(mode="after")
     def _check_groups(self) -> Engine:

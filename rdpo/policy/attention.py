@@ -1,16 +1,21 @@
 """Attention over packed rows: each answer sees its prompt and itself, as if it stood alone behind it.
 
 Registered with transformers under `NAME`; the model hands `spans` (see `rdpo.policy.layout`) through
-to it. On GPUs it is one FlexAttention call whose block mask leaves out what may not be seen; elsewhere
-each sequence is attended on its own, without a mask where it is causal.
+to it. Three ways compute the same:
+
+- On GPUs in half precision, FlashAttention over sequences of unequal length: each answer's queries against the keys of
+  its prompt and its own, which are gathered for it. Nothing is compiled, so lengths may change from row to row.
+- On GPUs otherwise (float32, capped scores), one FlexAttention call whose block mask leaves out what may not be seen.
+- Elsewhere each sequence is attended on its own, without a mask where it is causal.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from functools import lru_cache
-from itertools import islice
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from itertools import accumulate, islice
 from typing import Any
 
 import torch
@@ -21,6 +26,11 @@ from rdpo.policy.layout import Span
 
 NAME = "rdpo_packed"
 LAYER_TYPES = {"full_attention", "sliding_attention"}
+FLASH_HEAD_SIZE = 256
+"""The widest head that FlashAttention 2 has kernels for."""
+SHAPES_COMPILED = 64
+"""How many variants of FlexAttention may be compiled: beyond its own limit torch would go on uncompiled without a word,
+and hold scores of T x T."""
 
 
 class NotPackable(RuntimeError):
@@ -47,10 +57,104 @@ def packed_attention(
     """
     if not spans:
         raise NotPackable(f"{type(module).__name__}: no spans; set training.layout = 'padded'")
-    if query.is_cuda:
-        output = flex_by_block(query, key, value, tuple(spans), scaling, sliding_window, softcap)
-        return output.transpose(1, 2).contiguous(), None
-    return attend_by_span(query, key, value, spans, scaling, sliding_window, softcap), None
+    if not query.is_cuda:
+        return attend_by_span(query, key, value, spans, scaling, sliding_window, softcap), None
+
+    if _flash_takes(query, softcap):
+        return flash_by_sequence(query, key, value, tuple(spans), scaling, sliding_window), None
+
+    output = flex_by_block(query, key, value, tuple(spans), scaling, sliding_window, softcap)
+    return output.transpose(1, 2).contiguous(), None
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """The N sequences (a prompt with one answer) of a packed row, as FlashAttention reads them.
+
+    The queries of all sequences, one after the other, are the row itself: a span's first sequence is its prompt and
+    first answer, each further one is an answer alone. The keys of sequence n are those at
+    `key_at[key_bounds[n] : key_bounds[n + 1]]` of the row: its whole prompt, then its answer. Bounds are (N + 1,), int32.
+    """
+
+    query_bounds: Tensor
+    key_bounds: Tensor
+    key_at: Tensor
+    most_queries: int
+    most_keys: int
+
+
+@lru_cache(maxsize=4)
+def sequences(spans: tuple[Span, ...], device: torch.device) -> Sequences:
+    """Where the queries and keys of each sequence of a packed row stand."""
+    queries, keys, places = [], [], []
+
+    for span in spans:
+        prompt = torch.arange(span.start, span.start + span.prompt)
+
+        for number, (start, length) in enumerate(zip(span.answer_starts(), span.answers, strict=True)):
+            queries.append(length if number else span.prompt + length)
+            keys.append(span.prompt + length)
+            places += [prompt, torch.arange(start, start + length)]
+
+    return Sequences(
+        query_bounds=_bounds(queries).to(device),
+        key_bounds=_bounds(keys).to(device),
+        key_at=torch.cat(places).to(device),
+        most_queries=max(queries),
+        most_keys=max(keys),
+    )
+
+
+def _bounds(lengths: Sequence[int]) -> Tensor:
+    return torch.tensor([*accumulate(lengths, initial=0)], dtype=torch.int32)
+
+
+def _flash_takes(query: Tensor, softcap: float | None) -> bool:
+    """Whether FlashAttention computes it: it has no float32 and no cap on scores."""
+    size = query.shape[-1]
+    fits = size % 8 == 0 and size <= FLASH_HEAD_SIZE
+    return fits and not softcap and query.dtype in (torch.bfloat16, torch.float16) and _varlen() is not None
+
+
+@lru_cache(maxsize=1)
+def _varlen() -> Callable[..., Tensor] | None:
+    """torch's attention over sequences of unequal length; None where this torch has none that takes a window."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+
+    known = inspect.signature(varlen_attn).parameters
+    if not {"scale", "window_size"} <= known.keys():
+        return None
+
+    # Newer versions want to be told that query heads share key heads; older ones take it as it is.
+    return partial(varlen_attn, enable_gqa=True) if "enable_gqa" in known else varlen_attn
+
+
+def flash_by_sequence(
+    query: Tensor, key: Tensor, value: Tensor, spans: tuple[Span, ...], scaling: float | None, window: int | None
+) -> Tensor:
+    """Attention (1, T, heads, head size) by FlashAttention; key and value may have fewer heads.
+
+    A query that is the i-th from the end of its sequence sees all keys but the last i, which is causal for whole
+    sequences and for answers behind their prompt alike.
+    """
+    attend, placed = _varlen(), sequences(spans, query.device)
+    assert attend is not None
+    keys, values = (side[0].transpose(0, 1).index_select(0, placed.key_at) for side in (key, value))
+    output = attend(
+        query[0].transpose(0, 1),
+        keys,
+        values,
+        placed.query_bounds,
+        placed.key_bounds,
+        placed.most_queries,
+        placed.most_keys,
+        scale=scaling,
+        window_size=(-1 if window is None else window - 1, 0),
+    )
+    return output[None]
 
 
 def attend_by_span(
@@ -155,16 +259,25 @@ def flex_by_block(
         assert softcap is not None
         return softcap * torch.tanh(score / softcap)
 
-    attend = _flex_attention(compiled=query.is_cuda)
-    return attend(
-        query,
-        key,
-        value,
-        score_mod=capped if softcap else None,
-        block_mask=_block_mask(spans, window, query.device),
-        scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
+    with _compiled_or_refused():
+        attend = _flex_attention(compiled=query.is_cuda)
+        output: Tensor = attend(
+            query,
+            key,
+            value,
+            score_mod=capped if softcap else None,
+            block_mask=_block_mask(spans, window, query.device),
+            scale=scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+    return output
+
+
+def _compiled_or_refused() -> Any:
+    """Within this context a recompilation that torch would give up on is an error."""
+    import torch._dynamo
+
+    return torch._dynamo.config.patch(recompile_limit=SHAPES_COMPILED, fail_on_recompile_limit_hit=True)
 
 
 def can_pack(model: Any) -> bool:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
     from rdpo.config import Training
 
+ALLOCATOR = "PYTORCH_ALLOC_CONF"
+"""What torch's allocator on GPUs reads."""
 BF16_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")
 
 
@@ -53,6 +55,14 @@ def take_device(gpus: float, cpus: int | None = None) -> str:
 
     torch.set_num_threads(cpus or len(available_cores()))
     return "cpu"
+
+
+def allocator_environment() -> dict[str, str]:
+    """The environment of a process whose micro-batches have ever other lengths.
+
+    Blocks that grow in place leave no holes between them. What the environment says already holds.
+    """
+    return {ALLOCATOR: os.environ.get(ALLOCATOR, "expandable_segments:True")}
 
 
 def worker_cores(training: Training) -> int:

@@ -157,6 +157,8 @@ def _with_adapter(model: Any, lora: Lora, seed: int) -> Any:
     torch.manual_seed(seed)
     # Else the first layer's input has no gradient, and ZeRO-3 takes its backward for done before it began.
     model.enable_input_require_grads()
+    # Adapters in the model's own precision, for their products run on large activations; the optimizer keeps fp32
+    # copies of them. peft by itself would make them float32, and cast every activation there and back.
     return get_peft_model(
         model,
         LoraConfig(
@@ -166,4 +168,5 @@ def _with_adapter(model: Any, lora: Lora, seed: int) -> Any:
             target_modules=lora.target_modules,
             task_type="CAUSAL_LM",
         ),
+        autocast_adapter_dtype=False,
     )

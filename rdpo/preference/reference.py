@@ -16,7 +16,7 @@ from rdpo.cluster import actor_pool
 from rdpo.config import Job
 from rdpo.placement import share_of
 from rdpo.policy.chat import Chat, load_chat
-from rdpo.policy.hardware import compute_dtype, take_device
+from rdpo.policy.hardware import allocator_environment, compute_dtype, take_device
 from rdpo.policy.models import local_model
 from rdpo.policy.packing import MicroBatch, PairSize, micro_batches
 from rdpo.preference.known_logps import KnownLogps, recalled
@@ -35,6 +35,7 @@ def add_reference(rows: ray.data.Dataset, job: Job, known: KnownLogps | None = N
     import ray
 
     settings = job.reference
+    environment = {"runtime_env": {"env_vars": allocator_environment()}} if settings.gpus else {}
     return rows.repartition(target_num_rows_per_block=BLOCK_ROWS).map_batches(
         Reference,
         fn_constructor_kwargs={"job": job, "known": ray.put(known) if known else None},
@@ -44,6 +45,7 @@ def add_reference(rows: ray.data.Dataset, job: Job, known: KnownLogps | None = N
         num_cpus=1,
         num_gpus=settings.gpus,
         resources=share_of(job.cluster.placement.trainer),
+        **environment,
     )
 
 

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     import ray.data
 
 CPU_BATCHED_TOKENS = 4096
+GPU_BATCHED_TOKENS = 8192
+"""Tokens of one forward of an engine on GPUs; vLLM's own choice inside a program, 2048, leaves a large GPU idle."""
+GPU_SEQUENCES = 256
+"""Sequences that an engine on GPUs has in a forward at least; vLLM's own choice inside a program is 128 or 256."""
 ENGINE_PROCESS = "VLLM::"
 ENDS_WITHIN_S = 20.0
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -63,6 +67,9 @@ class Engine:
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         if settings.gpus == 0:
             os.environ.update(_cpu_environment(settings))
+        else:
+            # It would be compiled at the first start and never used: every request has a seed of its own.
+            os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
         from vllm import AsyncEngineArgs
         from vllm.lora.request import LoRARequest
         from vllm.v1.engine.async_llm import AsyncLLM
@@ -77,7 +84,7 @@ class Engine:
             "seed": seed,
             "generation_config": "vllm",
             "disable_log_stats": True,
-            **({} if settings.gpus else _cpu_arguments(settings)),
+            **(_gpu_arguments(settings) if settings.gpus else _cpu_arguments(settings)),
             **(_adapter_arguments(adapter) if adapter else {}),
             **settings.options,
         }
@@ -216,6 +223,14 @@ def _cpu_arguments(settings: EngineSettings) -> dict[str, Any]:
     }
 
 
+def _gpu_arguments(settings: EngineSettings) -> dict[str, Any]:
+    """How much an engine on GPUs takes at a time: all rows that the pool sends it, and long prompts in few forwards."""
+    return {
+        "max_num_seqs": max(GPU_SEQUENCES, settings.rows_in_flight),
+        "max_num_batched_tokens": GPU_BATCHED_TOKENS,
+    }
+
+
 def engine_pool(
     rows: ray.data.Dataset,
     actor: type,
@@ -227,12 +242,12 @@ def engine_pool(
 
     The actor's class takes `arguments`, and `ledger` for its `Hands`; it runs on `nodes` of a kind, or anywhere.
     """
-    blocks = rows.repartition(target_num_rows_per_block=settings.batch_rows)
+    blocks = rows.repartition(target_num_rows_per_block=settings.rows_in_block)
     return blocks.map_batches(
         actor,
         fn_constructor_kwargs={**arguments, "ledger": open_ledger()},
         batch_format="pyarrow",
-        batch_size=settings.batch_rows,
+        batch_size=settings.rows_in_block,
         compute=actor_pool(settings.concurrency, settings.batches_in_flight),
         num_cpus=settings.cpus or 1,
         num_gpus=settings.gpus,

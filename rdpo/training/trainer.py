@@ -18,7 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rdpo.config import Job
 from rdpo.placement import share_of
-from rdpo.policy.hardware import worker_cores
+from rdpo.policy.hardware import allocator_environment, worker_cores
 from rdpo.policy.models import named_anywhere
 from rdpo.storage import METRICS, StageFolder
 from rdpo.stores import arrow_file_system
@@ -31,6 +31,8 @@ from rdpo.training.worker import train_worker
 CHECKPOINTS = "checkpoints"
 POLL_SECONDS = 0.5
 WRITE_SECONDS = 10.0
+GROUP_PATIENCE_S = 600
+"""How much longer than the watchdog the process group waits for a worker."""
 
 
 class MetricsSink:
@@ -140,7 +142,11 @@ def _torch_trainer(job: Job, run_dir: str, folder: StageFolder, sink: Any) -> To
     return TorchTrainer(
         train_worker,
         train_loop_config={"job": job, "run_dir": run_dir, "sink": sink, "cores": cores},
-        torch_config=TorchConfig(backend="nccl" if training.gpus_per_worker else "gloo"),
+        # The watchdog names who holds training up; the process group must not end it before, with a riddle.
+        torch_config=TorchConfig(
+            backend="nccl" if training.gpus_per_worker else "gloo",
+            timeout_s=math.ceil(training.hang_after_s) + GROUP_PATIENCE_S,
+        ),
         scaling_config=ray.train.ScalingConfig(
             num_workers=training.num_workers,
             use_gpu=training.gpus_per_worker > 0,
@@ -148,6 +154,7 @@ def _torch_trainer(job: Job, run_dir: str, folder: StageFolder, sink: Any) -> To
         ),
         run_config=ray.train.RunConfig(
             name=CHECKPOINTS,
+            worker_runtime_env={"env_vars": allocator_environment()} if training.gpus_per_worker else None,
             storage_path=folder.root,
             storage_filesystem=None if folder.on_disk else arrow_file_system(folder.fs),
             failure_config=ray.train.FailureConfig(max_failures=training.max_failures),
