@@ -59,7 +59,7 @@ for name in "$@"; do
     env) step env 60 "$python" -m rdpo env ;;
     checks)
         step tests "${TESTS_S:-220}" "$python" -m pytest -q -m gpu -n 5 --dist loadfile tests/gpu -p no:cacheprovider &
-        step run "${RUN_S:-220}" "$python" -m rdpo run jobs/quickstart_gpu.toml --run-dir "$run" \
+        step run "${RUN_S:-260}" "$python" -m rdpo run jobs/quickstart_gpu.toml --run-dir "$run" \
             --set synthesis.engine.options.gpu_memory_utilization=0.3 \
             --set evaluation.engine.options.gpu_memory_utilization=0.3 \
             --set synthesis.engine.options.kv_cache_memory_bytes=8000000000 \

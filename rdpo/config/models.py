@@ -59,8 +59,8 @@ class Engine(Section):
     kv_cache_gib: float = Field(default=2.0, gt=0)
     """Memory for the key-value cache of an engine on the CPU, in GiB."""
     batch_rows: int | None = Field(default=None, ge=1)
-    """Rows in one block of work; the rows of `batches_in_flight` blocks are in the engine at once. By default 64 on GPUs,
-    16 on the CPU."""
+    """Rows in one block of work; the rows of `batches_in_flight` blocks are in the engine at once. By default 64 on
+    GPUs, 16 on the CPU."""
     batches_in_flight: int = Field(default=4, ge=1)
     """Blocks that one engine works on at the same time."""
     options: dict[str, JsonValue] = Field(default_factory=dict)

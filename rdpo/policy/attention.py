@@ -73,7 +73,7 @@ class Sequences:
 
     The queries of all sequences, one after the other, are the row itself: a span's first sequence is its prompt and
     first answer, each further one is an answer alone. The keys of sequence n are those at
-    `key_at[key_bounds[n] : key_bounds[n + 1]]` of the row: its whole prompt, then its answer. Bounds are (N + 1,), int32.
+    `key_at[key_bounds[n] : key_bounds[n + 1]]` of the row: its whole prompt, then its answer. Bounds: (N + 1,), int32.
     """
 
     query_bounds: Tensor
