@@ -4,10 +4,10 @@ import json
 
 from rdpo.config import job_of, to_toml
 from rdpo.evaluation.compare import summarize
-from rdpo.folder import Folder
-from rdpo.pipeline import JOB_FILE
+from rdpo.execution.reader import JOB_FILE
+from rdpo.files.folder import Folder
+from rdpo.files.stage_folder import Manifest, StageFolder
 from rdpo.records import prompt_id, table_of
-from rdpo.storage import Manifest, StageFolder
 
 HOSTILE = "<script>alert(1)</script>\u202e"
 

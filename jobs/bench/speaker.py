@@ -20,14 +20,15 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rdpo.cluster import start_ray
+from rdpo.cluster.connection import start_ray
+from rdpo.cluster.hardware import compute_dtype
 from rdpo.config import Job, load_job
-from rdpo.policy.chat import Chat, load_chat
-from rdpo.policy.hardware import compute_dtype
-from rdpo.policy.models import local_model
+from rdpo.config.task import Task, Turn
+from rdpo.modeling.chat import Chat, load_chat
+from rdpo.modeling.weights import local_model
 from rdpo.records import Messages, Row, draw_seed, prompt_id
 from rdpo.synthesis.engine import Engine, _cpu_arguments, _cpu_environment
-from rdpo.synthesis.instructions import Task, Turn, check_prefills, load_task, template_values, turn_messages
+from rdpo.synthesis.instructions import check_prefills, load_task, template_values, turn_messages
 from rdpo.synthesis.teacher import synthesize, teacher_model, turn_sampling
 
 if TYPE_CHECKING:

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 
 from rdpo import __version__
 from rdpo.cli import commands as does
-from rdpo.errors import InputError
-from rdpo.stage_names import STAGE_COMMANDS, STAGES, known_stage
-from rdpo.suggestion import did_you_mean
+from rdpo.errors import InputError, did_you_mean
+from rdpo.stages.names import STAGE_COMMANDS, STAGES, known_stage
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -57,7 +56,7 @@ def build() -> tuple[argparse.ArgumentParser, Commands]:
     _add_plan(commands)
     completion = commands.add_parser("completion", help='completion for a shell: eval "$(rdpo completion bash)"')
     completion.add_argument("shell", choices=("bash", "zsh"))
-    completion.set_defaults(function=does.completion)
+    completion.set_defaults(function=does.completion, parser=parser)
     env = commands.add_parser("env", help="versions and devices, for bug reports")
     env.set_defaults(function=does.env)
     return parser, commands

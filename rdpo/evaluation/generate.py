@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from rdpo.cluster import actor_pool
+from rdpo.cluster.hardware import take_device
+from rdpo.cluster.pools import actor_pool, share_of
 from rdpo.config import Job, Sampling
-from rdpo.placement import share_of
-from rdpo.policy.chat import load_chat
-from rdpo.policy.hardware import take_device
-from rdpo.policy.models import local_model
-from rdpo.policy.ratios import Ratios
+from rdpo.config.task import Turn
+from rdpo.modeling.chat import load_chat
+from rdpo.modeling.ratios import Ratios
+from rdpo.modeling.weights import local_model
 from rdpo.preference.reference import student_dtype
 from rdpo.records import Messages, Row, alive, draw_seed, drop, table_of
 from rdpo.synthesis.engine import Engine, EngineError, Generation, engine_pool
-from rdpo.synthesis.instructions import Turn, beginning, load_task, question_of
+from rdpo.synthesis.instructions import beginning, load_task, question_of
 from rdpo.synthesis.ledger import Hands
 from rdpo.synthesis.teacher import Conversation
 
@@ -160,7 +160,7 @@ class Divergence:
     """A Ray Data actor that holds the start model and the trained one."""
 
     def __init__(self, job: Job, trained: str, column: str):
-        from rdpo.policy.model import load_policy
+        from rdpo.modeling.model import load_policy
 
         settings, student = job.reference, job.student
         device = take_device(settings.gpus, settings.cpus)

@@ -13,10 +13,9 @@ from typing import Any
 import pyarrow as pa
 
 from rdpo.config import FunctionReward
-from rdpo.errors import InputError
+from rdpo.errors import InputError, did_you_mean
 from rdpo.preference.scores import record_scores
 from rdpo.records import drop, table_of
-from rdpo.suggestion import did_you_mean
 
 
 def load_function(name: str, path: str | None = None) -> Callable[..., float]:

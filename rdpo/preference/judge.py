@@ -11,8 +11,8 @@ from typing import Any
 import pyarrow as pa
 
 from rdpo.config import Job, JudgeReward, Sampling
-from rdpo.policy.chat import load_chat
-from rdpo.policy.models import local_model
+from rdpo.modeling.chat import load_chat
+from rdpo.modeling.weights import local_model
 from rdpo.preference.ratings import expected_rating, rating_value, rating_values, written_rating
 from rdpo.preference.scores import record_scores
 from rdpo.records import Row, draw_seed, drop, table_of, text_of

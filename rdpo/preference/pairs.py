@@ -17,12 +17,12 @@ import pyarrow.compute as pc
 
 from rdpo.config import BEST, WORST, Job, Sides
 from rdpo.config import Pairs as Settings
+from rdpo.config.task import Task, Turn
 from rdpo.errors import InputError
 from rdpo.preference.shaping import Shaping, find_length_coef, matrix, mean_length_gap
-from rdpo.records import Row, drop, prompt_id, table_of, unit_draw
+from rdpo.records import SIDES, Row, drop, prompt_id, table_of, unit_draw
 from rdpo.synthesis.defects import defects
-from rdpo.synthesis.given import SIDES
-from rdpo.synthesis.instructions import Task, Turn, beginning, load_task, question_of
+from rdpo.synthesis.instructions import beginning, load_task, question_of
 
 if TYPE_CHECKING:
     import ray.data

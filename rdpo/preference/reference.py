@@ -12,20 +12,19 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from rdpo.cluster import actor_pool
+from rdpo.cluster.hardware import compute_dtype, take_device
+from rdpo.cluster.pools import actor_pool, share_of
 from rdpo.config import Job
-from rdpo.placement import share_of
-from rdpo.policy.chat import Chat, load_chat
-from rdpo.policy.hardware import compute_dtype, take_device
-from rdpo.policy.models import local_model
-from rdpo.policy.packing import MicroBatch, PairSize, micro_batches
+from rdpo.modeling.chat import Chat, load_chat
+from rdpo.modeling.packing import MicroBatch, PairSize, micro_batches
+from rdpo.modeling.weights import local_model
 from rdpo.preference.known_logps import KnownLogps, recalled
 from rdpo.records import Row, alive, drop
 
 if TYPE_CHECKING:
     import ray.data
 
-    from rdpo.policy.model import Policy
+    from rdpo.modeling.model import Policy
 
 BLOCK_ROWS = 64
 
@@ -90,7 +89,7 @@ class Reference:
     @cached_property
     def policy(self) -> Policy:
         """The reference model."""
-        from rdpo.policy.model import load_policy
+        from rdpo.modeling.model import load_policy
 
         student, training = self.job.student, self.job.training
         policy = load_policy(

@@ -18,8 +18,8 @@ import pyarrow.compute as pc
 from rdpo.config import Job, Pairs, Replay, Synthesis
 from rdpo.preference.pairs import make_pairs
 from rdpo.preference.rewards import score_answers
-from rdpo.records import alive, digest, prompt_id
-from rdpo.synthesis.given import SIDES, given_answers
+from rdpo.records import SIDES, alive, digest, prompt_id
+from rdpo.synthesis.given import given_answers
 from rdpo.synthesis.prompts import beside, read_prompts, without_twins
 
 if TYPE_CHECKING:

@@ -7,14 +7,15 @@ from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from rdpo import lineage
 from rdpo.errors import InputError
-from rdpo.pipeline import Run
-from rdpo.records import digest
-from rdpo.stages.prompts import HELDOUT, split_ids
-from rdpo.storage import StageFolder, write_rows
-from rdpo.streaming import ID, Source, stage_source
-from rdpo.tracking import Meter
+from rdpo.execution.run import Run
+from rdpo.execution.stage import Source
+from rdpo.execution.streaming import stage_source
+from rdpo.files.stage_folder import StageFolder, write_rows
+from rdpo.records import HELDOUT, ID_COLUMN, digest
+from rdpo.stages import settings as lineage
+from rdpo.stages.prompts import split_ids
+from rdpo.tracking.console import Meter
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -95,11 +96,11 @@ def draw_replay(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:
     pairs, heldout = run.folder("pairs"), split_ids(run.folder("prompts"), HELDOUT).to_pylist()
     ready = offline_pairs(run.job, run.job.replay).materialize()
     offline = keyed(ready.map_batches(usable, batch_format="pyarrow").iter_batches(batch_format="pyarrow"))
-    generated = keyed(pairs.tables(columns=[ID, "prompt"]))
+    generated = keyed(pairs.tables(columns=[ID_COLUMN, "prompt"]))
     mix = draw_mix(generated, offline, frozenset(heldout), run.job.replay.share, run.job.seed)
     schema = pairs.schema() if generated else ready.schema().base_schema
     told = ready.map_batches(with_reasons, fn_kwargs={"reasons": mix.reasons, "schema": schema}, batch_format="pyarrow")
-    write_rows(told, folder, ID, lambda block: meter.advance(block.rows + block.dropped))
+    write_rows(told, folder, ID_COLUMN, lambda block: meter.advance(block.rows + block.dropped))
     run.console.say(f"{'':<12}{mix.generated} generated pairs and {mix.offline} ready ones")
     return {"rows_in": ready.count(), "generated": mix.generated, "last": mix.last}
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rdpo import lineage
+from rdpo.cluster.installed import versions
 from rdpo.errors import InputError
-from rdpo.pipeline import Run
-from rdpo.records import Row, alive, digest, table_of
-from rdpo.storage import METRICS, StageFolder, write_rows
-from rdpo.stores import is_remote
-from rdpo.streaming import ID
-from rdpo.tracking import Meter
+from rdpo.execution.run import Run
+from rdpo.files.stage_folder import METRICS, StageFolder, write_rows
+from rdpo.files.stores import is_remote
+from rdpo.records import ID_COLUMN, Row, alive, digest, table_of
+from rdpo.stages import settings as lineage
+from rdpo.stages.names import job_stages
+from rdpo.tracking.console import Meter
 
 if TYPE_CHECKING:
     import ray.data
@@ -52,7 +53,7 @@ def complete_policy(run: Run, folder: StageFolder, meter: Meter) -> dict[str, An
 
     Where nothing was trained it is the start model.
     """
-    from rdpo.policy.models import local_model
+    from rdpo.modeling.weights import local_model
     from rdpo.training.checkpoint import EXPORT, MERGED, finish_policy
     from rdpo.training.extrapolation import extrapolate
 
@@ -95,7 +96,7 @@ def _heldout(run: Run, folder: StageFolder) -> dict[str, Any]:
     """How often the policy prefers the chosen side of held-out pairs, if there are any; says so."""
     import numpy as np
 
-    from rdpo.evaluation.heldout import correct
+    from rdpo.training.heldout import correct
     from rdpo.training.trainer import heldout_margins
 
     margins = np.array(list(heldout_margins(folder).values()))
@@ -128,8 +129,10 @@ def measure_retention(run: Run, folder: StageFolder, meter: Meter) -> dict[str, 
     if not any(map(alive, rows)):
         raise InputError(f"retention: no usable conversation in {run.job.retention.source}; {rows[0]['dropped']}")
     trained = run.folder("policy").address(MERGED)
-    write_rows(measured(rows, run.job, trained), folder, ID, lambda block: meter.advance(block.rows + block.dropped))
-    told = summary(folder.table().sort_by(ID).to_pylist(), run.job.seed)
+    write_rows(
+        measured(rows, run.job, trained), folder, ID_COLUMN, lambda block: meter.advance(block.rows + block.dropped)
+    )
+    told = summary(folder.table().sort_by(ID_COLUMN).to_pylist(), run.job.seed)
     factor = told["perplexity_factor"]
     interval = f"{factor['low']:.3f} to {factor['high']:.3f}"
     run.console.say(f"{'':<12}perplexity of {told['texts']} other texts: {factor['mean']:.3f} times ({interval})")
@@ -141,7 +144,7 @@ def evaluation_summary(run: Run, folder: StageFolder) -> dict[str, Any]:
     from rdpo.evaluation.compare import summarize
 
     weights = {reward.name: reward.weight for reward in run.job.rewards}
-    evaluated = folder.table().sort_by(ID).to_pylist() if folder.parts() else []
+    evaluated = folder.table().sort_by(ID_COLUMN).to_pylist() if folder.parts() else []
     return summarize(evaluated, weights, run.job.seed)
 
 
@@ -150,7 +153,7 @@ def evaluate(rows: ray.data.Dataset, run: Run) -> ray.data.Dataset:
     import ray.data
 
     from rdpo.evaluation.generate import START, TRAINED, add_divergence, answer_prompts
-    from rdpo.policy.models import local_model
+    from rdpo.modeling.weights import local_model
     from rdpo.preference.rewards import score_answers
     from rdpo.training.checkpoint import MERGED
 
@@ -169,21 +172,20 @@ def _start_answers(run: Run) -> dict[str, Row]:
     """The start model's answers by prompt, as far as a sibling has them."""
     from rdpo.evaluation.generate import START, answer_columns
 
-    own, columns = digest(lineage.start_answers(run.job)), [ID, *answer_columns(START)]
+    own, columns = digest(lineage.start_answers(run.job)), [ID_COLUMN, *answer_columns(START)]
     made = run.made_by_siblings("evaluation")
     same = (folder for folder, settings in made if digest(settings.get("start")) == own and folder.parts())
-    return {row.pop(ID): row for folder in same for row in folder.table(columns=columns).to_pylist()}
+    return {row.pop(ID_COLUMN): row for folder in same for row in folder.table(columns=columns).to_pylist()}
 
 
 def publish_model(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:
     """The Hugging Face folder, reloaded and compared; what was checked."""
     from rdpo.evaluation.publish import publish
-    from rdpo.stages import stages_of
     from rdpo.training.checkpoint import MERGED
 
-    inputs = {stage.name: run.manifest(stage.name, "model") for stage in stages_of(run.job)[:-1]}
+    inputs = {stage: run.manifest(stage, "model") for stage in job_stages(run.job)[:-1]}
     facts = {
-        "version": lineage.versions()["rdpo"],
+        "version": versions()["rdpo"],
         "evaluation": inputs["evaluation"].summary,
         "pairs": inputs["reference"].rows_out,
         "lineage": {name: manifest.digest for name, manifest in inputs.items()},

@@ -6,17 +6,17 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from rdpo.errors import InputError
-from rdpo.pipeline import Run
-from rdpo.storage import TOKENS, StageFolder, write_rows
-from rdpo.streaming import ID, Source
-from rdpo.tracking import Meter
+from rdpo.execution.run import Run
+from rdpo.execution.stage import Source
+from rdpo.files.stage_folder import TOKENS, StageFolder, write_rows
+from rdpo.records import HELDOUT, ID_COLUMN
+from rdpo.tracking.console import Meter
 
 if TYPE_CHECKING:
     import pyarrow as pa
     import ray.data
 
 
-HELDOUT = "heldout"
 PROMPT_LENGTH = "_prompt_length"
 
 
@@ -29,7 +29,7 @@ def take_prompts(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:
     from rdpo.synthesis.prompts import drop_twins, read_prompts
 
     folder.clear_parts()
-    write_rows(read_prompts(run.job), folder, ID, lambda block: meter.advance(block.rows + block.dropped))
+    write_rows(read_prompts(run.job), folder, ID_COLUMN, lambda block: meter.advance(block.rows + block.dropped))
     drop_twins(folder)
     splits = _splits(folder)
     for split in (run.job.synthesis.split, HELDOUT):
@@ -61,7 +61,7 @@ def split_source(run: Run, split: str, limit: int | None) -> Source:
 
     def chosen(batch: pa.Table) -> pa.Table:
         wanted = pc.equal(batch["split"], split)
-        return batch.filter(wanted if last is None else pc.and_(wanted, pc.less_equal(batch[ID], last)))
+        return batch.filter(wanted if last is None else pc.and_(wanted, pc.less_equal(batch[ID_COLUMN], last)))
 
     def ids_of() -> pa.ChunkedArray:
         ids = split_ids(folder, split)
@@ -75,7 +75,9 @@ def split_ids(folder: StageFolder, split: str) -> pa.ChunkedArray:
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    parts = [part.filter(pc.equal(part["split"], split))[ID] for part in folder.tables(columns=[ID, "split"])]
+    parts = [
+        part.filter(pc.equal(part["split"], split))[ID_COLUMN] for part in folder.tables(columns=[ID_COLUMN, "split"])
+    ]
     return pa.chunked_array([chunk for part in parts for chunk in part.chunks], pa.string())
 
 

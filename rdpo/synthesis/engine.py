@@ -16,11 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rdpo.cluster import actor_pool
+from rdpo.cluster.hardware import available_cores, compute_dtype
+from rdpo.cluster.pools import actor_pool, share_of
 from rdpo.config import Engine as EngineSettings
 from rdpo.config import Sampling, largest
-from rdpo.placement import share_of
-from rdpo.policy.hardware import available_cores, compute_dtype
 from rdpo.synthesis.ledger import open_ledger
 
 if TYPE_CHECKING:

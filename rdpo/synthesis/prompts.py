@@ -16,9 +16,9 @@ import pyarrow.compute as pc
 from rdpo.config import Job
 from rdpo.config import Prompts as Settings
 from rdpo.errors import InputError
-from rdpo.policy.chat import load_chat
-from rdpo.records import ROLES, Messages, Row, alive, clean, draw_seed, drop, prompt_id, unit_draw
-from rdpo.storage import StageFolder
+from rdpo.files.stage_folder import StageFolder
+from rdpo.modeling.chat import load_chat
+from rdpo.records import HELDOUT, ROLES, Messages, Row, alive, clean, draw_seed, drop, prompt_id, unit_draw
 from rdpo.synthesis.given import pair_id, with_prompt
 from rdpo.synthesis.instructions import check_template, render
 from rdpo.synthesis.sources import Raw, raw_rows
@@ -39,7 +39,6 @@ SCHEMA = pa.schema(
         ("dropped", pa.string()),
     ]
 )
-HELDOUT = "heldout"
 SPLITS = dict.fromkeys(("test", "validation", "eval", "held-out"), HELDOUT)
 BLOCK_ROWS = 4096
 SHOWN_CHARS = 500

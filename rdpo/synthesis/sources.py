@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 from rdpo.config import Job
 from rdpo.config import Prompts as Settings
 from rdpo.errors import InputError
-from rdpo.storage import IN_PROGRESS, MANIFEST
-from rdpo.stores import file_system, open_file
-from rdpo.synthesis.given import SIDES
+from rdpo.files.stage_folder import IN_PROGRESS, MANIFEST
+from rdpo.files.stores import file_system, open_file
+from rdpo.records import SIDES
 
 if TYPE_CHECKING:
     import ray.data

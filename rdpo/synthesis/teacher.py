@@ -20,12 +20,13 @@ from pydantic import SecretStr
 from rdpo.config import Endpoint as EndpointSettings
 from rdpo.config import Engine as EngineSettings
 from rdpo.config import Job, Sampling
-from rdpo.policy.chat import load_chat
-from rdpo.policy.models import local_adapter, local_model
+from rdpo.config.task import Task, Turn
+from rdpo.modeling.chat import load_chat
+from rdpo.modeling.weights import local_adapter, local_model
 from rdpo.records import Messages, Row, clean, draw_seed, drop, table_of
 from rdpo.synthesis.endpoint import Endpoint, endpoint_key
 from rdpo.synthesis.engine import Engine, Generation, engine_pool
-from rdpo.synthesis.instructions import Task, Turn, load_task, template_values, turn_messages
+from rdpo.synthesis.instructions import load_task, template_values, turn_messages
 from rdpo.synthesis.ledger import Hands
 
 if TYPE_CHECKING:

@@ -1,6 +1,6 @@
 """What one training process does: its share of every optimizer step, on a DeepSpeed engine, with or without Ray.
 
-In: the rows of the reference stage. All workers hold the same plan (see `rdpo.policy.packing`), so
+In: the rows of the reference stage. All workers hold the same plan (see `rdpo.modeling.packing`), so
 they make equally many forwards. The loss of a step is the mean over all its pairs, whatever the
 number of workers and micro-batches: each micro-batch is scaled by workers / pairs of the step, and
 DeepSpeed averages over the workers.
@@ -18,15 +18,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
+from rdpo.cluster.hardware import peak_flops, peak_memory_gib
 from rdpo.config import Job
 from rdpo.errors import InputError
-from rdpo.policy.flops import Arithmetic
-from rdpo.policy.hardware import peak_flops, peak_memory_gib
-from rdpo.policy.model import load_policy
-from rdpo.policy.models import local_model
-from rdpo.policy.packing import MicroBatch, PairSize, epoch_order, epoch_steps, plan_step
+from rdpo.files.stage_folder import StageFolder
+from rdpo.modeling.flops import Arithmetic
+from rdpo.modeling.model import load_policy
+from rdpo.modeling.packing import MicroBatch, PairSize, epoch_order, epoch_steps, plan_step
+from rdpo.modeling.weights import local_model
 from rdpo.preference.reference import student_dtype
-from rdpo.storage import StageFolder
+from rdpo.records import HELDOUT
 from rdpo.training.gaps import GapScale
 from rdpo.training.losses import PairLogps, implicit_rewards, preference_loss, reward_terms
 from rdpo.training.metrics import PairOutcome, StepMetrics
@@ -42,7 +43,6 @@ COLUMNS = [
     "reference_rejected_logps",
     "reward_gap",
 ]
-HELDOUT = "heldout"
 
 
 class NonFiniteStep(RuntimeError):

@@ -16,12 +16,12 @@ import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from rdpo.cluster.hardware import worker_cores
+from rdpo.cluster.pools import share_of
 from rdpo.config import Job
-from rdpo.placement import share_of
-from rdpo.policy.hardware import worker_cores
-from rdpo.policy.models import named_anywhere
-from rdpo.storage import METRICS, StageFolder
-from rdpo.stores import arrow_file_system
+from rdpo.files.stage_folder import METRICS, StageFolder
+from rdpo.files.stores import arrow_file_system
+from rdpo.modeling.weights import named_anywhere
 from rdpo.training.checkpoint import EXPORT, HELDOUT_MARGINS, StepMetrics
 from rdpo.training.heldout import LOSS
 from rdpo.training.loop import NonFiniteStep

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rdpo.storage import StageFolder
+from rdpo.files.stage_folder import StageFolder
 from tests.cluster.head import Head, free_ports
 from tests.conftest import ALL_STAGES, whole_job, write_job, write_jsonl
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rdpo.storage import StageFolder
+from rdpo.files.stage_folder import StageFolder
 from tests.conftest import ALL_STAGES, whole_job, write_job, write_jsonl
 from tests.faults.faults import PATIENCE_S, Victim
 from tests.faults.nodes import Nodes

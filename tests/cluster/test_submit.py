@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from rdpo.storage import StageFolder
+from rdpo.files.stage_folder import StageFolder
 from tests.cluster.head import RAY, Head
 from tests.conftest import ALL_STAGES, whole_job, write_job, write_jsonl
 from tests.faults.stores import client, environment, keys

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import tomli_w
 
-from rdpo.storage import StageFolder
+from rdpo.files.stage_folder import StageFolder
 from tests.conftest import valid_job, write_job
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]

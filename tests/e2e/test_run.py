@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from rdpo.cli import main
-from rdpo.evaluation.token_logps import TokenReader
-from rdpo.storage import StageFolder
+from rdpo.files.stage_folder import StageFolder
+from rdpo.inspection.token_logps import TokenReader
 from tests.conftest import ALL_STAGES, whole_job, write_job
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]

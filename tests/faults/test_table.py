@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from rdpo.storage import METRICS, StageFolder
+from rdpo.files.stage_folder import METRICS, StageFolder
 from tests.conftest import ALL_STAGES, whole_job, write_job, write_jsonl
 from tests.faults.faults import FAULTS, PATIENCE_S, Victim
 from tests.faults.nodes import Nodes

@@ -8,7 +8,7 @@ import psutil
 import pytest
 
 from rdpo.config import Job
-from rdpo.storage import StageFolder
+from rdpo.files.stage_folder import StageFolder
 from tests.conftest import valid_job
 from tests.ray.test_training import losses, pair, referenced
 

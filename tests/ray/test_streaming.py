@@ -8,11 +8,13 @@ import pyarrow as pa
 import pytest
 
 from rdpo.config import Job
-from rdpo.pipeline import Run, Stage, run_stages
+from rdpo.execution.pipeline import run_stages
+from rdpo.execution.run import Run
+from rdpo.execution.stage import RowWork, Source, Stage
+from rdpo.execution.streaming import stage_source
+from rdpo.files.stage_folder import StageFolder
 from rdpo.records import drop, table_of
-from rdpo.storage import StageFolder
-from rdpo.streaming import RowWork, Source, stage_source
-from rdpo.tracking import Console
+from rdpo.tracking.console import Console
 
 pytestmark = pytest.mark.ray
 

@@ -3,7 +3,7 @@
 import pytest
 
 from rdpo.errors import InputError
-from rdpo.policy.chat import make_chat
+from rdpo.modeling.chat import make_chat
 from tests.conftest import CHATML, byte_tokenizer
 
 LLAMA3 = (

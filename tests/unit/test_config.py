@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from rdpo.comparison import load_comparison
 from rdpo.config import Job, load_job, to_toml
 from rdpo.errors import InputError
+from rdpo.experiments.comparison import load_comparison
 from rdpo.preference.pairs import scored_answers
 from rdpo.synthesis.instructions import load_task
 from rdpo.synthesis.prompts import check_templates

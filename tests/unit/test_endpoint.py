@@ -8,10 +8,10 @@ import pytest
 from aiohttp import web
 from pydantic import SecretStr
 
-from rdpo import lineage
 from rdpo.config import Endpoint as Settings
 from rdpo.config import Job, Sampling, load_job
 from rdpo.errors import InputError
+from rdpo.stages import settings as lineage
 from rdpo.synthesis.endpoint import Endpoint, EndpointDown, Unanswered, check_endpoint, cost, endpoint_key
 from tests.conftest import write_job
 

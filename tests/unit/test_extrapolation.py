@@ -6,8 +6,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from rdpo import lineage
 from rdpo.config import Job
+from rdpo.stages import settings as lineage
 from rdpo.training.checkpoint import finish_policy
 from rdpo.training.extrapolation import extrapolate
 

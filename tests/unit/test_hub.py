@@ -10,7 +10,7 @@ from threading import Thread
 
 import pytest
 
-from rdpo.storage import Manifest, StageFolder
+from rdpo.files.stage_folder import Manifest, StageFolder
 from tests.made_up import made_up_run
 
 TOKEN = "hf_abcdefghijklmnopqrstuvwxyz"

@@ -13,12 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from rdpo import lineage
-from rdpo.comparison import load_comparison
+from rdpo.cluster import hardware
 from rdpo.config import load_job, read_toml
-from rdpo.lineage import stage_key
-from rdpo.policy import hardware, models
-from rdpo.stages import stages_of
+from rdpo.execution.keys import stage_key
+from rdpo.experiments.comparison import load_comparison
+from rdpo.modeling import weights as models
+from rdpo.stages import settings as lineage
+from rdpo.stages.table import stages_of
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = Path(__file__).with_name("stage_keys.json")

@@ -7,13 +7,15 @@ import sys
 import pyarrow as pa
 import pytest
 
-from rdpo import lineage
 from rdpo.config import Job
-from rdpo.lineage import stage_key
-from rdpo.pipeline import Run, Stage, run_stages
-from rdpo.policy import models
-from rdpo.storage import StageFolder
-from rdpo.tracking import Console
+from rdpo.execution.keys import stage_key
+from rdpo.execution.pipeline import run_stages
+from rdpo.execution.run import Run
+from rdpo.execution.stage import Stage
+from rdpo.files.stage_folder import StageFolder
+from rdpo.modeling import weights as models
+from rdpo.stages import settings as lineage
+from rdpo.tracking.console import Console
 
 TASK = """
 name = "samples"

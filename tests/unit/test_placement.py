@@ -5,10 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from rdpo import lineage
+from rdpo.cluster.placement import NODE_GROUP, Nodes, check_room, fit_side_by_side, placement_table
+from rdpo.cluster.pools import SHARE, pools_of
 from rdpo.config import Engine, Job, largest, load_job, smallest
 from rdpo.errors import InputError
-from rdpo.placement import NODE_GROUP, SHARE, Nodes, check_room, fit_side_by_side, placement_table, pools_of
+from rdpo.stages import settings as lineage
 from tests.conftest import write_job
 
 CLASSIFIER = {"kind": "classifier", "name": "rm", "model": "m"}
@@ -143,7 +144,7 @@ def test_kinds_of_nodes_reach_ray_data(job_with):
 
 
 def test_kinds_of_nodes_reach_ray_train(job_with, monkeypatch, tmp_path):
-    from rdpo.storage import StageFolder
+    from rdpo.files.stage_folder import StageFolder
     from rdpo.training import trainer
 
     monkeypatch.setattr(trainer.ray, "nodes", lambda: [HEAD, HEAD])

@@ -1,9 +1,9 @@
 """Models and files of a run, by the fingerprints in its manifests."""
 
-from rdpo import lineage
 from rdpo.config import Job
-from rdpo.evaluation.provenance import Source, sources
-from rdpo.storage import Manifest
+from rdpo.files.stage_folder import Manifest
+from rdpo.report.provenance import Source, sources
+from rdpo.stages import settings as lineage
 from tests.conftest import write_jsonl
 
 

@@ -4,13 +4,13 @@ import io
 
 import pyarrow as pa
 
-from rdpo import lineage
 from rdpo.config import Job
-from rdpo.pipeline import Run
+from rdpo.execution.run import Run
+from rdpo.files.stage_folder import Manifest, StageFolder
 from rdpo.preference.known_logps import answer_key, known_logps, recalled
+from rdpo.stages import settings as lineage
 from rdpo.stages.pairs import refer
-from rdpo.storage import Manifest, StageFolder
-from rdpo.tracking import Console
+from rdpo.tracking.console import Console
 
 ROW = {
     "prompt_id": "p",

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pytest
 
 from rdpo.errors import ConservationError, InputError
-from rdpo.storage import Manifest, StageFolder
+from rdpo.files.stage_folder import Manifest, StageFolder
 
 ROWS = [
     {"prompt_id": "a", "x_tokens": 3, "note": None, "dropped": None},
@@ -53,7 +53,7 @@ def test_a_row_made_twice_stops_the_run(folder):
 
 
 def test_a_large_block_becomes_several_parts(folder, monkeypatch):
-    monkeypatch.setattr("rdpo.storage.PART_ROWS", 2)
+    monkeypatch.setattr("rdpo.files.stage_folder.PART_ROWS", 2)
     progress = write(folder, [{**ROWS[index % 3], "prompt_id": str(index)} for index in range(9)])
     assert (progress.rows, progress.dropped, progress.tokens) == (6, 3, 24)
     assert (len(folder.parts()), len(folder.names(".parquet", "dropped"))) == (3, 2)

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rdpo.errors import ConservationError
+from rdpo.files.stage_folder import Manifest, StageFolder
 from rdpo.records import table_of
-from rdpo.storage import Manifest, StageFolder
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 MESSAGES = st.lists(st.fixed_dictionaries({"role": st.sampled_from(["user", "system"]), "content": TEXT}), max_size=3)
@@ -51,7 +51,7 @@ def written(place, blocks):
 def test_the_same_rows_come_out_of_any_blocks(data, ids):
     rows, blocks = drawn(data, sorted(ids))
     with tempfile.TemporaryDirectory() as place, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rdpo.storage.PART_ROWS", 3)
+        patch.setattr("rdpo.files.stage_folder.PART_ROWS", 3)
         folder, counts = written(place, blocks)
         kept = [{name: row[name] for name in row if name != "dropped"} for row in rows if row["dropped"] is None]
         lost = [row for row in rows if row["dropped"] is not None]

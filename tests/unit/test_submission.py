@@ -5,7 +5,7 @@ import re
 import pytest
 
 from rdpo.cli import main
-from rdpo.submission import RUNTIME_ENV
+from rdpo.cluster.submission import RUNTIME_ENV
 from tests.conftest import write_job
 
 

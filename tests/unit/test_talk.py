@@ -9,8 +9,8 @@ import pytest
 from rdpo.cli import main
 from rdpo.config import Job, to_toml
 from rdpo.errors import InputError
-from rdpo.evaluation.chat import load_speakers
-from rdpo.storage import Manifest, StageFolder
+from rdpo.files.stage_folder import Manifest, StageFolder
+from rdpo.inspection.chat import load_speakers
 
 
 @pytest.fixture

@@ -6,8 +6,10 @@ import json
 import pyarrow as pa
 
 from rdpo.config import Tracking
-from rdpo.pipeline import Run, Stage, run_stages
-from rdpo.tracking import Console, JsonConsole, QuietConsole
+from rdpo.execution.pipeline import run_stages
+from rdpo.execution.run import Run
+from rdpo.execution.stage import Stage
+from rdpo.tracking.console import Console, JsonConsole, QuietConsole
 
 
 def run_of_one_stage(folder, console, lost=("b",)):

@@ -59,7 +59,7 @@ def test_run_takes_a_path_tables_or_a_job(job_table, tmp_path, monkeypatch, form
         executed.append((job.training.beta, job.rewards[0].weight, run_dir, until))
         made_up_run(run_dir, job_table)
 
-    monkeypatch.setattr("rdpo.runs.execute", execute)
+    monkeypatch.setattr("rdpo.api.execute", execute)
     monkeypatch.chdir(tmp_path)
     forms = {"path": lambda: write_job("job.toml", job_table), "tables": lambda: job_table}
     job = forms.get(form, lambda: Job.model_validate(job_table))()
@@ -84,7 +84,7 @@ def test_the_bad_input_behind_a_worker_s_error_is_raised(job_table, tmp_path, mo
         error.cause = InputError("prompts.source: nothing is there")
         raise error
 
-    monkeypatch.setattr("rdpo.runs.execute", fail)
+    monkeypatch.setattr("rdpo.api.execute", fail)
     with pytest.raises(InputError, match="nothing is there"):
         rdpo.run(job_table, tmp_path)
 
