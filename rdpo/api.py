@@ -14,20 +14,19 @@ from rdpo.cluster.connection import ray_stopped_after
 from rdpo.config import Job, job_of, read_toml, to_table, with_changes
 from rdpo.errors import InputError, did_you_mean, input_error_within
 from rdpo.execution.pipeline import locked, run_stages
-from rdpo.execution.reader import finished, job_of_run, round_dir
+from rdpo.execution.reader import RunReader, round_dir
 from rdpo.execution.run import Run
 from rdpo.experiments.rounds import run_rounds
 from rdpo.files.folder import Folder
-from rdpo.files.stage_folder import METRICS, Manifest, StageFolder
+from rdpo.files.stage_folder import Manifest
 from rdpo.files.stores import absolute
 from rdpo.inspection.export import export
-from rdpo.records import ID_COLUMN, visible
+from rdpo.records import visible
 from rdpo.report.alerts import alerts
 from rdpo.report.page import REPORT
 from rdpo.report.report import ReportSoFar, headline, write_report
 from rdpo.stages.checks import prepare
-from rdpo.stages.names import job_stages, known_stage
-from rdpo.stages.table import stages_of
+from rdpo.stages.table import known_stage, names_of, stages_of
 from rdpo.tracking.console import Console, run_console
 
 if TYPE_CHECKING:
@@ -97,9 +96,9 @@ def check_until(job: Job, until: str | None) -> None:
     Raises:
         InputError: it has no such stage, or is run whole.
     """
-    if until and until not in job_stages(job):
-        meant = did_you_mean(until, job_stages(job))
-        raise InputError(f"--until {until}: no such stage{meant}; the job's stages are {', '.join(job_stages(job))}")
+    if until and until not in names_of(job):
+        meant = did_you_mean(until, names_of(job))
+        raise InputError(f"--until {until}: no such stage{meant}; the job's stages are {', '.join(names_of(job))}")
     if until and job.rounds.count > 1:
         raise InputError("--until: a job of several rounds is run whole; add --set rounds.count=1")
 
@@ -114,12 +113,12 @@ def execute(
 ) -> None:
     """Bring a run up to date: all its rounds or stages, those up to `until`, or `only` one; `voice` tells of it."""
     stages = stages_of(job)
-    last = job_stages(job).index(until or only or job_stages(job)[-1])
+    last = names_of(job).index(until or only or names_of(job)[-1])
     with locked(job, run_dir, fresh, _aside), run_console(run_dir, voice) as console, ray_stopped_after():
         if job.rounds.count > 1:
             run_rounds(job, absolute(run_dir), console)
             return
-        run = Run(job, absolute(run_dir), console, prepare, on_stage=ReportSoFar())
+        run = Run(job, absolute(run_dir), console, prepare, on_stage=ReportSoFar(), stages=stages)
         run_stages(run, stages[last if only else 0 : last + 1])
         if only or until:
             write_report(run.dir)
@@ -134,14 +133,14 @@ def _aside(text: str) -> None:
 
 def _finish(run: Run) -> None:
     path, model = write_report(run.dir), run.folder("model").address()
-    for alert in alerts(finished(run.dir, job_stages(run.job)), None):
+    for alert in alerts(run.finished(names_of(run.job)), None):
         run.console.warn(alert)
     for line in [*headline(run.dir), f"model       {model}", f"report      {path}"]:
         run.console.conclude(line)
-    run.console.tell("result", model=model, report=path, evaluation=run.manifest("evaluation", "result").summary)
+    run.console.tell("result", model=model, report=path, evaluation=run.require("evaluation", "result").summary)
 
 
-class RunView:
+class RunView(RunReader):
     """What a run directory holds, on disk or in an object store. It only reads, also while the run goes on.
 
     `dir` is the run directory, `job` its job with all defaults.
@@ -153,13 +152,12 @@ class RunView:
         Raises:
             InputError: there is none in this directory.
         """
-        self.dir = run_dir.rstrip("/")
-        self.job = job_of_run(self.dir)
+        super().__init__(run_dir)
 
     @property
     def manifests(self) -> dict[str, Manifest]:
         """What is told of each finished stage, by its name: settings, rows, dropped rows by reason, tokens, seconds."""
-        return finished(self.dir, job_stages(self.job))
+        return self.finished(names_of(self.job))
 
     @property
     def rounds(self) -> list[RunView]:
@@ -173,15 +171,9 @@ class RunView:
         return headline(self.dir)
 
     @property
-    def metrics(self) -> list[dict[str, float]]:
-        """The metrics of every optimizer step, in order; none before training is finished."""
-        return StageFolder(self.dir, "training").read_lines(METRICS)
-
-    @property
     def model(self) -> str | None:
         """Where the published model is: a folder, or an address in an object store; None before there is one."""
-        folder = StageFolder(self.dir, "model")
-        return folder.address() if folder.manifest() else None
+        return self.folder("model").address() if self.manifest("model") else None
 
     @property
     def report(self) -> str | None:
@@ -195,8 +187,8 @@ class RunView:
         Raises:
             InputError: there is no such stage, or it has not begun.
         """
-        table = self._folder(stage).table("dropped" if dropped else "", columns)
-        return table.sort_by(ID_COLUMN) if ID_COLUMN in table.column_names else table
+        self._check_begun(stage)
+        return super().table(stage, columns, dropped)
 
     def dataset(self, stage: str) -> ray.data.Dataset:
         """The rows of a stage as a Ray Dataset.
@@ -204,7 +196,8 @@ class RunView:
         Raises:
             InputError: there is no such stage, or it has not begun.
         """
-        return self._folder(stage).dataset()
+        self._check_begun(stage)
+        return self.folder(stage).dataset()
 
     def export(self, what: Literal["pairs", "answers"], target: str) -> None:
         """Write the pairs as a preference data set, or the evaluated answers as AlpacaEval's outputs, in a new folder.
@@ -214,11 +207,9 @@ class RunView:
         """
         export(self.dir, what, target)
 
-    def _folder(self, stage: str) -> StageFolder:
-        folder = StageFolder(self.dir, known_stage(stage))
-        if not folder.files():
+    def _check_begun(self, stage: str) -> None:
+        if not self.folder(known_stage(stage)).files():
             raise InputError(f"{self.dir}: the {stage} stage has not begun")
-        return folder
 
     def __repr__(self) -> str:
         return f"RunView({self.dir!r}: {', '.join(self.manifests) or 'no stage finished'})"

@@ -46,11 +46,21 @@ def _in_order(run: Run, stages: Sequence[Stage]) -> None:
         if repair := _reopened(run, chain[0], stages):
             waiting = [*repair, *chain, *waiting]
             continue
+        if not run.prepared:
+            _prepare(run)
         while run.streams and waiting and waiting[0].joins:
             chain.append(waiting.pop(0))
         _make(run, chain)
         if run.on_stage and waiting:
             run.on_stage(run)
+
+
+def _prepare(run: Run) -> None:
+    """Try the job's models and start Ray, once, before anything is made."""
+    for section in run.job.trusted_code:
+        run.console.warn(f"{section}.trust_remote_code: Python code that ships with the model is run")
+    run.streams = run.prepare(run.job, run.console.say)
+    run.prepared = True
 
 
 def _up_to_date(run: Run, stage: Stage) -> bool:
@@ -100,7 +110,7 @@ def _reopened(run: Run, stage: Stage, stages: Sequence[Stage]) -> list[Stage]:
 
 def _begun(run: Run, stage: Stage, settings: dict[str, Any]) -> Manifest:
     """The manifest of a stage that has its inputs but no rows yet."""
-    inputs = {name: run.manifest(name, stage.name).digest for name in stage.inputs}
+    inputs = {name: run.require(name, stage.name).digest for name in stage.inputs}
     return Manifest(stage.name, stage_key(stage.name, settings, inputs), settings, inputs)
 
 

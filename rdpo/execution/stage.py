@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import ray.data
 
     from rdpo.config import Job
+    from rdpo.execution.reader import RunReader
     from rdpo.execution.run import Run
     from rdpo.files.stage_folder import StageFolder
     from rdpo.tracking.console import Meter
@@ -35,7 +36,7 @@ class RowWork:
     count for its rate.
     """
 
-    source: Callable[[Run], Source]
+    source: Callable[[RunReader], Source]
     make: Callable[[ray.data.Dataset, Run], ray.data.Dataset]
     summarize: Callable[[Run, StageFolder], dict[str, Any]] = lambda run, folder: {}
     generates: bool = False
@@ -48,6 +49,9 @@ class Stage:
     `rows` is the work of a stage that maps rows to rows; `joins`: it may take up rows while the stage before it,
     its input, still makes them. Any other stage has `execute`, which returns the manifest's summary; `rows_in` in
     it is the number of rows that entered.
+
+    A stage without an `id_column` leaves files of another kind than rows; `unit` is what its progress counts.
+    `command` is what a person types to bring this stage alone up to date. `wanted`: whether a job has the stage.
     """
 
     name: str
@@ -58,3 +62,5 @@ class Stage:
     joins: bool = False
     id_column: str | None = ID_COLUMN
     unit: str = "rows"
+    command: str | None = None
+    wanted: Callable[[Job], bool] = lambda job: True

@@ -26,12 +26,6 @@ if TYPE_CHECKING:
     from rdpo.execution.run import Run
 
 
-def stage_source(run: Run, stage: str) -> Source:
-    """The kept rows of a stage."""
-    folder = run.folder(stage)
-    return Source(folder.dataset, folder.count(), lambda: folder.ids(ID_COLUMN))
-
-
 def stream_rows(run: Run, links: Sequence[tuple[RowWork, StageFolder]], meter: Meter) -> None:
     """Run a chain of stages, each from what the one before stores; `meter` counts the last one's rows."""
     last = links[-1][1]

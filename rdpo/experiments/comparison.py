@@ -17,11 +17,10 @@ from rdpo.config import Job, explained, job_of, read_toml
 from rdpo.config.comparison import Comparison, Part
 from rdpo.errors import InputError
 from rdpo.execution.pipeline import locked, run_stages
-from rdpo.execution.reader import finished
+from rdpo.execution.reader import RunReader
 from rdpo.execution.run import Run
 from rdpo.execution.stage import Stage
 from rdpo.files.folder import Folder
-from rdpo.files.stage_folder import StageFolder
 from rdpo.files.stores import absolute
 from rdpo.stages.checks import prepare
 from rdpo.stages.table import stages_of
@@ -110,17 +109,14 @@ def compare_arms(comparison: Comparison, jobs: Jobs, run_dir: str, console: Cons
 
     run_arms(comparison, jobs, run_dir, console)
     found, until = [], comparison.until
+    runs = {run: RunReader(arm_dir(run_dir, *run), job) for run, job in jobs.items()}
     if until == "evaluation":
-        evaluated = {run: StageFolder(arm_dir(run_dir, *run), "evaluation").table().to_pylist() for run in jobs}
+        evaluated = {run: reader.folder("evaluation").table().to_pylist() for run, reader in runs.items()}
         weights = {arm: {reward.name: reward.weight for reward in job.rewards} for (arm, _), job in jobs.items()}
         found = arms.arm_results(evaluated, weights, comparison.rivals)
-    made = {
-        run: finished(arm_dir(run_dir, *run), (stage.name for stage in _stages(job, until)))
-        for run, job in jobs.items()
-    }
+    made = {run: reader.finished(stage.name for stage in _stages(reader.job, until)) for run, reader in runs.items()}
     # An arm that trains nothing measures no margins.
-    trained = [run for run in jobs if "training" in made[run]]
-    left = {run: heldout_margins(StageFolder(arm_dir(run_dir, *run), "training")) for run in trained}
+    left = {run: heldout_margins(runs[run].folder("training")) for run in runs if "training" in made[run]}
     measured = heldout.heldout_results({run: of_run for run, of_run in left.items() if of_run}, comparison.rivals)
     lost = retention.table({run: of["retention"].summary for run, of in made.items() if "retention" in of})
     for line in [*arms.table(found, comparison.baseline), *heldout.table(measured, comparison.baseline), *lost]:

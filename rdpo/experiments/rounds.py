@@ -34,8 +34,9 @@ def run_rounds(job: Job, run_dir: str, console: Console) -> None:
         console.tell("round_begin", round=number, start=starts[-1])
         folder, of_round = round_dir(run_dir, number), job_of_round(job, number, starts)
         with locked(of_round, folder, say=console.say):
-            run = Run(of_round, folder, console, prepare, on_stage=ReportSoFar())
-            run_stages(run, stages_of(of_round))
+            stages = stages_of(of_round)
+            run = Run(of_round, folder, console, prepare, on_stage=ReportSoFar(), stages=stages)
+            run_stages(run, stages)
             path = write_report(folder)
         for line in [*headline(folder), f"report      {path}"]:
             console.say(line)
@@ -85,9 +86,9 @@ class Outcome:
 
     def __init__(self, number: int, run: Run, watch: str):
         self.number = number
-        self.summary = run.manifest("evaluation", "rounds").summary
-        self.pairs = run.manifest("reference", "rounds").rows_out
-        self.shaping: dict[str, float] = run.manifest("pairs", "rounds").summary.get("shaping", {})
+        self.summary = run.require("evaluation", "rounds").summary
+        self.pairs = run.require("reference", "rounds").rows_out
+        self.shaping: dict[str, float] = run.require("pairs", "rounds").summary.get("shaping", {})
         if not self.summary["prompts"]:
             raise InputError(f"rounds: round {number} has no evaluated prompt; see the dropped rows of its evaluation")
         watched = next((of for of in self.summary["rewards"] if of["reward"] == watch), self.summary["optimised"])

@@ -19,8 +19,7 @@ from rich.text import Text
 from rdpo.cluster.hardware import compute_dtype, take_device
 from rdpo.config import Job, Sampling
 from rdpo.errors import InputError, did_you_mean
-from rdpo.execution.reader import job_of_run
-from rdpo.files.stage_folder import StageFolder
+from rdpo.execution.reader import RunReader
 from rdpo.modeling.chat import Chat, load_chat
 from rdpo.modeling.weights import ADAPTER_CONFIG, local_model
 from rdpo.records import Messages, clean, draw_seed, shown
@@ -90,8 +89,8 @@ def chat_with(run_dir: str) -> None:
     Raises:
         InputError: there is no run here, it has no published model yet, or its start model cannot be had.
     """
-    job, console = job_of_run(run_dir), Console()
-    speakers = load_speakers(run_dir, job)
+    run, console = RunReader(run_dir), Console()
+    job, speakers = run.job, load_speakers(run)
     sampling = job.evaluation.sampling
     drawn = f"temperature {sampling.temperature:g}, top_p {sampling.top_p:g}, at most {sampling.max_tokens} tokens"
     console.print(Text(shown(f"start    {job.student.model}\ntrained  {run_dir}")))
@@ -163,7 +162,7 @@ def _typed() -> Iterator[str]:
             yield line
 
 
-def load_speakers(run_dir: str, job: Job) -> list[Speaker]:
+def load_speakers(run: RunReader) -> list[Speaker]:
     """The start model and the published one.
 
     Raises:
@@ -172,9 +171,8 @@ def load_speakers(run_dir: str, job: Job) -> list[Speaker]:
     import torch
     from transformers.utils import logging
 
-    folder, student = StageFolder(run_dir, "model"), job.student
-    if folder.manifest() is None:
-        raise InputError(f"{run_dir}: the model stage is not finished; `rdpo run` publishes the trained model")
+    run.require("model")
+    job, folder, student = run.job, run.folder("model"), run.job.student
     logging.disable_progress_bar()
     gpu = torch.cuda.is_available()
     device, dtype = take_device(gpu), getattr(torch, compute_dtype(job.evaluation.engine.dtype, gpu))

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from rdpo.config import Job
-from rdpo.execution.keys import placeless
-from rdpo.execution.reader import finished, job_of_run
-from rdpo.files.stage_folder import Manifest, StageFolder
+from rdpo.execution.keys import without_placement
+from rdpo.execution.reader import RunReader
+from rdpo.files.stage_folder import Manifest
 from rdpo.inspection.results import result_lines
 from rdpo.records import ID_COLUMN, digest
-from rdpo.stages.names import STAGES, WITHOUT_ROWS, job_stages
+from rdpo.stages.table import NAMES, WITHOUT_ROWS, names_of
 
 ANSWERS = ("chosen", "rejected")
 SHOWN_CHARS = 48
@@ -24,27 +22,12 @@ SHOWN_NAMES = 5
 UNSET = "-"
 
 
-@dataclass(frozen=True)
-class Side:
-    """One of the two runs."""
+class Side(RunReader):
+    """One of the two runs, with the manifests of its finished stages."""
 
-    run_dir: str
-    job: Job
-    manifests: dict[str, Manifest]
-
-    @classmethod
-    def of(cls, run_dir: str) -> Side:
-        """The run in a directory.
-
-        Raises:
-            InputError: there is none.
-        """
-        job = job_of_run(run_dir)
-        return cls(run_dir, job, finished(run_dir, job_stages(job)))
-
-    def folder(self, stage: str) -> StageFolder:
-        """Folder of a stage."""
-        return StageFolder(self.run_dir, stage)
+    def __init__(self, run_dir: str):
+        super().__init__(run_dir)
+        self.manifests = self.finished(names_of(self.job))
 
 
 def diff_runs(run_dirs: tuple[str, str]) -> list[str]:
@@ -53,14 +36,14 @@ def diff_runs(run_dirs: tuple[str, str]) -> list[str]:
     Raises:
         InputError: one of the directories holds no run.
     """
-    a, b = map(Side.of, run_dirs)
+    a, b = map(Side, run_dirs)
     blocks = {
         "settings": list(_settings(a, b)),
         "stages": list(_makings(a, b)),
         "rows": list(_rows(a, b)),
         "results": result_lines(a.manifests, b.manifests, _evaluated(a), _evaluated(b), a.job.seed),
     }
-    lines = [f"A  {a.run_dir}", f"B  {b.run_dir}"]
+    lines = [f"A  {run_dirs[0]}", f"B  {run_dirs[1]}"]
     if not any(blocks.values()):
         return [*lines, "no difference: the same settings, rows and results"]
     for title, block in blocks.items():
@@ -115,8 +98,8 @@ def _value(value: Any) -> str:
 
 def _makings(a: Side, b: Side) -> Iterator[str]:
     """How the stages that are not the same making differ in what they were made from."""
-    same = [name for name in STAGES if name in a.manifests and _is_same(a, b, name)]
-    found = {name: _making(name, a.manifests.get(name), b.manifests.get(name)) for name in STAGES if name not in same}
+    same = [name for name in NAMES if name in a.manifests and _is_same(a, b, name)]
+    found = {name: _making(name, a.manifests.get(name), b.manifests.get(name)) for name in NAMES if name not in same}
     told = {name: text for name, text in found.items() if text}
     if told and same:
         yield f"the same making: {', '.join(same)}"
@@ -133,7 +116,7 @@ def _making(stage: str, a: Manifest | None, b: Manifest | None) -> str:
     if a is None or b is None:
         return "" if a is b else f"finished only in {'B' if a is None else 'A'}"
     reasons = []
-    if settings := _changed(flat(placeless(a.settings)), flat(placeless(b.settings))):
+    if settings := _changed(flat(without_placement(a.settings)), flat(without_placement(b.settings))):
         more = f" and {len(settings) - SHOWN_NAMES} more" if settings[SHOWN_NAMES:] else ""
         reasons.append(f"other {', '.join(settings[:SHOWN_NAMES])}{more}")
     if inputs := _changed(a.inputs, b.inputs):
@@ -149,7 +132,7 @@ def _making(stage: str, a: Manifest | None, b: Manifest | None) -> str:
 
 def _rows(a: Side, b: Side) -> Iterator[str]:
     """Rows that are only in one of the runs, rows dropped, and pairs whose texts differ."""
-    for stage in STAGES:
+    for stage in NAMES:
         if stage not in WITHOUT_ROWS and not _is_same(a, b, stage):
             yield from _rows_of(a, b, stage)
 

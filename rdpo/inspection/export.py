@@ -19,7 +19,7 @@ from rdpo import __version__
 from rdpo.config import Job
 from rdpo.errors import InputError
 from rdpo.evaluation.publish import rendered_card
-from rdpo.execution.reader import job_of_run
+from rdpo.execution.reader import RunReader
 from rdpo.files.folder import Folder
 from rdpo.files.stage_folder import Manifest, StageFolder
 from rdpo.records import HELDOUT, text_of
@@ -46,10 +46,8 @@ def export(run_dir: str, what: str, target: str) -> list[str]:
     Raises:
         InputError: their stage is not finished or holds no rows, or the folder is not empty.
     """
-    job, stage = job_of_run(run_dir), StageFolder(run_dir, STAGES[what])
-    manifest = stage.manifest()
-    if manifest is None:
-        raise InputError(f"{run_dir}: the {stage.name} stage is not finished; `rdpo run` makes it")
+    run = RunReader(run_dir)
+    job, stage, manifest = run.job, run.folder(STAGES[what]), run.require(STAGES[what])
     if not stage.parts():
         raise InputError(f"{run_dir}: the {stage.name} stage holds no rows; see its dropped reasons")
     folder = Folder(target)

@@ -11,7 +11,7 @@ import numpy as np
 
 from rdpo.errors import InputError, did_you_mean
 from rdpo.evaluation.compare import Estimate, bootstrap
-from rdpo.execution.reader import job_of_run
+from rdpo.execution.reader import RunReader
 from rdpo.inspection.chat import load_speakers
 
 Results = Mapping[str, Any]
@@ -50,7 +50,7 @@ def changes(
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    job, (manager, found) = job_of_run(run_dir), _tasks(tasks, include)
+    run, (manager, found) = RunReader(run_dir), _tasks(tasks, include)
     start, trained = (
         simple_evaluate(
             HFLM(pretrained=speaker.model, tokenizer=speaker.chat.tokenizer),
@@ -60,9 +60,9 @@ def changes(
             task_manager=manager,
             bootstrap_iters=0,
         )
-        for speaker in load_speakers(run_dir, job)
+        for speaker in load_speakers(run)
     )
-    return list(_compared(start, trained, job.seed))
+    return list(_compared(start, trained, run.job.seed))
 
 
 def _tasks(names: list[str], include: str | None) -> tuple[Any, list[str]]:

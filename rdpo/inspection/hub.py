@@ -11,8 +11,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError,
 from huggingface_hub.utils import validate_repo_id
 
 from rdpo.errors import InputError
-from rdpo.execution.reader import job_of_run
-from rdpo.files.stage_folder import IN_PROGRESS, MANIFEST, StageFolder
+from rdpo.execution.reader import RunReader
+from rdpo.files.stage_folder import IN_PROGRESS, MANIFEST
 from rdpo.inspection.export import export
 
 KINDS = {"model": "model", "pairs": "dataset"}
@@ -27,17 +27,16 @@ def push(run_dir: str, what: str, repository: str, public: bool = False) -> str:
     Raises:
         InputError: the stage is not finished, the name is none, or the hub refuses or cannot be reached.
     """
+    run = RunReader(run_dir)
     if what == "model":
-        folder = StageFolder(run_dir, "model")
-        if folder.manifest() is None:
-            raise InputError(f"{run_dir}: the model stage is not finished; `rdpo run` publishes the trained model")
-        return _upload(Path(folder.local()), run_dir, what, repository, public)
+        run.require("model")
+        return _upload(Path(run.folder("model").local()), run, what, repository, public)
     with tempfile.TemporaryDirectory() as made:
         export(run_dir, what, made)
-        return _upload(Path(made), run_dir, what, repository, public)
+        return _upload(Path(made), run, what, repository, public)
 
 
-def _upload(folder: Path, run_dir: str, what: str, repository: str, public: bool) -> str:
+def _upload(folder: Path, run: RunReader, what: str, repository: str, public: bool) -> str:
     api, kind = HfApi(), KINDS[what]
     try:
         validate_repo_id(repository)
@@ -46,7 +45,7 @@ def _upload(folder: Path, run_dir: str, what: str, repository: str, public: bool
             repo_id=repository,
             repo_type=kind,
             folder_path=folder,
-            commit_message=f"{what} of {job_of_run(run_dir).name}, made by rdpo",
+            commit_message=f"{what} of {run.job.name}, made by rdpo",
             ignore_patterns=[MANIFEST, IN_PROGRESS],
         )
     except HFValidationError as error:

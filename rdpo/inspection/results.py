@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 import numpy as np
 
 from rdpo.evaluation.compare import Estimate, bootstrap, with_interval
-from rdpo.execution.keys import placeless
+from rdpo.execution.keys import without_placement
 from rdpo.files.stage_folder import Manifest
 from rdpo.records import Row
 
@@ -108,7 +108,7 @@ def _warnings(a: Manifest, b: Manifest) -> Iterator[str]:
     """Rewards whose scores are not on one scale, because they are not the same in both runs."""
     of_a, of_b = ({one["name"]: one for one in side.settings["rewards"]} for side in (a, b))
     for name in [name for name in of_a if name in of_b]:
-        if placeless({**of_a[name], "weight": 0}) != placeless({**of_b[name], "weight": 0}):
+        if without_placement({**of_a[name], "weight": 0}) != without_placement({**of_b[name], "weight": 0}):
             yield f"{name} is not the same reward in both runs: its scores cannot be compared"
     for side, names in (("A", of_a.keys() - of_b.keys()), ("B", of_b.keys() - of_a.keys())):
         for name in sorted(names):

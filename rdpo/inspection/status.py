@@ -7,7 +7,6 @@ Nothing is computed anew and no model is touched; whether a change of settings h
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -17,15 +16,17 @@ import pyarrow.compute as pc
 
 from rdpo.errors import InputError
 from rdpo.execution.lock import holder
-from rdpo.execution.reader import JOB_FILE, job_of_run, round_dir
-from rdpo.execution.run import Run
+from rdpo.execution.reader import JOB_FILE, RunReader, job_of_run, round_dir
 from rdpo.execution.stage import Stage
-from rdpo.files.stage_folder import IN_PROGRESS, METRICS, Manifest, StageFolder
+from rdpo.files.folder import Folder
+from rdpo.files.stage_folder import IN_PROGRESS, Manifest
 from rdpo.stages.table import stages_of
-from rdpo.tracking.console import Console
 from rdpo.training.schedule import total_steps
 
 RECENT_STEPS = 20
+
+Made = dict[str, Manifest]
+"""Manifests of the finished stages, by name."""
 
 
 @dataclass
@@ -67,49 +68,46 @@ def statuses(run_dir: str) -> Iterator[RunStatus]:
     count = job_of_run(run_dir).rounds.count
     folders = [run_dir] if count == 1 else [round_dir(run_dir, number) for number in range(1, count + 1)]
     for folder in folders:
-        if StageFolder(folder, "").exists(JOB_FILE):
-            yield _status(folder)
+        if Folder(folder).exists(JOB_FILE):
+            yield _status(RunReader(folder))
 
 
-def _status(run_dir: str) -> RunStatus:
-    run = Run(job_of_run(run_dir), run_dir, Console(sys.stdout), lambda *_: False)
-    stages = stages_of(run.job)
-    made = {stage.name: run.folder(stage.name).manifest() for stage in stages}
-    run.manifests = {name: manifest for name, manifest in made.items() if manifest}
-    driver = holder(run_dir)
-    return RunStatus(run.job.name, run_dir, driver, [_stage(run, stage, driver is not None) for stage in stages])
+def _status(run: RunReader) -> RunStatus:
+    stages, driver = stages_of(run.job), holder(run.dir)
+    made = run.finished(stage.name for stage in stages)
+    return RunStatus(run.job.name, run.dir, driver, [_stage(run, made, stage, driver is not None) for stage in stages])
 
 
-def _stage(run: Run, stage: Stage, driven: bool) -> StageStatus:
-    folder, manifest = run.folder(stage.name), run.manifests.get(stage.name)
+def _stage(run: RunReader, made: Made, stage: Stage, driven: bool) -> StageStatus:
+    folder, manifest = run.folder(stage.name), made.get(stage.name)
     if manifest:
-        return _finished(run, stage, manifest)
+        return _finished(run, made, stage, manifest)
     begun = folder.read_json(IN_PROGRESS)
     if not begun:
         return StageStatus(stage.name, "not begun", stage.unit)
     status = StageStatus(stage.name, "in progress" if driven else "interrupted", stage.unit)
     status.seconds = round(time.time() - begun["began"], 1) if driven else None
     if stage.name == "training":
-        return _trained(run, folder, status)
+        return _trained(run, made, status)
     status.dropped = folder.count("dropped")
-    status.stored, status.total = folder.count() + status.dropped, _expected(run, stage)
+    status.stored, status.total = folder.count() + status.dropped, _expected(run, made, stage)
     return status
 
 
-def _finished(run: Run, stage: Stage, manifest: Manifest) -> StageStatus:
-    now = {name: other.digest for name, other in run.manifests.items()}
+def _finished(run: RunReader, made: Made, stage: Stage, manifest: Manifest) -> StageStatus:
+    now = {name: other.digest for name, other in made.items()}
     current = all(now.get(name) == digest for name, digest in manifest.inputs.items())
     status = StageStatus(stage.name, "done" if current else "outdated", stage.unit, seconds=manifest.seconds)
     if stage.name == "training":
-        return _trained(run, run.folder(stage.name), status)
+        return _trained(run, made, status)
     status.dropped = sum(manifest.dropped.values())
     status.stored = status.total = manifest.rows_out + status.dropped
     return status
 
 
-def _expected(run: Run, stage: Stage) -> int | None:
+def _expected(run: RunReader, made: Made, stage: Stage) -> int | None:
     """How many rows a stage will have stored; None while its inputs are made, or if it has none to take."""
-    if stage.rows is None or not all(name in run.manifests for name in stage.inputs):
+    if stage.rows is None or not all(name in made for name in stage.inputs):
         return None
     try:
         return stage.rows.source(run).count
@@ -117,16 +115,16 @@ def _expected(run: Run, stage: Stage) -> int | None:
         return None
 
 
-def _trained(run: Run, folder: StageFolder, status: StageStatus) -> StageStatus:
+def _trained(run: RunReader, made: Made, status: StageStatus) -> StageStatus:
     """The status with the last optimizer step that is on file, and the time that the others will take."""
-    steps = folder.read_lines(METRICS)
-    if "reference" in run.manifests and (reference := run.folder("reference")).parts():
+    steps = run.metrics
+    if "reference" in made and (reference := run.folder("reference")).parts():
         heldout = pc.fill_null(reference.table(columns=["heldout"])["heldout"], False)
         status.total = total_steps(len(heldout) - (pc.sum(heldout).as_py() or 0), run.job)
     if not steps:
         return status
     last = steps[-1]
-    status.stored, status.loss, status.margin = last["step"], last["loss"], last["rewards/margins"]
+    status.stored, status.loss, status.margin = int(last["step"]), last["loss"], last["rewards/margins"]
     if status.state == "in progress" and status.total:
         pace = fmean(step["seconds"] for step in steps[-RECENT_STEPS:])
         status.left_s = round(pace * (status.total - last["step"]), 1)

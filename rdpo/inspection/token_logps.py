@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rdpo.cluster.hardware import compute_dtype, take_device
 from rdpo.config import Job
-from rdpo.execution.reader import job_of_run
+from rdpo.execution.reader import RunReader
 from rdpo.files.stage_folder import StageFolder
 from rdpo.modeling.weights import local_model
 from rdpo.records import SIDES, Row
@@ -31,18 +31,18 @@ class TokenLogps:
 class TokenReader:
     """The reference and the trained policy of a run, which read pairs of its reference stage."""
 
-    def __init__(self, run_dir: str):
+    def __init__(self, run: RunReader):
         """Load both models.
 
         Raises:
-            InputError: there is no run, or its start model cannot be had.
+            InputError: the start model cannot be had.
         """
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-        job, trained = job_of_run(run_dir), StageFolder(run_dir, "policy")
+        job = run.job
         self.reference = _load(local_model(job.student.model, job.student.revision), job)
-        self.policy = _load(_merged(trained), job) if trained.manifest() else None
+        self.policy = _load(_merged(run.folder("policy")), job) if run.manifest("policy") else None
 
     def read(self, row: Row) -> dict[str, TokenLogps]:
         """Of a row with `prompt_ids`, `chosen_ids` and `rejected_ids`: each side's log-probs by its name."""

@@ -19,8 +19,8 @@ from pydantic import Field, TypeAdapter, ValidationError, model_validator
 from rdpo.cluster.pools import Pool, pools_of
 from rdpo.config import Job, Section, Training, explained, largest, read_toml
 from rdpo.errors import InputError
-from rdpo.execution.reader import job_of_run
-from rdpo.files.stage_folder import IN_PROGRESS, Manifest, StageFolder
+from rdpo.execution.reader import RunReader
+from rdpo.files.stage_folder import IN_PROGRESS, Manifest
 
 STAGES = ("synthesis", "rewards", "reference", "training", "evaluation")
 ANYWHERE = "anywhere"
@@ -123,10 +123,10 @@ def _rates_of_file(path: str) -> Rates:
 
 
 def _rates_of_run(run_dir: str) -> Rates:
-    job = job_of_run(run_dir)
-    pools = pools_of(job)
+    run = RunReader(run_dir)
+    job, pools = run.job, pools_of(run.job)
     stages = dict.fromkeys(["synthesis", *(pool.stage for pool in pools)])
-    manifests = {stage: _uninterrupted(run_dir, stage) for stage in stages}
+    manifests = {stage: _uninterrupted(run, stage) for stage in stages}
     prompts = manifests["synthesis"].rows_in
     done: dict[str, float] = {stage: manifest.rows_in for stage, manifest in manifests.items()}
     pairs = manifests["training"].summary["pairs"] if "training" in manifests else 0
@@ -141,16 +141,16 @@ def _rates_of_run(run_dir: str) -> Rates:
     )
 
 
-def _uninterrupted(run_dir: str, stage: str) -> Manifest:
+def _uninterrupted(run: RunReader, stage: str) -> Manifest:
     """The manifest of a stage whose seconds are those of all its rows."""
-    folder = StageFolder(run_dir, stage)
+    folder = run.folder(stage)
     manifest = folder.manifest()
     if manifest is None:
-        raise InputError(f"--rates {run_dir}: its {stage} stage is not finished")
+        raise InputError(f"--rates {run.dir}: its {stage} stage is not finished")
     began = (folder.read_json(IN_PROGRESS) or {}).get("began")
     ended = calendar.timegm(time.strptime(manifest.created, "%Y-%m-%dT%H:%M:%SZ"))
     if began and ended - began > manifest.seconds + SLACK_S:
-        raise InputError(f"--rates {run_dir}: its {stage} stage was interrupted, so its rate is not known")
+        raise InputError(f"--rates {run.dir}: its {stage} stage was interrupted, so its rate is not known")
     return manifest
 
 

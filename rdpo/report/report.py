@@ -12,16 +12,16 @@ from markupsafe import Markup
 
 from rdpo.config import Job
 from rdpo.evaluation.compare import Values
-from rdpo.execution.reader import finished, job_of_run
+from rdpo.execution.reader import RunReader
 from rdpo.execution.run import Run
-from rdpo.files.stage_folder import IN_PROGRESS, METRICS, Manifest, StageFolder
+from rdpo.files.stage_folder import IN_PROGRESS, Manifest
 from rdpo.report import charts
 from rdpo.report.alerts import alerts
 from rdpo.report.columns import PairColumns, PromptColumns, pair_columns, prompt_columns, prompt_lengths
 from rdpo.report.page import SCRIPT, write_page
 from rdpo.report.provenance import sources
 from rdpo.report.samples import Sample, conversations, evaluated_samples
-from rdpo.stages.names import WITHOUT_ROWS, job_stages
+from rdpo.stages.table import WITHOUT_ROWS, names_of
 
 CURVES = {
     "loss": ["loss"],
@@ -55,9 +55,10 @@ def write_report(run_dir: str, under_way: bool = False) -> str:
     Raises:
         InputError: there is no run in this directory.
     """
-    job = job_of_run(run_dir)
-    manifests = finished(run_dir, job_stages(job))
-    pairs = pair_columns(StageFolder(run_dir, "pairs")) if "pairs" in manifests else None
+    run = RunReader(run_dir)
+    job, stages = run.job, names_of(run.job)
+    manifests = run.finished(stages)
+    pairs = pair_columns(run.folder("pairs")) if "pairs" in manifests else None
     summaries = {name: manifest.summary for name, manifest in manifests.items()}
     return write_page(
         run_dir,
@@ -68,17 +69,17 @@ def write_report(run_dir: str, under_way: bool = False) -> str:
         settings=json.dumps(job.model_dump(mode="json", exclude_none=True), indent=2, ensure_ascii=False),
         manifests=manifests,
         without_rows=WITHOUT_ROWS,
-        unfinished=_unfinished(run_dir, [name for name in job_stages(job) if name not in manifests]),
+        unfinished=_unfinished(run, [name for name in stages if name not in manifests]),
         written=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()) if under_way else None,
         seconds=_seconds(manifests),
         summaries=summaries,
         alerts=alerts(manifests, pairs),
-        prompts=_prompts(run_dir) if "prompts" in manifests else None,
-        conversations=conversations(StageFolder(run_dir, "synthesis"), job) if "synthesis" in manifests else [],
+        prompts=_prompts(run) if "prompts" in manifests else None,
+        conversations=conversations(run.folder("synthesis"), job) if "synthesis" in manifests else [],
         scores=_scores(job, pairs, summaries) if pairs else None,
         pairs=_pairs(pairs) if pairs else None,
-        training=_training(run_dir) if "training" in job_stages(job) else None,
-        evaluation=_evaluation(run_dir, job) if summaries.get("evaluation", {}).get("prompts") else None,
+        training=_training(run),
+        evaluation=_evaluation(run) if summaries.get("evaluation", {}).get("prompts") else None,
         sources=sources(manifests, job.student.model),
     )
 
@@ -105,9 +106,8 @@ class ReportSoFar:
 
 def headline(run_dir: str) -> list[str]:
     """The result of a run in a few lines of text."""
-    summaries = {
-        name: manifest.summary for name, manifest in finished(run_dir, job_stages(job_of_run(run_dir))).items()
-    }
+    run = RunReader(run_dir)
+    summaries = {name: manifest.summary for name, manifest in run.finished(names_of(run.job)).items()}
     summary, retention = summaries.get("evaluation", {}), summaries.get("retention")
     lines = []
     for reward in summary.get("rewards", []):
@@ -141,14 +141,14 @@ def _seconds(manifests: Manifests) -> float:
     return sum(manifests[name].seconds for name in counted)
 
 
-def _unfinished(run_dir: str, stages: Sequence[str]) -> dict[str, int]:
+def _unfinished(run: RunReader, stages: Sequence[str]) -> dict[str, int]:
     """Rows that those of the stages have stored so far that are begun."""
-    folders = {name: StageFolder(run_dir, name) for name in stages}
+    folders = {name: run.folder(name) for name in stages}
     return {name: folder.count() for name, folder in folders.items() if folder.exists(IN_PROGRESS)}
 
 
-def _prompts(run_dir: str) -> Section:
-    lengths = prompt_lengths(StageFolder(run_dir, "prompts"))
+def _prompts(run: RunReader) -> Section:
+    lengths = prompt_lengths(run.folder("prompts"))
     return {
         "lengths": charts.histogram({"prompts": lengths}, "tokens of the prompt", "prompts", [charts.AFTER]),
         "median": float(np.median(lengths)),
@@ -183,9 +183,9 @@ def _pairs(pairs: PairColumns) -> Section:
     return {"columns": pairs, "charts": drawn}
 
 
-def _training(run_dir: str) -> Section | None:
+def _training(run: RunReader) -> Section | None:
     """The curves as far as training has written them down."""
-    steps = StageFolder(run_dir, "training").read_lines(METRICS)
+    steps = run.metrics
     if not steps:
         return None
     names = {name for step in steps for name in step}
@@ -209,10 +209,10 @@ def _curves(series: Mapping[str, Values], names: Sequence[str]) -> Markup | None
     return charts.curves(series["step"][measured], drawn)
 
 
-def _evaluation(run_dir: str, job: Job) -> Section:
-    folder = StageFolder(run_dir, "evaluation")
+def _evaluation(run: RunReader) -> Section:
+    folder = run.folder("evaluation")
     columns = prompt_columns(folder)
-    samples = evaluated_samples(folder, columns, job.evaluation.samples)
+    samples = evaluated_samples(folder, columns, run.job.evaluation.samples)
     return {
         "charts": {name: _reward_charts(columns, name) for name in columns.rewards},
         "by_length": {name: columns.by_length(name) for name in columns.rewards},

@@ -1,4 +1,4 @@
-"""Prompts and their splits, and what the teacher makes of them."""
+"""Prompts: the rows of the source, each once, in splits."""
 
 from __future__ import annotations
 
@@ -6,18 +6,32 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from rdpo.errors import InputError
-from rdpo.execution.run import Run
-from rdpo.execution.stage import Source
-from rdpo.files.stage_folder import TOKENS, StageFolder, write_rows
+from rdpo.execution.stage import Source, Stage
 from rdpo.records import HELDOUT, ID_COLUMN
-from rdpo.tracking.console import Meter
+from rdpo.stages.settings import tokenizer_settings
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    import ray.data
+
+    from rdpo.config import Job
+    from rdpo.execution.reader import RunReader
+    from rdpo.execution.run import Run
+    from rdpo.files.stage_folder import StageFolder
+    from rdpo.tracking.console import Meter
 
 
-PROMPT_LENGTH = "_prompt_length"
+def settings(job: Job) -> dict[str, Any]:
+    """Settings of the prompts stage, with the content of its source."""
+    from rdpo.synthesis.sources import content_hash
+
+    return {
+        **job.prompts.model_dump(),
+        "content": content_hash(job.prompts.source),
+        # Pairs that are ready are read, and named, in another way than prompts.
+        "given": job.synthesis.task is None,
+        **tokenizer_settings(job),
+        "seed": job.seed,
+    }
 
 
 def take_prompts(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:
@@ -26,6 +40,7 @@ def take_prompts(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:
     Raises:
         InputError: no usable prompt is left to train on or to evaluate with.
     """
+    from rdpo.files.stage_folder import write_rows
     from rdpo.synthesis.prompts import drop_twins, read_prompts
 
     folder.clear_parts()
@@ -49,7 +64,7 @@ def _splits(folder: StageFolder) -> dict[str, int]:
     return dict(sorted(counted.items()))
 
 
-def split_source(run: Run, split: str, limit: int | None) -> Source:
+def split_source(run: RunReader, split: str, limit: int | None) -> Source:
     """The prompts of one split, at most so many: the first by id."""
     import pyarrow.compute as pc
 
@@ -81,31 +96,4 @@ def split_ids(folder: StageFolder, split: str) -> pa.ChunkedArray:
     return pa.chunked_array([chunk for part in parts for chunk in part.chunks], pa.string())
 
 
-def training_prompts(run: Run) -> Source:
-    """The prompts that the teacher answers."""
-    return split_source(run, run.job.synthesis.split, run.job.synthesis.limit)
-
-
-def write_answers(rows: ray.data.Dataset, run: Run) -> ray.data.Dataset:
-    """The teacher's turns, or the answers that come with the prompts."""
-    from rdpo.synthesis.given import given_answers
-    from rdpo.synthesis.instructions import check_fields, load_task
-    from rdpo.synthesis.teacher import synthesize
-
-    if not run.job.synthesis.task:
-        return given_answers(rows, run.job)
-    first = next(run.folder("prompts").tables()).slice(0, 1)
-    check_fields(load_task(run.job.synthesis.task), first.to_pylist()[0], run.job.synthesis.values)
-    return synthesize(rows, run.job)
-
-
-def synthesis_summary(run: Run, folder: StageFolder) -> dict[str, Any]:
-    """What an endpoint read, wrote and cost; says so."""
-    from rdpo.synthesis.endpoint import cost
-
-    if not (run.job.synthesis.endpoint and run.job.synthesis.task):
-        return {}
-    read, written = (folder.total(of) + folder.total(of, "dropped") for of in (PROMPT_LENGTH, TOKENS))
-    price = cost(read, written, run.job.synthesis.endpoint.price_per_million)
-    run.console.say(f"{'':<12}endpoint: {read} tokens read, cost {price:.2f}")
-    return {"tokens_read": read, "tokens_written": written, "cost": price}
+STAGE = Stage("prompts", inputs=(), settings=settings, execute=take_prompts)

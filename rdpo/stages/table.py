@@ -1,65 +1,72 @@
-"""What each stage does, in the order in which data passes them: the wiring between the rooms and the run."""
+"""The stages in the order in which data passes them. What names stages, or runs over them, asks this table.
+
+Importing it loads no heavy library: each stage imports what it needs when it is called.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from rdpo.config import Job
-from rdpo.execution.stage import RowWork, Stage
-from rdpo.execution.streaming import stage_source
-from rdpo.records import HELDOUT
-from rdpo.stages import pairs, policy, prompts, trial
-from rdpo.stages import settings as lineage
-from rdpo.stages.names import job_stages
+from rdpo.errors import InputError, did_you_mean
+from rdpo.execution.stage import Stage
+from rdpo.stages import (
+    calibration,
+    evaluation,
+    model,
+    pairs,
+    policy,
+    prompts,
+    reference,
+    replay,
+    retention,
+    rewards,
+    synthesis,
+    training,
+)
+
+if TYPE_CHECKING:
+    from rdpo.config import Job
 
 STAGES = (
-    Stage("prompts", (), lineage.prompts, prompts.take_prompts),
-    Stage("calibration", (), lineage.calibration, trial.try_rewards, unit="known pairs"),
-    Stage(
-        "synthesis",
-        ("prompts",),
-        lineage.synthesis,
-        rows=RowWork(prompts.training_prompts, prompts.write_answers, prompts.synthesis_summary, generates=True),
-    ),
-    Stage(
-        "rewards",
-        ("synthesis",),
-        lineage.rewards,
-        rows=RowWork(lambda run: stage_source(run, "synthesis"), pairs.score),
-        joins=True,
-    ),
-    Stage("pairs", ("rewards",), lineage.pairs, rows=RowWork(pairs.scored, pairs.pair, pairs.pairs_summary)),
-    Stage("replay", ("prompts", "pairs"), lineage.replay, pairs.draw_replay, unit="ready pairs"),
-    Stage("reference", ("pairs", "replay"), lineage.reference, rows=RowWork(pairs.pairs_source, pairs.refer)),
-    Stage("training", ("reference",), lineage.training, policy.train_policy, id_column=None, unit="steps"),
-    Stage("policy", ("training",), lineage.policy, policy.complete_policy, id_column=None, unit="model"),
-    Stage("retention", ("policy",), lineage.retention, policy.measure_retention, unit="texts"),
-    Stage(
-        "evaluation",
-        ("prompts", "policy"),
-        lineage.evaluation,
-        rows=RowWork(
-            lambda run: prompts.split_source(run, HELDOUT, run.job.evaluation.limit),
-            policy.evaluate,
-            policy.evaluation_summary,
-            generates=True,
-        ),
-    ),
-    Stage(
-        "model",
-        ("training", "policy", "evaluation"),
-        lineage.publish,
-        policy.publish_model,
-        id_column=None,
-        unit="model",
-    ),
+    prompts.STAGE,
+    calibration.STAGE,
+    synthesis.STAGE,
+    rewards.STAGE,
+    pairs.STAGE,
+    replay.STAGE,
+    reference.STAGE,
+    training.STAGE,
+    policy.STAGE,
+    retention.STAGE,
+    evaluation.STAGE,
+    model.STAGE,
 )
+NAMES = tuple(stage.name for stage in STAGES)
+COMMANDS = {stage.command: stage.name for stage in STAGES if stage.command}
+"""What is typed to bring one stage of a run up to date."""
+WITHOUT_ROWS = tuple(stage.name for stage in STAGES if stage.id_column is None)
+"""Stages whose folder holds files of another kind than rows."""
 
 
 def stages_of(job: Job) -> tuple[Stage, ...]:
-    """The stages of a job, in order: all but those that it leaves out."""
-    return tuple(
-        replace(stage, inputs=tuple(name for name in stage.inputs if name in job_stages(job)))
-        for stage in STAGES
-        if stage.name in job_stages(job)
-    )
+    """The stages of a job, in order: all but those that it leaves out, also among the inputs of others."""
+    wanted = [stage for stage in STAGES if stage.wanted(job)]
+    names = {stage.name for stage in wanted}
+    return tuple(replace(stage, inputs=tuple(name for name in stage.inputs if name in names)) for stage in wanted)
+
+
+def names_of(job: Job) -> tuple[str, ...]:
+    """Names of a job's stages, in order."""
+    return tuple(stage.name for stage in stages_of(job))
+
+
+def known_stage(name: str) -> str:
+    """The name of a stage, as a person gives it.
+
+    Raises:
+        InputError: there is no such stage.
+    """
+    if name not in NAMES:
+        raise InputError(f"no stage {name}{did_you_mean(name, NAMES)}; the stages are {', '.join(NAMES)}")
+    return name

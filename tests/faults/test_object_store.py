@@ -185,8 +185,7 @@ def test_what_failed_while_it_was_made_is_not_put_into_the_store(bucket):
 
 @pytest.mark.parametrize("ending", ["jsonl", "csv", "parquet"])
 def test_prompts_are_read_from_the_store_as_from_the_disk(bucket, tmp_path, ending):
-    from rdpo.stages.settings import _file_hash
-    from rdpo.synthesis.sources import read_rows, source_files
+    from rdpo.synthesis.sources import content_hash, read_rows, source_files
 
     rows = [{"prompt": f"question ä {index} " + "long " * 200, "split": "train"} for index in range(300)]
     local = tmp_path / f"prompts.{ending}"
@@ -203,7 +202,7 @@ def test_prompts_are_read_from_the_store_as_from_the_disk(bucket, tmp_path, endi
     (found,) = source_files(f"s3://{bucket}/in")
     assert found == f"s3://{bucket}/in/{local.name}"
     assert [row for _, row in read_rows(found)] == [row for _, row in read_rows(str(local))] == rows
-    assert _file_hash(f"s3://{bucket}/in") == _file_hash(str(local))
+    assert content_hash(f"s3://{bucket}/in") == content_hash(str(local))
 
 
 @pytest.mark.parametrize("address", ["s3://key:hidden@bucket/run", "s3://bucket/run?secret_key=hidden"])

@@ -28,6 +28,7 @@ from rdpo.evaluation.publish import model_card
 from rdpo.execution.pipeline import locked, run_stages
 from rdpo.execution.reader import JOB_FILE
 from rdpo.execution.run import Run
+from rdpo.execution.stage import Stage
 from rdpo.experiments.comparison import load_comparison
 from rdpo.files.stage_folder import Manifest, StageFolder
 from rdpo.inspection.show import show_rows
@@ -168,8 +169,14 @@ def test_trust_is_told_on_the_console_once(job_table, tmp_path):
     job_table["evaluation"]["engine"]["options"] = {"trust_remote_code": True}
     stream = io.StringIO()
     run = Run(Job.model_validate(job_table), str(tmp_path), Console(stream), lambda *_: False)
-    assert run.streams is False and run.streams is False
-    told = [line.strip().split(":")[:2] for line in stream.getvalue().splitlines()]
+    stages = [
+        Stage(name, (), lambda job: {}, lambda run, folder, meter: {}, id_column=None)
+        for name in ("training", "policy")
+    ]
+    run_stages(run, stages)
+    assert run.prepared and not run.streams
+    lines = [line for line in stream.getvalue().splitlines() if "warning" in line]
+    told = [line.strip().split(":")[:2] for line in lines]
     assert told == [
         ["warning", f" {key}"] for key in ("student.trust_remote_code", "evaluation.engine.options.trust_remote_code")
     ]

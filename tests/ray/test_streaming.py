@@ -11,7 +11,6 @@ from rdpo.config import Job
 from rdpo.execution.pipeline import run_stages
 from rdpo.execution.run import Run
 from rdpo.execution.stage import RowWork, Source, Stage
-from rdpo.execution.streaming import stage_source
 from rdpo.files.stage_folder import StageFolder
 from rdpo.records import drop, table_of
 from rdpo.tracking.console import Console
@@ -66,7 +65,7 @@ def stages(first, second):
             "rewards",
             ("synthesis",),
             lambda job: {},
-            rows=RowWork(lambda run: stage_source(run, "synthesis"), second),
+            rows=RowWork(lambda run: run.source("synthesis"), second),
             joins=True,
         ),
     ]

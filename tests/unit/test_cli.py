@@ -93,13 +93,13 @@ def test_a_mistyped_name_is_answered_with_the_one_that_was_meant(
     assert (code, meant in said) == (2, True), said
 
 
-def test_every_stage_has_its_name_in_the_order_of_the_data():
-    from rdpo.stages.names import STAGE_COMMANDS
-    from rdpo.stages.names import STAGES as NAMES
-    from rdpo.stages.table import STAGES
+def test_every_stage_reads_earlier_ones_and_has_a_command_of_its_own():
+    from rdpo.stages.table import COMMANDS, NAMES, STAGES
 
-    assert tuple(stage.name for stage in STAGES) == NAMES
-    assert set(STAGE_COMMANDS.values()) <= set(NAMES)
+    for place, stage in enumerate(STAGES):
+        assert set(stage.inputs) <= set(NAMES[:place])
+    assert len(set(NAMES)) == len(STAGES) == 12
+    assert set(COMMANDS.values()) == set(NAMES) - {"prompts", "replay", "retention"}
 
 
 def test_a_shell_completes_commands_options_stages_and_folders(tmp_path):

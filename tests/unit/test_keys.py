@@ -18,8 +18,11 @@ from rdpo.config import load_job, read_toml
 from rdpo.execution.keys import stage_key
 from rdpo.experiments.comparison import load_comparison
 from rdpo.modeling import weights as models
-from rdpo.stages import settings as lineage
+from rdpo.preference import function
+from rdpo.preference.function import source_hash
 from rdpo.stages.table import stages_of
+from rdpo.synthesis import sources
+from rdpo.synthesis.sources import content_hash
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = Path(__file__).with_name("stage_keys.json")
@@ -58,8 +61,8 @@ REPLACED = {
     models.fingerprint: stand_in("weights"),
     models.adapter_fingerprint: stand_in("adapter"),
     hardware.compute_dtype: stand_in("precision"),
-    lineage._file_hash: stand_in("content"),
-    lineage._source: stand_in("source"),
+    sources.content_hash: stand_in("content"),
+    function.source_hash: stand_in("source"),
 }
 
 
@@ -106,9 +109,9 @@ def test_the_stage_keys_of_all_jobs_are_what_they_were(stand_ins):
 
 def test_what_a_file_and_a_function_hold_is_hashed_as_it_was(tmp_path, monkeypatch):
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n')
-    assert lineage._file_hash(str(tmp_path / "rows.jsonl")) == FILE_HASH
-    assert lineage._file_hash("hf:owner/name") == "hf:owner/name"
+    assert content_hash(str(tmp_path / "rows.jsonl")) == FILE_HASH
+    assert content_hash("hf:owner/name") == "hf:owner/name"
 
     (tmp_path / "held_reward.py").write_text("def score(prompt, answer, row):\n    return 1.0\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert lineage._source("held_reward:score") == SOURCE_HASH
+    assert source_hash("held_reward:score") == SOURCE_HASH

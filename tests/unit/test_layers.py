@@ -1,6 +1,8 @@
 """How the package is built: imports run downwards only, in no circle, and no file grows out of hand."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2] / "rdpo"
@@ -91,3 +93,9 @@ def test_only_training_imports_deepspeed():
     users = {name for name, path in MODULES.items() if any(one.split(".")[0] == "deepspeed" for one in imported(path))}
     assert users
     assert all(name.startswith("rdpo.training.") for name in users)
+
+
+def test_the_table_of_stages_is_light():
+    heavy = ("pyarrow", "numpy", "pydantic", "torch", "ray", "transformers")
+    code = f"import sys, rdpo.stages.table; print([name for name in {heavy} if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"

@@ -14,7 +14,7 @@ from rdpo.execution.run import Run
 from rdpo.execution.stage import Stage
 from rdpo.files.stage_folder import StageFolder
 from rdpo.modeling import weights as models
-from rdpo.stages import settings as lineage
+from rdpo.stages.table import STAGES
 from rdpo.tracking.console import Console
 
 TASK = """
@@ -33,7 +33,8 @@ def key(job_table):
     def of(stage, **changes):
         changed = {name: {**job_table[name], **of_name} for name, of_name in changes.items() if of_name is not None}
         table = {**job_table, **changed}
-        return stage_key(stage, getattr(lineage, stage)(Job.model_validate(table)), {})
+        settings = {one.name: one.settings for one in STAGES}[stage]
+        return stage_key(stage, settings(Job.model_validate(table)), {})
 
     return of
 

@@ -9,7 +9,7 @@ from rdpo.cluster.placement import NODE_GROUP, Nodes, check_room, fit_side_by_si
 from rdpo.cluster.pools import SHARE, pools_of
 from rdpo.config import Engine, Job, largest, load_job, smallest
 from rdpo.errors import InputError
-from rdpo.stages import settings as lineage
+from rdpo.stages import evaluation, reference, rewards, synthesis, training
 from tests.conftest import write_job
 
 CLASSIFIER = {"kind": "classifier", "name": "rm", "model": "m"}
@@ -216,7 +216,7 @@ def test_a_cluster_grows_if_its_nodes_were_started_by_their_type():
 
 def test_placement_is_no_part_of_a_stage(job_with):
     anywhere, placed = job_with(), job_with(placement=KINDS, streaming="off")
-    for settings in (lineage.synthesis, lineage.rewards, lineage.reference, lineage.training, lineage.evaluation):
+    for settings in (synthesis.settings, rewards.settings, reference.settings, training.settings, evaluation.settings):
         assert settings(anywhere) == settings(placed)
 
 

@@ -3,7 +3,7 @@
 from rdpo.config import Job
 from rdpo.files.stage_folder import Manifest
 from rdpo.report.provenance import Source, sources
-from rdpo.stages import settings as lineage
+from rdpo.stages.table import STAGES
 from tests.conftest import write_jsonl
 
 
@@ -12,7 +12,9 @@ def test_the_lineage_of_a_job_names_its_sources_and_who_read_them(job_table, tmp
     job_table["retention"] = {"source": str(tmp_path / "texts.jsonl")}
     job = Job.model_validate(job_table)
     settings = {
-        name: getattr(lineage, name)(job) for name in ("prompts", "synthesis", "rewards", "training", "retention")
+        stage.name: stage.settings(job)
+        for stage in STAGES
+        if stage.name in ("prompts", "synthesis", "rewards", "training", "retention")
     }
     found = sources({name: Manifest(name, "k", of, {}) for name, of in settings.items()}, job.student.model)
     assert [(source.name, source.stages) for source in found] == [
