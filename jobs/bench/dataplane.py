@@ -73,7 +73,7 @@ def write_prompts(path: Path, rows: int) -> None:
 
 def echoing():
     """The stages with the teacher's engine replaced by `Echo`."""
-    from rdpo.stages import STAGES as ALL
+    from rdpo.stages.table import STAGES as ALL
     from rdpo.synthesis.engine import engine_pool
     from rdpo.synthesis.teacher import Teacher
 

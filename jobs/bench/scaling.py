@@ -89,7 +89,7 @@ def job_of(source: Path, nodes: int, address: str) -> Job:
 
 def stages():
     """Prompts, and synthesis with the teacher's engine replaced by `Slow`."""
-    from rdpo.stages import STAGES
+    from rdpo.stages.table import STAGES
     from rdpo.synthesis.engine import engine_pool
     from rdpo.synthesis.teacher import Teacher
 

@@ -15,7 +15,7 @@ from itertools import groupby
 import numpy as np
 
 from rdpo.evaluation.compare import Estimate, Values, bootstrap, with_interval
-from rdpo.records import Row
+from rdpo.records import ID_COLUMN, Row
 
 BOOTSTRAP_SEED = 0
 
@@ -49,7 +49,7 @@ Weights = Mapping[str, Mapping[str, float]]
 def arm_results(evaluated: Evaluated, weights: Weights, rivals: dict[str, str]) -> list[ArmResult]:
     """Every reward's verdict on every arm, the optimised rewards first; `rivals`: what each arm is held against."""
     arms = list(dict.fromkeys(arm for arm, _ in evaluated))
-    by_prompt = {run: {row["prompt_id"]: row for row in rows} for run, rows in evaluated.items()}
+    by_prompt = {run: {row[ID_COLUMN]: row for row in rows} for run, rows in evaluated.items()}
     prompts = sorted(set.intersection(*(set(rows) for rows in by_prompt.values())))
     ordered = sorted(weights[arms[0]], key=lambda reward: not any(weights[arm][reward] for arm in arms))
     tables = {arm: [by_prompt[run] for run in by_prompt if run[0] == arm] for arm in arms}

@@ -13,10 +13,9 @@ from rdpo.execution.keys import without_placement
 from rdpo.execution.reader import RunReader
 from rdpo.files.stage_folder import Manifest
 from rdpo.inspection.results import result_lines
-from rdpo.records import ID_COLUMN, digest
+from rdpo.records import ID_COLUMN, SIDES, digest
 from rdpo.stages.table import NAMES, WITHOUT_ROWS, names_of
 
-ANSWERS = ("chosen", "rejected")
 SHOWN_CHARS = 48
 SHOWN_NAMES = 5
 UNSET = "-"
@@ -161,7 +160,7 @@ def _some(names: pa.ChunkedArray) -> str:
 def _texts(a: Side, b: Side) -> Iterator[str]:
     of_a, of_b = map(_answers, (a, b))
     both = [(of_a[name], of_b[name]) for name in of_a if name in of_b]
-    other = {side: sum(one[side] != two[side] for one, two in both) for side in ANSWERS}
+    other = {side: sum(one[side] != two[side] for one, two in both) for side in SIDES}
     if any(other.values()):
         told = ", ".join(f"{count} with another {side} answer" for side, count in other.items())
         yield f"{'pairs':<12}{len(both)} in both: {told}"
@@ -169,7 +168,5 @@ def _texts(a: Side, b: Side) -> Iterator[str]:
 
 def _answers(side: Side) -> dict[str, dict[str, str]]:
     """Hashes of both answers of each pair, by its id."""
-    tables = side.folder("pairs").tables(columns=[ID_COLUMN, *ANSWERS])
-    return {
-        row[ID_COLUMN]: {name: digest(row[name]) for name in ANSWERS} for part in tables for row in part.to_pylist()
-    }
+    tables = side.folder("pairs").tables(columns=[ID_COLUMN, *SIDES])
+    return {row[ID_COLUMN]: {name: digest(row[name]) for name in SIDES} for part in tables for row in part.to_pylist()}

@@ -22,10 +22,10 @@ from rdpo.evaluation.publish import rendered_card
 from rdpo.execution.reader import RunReader
 from rdpo.files.folder import Folder
 from rdpo.files.stage_folder import Manifest, StageFolder
-from rdpo.records import HELDOUT, text_of
+from rdpo.records import HELDOUT, ID_COLUMN, text_of
 
 PAIR_COLUMNS = (
-    "prompt_id",
+    ID_COLUMN,
     "prompt",
     "chosen",
     "rejected",
@@ -94,7 +94,7 @@ def _write(tables: Iterator[pa.Table], path: Path) -> int:
 
 def _answers(stage: StageFolder, job: Job, made: Path) -> dict[str, int]:
     generators = {"start": job.student.model, "trained": job.name}
-    rows = stage.table(columns=["prompt_id", "prompt", *generators]).sort_by("prompt_id").to_pylist()
+    rows = stage.table(columns=[ID_COLUMN, "prompt", *generators]).sort_by(ID_COLUMN).to_pylist()
     for side, generator in generators.items():
         outputs = [{"instruction": text_of(row["prompt"]), "output": row[side], "generator": generator} for row in rows]
         (made / f"{side}.json").write_text(json.dumps(outputs, indent=1, ensure_ascii=False), encoding="utf-8")

@@ -13,7 +13,7 @@ import numpy as np
 from rdpo.evaluation.compare import Estimate, bootstrap, with_interval
 from rdpo.execution.keys import without_placement
 from rdpo.files.stage_folder import Manifest
-from rdpo.records import Row
+from rdpo.records import ID_COLUMN, Row
 
 Pick = Callable[[Row], float | None]
 NAME, COLUMN = 28, 28
@@ -39,7 +39,7 @@ def result_lines(
     if not (rows_a and rows_b):
         without = [side for side, rows in (("A", rows_a), ("B", rows_b)) if not rows]
         return [*lines, f"no evaluation in {' and '.join(without)} yet"]
-    common = len({row["prompt_id"] for row in rows_a} & {row["prompt_id"] for row in rows_b})
+    common = len({row[ID_COLUMN] for row in rows_a} & {row[ID_COLUMN] for row in rows_b})
     lines.append(f"held-out prompts: {len(rows_a)} and {len(rows_b)}, of which both have {common}")
     lines += [_line(name, pick, rows_a, rows_b, seed) for name, pick in _picks(rows_a[0], rows_b[0]).items()]
     return [*lines, *_warnings(a["evaluation"], b["evaluation"])]
@@ -93,7 +93,7 @@ def _win(row: Row, reward: str) -> float | None:
 
 
 def _line(name: str, pick: Pick, rows_a: list[Row], rows_b: list[Row], seed: int) -> str:
-    values = [{row["prompt_id"]: pick(row) for row in rows} for rows in (rows_a, rows_b)]
+    values = [{row[ID_COLUMN]: pick(row) for row in rows} for rows in (rows_a, rows_b)]
     known = [{prompt: value for prompt, value in side.items() if value is not None} for side in values]
     differences = [known[1][prompt] - known[0][prompt] for prompt in known[0] if prompt in known[1]]
     a, b = (_estimate(list(side.values()), seed, ".3f") for side in known)

@@ -14,7 +14,7 @@ from rdpo.errors import InputError
 from rdpo.execution.reader import RunReader
 from rdpo.inspection.token_logps import TokenLogps, TokenReader
 from rdpo.modeling.chat import load_chat
-from rdpo.records import Row, shown
+from rdpo.records import ID_COLUMN, Row, shown
 
 TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 TOKEN_STYLES = {"prompt_ids": ("grey50", "grey70"), "chosen_ids": ("green", "bright_green")}
@@ -36,7 +36,7 @@ def show_rows(run_dir: str, stage: str, row_id: str | None, limit: int, dropped:
         raise InputError(f"{run_dir}: the {stage} stage holds no {'dropped ' if dropped else ''}rows")
     rows = table.to_pylist()
     if row_id is not None:
-        rows = [row for row in rows if row["prompt_id"].startswith(row_id)]
+        rows = [row for row in rows if row[ID_COLUMN].startswith(row_id)]
         if not rows:
             raise InputError(f"{run_dir}: no row of the {stage} stage has an id that begins with {row_id}")
     if logps and "prompt_ids" not in rows[0]:
@@ -59,8 +59,8 @@ def _decoder(run: RunReader, row: Row) -> Any:
 
 
 def _panel(row: Row, decode: Any) -> Panel:
-    parts = [_field(name, value, decode) for name, value in row.items() if name != "prompt_id" and value is not None]
-    return Panel(Group(*parts), title=Text(shown(row["prompt_id"])), title_align="left")
+    parts = [_field(name, value, decode) for name, value in row.items() if name != ID_COLUMN and value is not None]
+    return Panel(Group(*parts), title=Text(shown(row[ID_COLUMN])), title_align="left")
 
 
 def _field(name: str, value: Any, decode: Any) -> Text:

@@ -20,6 +20,7 @@ from rdpo.execution.reader import JOB_FILE, RunReader, job_of_run, round_dir
 from rdpo.execution.stage import Stage
 from rdpo.files.folder import Folder
 from rdpo.files.stage_folder import IN_PROGRESS, Manifest
+from rdpo.records import HELDOUT
 from rdpo.stages.table import stages_of
 from rdpo.training.schedule import total_steps
 
@@ -119,7 +120,7 @@ def _trained(run: RunReader, made: Made, status: StageStatus) -> StageStatus:
     """The status with the last optimizer step that is on file, and the time that the others will take."""
     steps = run.metrics
     if "reference" in made and (reference := run.folder("reference")).parts():
-        heldout = pc.fill_null(reference.table(columns=["heldout"])["heldout"], False)
+        heldout = pc.fill_null(reference.table(columns=[HELDOUT])[HELDOUT], False)
         status.total = total_steps(len(heldout) - (pc.sum(heldout).as_py() or 0), run.job)
     if not steps:
         return status

@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 
 from rdpo.evaluation.compare import Values
 from rdpo.files.stage_folder import StageFolder
-from rdpo.records import SIDES
+from rdpo.records import ID_COLUMN, SIDES
 
 MODELS = ("start", "trained")
 
@@ -112,10 +112,10 @@ def pair_columns(folder: StageFolder) -> PairColumns:
 def prompt_columns(folder: StageFolder) -> PromptColumns:
     """The numbers of an evaluation stage, in the order of the ids."""
     names = [f"{model}_{what}" for model in MODELS for what in ("scores", "score", "tokens")]
-    table = folder.table(columns=["prompt_id", *names])
-    table = table.sort_by("prompt_id") if table.num_rows else table
+    table = folder.table(columns=[ID_COLUMN, *names])
+    table = table.sort_by(ID_COLUMN) if table.num_rows else table
     return PromptColumns(
-        table["prompt_id"].to_pylist() if table.num_rows else [],
+        table[ID_COLUMN].to_pylist() if table.num_rows else [],
         {model: _by_name(table, f"{model}_scores") for model in MODELS},
         {model: _numbers(table, f"{model}_score") for model in MODELS},
         {model: _numbers(table, f"{model}_tokens") for model in MODELS},

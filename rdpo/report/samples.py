@@ -14,12 +14,11 @@ from markupsafe import Markup
 from rdpo.config import Job
 from rdpo.evaluation.compare import Values
 from rdpo.files.stage_folder import StageFolder
-from rdpo.records import Row, text_of
+from rdpo.records import ID_COLUMN, Row, text_of
 from rdpo.report.columns import MODELS, PromptColumns
 from rdpo.report.differences import Difference, difference
 from rdpo.report.page import escaped
 
-ID = "prompt_id"
 ID_DIGITS = 8
 CONVERSATIONS = 10
 SAMPLES_BYTES = 2_500_000
@@ -67,8 +66,8 @@ def conversations(folder: StageFolder, job: Job) -> list[Conversation]:
     """The first conversations by id; what differs between the two sides of a pair is marked."""
     if not folder.parts():
         return []
-    ids = pc.sort_indices(folder.ids(ID))[:CONVERSATIONS]
-    rows = rows_of(folder, folder.ids(ID).take(ids).to_pylist())
+    ids = pc.sort_indices(folder.ids(ID_COLUMN))[:CONVERSATIONS]
+    rows = rows_of(folder, folder.ids(ID_COLUMN).take(ids).to_pylist())
     return [_conversation(row, job) for row in rows]
 
 
@@ -79,7 +78,7 @@ def evaluated_samples(folder: StageFolder, columns: PromptColumns, limit: int) -
     """
     places = {name: place for place, name in enumerate(columns.ids)}
     chosen = [columns.ids[place] for place in most_telling(columns.gain, limit)]
-    rows = {row[ID]: row for row in rows_of(folder, chosen)}
+    rows = {row[ID_COLUMN]: row for row in rows_of(folder, chosen)}
     samples, room = [], SAMPLES_BYTES
     for name in chosen:
         sample = _sample(rows[name], columns, places[name])
@@ -102,8 +101,8 @@ def most_telling(gain: Values, limit: int) -> list[int]:
 def rows_of(folder: StageFolder, ids: Sequence[str]) -> list[Row]:
     """The kept rows with these ids, by id; of each part only they are held."""
     wanted = pa.array(ids, pa.string())
-    rows = [row for table in folder.tables() for row in table.filter(pc.is_in(table[ID], wanted)).to_pylist()]
-    return sorted(rows, key=lambda row: row[ID])
+    rows = [row for table in folder.tables() for row in table.filter(pc.is_in(table[ID_COLUMN], wanted)).to_pylist()]
+    return sorted(rows, key=lambda row: row[ID_COLUMN])
 
 
 def _conversation(row: Row, job: Job) -> Conversation:
@@ -113,13 +112,13 @@ def _conversation(row: Row, job: Job) -> Conversation:
     found = difference(row[before] or "", row[after] or "") if before in texts and after in texts else None
     if found:
         texts |= {before: found.before, after: found.after}
-    return Conversation(row[ID][:ID_DIGITS], escaped(text_of(row["prompt"])), list(texts.items()), found)
+    return Conversation(row[ID_COLUMN][:ID_DIGITS], escaped(text_of(row["prompt"])), list(texts.items()), found)
 
 
 def _sample(row: Row, columns: PromptColumns, place: int) -> Sample:
     changes = [columns.change(reward)[place] for reward in columns.rewards]
     return Sample(
-        row[ID][:ID_DIGITS],
+        row[ID_COLUMN][:ID_DIGITS],
         escaped(text_of(row["prompt"])),
         list(_answers(row)),
         [float(change) for change in (*changes, columns.growth[place])],

@@ -23,7 +23,7 @@ from rdpo.config import Job, Sampling
 from rdpo.config.task import Task, Turn
 from rdpo.modeling.chat import load_chat
 from rdpo.modeling.weights import local_adapter, local_model
-from rdpo.records import Messages, Row, clean, draw_seed, drop, table_of
+from rdpo.records import ID_COLUMN, Messages, Row, clean, draw_seed, drop, table_of
 from rdpo.synthesis.endpoint import Endpoint, endpoint_key
 from rdpo.synthesis.engine import Engine, Generation, engine_pool
 from rdpo.synthesis.instructions import load_task, template_values, turn_messages
@@ -150,7 +150,7 @@ class Conversation:
     ) -> str | None:
         """Write one answer of a turn into the row; the reason if that cannot be done."""
         sampling = turn_sampling(turn, self.sampling)
-        seed = draw_seed(self.job.seed, row["prompt_id"], name)
+        seed = draw_seed(self.job.seed, row[ID_COLUMN], name)
         try:
             messages = turn_messages(turn, row, values, told)
             generation = await self.say(messages, turn, sampling, seed)

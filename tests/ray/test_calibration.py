@@ -9,7 +9,7 @@ from rdpo.config import Job
 from rdpo.errors import InputError
 from rdpo.execution.pipeline import run_stages
 from rdpo.execution.run import Run
-from rdpo.stages import STAGES
+from rdpo.stages.table import STAGES
 from rdpo.tracking.console import Console
 
 pytestmark = pytest.mark.ray
