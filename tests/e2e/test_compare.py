@@ -11,7 +11,7 @@ import pytest
 import tomli_w
 
 from rdpo.files.stage_folder import StageFolder
-from tests.conftest import valid_job, write_job
+from tests.support.jobs import valid_job, write_job
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

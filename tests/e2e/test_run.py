@@ -14,7 +14,7 @@ from rdpo.cli import main
 from rdpo.execution.reader import RunReader
 from rdpo.files.stage_folder import StageFolder
 from rdpo.inspection.token_logps import TokenReader
-from tests.conftest import ALL_STAGES, whole_job, write_job
+from tests.support.jobs import ALL_STAGES, whole_job, write_job
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

@@ -21,8 +21,8 @@ from rdpo.execution import lock
 from rdpo.files import stores
 from rdpo.files.folder import Folder
 from rdpo.files.stage_folder import Manifest, StageFolder
-from tests.conftest import ALL_STAGES, valid_job, write_job, write_jsonl
-from tests.faults.stores import SECRET, FlakyProxy, client, environment, keys
+from tests.support.jobs import ALL_STAGES, valid_job, write_job, write_jsonl
+from tests.support.stores import SECRET, FlakyProxy, client, environment, keys
 
 pytest.importorskip("moto", reason="the S3 server of the tests is not installed")
 

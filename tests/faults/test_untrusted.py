@@ -43,7 +43,7 @@ from rdpo.stages.table import stages_of
 from rdpo.synthesis.instructions import render
 from rdpo.synthesis.prompts import prompt_row
 from rdpo.tracking.console import Console, quiet_console
-from tests.conftest import write_job
+from tests.support.jobs import write_job
 from tests.unit.test_endpoint import Server, ask, completion
 
 HOSTILE = (

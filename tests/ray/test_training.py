@@ -17,7 +17,7 @@ from rdpo.training.checkpoint import finish_policy
 from rdpo.training.heldout import LOSS, best_step
 from rdpo.training.loop import NonFiniteStep
 from rdpo.training.trainer import heldout_margins
-from tests.conftest import valid_job
+from tests.support.jobs import valid_job
 
 pytestmark = pytest.mark.ray
 

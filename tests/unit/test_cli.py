@@ -11,7 +11,7 @@ from rdpo.cli import main
 from rdpo.config import Job, load_job
 from rdpo.errors import InputError
 from rdpo.execution.pipeline import locked
-from tests.conftest import write_job
+from tests.support.jobs import write_job
 
 HEAVY = ("torch", "ray", "vllm", "deepspeed", "transformers")
 

@@ -12,7 +12,7 @@ from rdpo.execution.pipeline import run_stages
 from rdpo.execution.run import Run
 from rdpo.experiments.comparison import load_comparison, run_arms
 from rdpo.files.stage_folder import StageFolder
-from tests.conftest import write_job
+from tests.support.jobs import write_job
 
 LENGTH = {"kind": "function", "name": "length", "function": "tests.rewards:length"}
 ARMS = {"dpo": {"training": {"offset_coef": 0.0}}, "rdpo": {"training": {"offset_coef": 0.5}}}

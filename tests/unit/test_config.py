@@ -12,7 +12,7 @@ from rdpo.experiments.comparison import load_comparison
 from rdpo.preference.pairs import scored_answers
 from rdpo.synthesis.instructions import load_task
 from rdpo.synthesis.prompts import check_templates
-from tests.conftest import write_job
+from tests.support.jobs import write_job
 
 ROOT = Path(__file__).parents[2]
 JOBS = sorted((ROOT / "jobs").rglob("*.toml"))

@@ -13,7 +13,7 @@ from rdpo.config import Job, Sampling, load_job
 from rdpo.errors import InputError
 from rdpo.stages import synthesis
 from rdpo.synthesis.endpoint import Endpoint, EndpointDown, Unanswered, check_endpoint, cost, endpoint_key
-from tests.conftest import write_job
+from tests.support.jobs import write_job
 
 SAMPLING = Sampling(max_tokens=5)
 

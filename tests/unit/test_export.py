@@ -7,7 +7,7 @@ import pytest
 from rdpo.cli import main
 from rdpo.errors import InputError
 from rdpo.inspection.export import export
-from tests.made_up import made_up_run
+from tests.support.made_up import made_up_run
 
 
 @pytest.fixture

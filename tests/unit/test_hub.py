@@ -11,7 +11,7 @@ from threading import Thread
 import pytest
 
 from rdpo.files.stage_folder import Manifest, StageFolder
-from tests.made_up import made_up_run
+from tests.support.made_up import made_up_run
 
 TOKEN = "hf_abcdefghijklmnopqrstuvwxyz"
 

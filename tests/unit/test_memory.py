@@ -13,7 +13,7 @@ from rdpo.modeling.packing import PairSize
 from rdpo.planning.communication import bytes_sent, sent
 from rdpo.planning.memory import Memory, heaviest, rehearse, worker_memory
 from rdpo.planning.plan import plan
-from tests.conftest import valid_job
+from tests.support.jobs import valid_job
 
 
 def job_of(model, place, **training):

@@ -10,7 +10,7 @@ from rdpo.cluster.pools import SHARE, pools_of
 from rdpo.config import Engine, Job, largest, load_job, smallest
 from rdpo.errors import InputError
 from rdpo.stages import evaluation, reference, rewards, synthesis, training
-from tests.conftest import write_job
+from tests.support.jobs import write_job
 
 CLASSIFIER = {"kind": "classifier", "name": "rm", "model": "m"}
 JUDGE = {"kind": "judge", "name": "judge", "rubric": "{{ answer }}"}

@@ -18,7 +18,7 @@ from rdpo.preference.ratings import expected_rating, rating_value, written_ratin
 from rdpo.records import alive, clean, digest, draw_seed, drop, prompt_id, table_of, unit_draw, visible
 from rdpo.synthesis.defects import defects
 from rdpo.synthesis.instructions import check_template, render
-from tests.conftest import valid_job, write_job
+from tests.support.jobs import valid_job, write_job
 
 QUICK = settings(max_examples=100, deadline=None)
 ANY = st.text(st.characters(), max_size=12)

@@ -4,7 +4,7 @@ from rdpo.config import Job
 from rdpo.files.stage_folder import Manifest
 from rdpo.report.provenance import Source, sources
 from rdpo.stages.table import STAGES
-from tests.conftest import write_jsonl
+from tests.support.jobs import write_jsonl
 
 
 def test_the_lineage_of_a_job_names_its_sources_and_who_read_them(job_table, tmp_path):

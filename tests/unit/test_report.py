@@ -27,7 +27,7 @@ from rdpo.records import SHOWN_CHARS, shown
 from rdpo.report.page import content_policy, escaped
 from rdpo.report.report import ReportSoFar, headline, write_report
 from rdpo.tracking.console import Console
-from tests.conftest import write_job
+from tests.support.jobs import write_job
 
 HOSTILE = (
     "</div><script>document.title = 'run'</script><img src=x onerror=\"document.title='run'\">\u202egnp.exe\x00\x1b[31m"

@@ -119,7 +119,7 @@ def test_rounds_are_not_compared(job_table, tmp_path):
 
 def test_a_dry_run_tells_what_round_one_would_do(job_table, tmp_path, capsys):
     from rdpo.cli import main
-    from tests.conftest import write_job
+    from tests.support.jobs import write_job
 
     path = write_job(tmp_path / "job.toml", job_table | {"rounds": {"count": 2}})
     assert main(["run", path, "--dry-run", "--run-dir", str(tmp_path / "run")]) == 0
@@ -131,7 +131,7 @@ def test_a_dry_run_tells_what_round_one_would_do(job_table, tmp_path, capsys):
 @pytest.mark.parametrize("command", ["report", "train"])
 def test_a_directory_of_rounds_is_no_single_run(job_table, tmp_path, capsys, command):
     from rdpo.cli import main
-    from tests.conftest import write_job
+    from tests.support.jobs import write_job
 
     write_job(tmp_path / "config.toml", job_table | {"rounds": {"count": 2}})
     assert main([command, str(tmp_path)]) == 2

@@ -6,7 +6,7 @@ import pytest
 
 from rdpo.cli import main
 from rdpo.cluster.submission import RUNTIME_ENV
-from tests.conftest import write_job
+from tests.support.jobs import write_job
 
 
 @pytest.fixture

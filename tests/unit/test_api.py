@@ -5,8 +5,8 @@ import pytest
 import rdpo
 from rdpo.config import Job
 from rdpo.errors import InputError
-from tests.conftest import write_job
-from tests.made_up import HOSTILE, made_up_run
+from tests.support.jobs import write_job
+from tests.support.made_up import HOSTILE, made_up_run
 
 
 @pytest.fixture
