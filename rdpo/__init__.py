@@ -9,11 +9,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rdpo.api import RunView, load_run, run
     from rdpo.config import Job, Loss, load_job
     from rdpo.errors import InputError
-    from rdpo.runs import load_run, run
     from rdpo.training.losses import PairLogps, RewardTerms, preference_loss, reward_terms
-    from rdpo.view import RunView
 
 __version__ = "0.1.0"
 
@@ -34,9 +33,8 @@ __all__ = [
 _HOMES = {
     "rdpo.config": ("Job", "Loss", "load_job"),
     "rdpo.errors": ("InputError",),
-    "rdpo.runs": ("load_run", "run"),
     "rdpo.training.losses": ("PairLogps", "RewardTerms", "preference_loss", "reward_terms"),
-    "rdpo.view": ("RunView",),
+    "rdpo.api": ("RunView", "load_run", "run"),
 }
 
 

@@ -1,5 +1,10 @@
 """The two ways a run can fail that are not bugs: bad input, and a broken promise about the data."""
 
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 
 class InputError(Exception):
     """Something the user wrote or pointed at is wrong; the message says where, what and the remedy.
@@ -22,3 +27,9 @@ def input_error_within(error: BaseException | None) -> InputError | None:
             return cause
         error = cause if isinstance(cause, BaseException) else error.__cause__
     return None
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """` (did you mean `NAME`?)` with the nearest of the known names, or nothing if none is near."""
+    close = get_close_matches(name, known, n=1)
+    return f" (did you mean `{close[0]}`?)" if close else ""

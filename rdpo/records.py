@@ -19,6 +19,13 @@ if TYPE_CHECKING:
 Messages = list[dict[str, str]]
 Row = dict[str, Any]
 
+ID_COLUMN = "prompt_id"
+"""The column with a row's id."""
+HELDOUT = "heldout"
+"""The split of prompts that nothing is trained on, and the column of pairs that are held out of training."""
+SIDES = ("chosen", "rejected")
+"""The two answers of a preference pair, in the names of its columns."""
+SHOWN_CHARS = 4000
 ROLES = ("system", "user", "assistant", "tool")
 # What moves a terminal's cursor, turns the direction of writing, or cannot be seen or encoded; line breaks and tabs are
 # none of these, nor are the joiners that scripts and emoji need.
@@ -67,6 +74,13 @@ def clean(text: str) -> str:
 def visible(text: str) -> str:
     """The text fit for a terminal or a page: characters that act on it, or cannot be seen, are written out."""
     return UNSEEN.sub(lambda found: _written_out(ord(found[0])), text)
+
+
+def shown(text: str | None) -> str:
+    """Model text fit for a page or a terminal: what acts on either is made visible, very long text is cut."""
+    text = text or ""
+    cut = visible(text[:SHOWN_CHARS])
+    return cut if len(text) <= SHOWN_CHARS else f"{cut} … ({len(text)} characters)"
 
 
 def _written_out(code: int) -> str:

@@ -1,6 +1,5 @@
 """A tiny Llama and tokenizer built in code, so that no test needs a network; one local Ray for all."""
 
-import json
 import os
 import socket
 
@@ -9,14 +8,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # By default Ray's workers give way to every other process of the machine.
 os.environ.setdefault("RAY_worker_niceness", "0")
 
-from pathlib import Path
 
 import pytest
 
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
+from tests.support.jobs import valid_job
+from tests.support.models import byte_tokenizer, save_model, tiny_config
 
 
 def pytest_collection_modifyitems(items):
@@ -42,48 +38,6 @@ def pytest_terminal_summary(terminalreporter):
     for fault in dict.fromkeys(fault for fault, _ in table):
         cells = (table.get((fault, stage), "") for stage in stages)
         terminalreporter.write_line(f"| {fault} | " + " | ".join(cells) + " |")
-
-
-def byte_tokenizer(template=CHATML, bos=None, specials=("<|im_start|>", "<|im_end|>"), eos="<|im_end|>"):
-    """A byte-level tokenizer: every byte is a token, plus the special ones."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    specials = [*([bos] if bos else []), *specials]
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: index for index, token in enumerate([*specials, *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(specials)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos, eos_token=eos, pad_token=eos)
-    fast.chat_template = template
-    return fast
-
-
-def tiny_config(tokenizer, **changes):
-    from transformers import LlamaConfig
-
-    settings = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "max_position_embeddings": 1024,
-        "tie_word_embeddings": True,
-        "eos_token_id": tokenizer.eos_token_id,
-        "bos_token_id": None,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    return LlamaConfig(**{**settings, **changes})
-
-
-def save_model(folder, model, tokenizer):
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture(scope="session")
@@ -151,70 +105,6 @@ def process_group():
 def job_table(tiny_model, tmp_path):
     """The tables of a valid job over the tiny model; tests change what they are about."""
     return valid_job(tiny_model, tmp_path)
-
-
-def valid_job(tiny_model, tmp_path):
-    write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": f"question {i}", "split": split_of(i)} for i in range(12)])
-    return {
-        "name": "tiny",
-        "student": {"model": tiny_model, "dtype": "float32"},
-        "prompts": {"source": str(tmp_path / "prompts.jsonl"), "max_prompt_tokens": 128},
-        "synthesis": {
-            "task": "roleplay",
-            "sampling": {"max_tokens": 6, "temperature": 1.0},
-            "engine": {"max_model_len": 1024, "kv_cache_gib": 1, "batch_rows": 4},
-        },
-        "rewards": [{"kind": "function", "name": "length", "function": "tests.rewards:length"}],
-        "reference": {"max_length": 256, "tokens_per_batch": 1024},
-        "training": {"batch_size": 4, "tokens_per_batch": 1024, "learning_rate": 1e-3},
-        "evaluation": {"sampling": {"max_tokens": 6}, "engine": {"max_model_len": 256, "kv_cache_gib": 1}},
-    }
-
-
-ALL_STAGES = (
-    *("prompts", "calibration", "synthesis", "rewards", "pairs", "reference"),
-    *("training", "policy", "evaluation", "model"),
-)
-
-
-def whole_job(source, student, classifier):
-    """The tables of a job from end to end, in fp32, with two training workers and checkpoints."""
-    engine = {"max_model_len": 1024, "kv_cache_gib": 1, "batch_rows": 4, "batches_in_flight": 1}
-    engine["options"] = {"dtype": "float32"}
-    speech = {"sampling": {"max_tokens": 8, "temperature": 1.0}, "engine": engine}
-    return {
-        "name": "tiny",
-        "student": {"model": student, "dtype": "float32"},
-        "prompts": {"source": str(source), "max_prompt_tokens": 128},
-        "synthesis": {"task": "roleplay", **speech},
-        "rewards": [{"kind": "classifier", "name": "rm", "model": classifier, "dtype": "float32"}],
-        "pairs": {"direction": "reward"},
-        "reference": {"max_length": 256, "tokens_per_batch": 1024},
-        "training": {
-            "batch_size": 4,
-            "tokens_per_batch": 1024,
-            "num_workers": 2,
-            "learning_rate": 1e-3,
-            "checkpoint_every": 2,
-            "lora": {"rank": 4},
-        },
-        "evaluation": speech,
-    }
-
-
-def split_of(index):
-    return "heldout" if index % 4 == 0 else "train"
-
-
-def write_jsonl(path, rows):
-    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-
-def write_job(path, table):
-    import tomli_w
-
-    Path(path).write_text(tomli_w.dumps(table), encoding="utf-8")
-    return str(path)
 
 
 @pytest.fixture(scope="session")

@@ -13,8 +13,8 @@ import time
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from rdpo.policy.attention import flash_by_sequence, flex_by_block
-from rdpo.policy.layout import Span
+from rdpo.modeling.attention import flash_by_sequence, flex_by_block
+from rdpo.modeling.layout import Span
 
 HEADS, KEY_HEADS, SIZE = 32, 8, 128
 ROUNDS = 10

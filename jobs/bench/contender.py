@@ -22,13 +22,13 @@ from pathlib import Path
 
 import torch
 
+from rdpo.cluster.hardware import allocator_environment, peak_flops, peak_memory_gib
 from rdpo.config import Job
-from rdpo.policy.chat import load_chat
-from rdpo.policy.flops import Arithmetic, matmul_rate
-from rdpo.policy.hardware import allocator_environment, peak_flops, peak_memory_gib
-from rdpo.policy.model import Policy, load_policy
-from rdpo.policy.models import local_model
-from rdpo.policy.packing import PairSize, batch_tokens, micro_batches
+from rdpo.modeling.chat import load_chat
+from rdpo.modeling.flops import Arithmetic, matmul_rate
+from rdpo.modeling.model import Policy, load_policy
+from rdpo.modeling.packing import PairSize, batch_tokens, micro_batches
+from rdpo.modeling.weights import local_model
 from rdpo.preference.reference import Reference, student_dtype, tokenize_pair
 from rdpo.records import alive
 from rdpo.training.loop import PairTable, Trainer, step_pairs

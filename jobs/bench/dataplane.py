@@ -73,7 +73,7 @@ def write_prompts(path: Path, rows: int) -> None:
 
 def echoing():
     """The stages with the teacher's engine replaced by `Echo`."""
-    from rdpo.stages import STAGES as ALL
+    from rdpo.stages.table import STAGES as ALL
     from rdpo.synthesis.engine import engine_pool
     from rdpo.synthesis.teacher import Teacher
 
@@ -106,9 +106,10 @@ class StoreWatch(threading.Thread):
 
 def measure(rows: int, folder: Path) -> dict:
     """Run one size; its figures."""
-    from rdpo.cluster import start_ray
-    from rdpo.pipeline import Run, locked, run_stages
-    from rdpo.tracking import Console
+    from rdpo.cluster.connection import start_ray
+    from rdpo.execution.pipeline import locked, run_stages
+    from rdpo.execution.run import Run
+    from rdpo.tracking.console import Console
 
     write_prompts(folder / "prompts.jsonl", rows)
     job, run_dir = job_of(folder / "prompts.jsonl"), str(folder / "run")

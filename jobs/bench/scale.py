@@ -2,7 +2,7 @@
 
     python jobs/bench/scale.py
 
-Nothing is run. The first table holds the model of `rdpo.training.communication` against MosaicML's measurements of
+Nothing is run. The first table holds the model of `rdpo.planning.communication` against MosaicML's measurements of
 pretraining under full sharding (llm-foundry, scripts/train/benchmarking, H100 80GB and A100 40/80GB tables): the same
 messages, since FSDP's full sharding gathers and scatters as ZeRO-3 does. One number is fitted for each GPU type, the
 utilisation of products that wait for nothing.
@@ -14,8 +14,8 @@ pairs of 1,000 tokens a step must have for that.
 
 from dataclasses import dataclass
 
-from rdpo.policy.gpus import GPUS
-from rdpo.training.communication import sent
+from rdpo.cluster.gpus import GPUS
+from rdpo.planning.communication import sent
 
 UNHINDERED = {"H100": 0.58, "A100": 0.70, "A100-40": 0.70}
 """Hardware FLOPs utilisation of the published runs that send least for what they compute."""

@@ -25,7 +25,7 @@ import psutil
 
 from jobs.bench.dataplane import FIRST, STUDENT, Echo, write_prompts
 from rdpo.config import Job
-from rdpo.tracking import Console, Listener
+from rdpo.tracking.console import Console, Listener
 
 TURNS, TURN_S, AT_ONCE = 3, 0.5, 16
 NODE_ROWS_PER_S = AT_ONCE / (TURNS * TURN_S)
@@ -89,7 +89,7 @@ def job_of(source: Path, nodes: int, address: str) -> Job:
 
 def stages():
     """Prompts, and synthesis with the teacher's engine replaced by `Slow`."""
-    from rdpo.stages import STAGES
+    from rdpo.stages.table import STAGES
     from rdpo.synthesis.engine import engine_pool
     from rdpo.synthesis.teacher import Teacher
 
@@ -107,8 +107,9 @@ def measure(nodes: int, rows: int, folder: Path) -> dict:
     import ray
     from ray.cluster_utils import Cluster
 
-    from rdpo.cluster import start_ray
-    from rdpo.pipeline import Run, locked, run_stages
+    from rdpo.cluster.connection import start_ray
+    from rdpo.execution.pipeline import locked, run_stages
+    from rdpo.execution.run import Run
 
     head = {"num_cpus": 4, "object_store_memory": 4 * STORE_BYTES, "dashboard_host": "127.0.0.1"}
     cluster = Cluster(initialize_head=True, head_node_args=head)

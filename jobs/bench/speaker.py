@@ -20,14 +20,14 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rdpo.cluster import start_ray
+from rdpo.cluster.connection import start_ray
 from rdpo.config import Job, load_job
-from rdpo.policy.chat import Chat, load_chat
-from rdpo.policy.hardware import compute_dtype
-from rdpo.policy.models import local_model
+from rdpo.config.task import Task, Turn
+from rdpo.modeling.chat import Chat, load_chat
+from rdpo.modeling.weights import local_model
 from rdpo.records import Messages, Row, draw_seed, prompt_id
-from rdpo.synthesis.engine import Engine, _cpu_arguments, _cpu_environment, _gpu_arguments
-from rdpo.synthesis.instructions import Task, Turn, check_prefills, load_task, template_values, turn_messages
+from rdpo.synthesis.engine import Engine, engine_arguments, engine_environment
+from rdpo.synthesis.instructions import check_prefills, load_task, template_values, turn_messages
 from rdpo.synthesis.teacher import synthesize, teacher_model, turn_sampling
 
 if TYPE_CHECKING:
@@ -106,19 +106,10 @@ def note(row: Row, turn: Turn, text: str, tokens: int, prompt: int, cached: int 
     row[f"{turn.name}_prompt_cached"] = cached
 
 
-def engine_arguments(job: Job) -> dict[str, Any]:
+def arguments_of(job: Job) -> dict[str, Any]:
     """What rdpo's engine gives to vLLM, for those who call vLLM by themselves."""
     settings = job.synthesis.engine
-    return {
-        "dtype": compute_dtype(settings.dtype, gpu=settings.gpus > 0),
-        "max_model_len": settings.max_model_len,
-        "enable_prefix_caching": True,
-        "seed": job.seed,
-        "generation_config": "vllm",
-        "disable_log_stats": True,
-        **(_gpu_arguments(settings) if settings.gpus else _cpu_arguments(settings)),
-        **settings.options,
-    }
+    return {**engine_arguments(str(local_model(teacher_model(job))), settings, job.seed), **settings.options}
 
 
 def sampling_arguments(job: Job, turn: Turn, row: Row, chat: Chat) -> dict[str, Any]:
@@ -135,15 +126,12 @@ def sampling_arguments(job: Job, turn: Turn, row: Row, chat: Chat) -> dict[str, 
 
 def speak_raw(job: Job, task: Task, rows: list[Row]) -> Spoken:
     """All rows through one turn after the other by vLLM's offline class."""
-    if job.synthesis.engine.gpus:
-        os.environ["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
-    else:
-        os.environ.update(_cpu_environment(job.synthesis.engine))
+    os.environ.update(engine_environment(job.synthesis.engine))
     from vllm import LLM, SamplingParams, TokensPrompt
     from vllm.sampling_params import RequestOutputKind
 
     model = teacher_model(job)
-    chat, llm = load_chat(model), LLM(model=str(local_model(model)), **engine_arguments(job))
+    chat, llm = load_chat(model), LLM(**arguments_of(job))
 
     def say(turn: Turn, spoken: list[Row], conversations: list[Messages]) -> None:
         prompts = [TokensPrompt(prompt_token_ids=chat.prompt_ids(messages)) for messages in conversations]
@@ -198,10 +186,10 @@ def speak_raydata(job: Job, task: Task, rows: list[Row]) -> Spoken:
     """
     settings = job.synthesis.engine
     share = {"kv_cache_gib": settings.kv_cache_gib / len(task.turns), "concurrency": len(task.turns)}
-    environment = _cpu_environment(settings.model_copy(update=share))
+    environment = engine_environment(settings.model_copy(update=share))
     os.environ.update({"VLLM_CPU_OMP_THREADS_BIND": "nobind", **environment, **os.environ})
     dataset = entering(job, [{"row": json.dumps(row)} for row in rows])
-    dataset = dataset.repartition(target_num_rows_per_block=settings.batch_rows)
+    dataset = dataset.repartition(target_num_rows_per_block=settings.rows_in_block)
     for turn in task.turns:
         dataset = turn_processor(job, task, turn)(dataset)
     spoken = collected(dataset)
@@ -229,8 +217,8 @@ def turn_processor(job: Job, task: Task, turn: Turn) -> Callable[["ray.data.Data
 
     config = vLLMEngineProcessorConfig(
         model_source=str(local_model(model)),
-        engine_kwargs=engine_arguments(job),
-        batch_size=settings.batch_rows,
+        engine_kwargs={name: value for name, value in arguments_of(job).items() if name != "model"},
+        batch_size=settings.rows_in_block,
         max_concurrent_batches=settings.batches_in_flight,
         concurrency=1,
         chat_template_stage={"num_cpus": SHARE},

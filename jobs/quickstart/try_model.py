@@ -9,9 +9,9 @@ from pathlib import Path
 from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
 
+from rdpo.cluster.hardware import compute_dtype
 from rdpo.config import load_job
-from rdpo.policy.hardware import compute_dtype
-from rdpo.policy.models import local_model
+from rdpo.modeling.weights import local_model
 
 QUESTION = "You are Captain Comet, a superhero. Be heroic.\nWhat is the capital of France?"
 

@@ -12,8 +12,8 @@ from argparse import Namespace
 
 from rdpo.cli.failure import going_on, told
 from rdpo.cli.parser import parse
+from rdpo.cluster.interruption import heed_sigterm
 from rdpo.errors import InputError
-from rdpo.interruption import heed_sigterm
 from rdpo.records import visible
 
 

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 def run(options: argparse.Namespace) -> int:
     """Run a job from prompts to the published model."""
+    from rdpo.api import check_until, default_dir, execute
     from rdpo.config import load_job
-    from rdpo.runs import check_until, default_dir, execute
-    from rdpo.tracking import Console, JsonConsole, QuietConsole
+    from rdpo.tracking.console import Console, JsonConsole, QuietConsole
 
     job = load_job(options.job, options.overrides)
     options.run_dir = options.run_dir or default_dir(job)
@@ -35,14 +35,15 @@ def run(options: argparse.Namespace) -> int:
 
 def _dry_run(job: Job, run_dir: str) -> int:
     from rdpo.config import to_toml
-    from rdpo.pipeline import planned
-    from rdpo.stages import stages_of
-    from rdpo.stages.trial import check_named
+    from rdpo.execution.pipeline import planned
+    from rdpo.stages.checks import check_named
+    from rdpo.stages.table import stages_of
 
     check_named(job)
     print(visible(to_toml(job)))
     if job.rounds.count > 1:
-        from rdpo.rounds import job_of_round, round_dir
+        from rdpo.execution.reader import round_dir
+        from rdpo.experiments.rounds import job_of_round
 
         print(f"# round 1 of {job.rounds.count}")
         job, run_dir = job_of_round(job, 1, [job.student.model]), round_dir(run_dir, 1)
@@ -53,8 +54,8 @@ def _dry_run(job: Job, run_dir: str) -> int:
 
 def stage(options: argparse.Namespace) -> int:
     """Bring one stage of a run up to date."""
-    from rdpo.pipeline import job_of_run
-    from rdpo.runs import execute
+    from rdpo.api import execute
+    from rdpo.execution.reader import job_of_run
 
     job = job_of_run(options.run_dir)
     _check_one_round(job, options.run_dir)
@@ -69,9 +70,9 @@ def _check_one_round(job: Job, run_dir: str) -> None:
 
 def submit(options: argparse.Namespace) -> int:
     """Send a job to a Ray cluster."""
+    from rdpo.cluster.submission import submit as send
     from rdpo.config import load_job
-    from rdpo.stores import is_remote
-    from rdpo.submission import submit as send
+    from rdpo.files.stores import is_remote
 
     job = load_job(options.job, options.overrides)
     if not (is_remote(options.run_dir) or os.path.isabs(options.run_dir)):
@@ -89,9 +90,10 @@ def submit(options: argparse.Namespace) -> int:
 
 def compare(options: argparse.Namespace) -> int:
     """Run the arms of a comparison and hold them against each other."""
-    from rdpo.cluster import ray_stopped_after
-    from rdpo.comparison import Part, compare_arms, load_comparison, run_arms
-    from rdpo.tracking import run_console
+    from rdpo.cluster.connection import ray_stopped_after
+    from rdpo.config.comparison import Part
+    from rdpo.experiments.comparison import compare_arms, load_comparison, run_arms
+    from rdpo.tracking.console import run_console
 
     comparison, jobs = load_comparison(options.comparison, Part(options.arms, options.values, options.until))
     options.run_dir = options.run_dir or os.path.join("runs", comparison.name)
@@ -106,8 +108,8 @@ def compare(options: argparse.Namespace) -> int:
 
 def report(options: argparse.Namespace) -> int:
     """Write the report of a run."""
-    from rdpo.evaluation.report import write_report
-    from rdpo.pipeline import job_of_run
+    from rdpo.execution.reader import job_of_run
+    from rdpo.report.report import write_report
 
     _check_one_round(job_of_run(options.run_dir), options.run_dir)
     print(write_report(options.run_dir))
@@ -116,7 +118,7 @@ def report(options: argparse.Namespace) -> int:
 
 def show(options: argparse.Namespace) -> int:
     """Print rows of a stage."""
-    from rdpo.evaluation.show import show_rows
+    from rdpo.inspection.show import show_rows
 
     show_rows(options.run_dir, options.stage, options.row, options.limit, options.dropped, options.logps)
     return 0
@@ -124,7 +126,7 @@ def show(options: argparse.Namespace) -> int:
 
 def export(options: argparse.Namespace) -> int:
     """Write a run's pairs or answers for other programs."""
-    from rdpo.evaluation.export import export
+    from rdpo.inspection.export import export
 
     for line in export(options.run_dir, options.what, options.target):
         print(visible(line))
@@ -133,7 +135,7 @@ def export(options: argparse.Namespace) -> int:
 
 def harness(options: argparse.Namespace) -> int:
     """Print what both models score in tasks of lm-evaluation-harness."""
-    from rdpo.evaluation.harness import changes, table
+    from rdpo.inspection.harness import changes, table
 
     found = changes(options.run_dir, options.tasks, options.include, options.limit, options.chat)
     for line in table(found):
@@ -143,7 +145,7 @@ def harness(options: argparse.Namespace) -> int:
 
 def push(options: argparse.Namespace) -> int:
     """Put a run's model or pairs on the Hugging Face hub."""
-    from rdpo.evaluation.hub import push
+    from rdpo.inspection.hub import push
 
     print(visible(push(options.run_dir, options.what, options.repository, options.public)))
     return 0
@@ -151,7 +153,7 @@ def push(options: argparse.Namespace) -> int:
 
 def status(options: argparse.Namespace) -> int:
     """Print how far a run has come."""
-    from rdpo.status import as_json, as_text, statuses
+    from rdpo.inspection.status import as_json, as_text, statuses
 
     for found in statuses(options.run_dir):
         for line in [as_json(found)] if options.json else as_text(found):
@@ -161,8 +163,8 @@ def status(options: argparse.Namespace) -> int:
 
 def diff(options: argparse.Namespace) -> int:
     """Print what differs between two runs."""
-    from rdpo.evaluation.diff import diff_runs
-    from rdpo.pipeline import job_of_run
+    from rdpo.execution.reader import job_of_run
+    from rdpo.inspection.diff import diff_runs
 
     for run_dir in options.run_dirs:
         _check_one_round(job_of_run(run_dir), run_dir)
@@ -173,7 +175,7 @@ def diff(options: argparse.Namespace) -> int:
 
 def chat(options: argparse.Namespace) -> int:
     """Talk to the start model and the trained model of a run."""
-    from rdpo.evaluation.chat import chat_with
+    from rdpo.inspection.chat import chat_with
 
     chat_with(options.run_dir)
     return 0
@@ -181,7 +183,7 @@ def chat(options: argparse.Namespace) -> int:
 
 def init(options: argparse.Namespace) -> int:
     """Write a first job file."""
-    from rdpo.init import QUESTIONS, write_job
+    from rdpo.cli.init import QUESTIONS, write_job
 
     given = {question.name: getattr(options, question.name) for question in QUESTIONS}
     for line in write_job(Path(options.file), given, options.yes):
@@ -191,8 +193,8 @@ def init(options: argparse.Namespace) -> int:
 
 def plan(options: argparse.Namespace) -> int:
     """Print where a job runs, what that costs, and the memory and speed of its training."""
+    from rdpo.cluster.placement import placement_table
     from rdpo.config import load_job
-    from rdpo.placement import placement_table
 
     job = load_job(options.job, options.overrides)
     for line in chain(placement_table(job), _costs(job, options), _training(job, options)):
@@ -201,7 +203,7 @@ def plan(options: argparse.Namespace) -> int:
 
 
 def _costs(job: Job, options: argparse.Namespace) -> Iterator[str]:
-    from rdpo.costs import cost_table, load_prices, load_rates
+    from rdpo.planning.costs import cost_table, load_prices, load_rates
 
     if options.prices and not options.rates:
         raise InputError("--prices: dollars need hours; give --rates, a finished smaller run or rows a second by stage")
@@ -212,8 +214,8 @@ def _costs(job: Job, options: argparse.Namespace) -> Iterator[str]:
 
 
 def _training(job: Job, options: argparse.Namespace) -> Iterator[str]:
+    from rdpo.planning.plan import plan
     from rdpo.training.loop import PairTable
-    from rdpo.training.plan import plan
 
     sizes = PairTable.load(options.lengths_from).sizes if options.lengths_from else ()
     yield ""
@@ -224,15 +226,13 @@ def completion(options: argparse.Namespace) -> int:
     """Print what makes a shell complete the command line."""
     import shtab
 
-    from rdpo.cli.parser import build
-
-    print(shtab.complete(build()[0], options.shell))
+    print(shtab.complete(options.parser, options.shell))
     return 0
 
 
 def env(options: argparse.Namespace) -> int:
     """Print versions and devices."""
-    from rdpo.lineage import environment
+    from rdpo.cluster.installed import environment
 
     for name, value in environment().items():
         print(f"{name:<14}{value}")

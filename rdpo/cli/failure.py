@@ -24,8 +24,8 @@ def told(error: Exception, options: Namespace) -> int:
     if cause:
         print(f"rdpo: {visible(str(cause))}", file=sys.stderr)
         return 2
-    from rdpo.stores import store_trouble
-    from rdpo.tracking import log_dir
+    from rdpo.files.stores import store_trouble
+    from rdpo.tracking.console import log_dir
 
     trouble = store_trouble(error)
     print(f"rdpo: {visible(trouble or in_one_line(error))}", file=sys.stderr)

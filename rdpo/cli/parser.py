@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 
 from rdpo import __version__
 from rdpo.cli import commands as does
-from rdpo.errors import InputError
-from rdpo.stage_names import STAGE_COMMANDS, STAGES, known_stage
-from rdpo.suggestion import did_you_mean
+from rdpo.errors import InputError, did_you_mean
+from rdpo.stages.table import COMMANDS, NAMES, known_stage
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -46,7 +45,7 @@ def build() -> tuple[argparse.ArgumentParser, Commands]:
     _add_run(commands)
     _add_submit(commands)
     _add_compare(commands)
-    for name, stage in STAGE_COMMANDS.items():
+    for name, stage in COMMANDS.items():
         one = commands.add_parser(name, help=f"bring the {stage} stage of an existing run up to date")
         _add_place(one, "run_dir", "RUN_DIR", DIRECTORY)
         one.set_defaults(function=does.stage, stage=stage)
@@ -57,7 +56,7 @@ def build() -> tuple[argparse.ArgumentParser, Commands]:
     _add_plan(commands)
     completion = commands.add_parser("completion", help='completion for a shell: eval "$(rdpo completion bash)"')
     completion.add_argument("shell", choices=("bash", "zsh"))
-    completion.set_defaults(function=does.completion)
+    completion.set_defaults(function=does.completion, parser=parser)
     env = commands.add_parser("env", help="versions and devices, for bug reports")
     env.set_defaults(function=does.env)
     return parser, commands
@@ -98,7 +97,7 @@ def _add_run(commands: Commands) -> None:
 
 def _add_extent(parser: argparse.ArgumentParser) -> None:
     """How much of a run is made, and whether anew."""
-    parser.add_argument("--until", metavar="STAGE", type=known_stage, choices=STAGES, help="stop after this stage")
+    parser.add_argument("--until", metavar="STAGE", type=known_stage, choices=NAMES, help="stop after this stage")
     parser.add_argument("--fresh", action="store_true", help="start over: remove the run directory first")
 
 
@@ -168,7 +167,7 @@ def _add_looking(commands: Commands) -> None:
     _add_place(report, "run_dir", "RUN_DIR", DIRECTORY)
     show = _looks(commands, "show", does.show, "look at the rows of a stage")
     _add_place(show, "run_dir", "RUN_DIR", DIRECTORY)
-    show.add_argument("stage", metavar="STAGE", type=known_stage, choices=STAGES)
+    show.add_argument("stage", metavar="STAGE", type=known_stage, choices=NAMES)
     show.add_argument("--row", metavar="ID", help="one row, by (the beginning of) its id")
     show.add_argument("--limit", type=int, default=3, help="how many rows (default 3)")
     show.add_argument("--dropped", action="store_true", help="the dropped rows, with their reasons")

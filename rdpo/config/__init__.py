@@ -11,13 +11,14 @@ from rdpo.config.models import Endpoint, Engine, Sampling, Student
 from rdpo.config.pairs import BEST, WORST, Defect, Pairs, Reference, Replay, Sides
 from rdpo.config.prompts import Prompts, Synthesis
 from rdpo.config.rewards import Calibration, ClassifierReward, FunctionReward, ImplicitReward, JudgeReward, Reward
-from rdpo.config.section import Concurrency, Dtype, Layout, Section, largest, smallest
+from rdpo.config.section import PLACEMENT, Concurrency, Dtype, Layout, Section, largest, smallest
 from rdpo.config.tracking import Tracking
 from rdpo.config.training import LOSS_OPTIONS, Lora, Loss, Training
 
 __all__ = [
     "BEST",
     "LOSS_OPTIONS",
+    "PLACEMENT",
     "RESOURCES",
     "WORST",
     "Calibration",

@@ -13,9 +13,8 @@ from pydantic import ValidationError
 
 from rdpo.config.job import Job
 from rdpo.config.section import KEY_IN_ADDRESS, Section
-from rdpo.errors import InputError
+from rdpo.errors import InputError, did_you_mean
 from rdpo.records import clean
-from rdpo.suggestion import did_you_mean
 
 OPTION_IN_ADDRESS = re.compile(r'"(?:s3|gs|gcs)://(?:[^/"]*@|[^"]*\?)')
 
@@ -83,7 +82,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
 def _content(path: str | Path) -> bytes:
     if "://" not in str(path):
         return Path(path).read_bytes()
-    from rdpo.stores import open_file
+    from rdpo.files.stores import open_file
 
     with open_file(str(path)) as file:
         return bytes(file.read())

@@ -14,8 +14,7 @@ from rdpo.config.rewards import Calibration, JudgeReward, Reward
 from rdpo.config.section import Section, largest
 from rdpo.config.tracking import Tracking
 from rdpo.config.training import Training
-from rdpo.stage_names import STAGES
-from rdpo.suggestion import did_you_mean
+from rdpo.errors import did_you_mean
 
 RESOURCES = {"CPU", "GPU", "TPU", "memory", "object_store_memory"}
 """What Ray counts on every node; anything else is a custom resource."""
@@ -88,12 +87,6 @@ class Job(Section):
         if name:
             return name, None, False
         return self.student.model, self.student.revision, self.student.trust_remote_code
-
-    @property
-    def stages(self) -> tuple[str, ...]:
-        """Names of the job's stages, in order: all but those that it leaves out."""
-        left_out = {name for name, wanted in (("replay", self.replay), ("retention", self.retention)) if wanted is None}
-        return tuple(name for name in STAGES if name not in left_out)
 
     @property
     def trusted_code(self) -> list[str]:

@@ -17,8 +17,8 @@ from pydantic.fields import FieldInfo
 from rdpo.config.job import Job
 from rdpo.config.rewards import Reward, RewardSection
 from rdpo.config.section import Section
+from rdpo.config.task import Task, Turn
 from rdpo.config.training import LOSS_OPTIONS, REWARD_USES, Loss
-from rdpo.synthesis.instructions import Task, Turn
 
 INTRODUCTION = """\
 # The job file

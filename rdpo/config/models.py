@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, JsonValue, field_validator, model_validator
 
-from rdpo.config.section import Concurrency, Dtype, Section
+from rdpo.config.section import PLACEMENT, Concurrency, Dtype, Section
 
 GPU_BATCH_ROWS, CPU_BATCH_ROWS = 64, 16
 
@@ -44,24 +44,24 @@ class Sampling(Section):
 class Engine(Section):
     """The vLLM engines of one stage."""
 
-    concurrency: Concurrency = 1
+    concurrency: Annotated[Concurrency, PLACEMENT] = 1
     """Number of engine actors, or `[smallest, largest]`."""
-    gpus: int = Field(default=0, ge=0)
+    gpus: Annotated[int, PLACEMENT] = Field(default=0, ge=0)
     """GPUs of one engine, on one node; 0 runs it on the CPU."""
     pipeline_parallel: int = Field(default=1, ge=1)
     """Into how many groups, each with some of the layers, its GPUs are divided; a group splits every layer."""
-    cpus: int | None = Field(default=None, ge=1)
+    cpus: Annotated[int | None, PLACEMENT] = Field(default=None, ge=1)
     """CPU cores of one engine; by default all cores of the machine without GPUs, one with them."""
     max_model_len: int = Field(default=2048, ge=16)
     """Most tokens of a conversation, answer included, that the engine takes."""
     dtype: Dtype = "auto"
     """Precision of the engine; `auto` as in `student.dtype`."""
-    kv_cache_gib: float = Field(default=2.0, gt=0)
+    kv_cache_gib: Annotated[float, PLACEMENT] = Field(default=2.0, gt=0)
     """Memory for the key-value cache of an engine on the CPU, in GiB."""
-    batch_rows: int | None = Field(default=None, ge=1)
+    batch_rows: Annotated[int | None, PLACEMENT] = Field(default=None, ge=1)
     """Rows in one block of work; the rows of `batches_in_flight` blocks are in the engine at once. By default 64 on
     GPUs, 16 on the CPU."""
-    batches_in_flight: int = Field(default=4, ge=1)
+    batches_in_flight: Annotated[int, PLACEMENT] = Field(default=4, ge=1)
     """Blocks that one engine works on at the same time."""
     options: dict[str, JsonValue] = Field(default_factory=dict)
     """Further arguments of vLLM's `AsyncEngineArgs`, passed on as they are (`quantization`, for example)."""
@@ -100,7 +100,7 @@ class Endpoint(Section):
     key_variable: str | None = Field(default=None, pattern=r"^[A-Z_][A-Z0-9_]*$")
     """Environment variable that holds the key, where the run is started; without one the server gets `none`. Its name
     has no small letters, so that a key written here by mistake is refused."""
-    concurrency: int = Field(default=16, ge=1)
+    concurrency: Annotated[int, PLACEMENT] = Field(default=16, ge=1)
     """Requests at the same time."""
     requests_per_minute: float | None = Field(default=None, gt=0)
     """Requests begun per minute at most, repeated ones among them."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from rdpo.config.section import Concurrency, Section, Source
+from rdpo.config.section import PLACEMENT, Concurrency, Section, Source
 
 BEST, WORST = "best", "worst"
 
@@ -78,11 +78,11 @@ class Replay(Section):
 class Reference(Section):
     """The cached log-probs of the reference, computed by the forward that training uses."""
 
-    concurrency: Concurrency = 1
+    concurrency: Annotated[Concurrency, PLACEMENT] = 1
     """Number of reference actors, or `[smallest, largest]`."""
-    gpus: float = Field(default=0, ge=0)
+    gpus: Annotated[float, PLACEMENT] = Field(default=0, ge=0)
     """GPUs of one actor."""
-    cpus: int | None = Field(default=None, ge=1)
+    cpus: Annotated[int | None, PLACEMENT] = Field(default=None, ge=1)
     """CPU cores of one actor; by default all cores of the machine without GPUs, one with them."""
     max_length: int = Field(default=1024, ge=16)
     """Pairs whose prompt and longer completion together have more tokens are dropped, never cut."""

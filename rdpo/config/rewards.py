@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from rdpo.config.models import Engine, Sampling
-from rdpo.config.section import Concurrency, Dtype, Section, Source
+from rdpo.config.section import PLACEMENT, Concurrency, Dtype, Section, Source
 
 
 def _module_and_name(function: str) -> str:
@@ -42,9 +42,9 @@ class ClassifierReward(RewardSection):
     """Score the answer by itself, without the prompt (for style and sentiment models)."""
     batch_size: int = Field(default=16, ge=1)
     """Conversations in one forward."""
-    concurrency: Concurrency = 1
+    concurrency: Annotated[Concurrency, PLACEMENT] = 1
     """Number of reward actors, or `[smallest, largest]`."""
-    gpus: float = Field(default=0, ge=0)
+    gpus: Annotated[float, PLACEMENT] = Field(default=0, ge=0)
     """GPUs of one actor; a fraction shares a GPU."""
 
 
@@ -100,9 +100,9 @@ class ImplicitReward(RewardSection):
     """Precision of both forwards; `auto` as in `student.dtype`."""
     tokens_per_batch: int = Field(default=4096, ge=32)
     """Token budget of one forward, padding included."""
-    concurrency: Concurrency = 1
+    concurrency: Annotated[Concurrency, PLACEMENT] = 1
     """Number of reward actors, or `[smallest, largest]`."""
-    gpus: float = Field(default=0, ge=0)
+    gpus: Annotated[float, PLACEMENT] = Field(default=0, ge=0)
     """GPUs of one actor, which holds both models."""
 
     @model_validator(mode="after")

@@ -14,6 +14,10 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
+PLACEMENT = "placement"
+"""Mark of a field that only says where and in what portions work is done, as `Annotated[int, PLACEMENT]`: changing it
+makes no stage again."""
+
 Dtype = Literal["auto", "bfloat16", "float32"]
 """`auto`: bfloat16 on GPUs and on CPUs that multiply in it, else float32."""
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from rdpo.config.section import Concurrency, Layout, Section
+from rdpo.config.section import PLACEMENT, Concurrency, Layout, Section
 
 
 class Lora(Section):
@@ -130,16 +130,16 @@ class Training(Loss):
     offload: Literal["none", "optimizer", "all"] = "none"
     """What GPU training keeps in CPU memory: the optimizer state (from `zero_stage` 1 on), or with `all` the weights
     too (`zero_stage` 3)."""
-    num_workers: Concurrency = 1
+    num_workers: Annotated[Concurrency, PLACEMENT] = 1
     """Training processes, on GPUs one for each; or `[smallest, largest]`: as many as the cluster has room for,
     which may change while training runs. A run may go on with another number."""
-    gpus_per_worker: int = Field(default=0, ge=0, le=1)
+    gpus_per_worker: Annotated[int, PLACEMENT] = Field(default=0, ge=0, le=1)
     """1 trains on GPUs over NCCL, 0 on the CPU over gloo."""
-    cpus_per_worker: int | None = Field(default=None, ge=1)
+    cpus_per_worker: Annotated[int | None, PLACEMENT] = Field(default=None, ge=1)
     """CPU cores of one worker; by default its share of a lone machine's cores; one beside a GPU, or on a cluster."""
-    checkpoint_every: int = Field(default=50, ge=1)
+    checkpoint_every: Annotated[int, PLACEMENT] = Field(default=50, ge=1)
     """Optimizer steps between two checkpoints."""
-    keep_checkpoints: int = Field(default=2, ge=1)
+    keep_checkpoints: Annotated[int, PLACEMENT] = Field(default=2, ge=1)
     """How many checkpoints are kept: the last ones; with `select = "best"` the best ones, and the last."""
     select: Literal["last", "best"] = "last"
     """Which weights leave training: those of the last step, or of the step after which the held-out pairs
@@ -149,9 +149,9 @@ class Training(Loss):
     and names the rows."""
     extrapolation: float = Field(default=0.0, ge=0)
     """ExPO's alpha (arXiv 2404.16792): how much further than training moved it the policy is moved at the end."""
-    max_failures: int = Field(default=3, ge=-1)
+    max_failures: Annotated[int, PLACEMENT] = Field(default=3, ge=-1)
     """Worker failures that are repaired from the last checkpoint; -1 is without limit."""
-    hang_after_s: float = Field(default=1800.0, gt=0)
+    hang_after_s: Annotated[float, PLACEMENT] = Field(default=1800.0, gt=0)
     """Seconds without an optimizer step after which training counts as hanging: the worker that holds it up is
     named, and training goes on from the last checkpoint."""
     logprob_chunk: int = Field(default=1024, ge=1)

@@ -114,3 +114,8 @@ def _tokens(side: str) -> Callable[[Row], float]:
 
 def _stopped(side: str) -> Callable[[Row], float]:
     return lambda row: float(row[f"{side}_finish_reason"] == "stop")
+
+
+def with_interval(estimate: Estimate, form: str) -> str:
+    """A mean with its interval as text."""
+    return f"{estimate.mean:{form}} ({estimate.low:{form}} to {estimate.high:{form}})"

@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from rdpo.cluster import actor_pool
+from rdpo.cluster.hardware import take_device
+from rdpo.cluster.pools import actor_pool, share_of
 from rdpo.config import Job, Sampling
-from rdpo.placement import share_of
-from rdpo.policy.chat import load_chat
-from rdpo.policy.hardware import take_device
-from rdpo.policy.models import local_model
-from rdpo.policy.ratios import Ratios
+from rdpo.config.task import Turn
+from rdpo.modeling.chat import load_chat
+from rdpo.modeling.ratios import Ratios
+from rdpo.modeling.weights import local_model
 from rdpo.preference.reference import student_dtype
-from rdpo.records import Messages, Row, alive, draw_seed, drop, table_of
+from rdpo.records import ID_COLUMN, Messages, Row, alive, draw_seed, drop, table_of
 from rdpo.synthesis.engine import Engine, EngineError, Generation, engine_pool
-from rdpo.synthesis.instructions import Turn, beginning, load_task, question_of
+from rdpo.synthesis.instructions import beginning, load_task, question_of
 from rdpo.synthesis.ledger import Hands
 from rdpo.synthesis.teacher import Conversation
 
@@ -61,7 +61,7 @@ def answer_prompts(
 
 
 def _recalled(row: Row, known: Mapping[str, Mapping[str, Row]]) -> Row | None:
-    answer = known.get(row["contender"], {}).get(row["prompt_id"])
+    answer = known.get(row["contender"], {}).get(row[ID_COLUMN])
     return {**row, **answer, "dropped": None} if answer else None
 
 
@@ -79,7 +79,7 @@ def side_by_side(answered: list[Row], columns: list[str]) -> list[Row]:
     for row in answered:
         others = [column for column in columns if column != row["contender"]]
         own = {name: value for name, value in row.items() if not name.startswith(tuple(others))}
-        known = merged.setdefault(row["prompt_id"], own)
+        known = merged.setdefault(row[ID_COLUMN], own)
         known.update({**own, "dropped": known.get("dropped") or own.get("dropped")})
     for row in merged.values():
         del row["contender"]
@@ -135,7 +135,7 @@ class Answerer:
         return await self.engine.generate(self.chat.prompt_ids(messages, prefill), sampling, seed, self.chat.stop_ids)
 
     def _seed(self, row: Row) -> int:
-        return draw_seed(self.job.seed, row["prompt_id"], "evaluation")
+        return draw_seed(self.job.seed, row[ID_COLUMN], "evaluation")
 
     def __del__(self) -> None:
         if hasattr(self, "engine"):
@@ -160,7 +160,7 @@ class Divergence:
     """A Ray Data actor that holds the start model and the trained one."""
 
     def __init__(self, job: Job, trained: str, column: str):
-        from rdpo.policy.model import load_policy
+        from rdpo.modeling.model import load_policy
 
         settings, student = job.reference, job.student
         device = take_device(settings.gpus, settings.cpus)

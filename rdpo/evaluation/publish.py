@@ -15,7 +15,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader
 
 from rdpo.config import Job
-from rdpo.policy.chat import make_chat
+from rdpo.modeling.chat import make_chat
 from rdpo.records import visible
 
 PROBE = [{"role": "user", "content": "Say hello."}]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rdpo.config import Job, Retention, Synthesis
 from rdpo.evaluation.compare import Estimate, bootstrap
 from rdpo.evaluation.generate import add_divergence
-from rdpo.records import Row, alive, digest, drop, extra_of, table_of
+from rdpo.records import ID_COLUMN, Row, alive, digest, drop, extra_of, table_of
 from rdpo.synthesis.prompts import beside, read_prompts
 
 if TYPE_CHECKING:
@@ -30,9 +30,9 @@ def texts(job: Job, retention: Retention) -> list[Row]:
     found: dict[str, Row] = {}
     for row in read_prompts(trial).take_all():
         answered = answer_of(row, retention.answer) if alive(row) else row
-        twin = answered["prompt_id"] in found
-        name = f"{row['source']}:{row['line']}" if twin else answered["prompt_id"]
-        found[name] = drop({**answered, "prompt_id": name}, TWICE) if twin else answered
+        twin = answered[ID_COLUMN] in found
+        name = f"{row['source']}:{row['line']}" if twin else answered[ID_COLUMN]
+        found[name] = drop({**answered, ID_COLUMN: name}, TWICE) if twin else answered
     return list(found.values())
 
 
@@ -41,8 +41,8 @@ def answer_of(row: Row, column: str) -> Row:
     answer = extra_of(row).get(column)
     if not isinstance(answer, str) or not answer.strip():
         return drop(row, f"{column}: no text")
-    name = digest(row["prompt_id"], answer)
-    return {**row, "prompt_id": name, ANSWER: answer.strip(), f"{ANSWER}_finish_reason": "stop"}
+    name = digest(row[ID_COLUMN], answer)
+    return {**row, ID_COLUMN: name, ANSWER: answer.strip(), f"{ANSWER}_finish_reason": "stop"}
 
 
 def measured(rows: list[Row], job: Job, trained: str) -> ray.data.Dataset:

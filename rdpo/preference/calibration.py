@@ -17,8 +17,8 @@ from rdpo.errors import InputError
 from rdpo.preference.agreement import agreement
 from rdpo.preference.pairs import make_pairs
 from rdpo.preference.rewards import score_answers
-from rdpo.records import alive
-from rdpo.synthesis.given import SIDES, given_answers
+from rdpo.records import SIDES, alive
+from rdpo.synthesis.given import given_answers
 from rdpo.synthesis.prompts import beside, read_prompts, without_twins
 
 if TYPE_CHECKING:

@@ -7,10 +7,10 @@ from typing import Any
 
 import pyarrow as pa
 
+from rdpo.cluster.hardware import compute_dtype, take_device
 from rdpo.config import ClassifierReward
 from rdpo.errors import InputError
-from rdpo.policy.hardware import compute_dtype, take_device
-from rdpo.policy.models import load_tokenizer, local_model, model_config
+from rdpo.modeling.weights import load_tokenizer, local_model, model_config
 from rdpo.preference.scores import record_scores
 from rdpo.records import Messages, table_of, text_of
 

@@ -13,10 +13,9 @@ from typing import Any
 import pyarrow as pa
 
 from rdpo.config import FunctionReward
-from rdpo.errors import InputError
+from rdpo.errors import InputError, did_you_mean
 from rdpo.preference.scores import record_scores
-from rdpo.records import drop, table_of
-from rdpo.suggestion import did_you_mean
+from rdpo.records import digest, drop, table_of
 
 
 def load_function(name: str, path: str | None = None) -> Callable[..., float]:
@@ -40,6 +39,12 @@ def load_function(name: str, path: str | None = None) -> Callable[..., float]:
     if not _written_in_python(function):
         raise InputError(f"reward function {name} is built in; write a function of your own that calls it")
     return function
+
+
+def source_hash(name: str) -> str:
+    """Hash of the source of the module that a function is named by, and of the one that defines it."""
+    modules = {inspect.getmodule(load_function(name)), sys.modules[name.partition(":")[0]]}
+    return digest(sorted(inspect.getsource(module) for module in modules if module and inspect.getsourcefile(module)))
 
 
 def _written_in_python(function: Any) -> bool:

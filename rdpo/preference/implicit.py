@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import pyarrow as pa
 
+from rdpo.cluster.hardware import compute_dtype, take_device
 from rdpo.config import ImplicitReward, Job
 from rdpo.errors import InputError
-from rdpo.policy.chat import Chat, load_chat
-from rdpo.policy.hardware import compute_dtype, take_device
-from rdpo.policy.models import local_model
-from rdpo.policy.ratios import Ratios
+from rdpo.modeling.chat import Chat, load_chat
+from rdpo.modeling.ratios import Ratios
+from rdpo.modeling.weights import local_model
 from rdpo.preference.scores import record_scores
 from rdpo.records import Row, table_of
 
@@ -26,7 +26,7 @@ class Implicit:
     """A Ray Data actor that holds the trained model and its reference."""
 
     def __init__(self, reward: ImplicitReward, answers: list[str], job: Job):
-        from rdpo.policy.model import load_policy
+        from rdpo.modeling.model import load_policy
 
         self.reward, self.answers = reward, answers
         chat, device = checked_implicit(reward, job), take_device(reward.gpus)

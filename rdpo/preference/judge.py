@@ -11,11 +11,11 @@ from typing import Any
 import pyarrow as pa
 
 from rdpo.config import Job, JudgeReward, Sampling
-from rdpo.policy.chat import load_chat
-from rdpo.policy.models import local_model
+from rdpo.modeling.chat import load_chat
+from rdpo.modeling.weights import local_model
 from rdpo.preference.ratings import expected_rating, rating_value, rating_values, written_rating
 from rdpo.preference.scores import record_scores
-from rdpo.records import Row, draw_seed, drop, table_of, text_of
+from rdpo.records import ID_COLUMN, Row, draw_seed, drop, table_of, text_of
 from rdpo.synthesis.engine import Engine
 from rdpo.synthesis.instructions import render
 from rdpo.synthesis.ledger import Hands
@@ -92,7 +92,7 @@ class Judge:
         self, asked: dict[str, Any], row: Row, role: str, sampling: Sampling, stop_ids: tuple[int, ...], **extra: Any
     ) -> Any:
         question = [{"role": "user", "content": render(self.reward.rubric, asked)}]
-        seed = draw_seed(self.job.seed, row["prompt_id"], f"{self.reward.name}:{role}")
+        seed = draw_seed(self.job.seed, row[ID_COLUMN], f"{self.reward.name}:{role}")
         prompt_ids = self.chat.prompt_ids(question, self.reward.prefill)
         return await self.engine.generate(prompt_ids, sampling, seed, stop_ids, **extra)
 

@@ -8,9 +8,8 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 import pyarrow as pa
 
-from rdpo.records import Row
+from rdpo.records import SIDES, Row
 
-SIDES = ("chosen", "rejected")
 COLUMNS = ["prompt_ids", *(f"{side}_ids" for side in SIDES), *(f"reference_{side}_logps" for side in SIDES)]
 
 KnownLogps = dict[bytes, float]

@@ -17,12 +17,12 @@ import pyarrow.compute as pc
 
 from rdpo.config import BEST, WORST, Job, Sides
 from rdpo.config import Pairs as Settings
+from rdpo.config.task import Task, Turn
 from rdpo.errors import InputError
 from rdpo.preference.shaping import Shaping, find_length_coef, matrix, mean_length_gap
-from rdpo.records import Row, drop, prompt_id, table_of, unit_draw
+from rdpo.records import HELDOUT, ID_COLUMN, SIDES, Row, drop, prompt_id, table_of, unit_draw
 from rdpo.synthesis.defects import defects
-from rdpo.synthesis.given import SIDES
-from rdpo.synthesis.instructions import Task, Turn, beginning, load_task, question_of
+from rdpo.synthesis.instructions import beginning, load_task, question_of
 
 if TYPE_CHECKING:
     import ray.data
@@ -65,7 +65,7 @@ def shaping_of(parts: Iterable[pa.Table], settings: Settings) -> Shaping | None:
 def copies(table: pa.Table, count: int) -> pa.Table:
     """Each row as often as it makes pairs; the number of its pair is in the copy's id."""
     parts = [
-        table.set_column(table.column_names.index("prompt_id"), "prompt_id", copy_names(table["prompt_id"], 1, start))
+        table.set_column(table.column_names.index(ID_COLUMN), ID_COLUMN, copy_names(table[ID_COLUMN], 1, start))
         for start in range(count)
     ]
     return pa.concat_tables(parts)
@@ -81,7 +81,7 @@ def copy_names(ids: pa.ChunkedArray, count: int, start: int = 0) -> pa.ChunkedAr
 
 def _sides(row: Row, settings: Settings) -> Sides:
     """The sides of the row's pair, by the number in its id."""
-    _, _, number = row["prompt_id"].partition(COPY)
+    _, _, number = row[ID_COLUMN].partition(COPY)
     return settings.also[int(number) - 1] if number else Sides(chosen=settings.chosen, rejected=settings.rejected)
 
 
@@ -89,8 +89,8 @@ def _pair(row: Row, job: Job, task: Task | None, length_coef: float) -> Row:
     settings, sides = job.pairs, _sides(row, job.pairs)
     # The same prompts whatever the seed, so that runs with other seeds are measured on the same pairs.
     heldout = unit_draw(0, prompt_id(row["prompt"]), "heldout pairs") < settings.heldout_fraction
-    flipped = not heldout and unit_draw(job.seed, row["prompt_id"], "flip") < settings.flip
-    pair = pair_row(row, settings, sides, length_coef) | {"heldout": heldout}
+    flipped = not heldout and unit_draw(job.seed, row[ID_COLUMN], "flip") < settings.flip
+    pair = pair_row(row, settings, sides, length_coef) | {HELDOUT: heldout}
     if {sides.chosen, sides.rejected} & {BEST, WORST} and len(_usable(row, settings)) < settings.min_samples:
         pair = drop(pair, "fewer usable samples than pairs.min_samples")
     if settings.condition and task:
@@ -135,7 +135,7 @@ def pair_row(row: Row, settings: Settings, sides: Sides | None = None, length_co
     if settings.direction == "reward" and row[f"{rejected}_score"] > row[f"{chosen}_score"]:
         chosen, rejected = rejected, chosen
     pair = {
-        "prompt_id": row["prompt_id"],
+        ID_COLUMN: row[ID_COLUMN],
         "prompt": row["prompt"],
         "chosen": [{"role": "assistant", "content": row[chosen]}],
         "rejected": [{"role": "assistant", "content": row[rejected]}],

@@ -7,7 +7,7 @@ import re
 
 from rdpo.config import JudgeReward
 from rdpo.errors import InputError
-from rdpo.policy.chat import Chat
+from rdpo.modeling.chat import Chat
 from rdpo.synthesis.instructions import check_template
 
 NUMBER = r"[-+\u2212]?\d+(?:[.,]\d+)?"

@@ -12,20 +12,19 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from rdpo.cluster import actor_pool
+from rdpo.cluster.hardware import allocator_environment, compute_dtype, take_device
+from rdpo.cluster.pools import actor_pool, share_of
 from rdpo.config import Job
-from rdpo.placement import share_of
-from rdpo.policy.chat import Chat, load_chat
-from rdpo.policy.hardware import allocator_environment, compute_dtype, take_device
-from rdpo.policy.models import local_model
-from rdpo.policy.packing import MicroBatch, PairSize, micro_batches
+from rdpo.modeling.chat import Chat, load_chat
+from rdpo.modeling.packing import MicroBatch, PairSize, micro_batches
+from rdpo.modeling.weights import local_model
 from rdpo.preference.known_logps import KnownLogps, recalled
-from rdpo.records import Row, alive, drop
+from rdpo.records import SIDES, Row, alive, drop
 
 if TYPE_CHECKING:
     import ray.data
 
-    from rdpo.policy.model import Policy
+    from rdpo.modeling.model import Policy
 
 BLOCK_ROWS = 64
 
@@ -52,7 +51,7 @@ def add_reference(rows: ray.data.Dataset, job: Job, known: KnownLogps | None = N
 def tokenize_pair(row: Row, chat: Chat, max_length: int) -> Row:
     """The row with the ids of prompt and both completions, or dropped with the reason."""
     ids: dict[str, Any] = {"prompt_ids": chat.prompt_ids(row["prompt"])}
-    for side in ("chosen", "rejected"):
+    for side in SIDES:
         answer = row[side][0]["content"]
         ids[f"{side}_ids"] = chat.completion_ids(answer, row[f"{side}_finished"])
     row = {**row, **ids, "dropped": None}
@@ -92,7 +91,7 @@ class Reference:
     @cached_property
     def policy(self) -> Policy:
         """The reference model."""
-        from rdpo.policy.model import load_policy
+        from rdpo.modeling.model import load_policy
 
         student, training = self.job.student, self.job.training
         policy = load_policy(
@@ -132,6 +131,6 @@ class Reference:
 
 def _schema(pairs: pa.Schema) -> pa.Schema:
     ids = [pa.field(name, pa.list_(pa.int32())) for name in ("prompt_ids", "chosen_ids", "rejected_ids")]
-    logps = [pa.field(f"reference_{side}_logps", pa.float64()) for side in ("chosen", "rejected")]
+    logps = [pa.field(f"reference_{side}_logps", pa.float64()) for side in SIDES]
     kept = [field for field in pairs if field.name != "dropped"]
     return pa.schema([*kept, *ids, *logps, pa.field("dropped", pa.string())])

@@ -18,8 +18,8 @@ import pyarrow.compute as pc
 from rdpo.config import Job, Pairs, Replay, Synthesis
 from rdpo.preference.pairs import make_pairs
 from rdpo.preference.rewards import score_answers
-from rdpo.records import alive, digest, prompt_id
-from rdpo.synthesis.given import SIDES, given_answers
+from rdpo.records import ID_COLUMN, SIDES, alive, digest, prompt_id
+from rdpo.synthesis.given import given_answers
 from rdpo.synthesis.prompts import beside, read_prompts, without_twins
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 GENERATED = "its prompt is among the generated pairs"
 HELD_OUT = "its prompt is held out for evaluation"
 LEFT_OVER = "not drawn for the mix"
-COMMON = ["prompt_id", "prompt", "dropped"]
+COMMON = [ID_COLUMN, "prompt", "dropped"]
 """The columns of a line that is no pair."""
 
 Keyed = list[tuple[str, str]]
@@ -82,12 +82,12 @@ def place(pair: str, seed: int) -> str:
 
 def keyed(parts: Iterable[pa.Table]) -> Keyed:
     """Ids and prompts of pairs."""
-    return [(row["prompt_id"], prompt_id(row["prompt"])) for part in parts for row in part.to_pylist()]
+    return [(row[ID_COLUMN], prompt_id(row["prompt"])) for part in parts for row in part.to_pylist()]
 
 
 def until(batch: pa.Table, last: str, seed: int) -> pa.Table:
     """The generated pairs that were drawn."""
-    return batch.filter(pa.array([place(name, seed) <= last for name in batch["prompt_id"].to_pylist()], pa.bool_()))
+    return batch.filter(pa.array([place(name, seed) <= last for name in batch[ID_COLUMN].to_pylist()], pa.bool_()))
 
 
 def offline_pairs(job: Job, replay: Replay) -> ray.data.Dataset:
@@ -109,11 +109,11 @@ def offline_pairs(job: Job, replay: Replay) -> ray.data.Dataset:
 
 def with_reasons(batch: pa.Table, reasons: dict[str, str], schema: pa.Schema) -> pa.Table:
     """Ready pairs in the columns of the generated ones; those that are not used with the reason."""
-    rows = [{**row, "dropped": row["dropped"] or reasons.get(row["prompt_id"])} for row in batch.to_pylist()]
+    rows = [{**row, "dropped": row["dropped"] or reasons.get(row[ID_COLUMN])} for row in batch.to_pylist()]
     columns = pa.schema([*(field for field in schema if field.name != "dropped"), pa.field("dropped", pa.string())])
     return pa.Table.from_pylist(rows, schema=columns)
 
 
 def usable(batch: pa.Table) -> pa.Table:
     """Id and prompt of the ready pairs that are pairs."""
-    return batch.filter(pc.is_null(batch["dropped"].cast(pa.string()))).select(["prompt_id", "prompt"])
+    return batch.filter(pc.is_null(batch["dropped"].cast(pa.string()))).select([ID_COLUMN, "prompt"])

@@ -10,10 +10,9 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from rdpo.cluster import actor_pool
+from rdpo.cluster.pools import actor_pool, share_of
 from rdpo.config import ClassifierReward, FunctionReward, ImplicitReward, Job, JudgeReward, Reward
-from rdpo.placement import share_of
-from rdpo.policy.chat import load_chat
+from rdpo.modeling.chat import load_chat
 from rdpo.preference.classifier import Classifier, checked_classifier
 from rdpo.preference.function import load_function, score_by_function
 from rdpo.preference.implicit import Implicit, checked_implicit

@@ -1,4 +1,4 @@
-"""Prompts and their splits, and what the teacher makes of them."""
+"""Prompts: the rows of the source, each once, in splits."""
 
 from __future__ import annotations
 
@@ -6,18 +6,32 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from rdpo.errors import InputError
-from rdpo.pipeline import Run
-from rdpo.storage import TOKENS, StageFolder, write_rows
-from rdpo.streaming import ID, Source
-from rdpo.tracking import Meter
+from rdpo.execution.stage import Source, Stage
+from rdpo.records import HELDOUT, ID_COLUMN
+from rdpo.stages.settings import tokenizer_settings
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    import ray.data
+
+    from rdpo.config import Job
+    from rdpo.execution.reader import RunReader
+    from rdpo.execution.run import Run
+    from rdpo.files.stage_folder import StageFolder
+    from rdpo.tracking.console import Meter
 
 
-HELDOUT = "heldout"
-PROMPT_LENGTH = "_prompt_length"
+def settings(job: Job) -> dict[str, Any]:
+    """Settings of the prompts stage, with the content of its source."""
+    from rdpo.synthesis.sources import content_hash
+
+    return {
+        **job.prompts.model_dump(),
+        "content": content_hash(job.prompts.source),
+        # Pairs that are ready are read, and named, in another way than prompts.
+        "given": job.synthesis.task is None,
+        **tokenizer_settings(job),
+        "seed": job.seed,
+    }
 
 
 def take_prompts(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:
@@ -26,10 +40,11 @@ def take_prompts(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:
     Raises:
         InputError: no usable prompt is left to train on or to evaluate with.
     """
+    from rdpo.files.stage_folder import write_rows
     from rdpo.synthesis.prompts import drop_twins, read_prompts
 
     folder.clear_parts()
-    write_rows(read_prompts(run.job), folder, ID, lambda block: meter.advance(block.rows + block.dropped))
+    write_rows(read_prompts(run.job), folder, ID_COLUMN, lambda block: meter.advance(block.rows + block.dropped))
     drop_twins(folder)
     splits = _splits(folder)
     for split in (run.job.synthesis.split, HELDOUT):
@@ -49,7 +64,7 @@ def _splits(folder: StageFolder) -> dict[str, int]:
     return dict(sorted(counted.items()))
 
 
-def split_source(run: Run, split: str, limit: int | None) -> Source:
+def split_source(run: RunReader, split: str, limit: int | None) -> Source:
     """The prompts of one split, at most so many: the first by id."""
     import pyarrow.compute as pc
 
@@ -61,7 +76,7 @@ def split_source(run: Run, split: str, limit: int | None) -> Source:
 
     def chosen(batch: pa.Table) -> pa.Table:
         wanted = pc.equal(batch["split"], split)
-        return batch.filter(wanted if last is None else pc.and_(wanted, pc.less_equal(batch[ID], last)))
+        return batch.filter(wanted if last is None else pc.and_(wanted, pc.less_equal(batch[ID_COLUMN], last)))
 
     def ids_of() -> pa.ChunkedArray:
         ids = split_ids(folder, split)
@@ -75,35 +90,10 @@ def split_ids(folder: StageFolder, split: str) -> pa.ChunkedArray:
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    parts = [part.filter(pc.equal(part["split"], split))[ID] for part in folder.tables(columns=[ID, "split"])]
+    parts = [
+        part.filter(pc.equal(part["split"], split))[ID_COLUMN] for part in folder.tables(columns=[ID_COLUMN, "split"])
+    ]
     return pa.chunked_array([chunk for part in parts for chunk in part.chunks], pa.string())
 
 
-def training_prompts(run: Run) -> Source:
-    """The prompts that the teacher answers."""
-    return split_source(run, run.job.synthesis.split, run.job.synthesis.limit)
-
-
-def write_answers(rows: ray.data.Dataset, run: Run) -> ray.data.Dataset:
-    """The teacher's turns, or the answers that come with the prompts."""
-    from rdpo.synthesis.given import given_answers
-    from rdpo.synthesis.instructions import check_fields, load_task
-    from rdpo.synthesis.teacher import synthesize
-
-    if not run.job.synthesis.task:
-        return given_answers(rows, run.job)
-    first = next(run.folder("prompts").tables()).slice(0, 1)
-    check_fields(load_task(run.job.synthesis.task), first.to_pylist()[0], run.job.synthesis.values)
-    return synthesize(rows, run.job)
-
-
-def synthesis_summary(run: Run, folder: StageFolder) -> dict[str, Any]:
-    """What an endpoint read, wrote and cost; says so."""
-    from rdpo.synthesis.endpoint import cost
-
-    if not (run.job.synthesis.endpoint and run.job.synthesis.task):
-        return {}
-    read, written = (folder.total(of) + folder.total(of, "dropped") for of in (PROMPT_LENGTH, TOKENS))
-    price = cost(read, written, run.job.synthesis.endpoint.price_per_million)
-    run.console.say(f"{'':<12}endpoint: {read} tokens read, cost {price:.2f}")
-    return {"tokens_read": read, "tokens_written": written, "cost": price}
+STAGE = Stage("prompts", inputs=(), settings=settings, execute=take_prompts)

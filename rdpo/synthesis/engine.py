@@ -16,11 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rdpo.cluster import actor_pool
+from rdpo.cluster.hardware import available_cores, compute_dtype
+from rdpo.cluster.pools import actor_pool, share_of
 from rdpo.config import Engine as EngineSettings
 from rdpo.config import Sampling, largest
-from rdpo.placement import share_of
-from rdpo.policy.hardware import available_cores, compute_dtype
 from rdpo.synthesis.ledger import open_ledger
 
 if TYPE_CHECKING:
@@ -65,26 +64,13 @@ class Engine:
     def __init__(self, folder: str, settings: EngineSettings, seed: int, adapter: str | None = None):
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-        if settings.gpus == 0:
-            os.environ.update(_cpu_environment(settings))
-        else:
-            # It would be compiled at the first start and never used: every request has a seed of its own.
-            os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
+        os.environ.update(engine_environment(settings))
         from vllm import AsyncEngineArgs
         from vllm.lora.request import LoRARequest
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        arguments: dict[str, Any] = {
-            "model": folder,
-            "dtype": compute_dtype(settings.dtype, settings.gpus > 0),
-            "max_model_len": settings.max_model_len,
-            "tensor_parallel_size": max(1, settings.gpus // settings.pipeline_parallel),
-            "pipeline_parallel_size": settings.pipeline_parallel,
-            "enable_prefix_caching": True,
-            "seed": seed,
-            "generation_config": "vllm",
-            "disable_log_stats": True,
-            **(_gpu_arguments(settings) if settings.gpus else _cpu_arguments(settings)),
+        arguments = {
+            **engine_arguments(folder, settings, seed),
             **(_adapter_arguments(adapter) if adapter else {}),
             **settings.options,
         }
@@ -196,6 +182,30 @@ def _adapter_arguments(adapter: str) -> dict[str, Any]:
     """What vLLM needs to know of an adapter before it is loaded."""
     rank = json.loads((Path(adapter) / "adapter_config.json").read_text(encoding="utf-8"))["r"]
     return {"enable_lora": True, "max_loras": 1, "max_lora_rank": next(size for size in LORA_RANKS if size >= rank)}
+
+
+def engine_arguments(folder: str, settings: EngineSettings, seed: int) -> dict[str, Any]:
+    """What vLLM is given for a model, before `settings.options`."""
+    return {
+        "model": folder,
+        "dtype": compute_dtype(settings.dtype, settings.gpus > 0),
+        "max_model_len": settings.max_model_len,
+        "tensor_parallel_size": max(1, settings.gpus // settings.pipeline_parallel),
+        "pipeline_parallel_size": settings.pipeline_parallel,
+        "enable_prefix_caching": True,
+        "seed": seed,
+        "generation_config": "vllm",
+        "disable_log_stats": True,
+        **(_gpu_arguments(settings) if settings.gpus else _cpu_arguments(settings)),
+    }
+
+
+def engine_environment(settings: EngineSettings) -> dict[str, str]:
+    """What vLLM reads from the environment of an engine's process."""
+    if not settings.gpus:
+        return _cpu_environment(settings)
+    # The sampler would be compiled at the first start and never used: every request has a seed of its own.
+    return {"VLLM_USE_FLASHINFER_SAMPLER": os.environ.get("VLLM_USE_FLASHINFER_SAMPLER", "0")}
 
 
 def _cpu_environment(settings: EngineSettings) -> dict[str, str]:

@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from rdpo.config import Job
-from rdpo.records import Messages, Row, alive, digest, drop, extra_of, prompt_id, table_of
+from rdpo.records import SIDES, Messages, Row, alive, digest, drop, extra_of, prompt_id, table_of
 
 if TYPE_CHECKING:
     import ray.data
 
-SIDES = ("chosen", "rejected")
 REWARD = "given"
 
 

@@ -17,62 +17,14 @@ from typing import Any
 
 from jinja2 import StrictUndefined, TemplateSyntaxError, meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from pydantic import Field, ValidationError
+from pydantic import ValidationError
 
-from rdpo.config import Section
-from rdpo.errors import InputError
+from rdpo.config.task import Task, Turn
+from rdpo.errors import InputError, did_you_mean
 from rdpo.records import Messages, Row, extra_of, text_of
-from rdpo.suggestion import did_you_mean
 
 SHIPPED = files("rdpo.synthesis") / "tasks"
 _SANDBOX = ImmutableSandboxedEnvironment(undefined=StrictUndefined, autoescape=False)
-
-
-class Turn(Section):
-    """One answer of the teacher, in a `[[turns]]` table."""
-
-    name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
-    """Name of the answer; by it later turns, `pairs.chosen` and `pairs.rejected` know it."""
-    after: str | None = None
-    """The earlier turn whose conversation this one goes on with; by default it begins one of its own."""
-    system: str | None = None
-    """Template of a system message, where the turn begins a conversation."""
-    user: str | None = None
-    """Template of what is asked; by default the prompt as it is. It may use `{{ prompt }}` (the prompt as text),
-    earlier answers by name, the other columns of the prompt's row, and the job's `synthesis.values`."""
-    prefill: str = ""
-    """Template of the words that the answer begins with; a server as teacher cannot go on from any."""
-    temperature: float | None = Field(default=None, ge=0)
-    """In place of the job's."""
-    top_p: float | None = Field(default=None, gt=0, le=1)
-    """In place of the job's."""
-    max_tokens: int | None = Field(default=None, ge=1)
-    """In place of the job's."""
-    samples: int = Field(default=1, ge=1)
-    """How many answers are drawn: from 2 on they are named NAME_1, NAME_2, …"""
-
-    @property
-    def names(self) -> list[str]:
-        """Names of its answers: its own, or NAME_1, NAME_2, ... where it is sampled several times."""
-        if self.samples == 1:
-            return [self.name]
-        return [f"{self.name}_{number}" for number in range(1, self.samples + 1)]
-
-
-class Task(Section):
-    """The wording of the teacher's turns, in a TOML file of its own that `synthesis.task` names."""
-
-    name: str
-    """Name of the task."""
-    description: str = ""
-    """What it is for."""
-    turns: list[Turn] = Field(min_length=1)
-    """The turns, in the order in which they are spoken."""
-
-    @property
-    def answers(self) -> list[str]:
-        """Names of all answers, in order."""
-        return [name for turn in self.turns for name in turn.names]
 
 
 def load_task(source: str) -> Task:

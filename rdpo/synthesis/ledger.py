@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from rdpo.records import Row, drop
+from rdpo.records import ID_COLUMN, Row, drop
 
 TOGETHER = 2
 ALONE = TOGETHER + 1
@@ -48,7 +48,7 @@ def open_ledger() -> Any:
 
 
 def _id(row: Row) -> str:
-    return row["prompt_id"]
+    return row[ID_COLUMN]
 
 
 class Hands:

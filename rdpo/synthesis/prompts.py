@@ -16,9 +16,9 @@ import pyarrow.compute as pc
 from rdpo.config import Job
 from rdpo.config import Prompts as Settings
 from rdpo.errors import InputError
-from rdpo.policy.chat import load_chat
-from rdpo.records import ROLES, Messages, Row, alive, clean, draw_seed, drop, prompt_id, unit_draw
-from rdpo.storage import StageFolder
+from rdpo.files.stage_folder import StageFolder
+from rdpo.modeling.chat import load_chat
+from rdpo.records import HELDOUT, ID_COLUMN, ROLES, Messages, Row, alive, clean, draw_seed, drop, prompt_id, unit_draw
 from rdpo.synthesis.given import pair_id, with_prompt
 from rdpo.synthesis.instructions import check_template, render
 from rdpo.synthesis.sources import Raw, raw_rows
@@ -31,7 +31,7 @@ SCHEMA = pa.schema(
     [
         ("source", pa.string()),
         ("line", pa.int64()),
-        ("prompt_id", pa.string()),
+        (ID_COLUMN, pa.string()),
         ("prompt", MESSAGES),
         ("prompt_length", pa.int64()),
         ("split", pa.string()),
@@ -39,7 +39,6 @@ SCHEMA = pa.schema(
         ("dropped", pa.string()),
     ]
 )
-HELDOUT = "heldout"
 SPLITS = dict.fromkeys(("test", "validation", "eval", "held-out"), HELDOUT)
 BLOCK_ROWS = 4096
 SHOWN_CHARS = 500
@@ -73,10 +72,10 @@ def _prompt_table(raw: pa.Table, job: Job) -> pa.Table:
 def prompt_row(source: str, line: int, raw: Raw, job: Job) -> Row:
     """One row of the prompts table from one raw row, or a dropped row with its reason."""
     place = f"{source}:{line}"
-    row: Row = {"source": source, "line": line, "prompt_id": place, "prompt": []}
+    row: Row = {"source": source, "line": line, ID_COLUMN: place, "prompt": []}
     row = drop(row, raw) if isinstance(raw, str) else _measure(_parsed(row, raw, job), job)
     # Dropped rows may have one prompt several times; their place tells them apart.
-    return row if alive(row) else {**row, "prompt_id": place}
+    return row if alive(row) else {**row, ID_COLUMN: place}
 
 
 def _parsed(row: Row, raw: dict[str, Any], job: Job) -> Row:
@@ -93,7 +92,7 @@ def _parsed(row: Row, raw: dict[str, Any], job: Job) -> Row:
         others["bare"] = messages[-1]["content"]
         messages, reason = _wrapped(messages, templates, others, job.seed)
     name = pair_id(messages, raw) if given else prompt_id(messages)
-    row = {**row, "extra": _as_json(others), "split": split, "prompt": messages, "prompt_id": name}
+    row = {**row, "extra": _as_json(others), "split": split, "prompt": messages, ID_COLUMN: name}
     return drop(row, reason) if reason else row
 
 
@@ -172,25 +171,24 @@ def _measure(row: Row, job: Job) -> Row:
 
 def drop_twins(folder: StageFolder) -> None:
     """Keep the first row of each prompt (by source and line) in the parts of an unfinished folder; drop later ones."""
-    several = folder.twins("prompt_id")
+    several = folder.twins(ID_COLUMN)
     if not len(several):
         return
     meeting = [
-        part.filter(pc.is_in(part["prompt_id"], several))
-        for part in folder.tables(columns=["prompt_id", "source", "line"])
+        part.filter(pc.is_in(part[ID_COLUMN], several)) for part in folder.tables(columns=[ID_COLUMN, "source", "line"])
     ]
     ordered = pa.concat_tables(meeting).sort_by([("source", "ascending"), ("line", "ascending")]).to_pylist()
-    first = {row["prompt_id"]: (row["source"], row["line"]) for row in reversed(ordered)}
-    folder.rewrite(lambda part: _mark_twins(part, first), "prompt_id")
+    first = {row[ID_COLUMN]: (row["source"], row["line"]) for row in reversed(ordered)}
+    folder.rewrite(lambda part: _mark_twins(part, first), ID_COLUMN)
 
 
 def without_twins(rows: ray.data.Dataset) -> ray.data.Dataset:
     """Rows that were read, with the later ones of each prompt (or pair) dropped."""
     first: dict[str, tuple[str, int]] = {}
     several: set[str] = set()
-    for batch in rows.select_columns(["prompt_id", "source", "line"]).iter_batches(batch_format="pyarrow"):
+    for batch in rows.select_columns([ID_COLUMN, "source", "line"]).iter_batches(batch_format="pyarrow"):
         for row in batch.to_pylist():
-            name, place = row["prompt_id"], (row["source"], row["line"])
+            name, place = row[ID_COLUMN], (row["source"], row["line"])
             if name in first:
                 several.add(name)
             first[name] = min(first.get(name, place), place)
@@ -206,8 +204,8 @@ def _mark_twins(part: pa.Table, first: dict[str, tuple[str, int]]) -> pa.Table |
     """The part with later twins dropped; None if it has none."""
     rows = part.to_pylist()
     marked = [
-        {**row, "prompt_id": f"{row['source']}:{row['line']}", "dropped": "duplicate of an earlier prompt"}
-        if first.get(row["prompt_id"], (row["source"], row["line"])) != (row["source"], row["line"])
+        {**row, ID_COLUMN: f"{row['source']}:{row['line']}", "dropped": "duplicate of an earlier prompt"}
+        if first.get(row[ID_COLUMN], (row["source"], row["line"])) != (row["source"], row["line"])
         else {**row, "dropped": row.get("dropped")}
         for row in rows
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 from collections.abc import Iterable, Iterator
@@ -15,9 +16,9 @@ import pyarrow.parquet as pq
 from rdpo.config import Job
 from rdpo.config import Prompts as Settings
 from rdpo.errors import InputError
-from rdpo.storage import IN_PROGRESS, MANIFEST
-from rdpo.stores import file_system, open_file
-from rdpo.synthesis.given import SIDES
+from rdpo.files.stage_folder import IN_PROGRESS, MANIFEST
+from rdpo.files.stores import file_system, open_file
+from rdpo.records import SIDES
 
 if TYPE_CHECKING:
     import ray.data
@@ -117,6 +118,23 @@ def source_files(source: str) -> list[str]:
     if not found or not all(path.endswith(FORMATS) for path in found):
         raise InputError(f"prompts.source: {source} holds no file of a known format ({', '.join(FORMATS)})")
     return [fs.unstrip_protocol(path) if "://" in source else path for path in found]
+
+
+def content_hash(source: str) -> str:
+    """Hash of the content of a source's files; a data set of the hub is known by its name.
+
+    Raises:
+        InputError: nothing is there, or nothing of a known format.
+    """
+    if source.startswith("hf:"):
+        return source
+
+    total = hashlib.blake2b(digest_size=16)
+    for path in source_files(source):
+        with open_file(path) as file:
+            while block := file.read(1 << 22):
+                total.update(block)
+    return total.hexdigest()
 
 
 def _own(path: str) -> bool:

@@ -20,12 +20,13 @@ from pydantic import SecretStr
 from rdpo.config import Endpoint as EndpointSettings
 from rdpo.config import Engine as EngineSettings
 from rdpo.config import Job, Sampling
-from rdpo.policy.chat import load_chat
-from rdpo.policy.models import local_adapter, local_model
-from rdpo.records import Messages, Row, clean, draw_seed, drop, table_of
+from rdpo.config.task import Task, Turn
+from rdpo.modeling.chat import load_chat
+from rdpo.modeling.weights import local_adapter, local_model
+from rdpo.records import ID_COLUMN, Messages, Row, clean, draw_seed, drop, table_of
 from rdpo.synthesis.endpoint import Endpoint, endpoint_key
 from rdpo.synthesis.engine import Engine, Generation, engine_pool
-from rdpo.synthesis.instructions import Task, Turn, load_task, template_values, turn_messages
+from rdpo.synthesis.instructions import load_task, template_values, turn_messages
 from rdpo.synthesis.ledger import Hands
 
 if TYPE_CHECKING:
@@ -52,8 +53,9 @@ def synthesize(rows: ray.data.Dataset, job: Job) -> ray.data.Dataset:
 
 def client_pool(engine: EngineSettings, endpoint: EndpointSettings) -> EngineSettings:
     """One actor without an engine, with enough rows in flight to keep all of the endpoint's places taken."""
-    blocks = max(2, -(-2 * endpoint.concurrency // engine.batch_rows))
-    return engine.model_copy(update={"concurrency": 1, "gpus": 0, "cpus": 1, "batches_in_flight": blocks})
+    client = engine.model_copy(update={"concurrency": 1, "gpus": 0, "cpus": 1})
+    blocks = max(2, -(-2 * endpoint.concurrency // client.rows_in_block))
+    return client.model_copy(update={"batches_in_flight": blocks})
 
 
 class Voice(Protocol):
@@ -149,7 +151,7 @@ class Conversation:
     ) -> str | None:
         """Write one answer of a turn into the row; the reason if that cannot be done."""
         sampling = turn_sampling(turn, self.sampling)
-        seed = draw_seed(self.job.seed, row["prompt_id"], name)
+        seed = draw_seed(self.job.seed, row[ID_COLUMN], name)
         try:
             messages = turn_messages(turn, row, values, told)
             generation = await self.say(messages, turn, sampling, seed)

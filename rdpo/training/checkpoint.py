@@ -25,8 +25,8 @@ import torch
 import torch.distributed as dist
 from ray.train import CheckpointUploadMode
 
-from rdpo.folder import checksum
-from rdpo.policy.models import WEIGHTS
+from rdpo.files.folder import checksum
+from rdpo.modeling.weights import WEIGHTS
 
 EXPORT = "policy"
 MERGED = "merged"

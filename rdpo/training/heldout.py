@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.nn.functional import logsigmoid
 
 from rdpo.training.checkpoint import StepMetrics
@@ -41,3 +43,8 @@ def best_step(history: list[StepMetrics]) -> int:
     """The step after which the held-out pairs were most likely, the later one of equals; 0 if none was measured."""
     measured = [step for step in history if LOSS in step]
     return int(min(reversed(measured), key=lambda step: step[LOSS])["step"]) if measured else 0
+
+
+def correct(margins: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Which margins are on the right side; a tie is half."""
+    return (margins > 0) + 0.5 * (margins == 0)

@@ -1,6 +1,6 @@
 """What one training process does: its share of every optimizer step, on a DeepSpeed engine, with or without Ray.
 
-In: the rows of the reference stage. All workers hold the same plan (see `rdpo.policy.packing`), so
+In: the rows of the reference stage. All workers hold the same plan (see `rdpo.modeling.packing`), so
 they make equally many forwards. The loss of a step is the mean over all its pairs, whatever the
 number of workers and micro-batches: each micro-batch is scaled by workers / pairs of the step, and
 DeepSpeed averages over the workers.
@@ -18,15 +18,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
+from rdpo.cluster.hardware import peak_flops, peak_memory_gib
 from rdpo.config import Job
 from rdpo.errors import InputError
-from rdpo.policy.flops import Arithmetic
-from rdpo.policy.hardware import peak_flops, peak_memory_gib
-from rdpo.policy.model import load_policy
-from rdpo.policy.models import local_model
-from rdpo.policy.packing import MicroBatch, PairSize, epoch_order, epoch_steps, plan_step
+from rdpo.files.stage_folder import StageFolder
+from rdpo.modeling.flops import Arithmetic
+from rdpo.modeling.model import load_policy
+from rdpo.modeling.packing import MicroBatch, PairSize, epoch_order, epoch_steps, plan_step
+from rdpo.modeling.weights import local_model
 from rdpo.preference.reference import student_dtype
-from rdpo.storage import StageFolder
+from rdpo.records import HELDOUT, ID_COLUMN, SIDES
 from rdpo.training.gaps import GapScale
 from rdpo.training.losses import PairLogps, implicit_rewards, preference_loss, reward_terms
 from rdpo.training.metrics import PairOutcome, StepMetrics
@@ -34,7 +35,7 @@ from rdpo.training.schedule import learning_rate
 from rdpo.training.zero import gather_by_layer, zero_config
 
 COLUMNS = [
-    "prompt_id",
+    ID_COLUMN,
     "prompt_ids",
     "chosen_ids",
     "rejected_ids",
@@ -42,7 +43,6 @@ COLUMNS = [
     "reference_rejected_logps",
     "reward_gap",
 ]
-HELDOUT = "heldout"
 
 
 class NonFiniteStep(RuntimeError):
@@ -69,7 +69,7 @@ class PairTable:
     @classmethod
     def of(cls, rows: pa.Table) -> PairTable:
         """The rows of a reference stage, in any order."""
-        table = rows.select(COLUMNS).sort_by("prompt_id").combine_chunks()
+        table = rows.select(COLUMNS).sort_by(ID_COLUMN).combine_chunks()
         lengths = [pa.compute.list_value_length(table[name]).to_pylist() for name in COLUMNS[1:4]]
         return cls(table, [PairSize(*parts) for parts in zip(*lengths, strict=True)])
 
@@ -191,11 +191,11 @@ class Trainer:
                 outcome = self.outcome(micro, heldout)
                 if not micro.idle:
                     rewards = (outcome.chosen_rewards - outcome.rejected_rewards).tolist()
-                    found.extend(zip(heldout.rows(micro.pairs)["prompt_id"], rewards, strict=True))
+                    found.extend(zip(heldout.rows(micro.pairs)[ID_COLUMN], rewards, strict=True))
         self.engine.train()
         shares: list[Any] = [None] * self.workers
         torch.distributed.all_gather_object(shares, found)
-        return [{"prompt_id": name, "margin": margin} for share in shares for name, margin in share]
+        return [{ID_COLUMN: name, "margin": margin} for share in shares for name, margin in share]
 
     def _apply(self) -> float:
         """Take the optimizer step if the gradient is finite; its global norm, or infinity."""
@@ -213,7 +213,7 @@ class Trainer:
     def _skip(self, loss: float, pairs: list[int]) -> None:
         self.skipped += 1
         if self.skipped > self.job.training.max_skipped_steps:
-            ids = ", ".join(self.data.rows(tuple(pairs))["prompt_id"])
+            ids = ", ".join(self.data.rows(tuple(pairs))[ID_COLUMN])
             raise NonFiniteStep(
                 f"training: loss {loss}, gradient not finite, {self.skipped - 1} steps left out before; look at these "
                 f"rows, or lower training.learning_rate, or raise training.max_skipped_steps; rows of the batch: {ids}"
@@ -235,7 +235,7 @@ class Trainer:
         batch = batch.to(self.device)
         chosen, rejected = self.engine(batch).chunk(2)
         lengths = batch.lengths.chunk(2)
-        references = (chosen.new_tensor(rows[f"reference_{side}_logps"]) for side in ("chosen", "rejected"))
+        references = (chosen.new_tensor(rows[f"reference_{side}_logps"]) for side in SIDES)
         logps = PairLogps(chosen, rejected, *references, *lengths)
         reward = reward_terms(self.scale(chosen.new_tensor(rows["reward_gap"])), training)
         return PairOutcome(

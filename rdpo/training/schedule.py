@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from rdpo.config import Job
-from rdpo.policy.packing import epoch_steps
+from rdpo.modeling.packing import epoch_steps
 
 
 def total_steps(num_pairs: int, job: Job) -> int:

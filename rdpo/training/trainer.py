@@ -16,12 +16,13 @@ import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from rdpo.cluster.hardware import allocator_environment, worker_cores
+from rdpo.cluster.pools import share_of
 from rdpo.config import Job
-from rdpo.placement import share_of
-from rdpo.policy.hardware import allocator_environment, worker_cores
-from rdpo.policy.models import named_anywhere
-from rdpo.storage import METRICS, StageFolder
-from rdpo.stores import arrow_file_system
+from rdpo.files.stage_folder import METRICS, StageFolder
+from rdpo.files.stores import arrow_file_system
+from rdpo.modeling.weights import named_anywhere
+from rdpo.records import ID_COLUMN
 from rdpo.training.checkpoint import EXPORT, HELDOUT_MARGINS, StepMetrics
 from rdpo.training.heldout import LOSS
 from rdpo.training.loop import NonFiniteStep
@@ -127,7 +128,7 @@ def _leaving(result: Any, job: Job) -> ray.train.Checkpoint:
 
 def heldout_margins(folder: StageFolder) -> dict[str, float]:
     """The margins of held-out pairs by id, as training left them."""
-    return {row["prompt_id"]: row["margin"] for row in folder.read_lines(HELDOUT_MARGINS)}
+    return {row[ID_COLUMN]: row["margin"] for row in folder.read_lines(HELDOUT_MARGINS)}
 
 
 def _torch_trainer(job: Job, run_dir: str, folder: StageFolder, sink: Any) -> TorchTrainer:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rdpo.config import Training
-from rdpo.policy.model import Policy
+from rdpo.modeling.model import Policy
 
 BUCKET = 50_000_000
 """Elements that are reduced, or fetched ahead, in one message."""

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from rdpo.storage import StageFolder
+from rdpo.files.stage_folder import StageFolder
 from tests.cluster.head import Head, free_ports
-from tests.conftest import ALL_STAGES, whole_job, write_job, write_jsonl
+from tests.support.jobs import ALL_STAGES, whole_job, write_job, write_jsonl
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(1800)]
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from rdpo.storage import StageFolder
-from tests.conftest import ALL_STAGES, whole_job, write_job, write_jsonl
-from tests.faults.faults import PATIENCE_S, Victim
-from tests.faults.nodes import Nodes
+from rdpo.files.stage_folder import StageFolder
+from tests.support.faults import PATIENCE_S, Victim
+from tests.support.jobs import ALL_STAGES, whole_job, write_job, write_jsonl
+from tests.support.nodes import Nodes
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(1800)]
 

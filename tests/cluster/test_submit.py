@@ -8,10 +8,10 @@ import time
 
 import pytest
 
-from rdpo.storage import StageFolder
+from rdpo.files.stage_folder import StageFolder
 from tests.cluster.head import RAY, Head
-from tests.conftest import ALL_STAGES, whole_job, write_job, write_jsonl
-from tests.faults.stores import client, environment, keys
+from tests.support.jobs import ALL_STAGES, whole_job, write_job, write_jsonl
+from tests.support.stores import client, environment, keys
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(1800)]
 

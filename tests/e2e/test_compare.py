@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import tomli_w
 
-from rdpo.storage import StageFolder
-from tests.conftest import valid_job, write_job
+from rdpo.files.stage_folder import StageFolder
+from tests.support.jobs import valid_job, write_job
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

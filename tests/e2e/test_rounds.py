@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from rdpo.files.stage_folder import StageFolder
 from rdpo.records import prompt_id
-from rdpo.storage import StageFolder
-from tests.conftest import ALL_STAGES, valid_job, write_job, write_jsonl
+from tests.support.jobs import ALL_STAGES, valid_job, write_job, write_jsonl
 
 pytestmark = [pytest.mark.ray, pytest.mark.long]
 

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from rdpo.cli import main
-from rdpo.evaluation.token_logps import TokenReader
-from rdpo.storage import StageFolder
-from tests.conftest import ALL_STAGES, whole_job, write_job
+from rdpo.execution.reader import RunReader
+from rdpo.files.stage_folder import StageFolder
+from rdpo.inspection.token_logps import TokenReader
+from tests.support.jobs import ALL_STAGES, whole_job, write_job
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -99,7 +100,7 @@ def test_show_gives_each_completion_token_its_log_prob_before_and_after(finished
 
     run_dir = str(finished[0])
     row = StageFolder(run_dir, "reference").table().sort_by("prompt_id").to_pylist()[0]
-    read = TokenReader(run_dir).read(row)
+    read = TokenReader(RunReader(run_dir)).read(row)
     trained = AutoModelForCausalLM.from_pretrained(finished[0] / "model")
     for side, values in read.items():
         assert sum(values.reference) == pytest.approx(row[f"reference_{side}_logps"], abs=1e-3)

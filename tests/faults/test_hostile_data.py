@@ -9,7 +9,7 @@ import pytest
 
 from rdpo.config import Job
 from rdpo.errors import InputError
-from rdpo.storage import Manifest, StageFolder, write_rows
+from rdpo.files.stage_folder import Manifest, StageFolder, write_rows
 from rdpo.synthesis.prompts import SCHEMA, drop_twins, prompt_row, read_prompts
 from rdpo.synthesis.sources import _raw_table, read_rows, source_files
 

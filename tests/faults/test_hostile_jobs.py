@@ -9,7 +9,7 @@ import tomli_w
 from rdpo.cli import main
 from rdpo.config import load_job
 from rdpo.errors import InputError
-from rdpo.stages import prepare
+from rdpo.stages.checks import prepare
 
 FILES = 200
 JUNK = [
@@ -132,7 +132,7 @@ def no_cluster(job):
 
 @pytest.mark.parametrize("seed", range(0, FILES, 20))
 def test_what_can_be_tried_before_a_cluster_starts_ends_clearly_too(whole, tmp_path, monkeypatch, seed):
-    monkeypatch.setattr("rdpo.cluster.start_ray", no_cluster)
+    monkeypatch.setattr("rdpo.cluster.connection.start_ray", no_cluster)
     for number in range(seed, seed + 20):
         path = tmp_path / f"{number}.toml"
         path.write_bytes(hostile(whole, random.Random(number)))

@@ -9,7 +9,7 @@ from fsspec.implementations.local import LocalFileSystem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rdpo.storage import MANIFEST, Manifest, StageFolder
+from rdpo.files.stage_folder import MANIFEST, Manifest, StageFolder
 
 IDS = [f"id-{number}" for number in range(6)]
 BLOCKS = st.lists(st.sampled_from(IDS), unique=True, min_size=1).flatmap(

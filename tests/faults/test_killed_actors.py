@@ -10,8 +10,9 @@ import pytest
 
 from jobs.bench.dataplane import echoing
 from rdpo.config import Job
-from rdpo.pipeline import Run, locked, run_stages
-from rdpo.tracking import Console
+from rdpo.execution.pipeline import locked, run_stages
+from rdpo.execution.run import Run
+from rdpo.tracking.console import Console
 
 pytestmark = [pytest.mark.ray, pytest.mark.long]
 

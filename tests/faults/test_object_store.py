@@ -15,13 +15,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rdpo import lock, stores
 from rdpo.cli import main
 from rdpo.errors import InputError
-from rdpo.folder import Folder
-from rdpo.storage import Manifest, StageFolder
-from tests.conftest import ALL_STAGES, valid_job, write_job, write_jsonl
-from tests.faults.stores import SECRET, FlakyProxy, client, environment, keys
+from rdpo.execution import lock
+from rdpo.files import stores
+from rdpo.files.folder import Folder
+from rdpo.files.stage_folder import Manifest, StageFolder
+from tests.support.jobs import ALL_STAGES, valid_job, write_job, write_jsonl
+from tests.support.stores import SECRET, FlakyProxy, client, environment, keys
 
 pytest.importorskip("moto", reason="the S3 server of the tests is not installed")
 
@@ -184,8 +185,7 @@ def test_what_failed_while_it_was_made_is_not_put_into_the_store(bucket):
 
 @pytest.mark.parametrize("ending", ["jsonl", "csv", "parquet"])
 def test_prompts_are_read_from_the_store_as_from_the_disk(bucket, tmp_path, ending):
-    from rdpo.lineage import _file_hash
-    from rdpo.synthesis.sources import read_rows, source_files
+    from rdpo.synthesis.sources import content_hash, read_rows, source_files
 
     rows = [{"prompt": f"question ä {index} " + "long " * 200, "split": "train"} for index in range(300)]
     local = tmp_path / f"prompts.{ending}"
@@ -202,7 +202,7 @@ def test_prompts_are_read_from_the_store_as_from_the_disk(bucket, tmp_path, endi
     (found,) = source_files(f"s3://{bucket}/in")
     assert found == f"s3://{bucket}/in/{local.name}"
     assert [row for _, row in read_rows(found)] == [row for _, row in read_rows(str(local))] == rows
-    assert _file_hash(f"s3://{bucket}/in") == _file_hash(str(local))
+    assert content_hash(f"s3://{bucket}/in") == content_hash(str(local))
 
 
 @pytest.mark.parametrize("address", ["s3://key:hidden@bucket/run", "s3://bucket/run?secret_key=hidden"])
@@ -313,7 +313,7 @@ def test_a_store_that_goes_away_in_the_middle_is_one_message(
             proxy.refuse = 1
             write(begun(run.dir))
 
-        monkeypatch.setattr("rdpo.pipeline.run_stages", leave)
+        monkeypatch.setattr("rdpo.api.run_stages", leave)
         code, said = said_by(capsys, "run", path, "--run-dir", f"s3://{bucket}/run")
     assert code == 1
     assert said.startswith("rdpo: the object store fails: AWS Error")

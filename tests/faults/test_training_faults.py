@@ -8,9 +8,9 @@ import psutil
 import pytest
 
 from rdpo.config import Job
-from rdpo.storage import StageFolder
-from tests.conftest import valid_job
+from rdpo.files.stage_folder import StageFolder
 from tests.ray.test_training import losses, pair, referenced
+from tests.support.jobs import valid_job
 
 pytestmark = pytest.mark.ray
 

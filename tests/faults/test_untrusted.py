@@ -22,24 +22,28 @@ import torch
 from aiohttp import web
 
 from rdpo.cli import main
-from rdpo.comparison import load_comparison
 from rdpo.config import ClassifierReward, Job, Student, load_job
 from rdpo.errors import InputError
 from rdpo.evaluation.publish import model_card
-from rdpo.evaluation.report import write_report
-from rdpo.evaluation.show import show_rows
-from rdpo.pipeline import JOB_FILE, Run, locked, run_stages
-from rdpo.policy.chat import load_chat
-from rdpo.policy.model import load_policy
-from rdpo.policy.models import _model_of_name, local_adapter, local_model, model_config
+from rdpo.execution.pipeline import locked, run_stages
+from rdpo.execution.reader import JOB_FILE
+from rdpo.execution.run import Run
+from rdpo.execution.stage import Stage
+from rdpo.experiments.comparison import load_comparison
+from rdpo.files.stage_folder import Manifest, StageFolder
+from rdpo.inspection.show import show_rows
+from rdpo.modeling.chat import load_chat
+from rdpo.modeling.model import load_policy
+from rdpo.modeling.weights import _model_of_name, local_adapter, local_model, model_config
 from rdpo.preference.classifier import checked_classifier
 from rdpo.preference.function import load_function
-from rdpo.stages import prepare, stages_of
-from rdpo.storage import Manifest, StageFolder
+from rdpo.report.report import write_report
+from rdpo.stages.checks import prepare
+from rdpo.stages.table import stages_of
 from rdpo.synthesis.instructions import render
 from rdpo.synthesis.prompts import prompt_row
-from rdpo.tracking import Console, quiet_console
-from tests.conftest import write_job
+from rdpo.tracking.console import Console, quiet_console
+from tests.support.jobs import write_job
 from tests.unit.test_endpoint import Server, ask, completion
 
 HOSTILE = (
@@ -165,8 +169,14 @@ def test_trust_is_told_on_the_console_once(job_table, tmp_path):
     job_table["evaluation"]["engine"]["options"] = {"trust_remote_code": True}
     stream = io.StringIO()
     run = Run(Job.model_validate(job_table), str(tmp_path), Console(stream), lambda *_: False)
-    assert run.streams is False and run.streams is False
-    told = [line.strip().split(":")[:2] for line in stream.getvalue().splitlines()]
+    stages = [
+        Stage(name, (), lambda job: {}, lambda run, folder, meter: {}, id_column=None)
+        for name in ("training", "policy")
+    ]
+    run_stages(run, stages)
+    assert run.prepared and not run.streams
+    lines = [line for line in stream.getvalue().splitlines() if "warning" in line]
+    told = [line.strip().split(":")[:2] for line in lines]
     assert told == [
         ["warning", f" {key}"] for key in ("student.trust_remote_code", "evaluation.engine.options.trust_remote_code")
     ]

@@ -5,8 +5,8 @@ import random
 import pytest
 import torch
 
-from rdpo.policy.attention import attend_by_span, flash_by_sequence, flex_by_block
-from rdpo.policy.layout import Span
+from rdpo.modeling.attention import attend_by_span, flash_by_sequence, flex_by_block
+from rdpo.modeling.layout import Span
 
 pytestmark = pytest.mark.gpu
 

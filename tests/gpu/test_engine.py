@@ -21,7 +21,7 @@ def gpu_models(tmp_path_factory, tokenizer):
     import torch
     from transformers import LlamaForCausalLM
 
-    from tests.conftest import save_model, tiny_config
+    from tests.support.models import save_model, tiny_config
 
     folders = []
     for seed in (2, 3):

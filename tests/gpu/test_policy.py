@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from rdpo.config import Lora
-from rdpo.policy.model import as_policy
-from tests.conftest import tiny_config
+from rdpo.modeling.model import as_policy
+from tests.support.models import tiny_config
 
 pytestmark = pytest.mark.gpu
 

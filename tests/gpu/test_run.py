@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ALL_STAGES, save_model, tiny_config, whole_job, write_job, write_jsonl
+from tests.support.jobs import ALL_STAGES, whole_job, write_job, write_jsonl
+from tests.support.models import save_model, tiny_config
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 
@@ -19,7 +20,7 @@ def test_every_pool_runs_on_the_gpu_and_the_model_is_published(tmp_path, tokeniz
     import torch
     from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
-    from rdpo.storage import StageFolder
+    from rdpo.files.stage_folder import StageFolder
 
     torch.manual_seed(2)
     config = tiny_config(tokenizer, tie_word_embeddings=False, initializer_range=0.2, **SHAPE)

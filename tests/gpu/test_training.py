@@ -27,7 +27,7 @@ def losses(job, run_dir, device, port):
 
 @pytest.fixture(scope="module")
 def job(tiny_model, tmp_path_factory):
-    from tests.conftest import valid_job
+    from tests.support.jobs import valid_job
 
     table = valid_job(tiny_model, tmp_path_factory.mktemp("gpu"))
     table["reference"]["max_length"] = 64

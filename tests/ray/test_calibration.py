@@ -7,9 +7,10 @@ import pytest
 
 from rdpo.config import Job
 from rdpo.errors import InputError
-from rdpo.pipeline import Run, run_stages
-from rdpo.stages import STAGES
-from rdpo.tracking import Console
+from rdpo.execution.pipeline import run_stages
+from rdpo.execution.run import Run
+from rdpo.stages.table import STAGES
+from rdpo.tracking.console import Console
 
 pytestmark = pytest.mark.ray
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from rdpo.listeners.ray_metrics import MEANINGS, RayMetrics
-from rdpo.storage import Manifest
-from rdpo.tracking import Console
+from rdpo.files.stage_folder import Manifest
+from rdpo.tracking.console import Console
+from rdpo.tracking.listeners.ray_metrics import MEANINGS, RayMetrics
 from rdpo.training.metrics import NAMES
 
 pytestmark = pytest.mark.ray

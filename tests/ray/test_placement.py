@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import whole_job, write_job, write_jsonl
-from tests.faults.nodes import Nodes
+from tests.support.jobs import whole_job, write_job, write_jsonl
+from tests.support.nodes import Nodes
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rdpo.cluster import adapt_pools
+from rdpo.cluster.pools import adapt_pools
 from rdpo.config import Engine
 from rdpo.records import table_of
 from rdpo.synthesis.engine import engine_pool

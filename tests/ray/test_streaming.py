@@ -8,11 +8,12 @@ import pyarrow as pa
 import pytest
 
 from rdpo.config import Job
-from rdpo.pipeline import Run, Stage, run_stages
+from rdpo.execution.pipeline import run_stages
+from rdpo.execution.run import Run
+from rdpo.execution.stage import RowWork, Source, Stage
+from rdpo.files.stage_folder import StageFolder
 from rdpo.records import drop, table_of
-from rdpo.storage import StageFolder
-from rdpo.streaming import RowWork, Source, stage_source
-from rdpo.tracking import Console
+from rdpo.tracking.console import Console
 
 pytestmark = pytest.mark.ray
 
@@ -64,7 +65,7 @@ def stages(first, second):
             "rewards",
             ("synthesis",),
             lambda job: {},
-            rows=RowWork(lambda run: stage_source(run, "synthesis"), second),
+            rows=RowWork(lambda run: run.source("synthesis"), second),
             joins=True,
         ),
     ]

@@ -12,12 +12,12 @@ from ray.train import TrainingFailedError
 from safetensors.torch import load_file
 
 from rdpo.config import Job
-from rdpo.storage import Manifest, StageFolder
+from rdpo.files.stage_folder import Manifest, StageFolder
 from rdpo.training.checkpoint import finish_policy
 from rdpo.training.heldout import LOSS, best_step
 from rdpo.training.loop import NonFiniteStep
 from rdpo.training.trainer import heldout_margins
-from tests.conftest import valid_job
+from tests.support.jobs import valid_job
 
 pytestmark = pytest.mark.ray
 
@@ -118,7 +118,7 @@ def losses(history):
 
 
 def first_gaps(run_dir):
-    from rdpo.policy.packing import epoch_order
+    from rdpo.modeling.packing import epoch_order
     from rdpo.training.loop import PairTable
 
     data = PairTable.load(run_dir)

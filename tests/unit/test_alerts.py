@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from rdpo.evaluation.alerts import alerts
-from rdpo.evaluation.columns import PairColumns
-from rdpo.storage import Manifest
+from rdpo.files.stage_folder import Manifest
+from rdpo.report.alerts import alerts
+from rdpo.report.columns import PairColumns
 
 
 def evaluated(**differences):

@@ -5,10 +5,10 @@ import torch
 
 from rdpo.config import Lora
 from rdpo.errors import InputError
-from rdpo.policy.attention import attend_by_span, flex_by_block
-from rdpo.policy.layout import packed_batch, padded_batch
-from rdpo.policy.model import load_policy
-from tests.conftest import save_model
+from rdpo.modeling.attention import attend_by_span, flex_by_block
+from rdpo.modeling.layout import packed_batch, padded_batch
+from rdpo.modeling.model import load_policy
+from tests.support.models import save_model
 
 PROMPTS = [[5, 6, 7, 8, 40, 41, 42], [9, 10], [20]]
 CHOSEN = [[11, 12, 13], [14, 15, 16, 17, 1], [21, 22, 23, 24]]

@@ -5,7 +5,7 @@ import io
 
 import pytest
 
-from rdpo.evaluation.arms import arm_results, table, to_csv
+from rdpo.experiments.arms import arm_results, table, to_csv
 
 PROMPTS = [f"p{index}" for index in range(20)]
 

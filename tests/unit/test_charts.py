@@ -6,9 +6,9 @@ import re
 import numpy as np
 import pytest
 
-from rdpo.evaluation.charts import BINS, PALETTE, _edges, curves, histogram, scatter
+from rdpo.report.charts import BINS, PALETTE, _edges, curves, histogram, scatter
 
-STYLE = (importlib.resources.files("rdpo.evaluation") / "templates" / "style.css").read_text(encoding="utf-8")
+STYLE = (importlib.resources.files("rdpo.report") / "templates" / "style.css").read_text(encoding="utf-8")
 
 
 def luminance(colour):

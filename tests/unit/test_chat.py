@@ -3,8 +3,8 @@
 import pytest
 
 from rdpo.errors import InputError
-from rdpo.policy.chat import make_chat
-from tests.conftest import CHATML, byte_tokenizer
+from rdpo.modeling.chat import make_chat
+from tests.support.models import CHATML, byte_tokenizer
 
 LLAMA3 = (
     "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n"

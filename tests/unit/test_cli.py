@@ -10,8 +10,8 @@ import pytest
 from rdpo.cli import main
 from rdpo.config import Job, load_job
 from rdpo.errors import InputError
-from rdpo.pipeline import locked
-from tests.conftest import write_job
+from rdpo.execution.pipeline import locked
+from tests.support.jobs import write_job
 
 HEAVY = ("torch", "ray", "vllm", "deepspeed", "transformers")
 
@@ -93,13 +93,13 @@ def test_a_mistyped_name_is_answered_with_the_one_that_was_meant(
     assert (code, meant in said) == (2, True), said
 
 
-def test_every_stage_has_its_name_in_the_order_of_the_data():
-    from rdpo.stage_names import STAGE_COMMANDS
-    from rdpo.stage_names import STAGES as NAMES
-    from rdpo.stages import STAGES
+def test_every_stage_reads_earlier_ones_and_has_a_command_of_its_own():
+    from rdpo.stages.table import COMMANDS, NAMES, STAGES
 
-    assert tuple(stage.name for stage in STAGES) == NAMES
-    assert set(STAGE_COMMANDS.values()) <= set(NAMES)
+    for place, stage in enumerate(STAGES):
+        assert set(stage.inputs) <= set(NAMES[:place])
+    assert len(set(NAMES)) == len(STAGES) == 12
+    assert set(COMMANDS.values()) == set(NAMES) - {"prompts", "replay", "retention"}
 
 
 def test_a_shell_completes_commands_options_stages_and_folders(tmp_path):
@@ -129,7 +129,7 @@ def test_out_of_memory_is_one_message_with_remedies(capsys, tmp_path, job_table,
     def crash(*_, **__):
         raise RuntimeError("Refer to the documentation on how to address the out of memory issue: ...")
 
-    monkeypatch.setattr("rdpo.runs.execute", crash)
+    monkeypatch.setattr("rdpo.api.execute", crash)
     path = write_job(tmp_path / "job.toml", job_table)
     assert main(["run", path, "--run-dir", str(tmp_path / "run")]) == 1
     message = capsys.readouterr().err
@@ -140,7 +140,7 @@ def test_after_starting_over_the_command_without_fresh_goes_on(capsys, tmp_path,
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("rdpo.runs.execute", interrupt)
+    monkeypatch.setattr("rdpo.api.execute", interrupt)
     path = write_job(tmp_path / "job.toml", job_table)
     assert main(["run", path, "--run-dir", str(tmp_path / "run"), "--fresh"]) == 1
     assert "the same command without --fresh goes on" in capsys.readouterr().err

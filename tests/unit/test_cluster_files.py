@@ -140,7 +140,7 @@ def test_both_kuberay_manifests_describe_one_cluster():
 
 
 def test_the_job_for_several_nodes_fits_the_nodes_that_the_files_start(cloud, ray_cluster_spec):
-    from rdpo.placement import Nodes, check_room
+    from rdpo.cluster.placement import Nodes, check_room
 
     table = tomllib.loads((ROOT / "jobs" / "safety_nodes.toml").read_text(encoding="utf-8"))
     job = Job.model_validate(table)

@@ -4,9 +4,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from rdpo.evaluation.columns import PromptColumns, pair_columns, rank_correlation
-from rdpo.evaluation.samples import most_telling
-from rdpo.storage import StageFolder
+from rdpo.files.stage_folder import StageFolder
+from rdpo.report.columns import PromptColumns, pair_columns, rank_correlation
+from rdpo.report.samples import most_telling
 
 
 def pair(number, chosen, rejected, dropped=None):

@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 import tomli_w
 
-from rdpo.comparison import Part, load_comparison, merged, run_arms
+from rdpo.config.comparison import Part, merged
 from rdpo.errors import InputError
-from rdpo.pipeline import Run, run_stages
-from rdpo.storage import StageFolder
-from tests.conftest import write_job
+from rdpo.execution.pipeline import run_stages
+from rdpo.execution.run import Run
+from rdpo.experiments.comparison import load_comparison, run_arms
+from rdpo.files.stage_folder import StageFolder
+from tests.support.jobs import write_job
 
 LENGTH = {"kind": "function", "name": "length", "function": "tests.rewards:length"}
 ARMS = {"dpo": {"training": {"offset_coef": 0.0}}, "rdpo": {"training": {"offset_coef": 0.5}}}
@@ -89,8 +91,8 @@ def test_what_is_wrong_is_said(write, changes, said):
 def test_a_stage_of_a_sibling_is_taken_over_and_never_written_to(write, tmp_path):
     import pyarrow as pa
 
-    from rdpo.pipeline import Stage
-    from rdpo.tracking import Console
+    from rdpo.execution.stage import Stage
+    from rdpo.tracking.console import Console
 
     _, jobs = load_comparison(write())
     made = []
@@ -134,10 +136,10 @@ def test_one_value_and_another_last_stage_can_be_wanted(write):
 
 
 def test_one_seed_alone_is_brought_up_to_date(write, tmp_path, monkeypatch):
-    from rdpo.tracking import Console
+    from rdpo.tracking.console import Console
 
     runs = []
-    monkeypatch.setattr("rdpo.comparison.run_stages", lambda run, stages: runs.append(run))
+    monkeypatch.setattr("rdpo.experiments.comparison.run_stages", lambda run, stages: runs.append(run))
     comparison, jobs = load_comparison(write())
     screen = io.StringIO()
     run_arms(comparison, jobs, str(tmp_path / "run"), Console(screen), seeds=[1])

@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from rdpo.comparison import load_comparison
-from rdpo.config import Job, load_job, to_toml
+from rdpo.config import PLACEMENT, Job, load_job, to_toml
 from rdpo.errors import InputError
+from rdpo.execution.keys import sections
+from rdpo.experiments.comparison import load_comparison
 from rdpo.preference.pairs import scored_answers
 from rdpo.synthesis.instructions import load_task
 from rdpo.synthesis.prompts import check_templates
-from tests.conftest import write_job
+from tests.support.jobs import write_job
 
 ROOT = Path(__file__).parents[2]
 JOBS = sorted((ROOT / "jobs").rglob("*.toml"))
@@ -119,3 +120,11 @@ def _models(annotation):
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [model for arg in getattr(annotation, "__args__", ()) for model in _models(arg)]
+
+
+def test_a_placement_field_is_one_wherever_its_name_stands():
+    """A setting on file is known by its name alone, so a name cannot be a placement here and something else there."""
+    fields = [(name, PLACEMENT in field.metadata) for one in sections(Job) for name, field in one.model_fields.items()]
+    marked = {name for name, placement in fields if placement}
+    assert {"concurrency", "kv_cache_gib", "num_workers"} <= marked
+    assert not [name for name, placement in fields if name in marked and not placement]

@@ -6,11 +6,11 @@ from dataclasses import asdict
 import pytest
 
 from rdpo.cli import main
+from rdpo.cluster.pools import Pool
 from rdpo.config import Job, to_toml
-from rdpo.costs import Price, cost_table, load_prices, load_rates, reserved_dollars, stage_costs
 from rdpo.errors import InputError
-from rdpo.placement import Pool
-from rdpo.storage import IN_PROGRESS, MANIFEST, Manifest
+from rdpo.files.stage_folder import IN_PROGRESS, MANIFEST, Manifest
+from rdpo.planning.costs import Price, cost_table, load_prices, load_rates, reserved_dollars, stage_costs
 
 MEASURED = {"synthesis": (100, 50.0), "rewards": (100, 20.0), "reference": (60, 30.0), "evaluation": (16, 8.0)}
 CREATED, CREATED_S = "2026-11-22T00:45:09Z", 1795308309
@@ -191,7 +191,7 @@ def test_actors_are_paid_for_in_whole_nodes_and_gpus():
 
 
 def test_the_command_shows_placement_and_costs_before_the_model_is_read(capsys, monkeypatch, run_dir, job, tmp_path):
-    monkeypatch.setattr("rdpo.training.plan.plan", lambda *_: iter(["memory"]))
+    monkeypatch.setattr("rdpo.planning.plan.plan", lambda *_: iter(["memory"]))
     rates = tmp_path / "rates.toml"
     rates.write_text("synthesis = 2\nrewards = 5\nreference = 4\ntraining = 1.5\nevaluation = 2\n")
     command = ["plan", str(run_dir / "config.toml"), "--prompts", "10"]

@@ -5,7 +5,7 @@ import pytest
 
 from rdpo.cli import main
 from rdpo.config import Job, to_toml
-from rdpo.storage import Manifest, StageFolder
+from rdpo.files.stage_folder import Manifest, StageFolder
 
 
 def make_run(folder, table, shift=0.0, chosen="good", ids=("a", "b", "c"), until="evaluation"):

@@ -5,7 +5,7 @@ import re
 import pytest
 from markupsafe import escape
 
-from rdpo.evaluation.differences import difference
+from rdpo.report.differences import difference
 
 
 def test_words_of_one_side_alone_are_marked():

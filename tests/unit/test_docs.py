@@ -15,7 +15,7 @@ from rdpo.config import LOSS_OPTIONS, Job, Loss, load_job
 from rdpo.config.manual import manual
 from rdpo.preference.function import load_function
 from rdpo.synthesis.instructions import check_fields, load_task
-from tests.made_up import made_up_run
+from tests.support.made_up import made_up_run
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

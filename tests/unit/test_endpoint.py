@@ -8,12 +8,12 @@ import pytest
 from aiohttp import web
 from pydantic import SecretStr
 
-from rdpo import lineage
 from rdpo.config import Endpoint as Settings
 from rdpo.config import Job, Sampling, load_job
 from rdpo.errors import InputError
+from rdpo.stages import synthesis
 from rdpo.synthesis.endpoint import Endpoint, EndpointDown, Unanswered, check_endpoint, cost, endpoint_key
-from tests.conftest import write_job
+from tests.support.jobs import write_job
 
 SAMPLING = Sampling(max_tokens=5)
 
@@ -184,7 +184,7 @@ def test_how_the_endpoint_is_asked_does_not_make_the_answers_again(job_table):
     keys = []
     for settings in ({}, {"retries": 9, "requests_per_minute": 5, "timeout_s": 3}, {"model": "other"}):
         job_table["synthesis"]["endpoint"] = {"url": "http://t/v1", "model": "m", **settings}
-        keys.append(lineage.synthesis(Job.model_validate(job_table)))
+        keys.append(synthesis.settings(Job.model_validate(job_table)))
     assert keys[0] == keys[1] != keys[2]
 
 

@@ -6,8 +6,8 @@ import pytest
 
 from rdpo.cli import main
 from rdpo.errors import InputError
-from rdpo.evaluation.export import export
-from tests.made_up import made_up_run
+from rdpo.inspection.export import export
+from tests.support.made_up import made_up_run
 
 
 @pytest.fixture

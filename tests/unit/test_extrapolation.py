@@ -6,8 +6,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from rdpo import lineage
 from rdpo.config import Job
+from rdpo.stages import policy, training
 from rdpo.training.checkpoint import finish_policy
 from rdpo.training.extrapolation import extrapolate
 
@@ -49,5 +49,5 @@ def test_adapter_and_whole_weights_move_equally_far(tiny_model, tmp_path):
 def test_an_extrapolated_arm_shares_its_training(job_table):
     plain = Job.model_validate(job_table)
     further = Job.model_validate({**job_table, "training": {**job_table["training"], "extrapolation": 0.5}})
-    assert lineage.training(plain) == lineage.training(further)
-    assert lineage.policy(plain) != lineage.policy(further)
+    assert training.settings(plain) == training.settings(further)
+    assert policy.settings(plain) != policy.settings(further)

@@ -1,7 +1,7 @@
 """What a worker gets of a machine."""
 
+from rdpo.cluster import hardware
 from rdpo.config import Training
-from rdpo.policy import hardware
 
 
 def test_cores_of_a_worker_are_its_share_unless_the_job_says_so(monkeypatch):

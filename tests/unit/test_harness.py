@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rdpo.cli import main
 from rdpo.config import Job, to_toml
-from rdpo.evaluation.harness import changes
-from rdpo.storage import Manifest, StageFolder
+from rdpo.files.stage_folder import Manifest, StageFolder
+from rdpo.inspection.harness import changes
 
 TASK = """
 task: colours

@@ -5,7 +5,7 @@ import io
 
 import pytest
 
-from rdpo.evaluation.heldout import heldout_results, table, to_csv
+from rdpo.experiments.heldout import heldout_results, table, to_csv
 
 RIVALS = {"dpo@0": "dpo@0", "rdpo@0": "dpo@0", "dpo@0.4": "dpo@0.4", "rdpo@0.4": "dpo@0.4"}
 

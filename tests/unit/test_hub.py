@@ -10,8 +10,8 @@ from threading import Thread
 
 import pytest
 
-from rdpo.storage import Manifest, StageFolder
-from tests.made_up import made_up_run
+from rdpo.files.stage_folder import Manifest, StageFolder
+from tests.support.made_up import made_up_run
 
 TOKEN = "hf_abcdefghijklmnopqrstuvwxyz"
 

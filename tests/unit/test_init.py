@@ -7,7 +7,7 @@ import pytest
 
 from rdpo.cli import main
 from rdpo.config import ClassifierReward, JudgeReward, load_job
-from tests.conftest import write_jsonl
+from tests.support.jobs import write_jsonl
 
 
 @pytest.fixture

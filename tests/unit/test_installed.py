@@ -1,6 +1,6 @@
 """Which versions may differ between nodes."""
 
-from rdpo.installed import Installed, disagreement
+from rdpo.cluster.installed import Installed, disagreement
 
 LOCKED = {"rdpo": "0.1.0", "vllm": "0.32.0", "torch": "2.13.0"}
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rdpo.policy.layout import packed_batch, padded_batch
+from rdpo.modeling.layout import packed_batch, padded_batch
 
 PROMPTS = [[1, 2, 3], [4]]
 ANSWERS = [[[5, 6], [7, 8, 9]], [[10], [11, 12]]]

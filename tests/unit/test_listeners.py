@@ -6,10 +6,10 @@ import pytest
 
 from rdpo.config import Job
 from rdpo.errors import InputError
-from rdpo.listeners import listening
-from rdpo.listeners.figures import stage_figures, step_figures
-from rdpo.storage import Manifest
-from rdpo.tracking import Console, Listener
+from rdpo.files.stage_folder import Manifest
+from rdpo.tracking.console import Console, Listener
+from rdpo.tracking.listeners import listening
+from rdpo.tracking.listeners.figures import stage_figures, step_figures
 
 STEPS = [{"step": number, "loss": 0.7 - 0.1 * number, "rewards/margins": 0.1 * number} for number in (1, 2)]
 
@@ -78,22 +78,22 @@ def test_a_listener_that_fails_hears_no_more_and_the_others_do(console):
 
 
 def test_a_tracker_that_is_not_installed_is_said_at_once(told, monkeypatch):
-    monkeypatch.setattr("rdpo.listeners.find_spec", lambda name: None)
+    monkeypatch.setattr("rdpo.tracking.listeners.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"tracking\.to: wandb is not installed; pip install wandb"):
         told("wandb")
 
 
 def test_a_tracker_that_does_not_begin_is_left_out(told, monkeypatch, console):
-    monkeypatch.setattr("rdpo.listeners.find_spec", lambda name: True)
-    monkeypatch.setattr("rdpo.listeners._maker", lambda name: lambda *_: 1 / 0)
+    monkeypatch.setattr("rdpo.tracking.listeners.find_spec", lambda name: True)
+    monkeypatch.setattr("rdpo.tracking.listeners._maker", lambda name: lambda *_: 1 / 0)
     told("mlflow")
     assert "tracking.to: mlflow does not begin, the run goes on without it" in console.stream.getvalue()
 
 
 def test_a_run_in_which_all_is_done_begins_no_tracker(job_table, tmp_path, console, monkeypatch):
     begun = []
-    monkeypatch.setattr("rdpo.listeners.find_spec", lambda name: True)
-    monkeypatch.setattr("rdpo.listeners._maker", lambda name: lambda *_: begun.append(name) or Listener())
+    monkeypatch.setattr("rdpo.tracking.listeners.find_spec", lambda name: True)
+    monkeypatch.setattr("rdpo.tracking.listeners._maker", lambda name: lambda *_: begun.append(name) or Listener())
     job = Job.model_validate(job_table | {"tracking": {"to": ["mlflow", "wandb"]}})
     with listening(job, str(tmp_path / "run"), console):
         console.say("prompts     up to date")
@@ -105,8 +105,8 @@ def test_a_run_in_which_all_is_done_begins_no_tracker(job_table, tmp_path, conso
 
 
 def test_a_tracker_that_fails_is_called_by_its_name(told, monkeypatch, console):
-    monkeypatch.setattr("rdpo.listeners.find_spec", lambda name: True)
-    monkeypatch.setattr("rdpo.listeners._maker", lambda name: lambda *_: Broken())
+    monkeypatch.setattr("rdpo.tracking.listeners.find_spec", lambda name: True)
+    monkeypatch.setattr("rdpo.tracking.listeners._maker", lambda name: lambda *_: Broken())
     told("mlflow")
     assert console.stream.getvalue().count("warning: mlflow hears no more of the run: ConnectionError: gone") == 1
 

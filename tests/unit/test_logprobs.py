@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rdpo.policy.logprobs import CompletionHead
+from rdpo.modeling.logprobs import CompletionHead
 
 
 def full(hidden, output, labels, scale, softcap):

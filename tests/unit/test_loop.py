@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from rdpo.config import Job
-from rdpo.policy.packing import PairSize
+from rdpo.modeling.packing import PairSize
 from rdpo.training.loop import NonFiniteStep, PairTable, Trainer
-from tests.conftest import valid_job
+from tests.support.jobs import valid_job
 
 PAIRS = 4
 

@@ -4,16 +4,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from rdpo.cluster.gpus import GPUS, Gpu, gpu_of
 from rdpo.config import Job, Lora
 from rdpo.errors import InputError
-from rdpo.policy.flops import Arithmetic
-from rdpo.policy.gpus import GPUS, Gpu, gpu_of
-from rdpo.policy.model import as_policy, load_policy
-from rdpo.policy.packing import PairSize
-from rdpo.training.communication import bytes_sent, sent
-from rdpo.training.memory import Memory, heaviest, rehearse, worker_memory
-from rdpo.training.plan import plan
-from tests.conftest import valid_job
+from rdpo.modeling.flops import Arithmetic
+from rdpo.modeling.model import as_policy, load_policy
+from rdpo.modeling.packing import PairSize
+from rdpo.planning.communication import bytes_sent, sent
+from rdpo.planning.memory import Memory, heaviest, rehearse, worker_memory
+from rdpo.planning.plan import plan
+from tests.support.jobs import valid_job
 
 
 def job_of(model, place, **training):
@@ -35,7 +35,7 @@ def test_memory_counts_what_is_held_and_not_what_is_gone():
 
 @pytest.mark.parametrize("lora", [None, Lora(rank=4)])
 def test_rehearsal_on_fake_tensors_takes_as_much_as_the_real_step(tiny_model, tmp_path, lora):
-    from rdpo.training.memory import _step_peak, typical_pair
+    from rdpo.planning.memory import _step_peak, typical_pair
 
     job = job_of(tiny_model, tmp_path, lora=lora)
     rehearsal = rehearse(job)

@@ -3,7 +3,7 @@
 import json
 import math
 
-from rdpo.storage import StageFolder
+from rdpo.files.stage_folder import StageFolder
 from rdpo.training.trainer import METRICS, _History
 
 

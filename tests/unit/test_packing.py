@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from rdpo.policy.packing import PairSize, batch_tokens, epoch_order, epoch_steps, plan_step
+from rdpo.modeling.packing import PairSize, batch_tokens, epoch_order, epoch_steps, plan_step
 
 
 @pytest.mark.parametrize("packed", [True, False])

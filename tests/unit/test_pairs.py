@@ -4,8 +4,9 @@ import pyarrow as pa
 import pytest
 
 from rdpo.config import Job, Pairs
+from rdpo.config.task import Turn
 from rdpo.errors import InputError
-from rdpo.policy.chat import make_chat
+from rdpo.modeling.chat import make_chat
 from rdpo.preference.agreement import agreement
 from rdpo.preference.pairs import (
     answers_of,
@@ -21,7 +22,6 @@ from rdpo.preference.pairs import (
 )
 from rdpo.preference.reference import tokenize_pair
 from rdpo.records import table_of
-from rdpo.synthesis.instructions import Turn
 
 
 def scored(response=1.0, revision=3.0, **changes):

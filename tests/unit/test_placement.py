@@ -5,11 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from rdpo import lineage
+from rdpo.cluster.placement import NODE_GROUP, Nodes, check_room, fit_side_by_side, placement_table
+from rdpo.cluster.pools import SHARE, pools_of
 from rdpo.config import Engine, Job, largest, load_job, smallest
 from rdpo.errors import InputError
-from rdpo.placement import NODE_GROUP, SHARE, Nodes, check_room, fit_side_by_side, placement_table, pools_of
-from tests.conftest import write_job
+from rdpo.stages import evaluation, reference, rewards, synthesis, training
+from tests.support.jobs import write_job
 
 CLASSIFIER = {"kind": "classifier", "name": "rm", "model": "m"}
 JUDGE = {"kind": "judge", "name": "judge", "rubric": "{{ answer }}"}
@@ -143,7 +144,7 @@ def test_kinds_of_nodes_reach_ray_data(job_with):
 
 
 def test_kinds_of_nodes_reach_ray_train(job_with, monkeypatch, tmp_path):
-    from rdpo.storage import StageFolder
+    from rdpo.files.stage_folder import StageFolder
     from rdpo.training import trainer
 
     monkeypatch.setattr(trainer.ray, "nodes", lambda: [HEAD, HEAD])
@@ -215,7 +216,7 @@ def test_a_cluster_grows_if_its_nodes_were_started_by_their_type():
 
 def test_placement_is_no_part_of_a_stage(job_with):
     anywhere, placed = job_with(), job_with(placement=KINDS, streaming="off")
-    for settings in (lineage.synthesis, lineage.rewards, lineage.reference, lineage.training, lineage.evaluation):
+    for settings in (synthesis.settings, rewards.settings, reference.settings, training.settings, evaluation.settings):
         assert settings(anywhere) == settings(placed)
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from rdpo.config import Job
 from rdpo.errors import InputError
-from rdpo.storage import StageFolder, write_rows
+from rdpo.files.stage_folder import StageFolder, write_rows
 from rdpo.synthesis.prompts import beside, check_templates, drop_twins, parse_messages, prompt_row, read_prompts
 from rdpo.synthesis.sources import read_rows, source_files
 

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from rdpo.config import Job, load_job, to_toml
 from rdpo.config.files import _apply_override
 from rdpo.errors import InputError
-from rdpo.policy.packing import PairSize, batch_tokens, epoch_order, epoch_steps, plan_step
+from rdpo.modeling.packing import PairSize, batch_tokens, epoch_order, epoch_steps, plan_step
 from rdpo.preference.ratings import expected_rating, rating_value, written_rating
 from rdpo.records import alive, clean, digest, draw_seed, drop, prompt_id, table_of, unit_draw, visible
 from rdpo.synthesis.defects import defects
 from rdpo.synthesis.instructions import check_template, render
-from tests.conftest import valid_job, write_job
+from tests.support.jobs import valid_job, write_job
 
 QUICK = settings(max_examples=100, deadline=None)
 ANY = st.text(st.characters(), max_size=12)

@@ -1,10 +1,10 @@
 """Models and files of a run, by the fingerprints in its manifests."""
 
-from rdpo import lineage
 from rdpo.config import Job
-from rdpo.evaluation.provenance import Source, sources
-from rdpo.storage import Manifest
-from tests.conftest import write_jsonl
+from rdpo.files.stage_folder import Manifest
+from rdpo.report.provenance import Source, sources
+from rdpo.stages.table import STAGES
+from tests.support.jobs import write_jsonl
 
 
 def test_the_lineage_of_a_job_names_its_sources_and_who_read_them(job_table, tmp_path):
@@ -12,7 +12,9 @@ def test_the_lineage_of_a_job_names_its_sources_and_who_read_them(job_table, tmp
     job_table["retention"] = {"source": str(tmp_path / "texts.jsonl")}
     job = Job.model_validate(job_table)
     settings = {
-        name: getattr(lineage, name)(job) for name in ("prompts", "synthesis", "rewards", "training", "retention")
+        stage.name: stage.settings(job)
+        for stage in STAGES
+        if stage.name in ("prompts", "synthesis", "rewards", "training", "retention")
     }
     found = sources({name: Manifest(name, "k", of, {}) for name, of in settings.items()}, job.student.model)
     assert [(source.name, source.stages) for source in found] == [

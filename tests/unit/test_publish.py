@@ -4,7 +4,7 @@ import pytest
 
 from rdpo.config import Job
 from rdpo.evaluation.publish import publish
-from rdpo.policy.models import local_model
+from rdpo.modeling.weights import local_model
 from rdpo.training.checkpoint import EXPORT, MERGED, finish_policy
 
 FACTS = {"version": "1", "evaluation": {"prompts": 0, "rewards": [], "kl": None}, "pairs": 1, "lineage": {}}

@@ -6,9 +6,9 @@ import pytest
 
 from rdpo.config import JudgeReward
 from rdpo.errors import InputError
-from rdpo.policy.chat import make_chat
+from rdpo.modeling.chat import make_chat
 from rdpo.preference.ratings import check_rubric, expected_rating, rating_values, written_rating
-from tests.conftest import byte_tokenizer
+from tests.support.models import byte_tokenizer
 
 
 def judge(**changes):

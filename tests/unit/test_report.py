@@ -18,12 +18,16 @@ import pytest
 
 from rdpo.config import Job
 from rdpo.evaluation.compare import summarize
-from rdpo.evaluation.page import SHOWN_CHARS, content_policy, escaped, shown
-from rdpo.evaluation.report import ReportSoFar, headline, write_report
-from rdpo.pipeline import JOB_FILE, Run, Stage, run_stages
-from rdpo.storage import Manifest, StageFolder
-from rdpo.tracking import Console
-from tests.conftest import write_job
+from rdpo.execution.pipeline import run_stages
+from rdpo.execution.reader import JOB_FILE
+from rdpo.execution.run import Run
+from rdpo.execution.stage import Stage
+from rdpo.files.stage_folder import Manifest, StageFolder
+from rdpo.records import SHOWN_CHARS, shown
+from rdpo.report.page import content_policy, escaped
+from rdpo.report.report import ReportSoFar, headline, write_report
+from rdpo.tracking.console import Console
+from tests.support.jobs import write_job
 
 HOSTILE = (
     "</div><script>document.title = 'run'</script><img src=x onerror=\"document.title='run'\">\u202egnp.exe\x00\x1b[31m"

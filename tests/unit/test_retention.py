@@ -6,7 +6,7 @@ import pytest
 
 from rdpo.config import Job, Retention
 from rdpo.evaluation.retention import answer_of, summary, table, texts
-from tests.conftest import write_jsonl
+from tests.support.jobs import write_jsonl
 
 
 def test_perplexity_grows_by_the_nats_lost_per_token():

@@ -14,7 +14,7 @@ from rdpo.preference.function import load_function, score_by_function
 from rdpo.preference.implicit import Implicit, checked_implicit
 from rdpo.preference.judge import expected_rating
 from rdpo.preference.scores import combine_table
-from tests.conftest import byte_tokenizer, save_model, tiny_config
+from tests.support.models import byte_tokenizer, save_model, tiny_config
 
 PROMPT = [{"role": "user", "content": "why?"}]
 ANSWERS = ["because", "I do not know, and nobody else does either.", "x", "rain " * 9]
@@ -49,7 +49,7 @@ def test_classifier_equals_a_plain_loop_whatever_the_batching(tiny_classifier, b
 def test_models_without_one_output_are_refused(tiny_model, tmp_path, tokenizer):
     from transformers import LlamaForSequenceClassification
 
-    from tests.conftest import save_model, tiny_config
+    from tests.support.models import save_model, tiny_config
 
     with pytest.raises(InputError, match="no classification head"):
         checked_classifier(classifier(tiny_model))

@@ -6,10 +6,10 @@ import pytest
 
 from rdpo.config import Job
 from rdpo.errors import InputError
-from rdpo.rounds import job_of_round, run_rounds
-from rdpo.stages import STAGES, stages_of
-from rdpo.storage import Manifest, StageFolder
-from rdpo.tracking import Console
+from rdpo.experiments.rounds import job_of_round, run_rounds
+from rdpo.files.stage_folder import Manifest, StageFolder
+from rdpo.stages.table import STAGES, stages_of
+from rdpo.tracking.console import Console
 
 STARTS = ["dpo-model", "runs/rounds/1/model", "runs/rounds/2/model"]
 
@@ -91,8 +91,8 @@ def test_rounds_end_where_the_watched_reward_no_longer_rises(job_table, tmp_path
             folder.write_bytes("weights", str(number).encode())
             run.manifests[name] = folder.commit(Manifest(name, "k", {}, {}, summary=told))
 
-    monkeypatch.setattr("rdpo.rounds.run_stages", make)
-    monkeypatch.setattr("rdpo.evaluation.report.write_report", lambda run_dir: f"{run_dir}/report.html")
+    monkeypatch.setattr("rdpo.experiments.rounds.run_stages", make)
+    monkeypatch.setattr("rdpo.report.report.write_report", lambda run_dir: f"{run_dir}/report.html")
     said = io.StringIO()
     job = Job.model_validate(job_table | {"rounds": {"count": 3}})
     run_rounds(job, str(tmp_path / "run"), Console(said))
@@ -108,7 +108,7 @@ def test_rounds_end_where_the_watched_reward_no_longer_rises(job_table, tmp_path
 def test_rounds_are_not_compared(job_table, tmp_path):
     import tomli_w
 
-    from rdpo.comparison import load_comparison
+    from rdpo.experiments.comparison import load_comparison
 
     (tmp_path / "base.toml").write_text(tomli_w.dumps(job_table | {"rounds": {"count": 2}}))
     table = {"name": "two", "job": "base.toml", "baseline": "a", "arms": {"a": {}}}
@@ -119,7 +119,7 @@ def test_rounds_are_not_compared(job_table, tmp_path):
 
 def test_a_dry_run_tells_what_round_one_would_do(job_table, tmp_path, capsys):
     from rdpo.cli import main
-    from tests.conftest import write_job
+    from tests.support.jobs import write_job
 
     path = write_job(tmp_path / "job.toml", job_table | {"rounds": {"count": 2}})
     assert main(["run", path, "--dry-run", "--run-dir", str(tmp_path / "run")]) == 0
@@ -131,7 +131,7 @@ def test_a_dry_run_tells_what_round_one_would_do(job_table, tmp_path, capsys):
 @pytest.mark.parametrize("command", ["report", "train"])
 def test_a_directory_of_rounds_is_no_single_run(job_table, tmp_path, capsys, command):
     from rdpo.cli import main
-    from tests.conftest import write_job
+    from tests.support.jobs import write_job
 
     write_job(tmp_path / "config.toml", job_table | {"rounds": {"count": 2}})
     assert main([command, str(tmp_path)]) == 2

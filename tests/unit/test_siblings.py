@@ -4,13 +4,13 @@ import io
 
 import pyarrow as pa
 
-from rdpo import lineage
 from rdpo.config import Job
-from rdpo.pipeline import Run
+from rdpo.execution.run import Run
+from rdpo.files.stage_folder import Manifest, StageFolder
 from rdpo.preference.known_logps import answer_key, known_logps, recalled
-from rdpo.stages.pairs import refer
-from rdpo.storage import Manifest, StageFolder
-from rdpo.tracking import Console
+from rdpo.stages import evaluation, reference
+from rdpo.stages.reference import refer
+from rdpo.tracking.console import Console
 
 ROW = {
     "prompt_id": "p",
@@ -40,7 +40,7 @@ def test_where_the_prompt_ends_counts():
 
 def test_siblings_with_other_weights_or_settings_are_not_asked(job_table, tmp_path, monkeypatch):
     job = Job.model_validate(job_table)
-    settings = lineage.reference(job)
+    settings = reference.settings(job)
     for name, changes in {"same": {}, "other": {"student": {**settings["student"], "weights": "others"}}}.items():
         folder = StageFolder(str(tmp_path / name), "reference")
         folder.begin("k")
@@ -55,11 +55,11 @@ def test_siblings_with_other_weights_or_settings_are_not_asked(job_table, tmp_pa
 
 
 def test_the_start_models_answers_are_taken_from_siblings_that_asked_alike(job_table, tmp_path):
-    from rdpo.stages.policy import _start_answers
+    from rdpo.stages.evaluation import _start_answers
 
     job = Job.model_validate(job_table)
-    asked = lineage.evaluation(job)
-    others = lineage.evaluation(job.model_copy(update={"seed": job.seed + 1}))
+    asked = evaluation.settings(job)
+    others = evaluation.settings(job.model_copy(update={"seed": job.seed + 1}))
     answer = {"start": "no", "start_finish_reason": "stop", "start_tokens": 1}
     for name, settings in {"same": asked, "other": others}.items():
         folder = StageFolder(str(tmp_path / name), "evaluation")

@@ -12,8 +12,8 @@ from filelock import FileLock
 from rdpo.cli import main
 from rdpo.config import Job, to_toml
 from rdpo.errors import InputError
-from rdpo.lock import held, holder
-from rdpo.storage import Manifest, StageFolder
+from rdpo.execution.lock import held, holder
+from rdpo.files.stage_folder import Manifest, StageFolder
 from rdpo.training.loop import PairTable
 
 

@@ -5,8 +5,8 @@ import re
 import pytest
 
 from rdpo.cli import main
-from rdpo.submission import RUNTIME_ENV
-from tests.conftest import write_job
+from rdpo.cluster.submission import RUNTIME_ENV
+from tests.support.jobs import write_job
 
 
 @pytest.fixture

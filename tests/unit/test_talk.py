@@ -9,8 +9,9 @@ import pytest
 from rdpo.cli import main
 from rdpo.config import Job, to_toml
 from rdpo.errors import InputError
-from rdpo.evaluation.chat import load_speakers
-from rdpo.storage import Manifest, StageFolder
+from rdpo.execution.reader import RunReader
+from rdpo.files.stage_folder import Manifest, StageFolder
+from rdpo.inspection.chat import load_speakers
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def run_dir(job, tiny_model, tmp_path):
 
 
 def test_equal_models_say_the_same_by_one_seed_and_something_else_by_another(run_dir, job):
-    start, trained = load_speakers(run_dir, job)
+    start, trained = load_speakers(RunReader(run_dir, job))
     said = [speaker.answer(speaker.asked("hello"), 1) for speaker in (start, trained)]
     assert said[0] == said[1]
     start.reset()
@@ -55,7 +56,7 @@ def test_a_bare_adapter_is_put_on_the_start_model(run_dir, job, tiny_model):
     adapted.peft_config["default"].base_model_name_or_path = "/not/on/this/machine"
     adapted.save_pretrained(folder.path)
     folder.commit(Manifest("model", "k", {}, {}))
-    start, trained = load_speakers(run_dir, job)
+    start, trained = load_speakers(RunReader(run_dir, job))
     merged, ids = adapted.merge_and_unload(), torch.tensor([[5, 6, 7]])
     with torch.inference_mode():
         assert torch.allclose(trained.model(ids).logits, merged(ids).logits, atol=1e-5)
@@ -63,7 +64,7 @@ def test_a_bare_adapter_is_put_on_the_start_model(run_dir, job, tiny_model):
 
 
 def test_a_full_context_is_said_and_nothing_is_forgotten(run_dir, job):
-    start, _ = load_speakers(run_dir, job)
+    start, _ = load_speakers(RunReader(run_dir, job))
     with pytest.raises(InputError, match=r"fill the context of 1024; /reset"):
         start.asked("x" * 2000)
     start.answer(start.asked("y" * 980), 1)

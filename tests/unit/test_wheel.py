@@ -19,7 +19,7 @@ def test_the_wheel_holds_every_file_of_the_package(tmp_path):
     with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
         held = {name for name in wheel.namelist() if name.startswith("rdpo/")}
     assert held == {str(path.relative_to(ROOT)) for path in _files(ROOT / "rdpo")}
-    needed = {"py.typed", "evaluation/templates/style.css", "synthesis/tasks/roleplay.toml"}
+    needed = {"py.typed", "report/templates/style.css", "synthesis/tasks/roleplay.toml"}
     assert {f"rdpo/{name}" for name in needed} <= held
 
 

@@ -1,0 +1,224 @@
+"""Running stages: each is made again exactly when something it depends on has changed.
+
+A stage's key is a hash of its own settings, of the fingerprints of models and files it reads, and of
+its inputs' content. A committed folder with that key is skipped; an unfinished one is continued if it was
+begun with the same settings on the same making of its inputs; anything else is made anew.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rdpo.cluster.installed import versions
+from rdpo.config import Job, to_toml
+from rdpo.errors import InputError
+from rdpo.execution.keys import stage_key
+from rdpo.execution.lock import LOCK, Say, held
+from rdpo.execution.reader import JOB_FILE
+from rdpo.execution.run import Run
+from rdpo.execution.stage import Stage
+from rdpo.execution.streaming import stream_rows
+from rdpo.files.folder import Folder
+from rdpo.files.stage_folder import TOKENS, Manifest, StageFolder
+from rdpo.tracking.console import Meter
+from rdpo.tracking.listeners import listening
+
+TOLD_REASONS = 20
+
+
+def run_stages(run: Run, stages: Sequence[Stage]) -> None:
+    """Bring stages up to date, in order; those that can, at the same time."""
+    run.console.events.run = run.job.name
+    with listening(run.job, run.dir, run.console):
+        _in_order(run, stages)
+
+
+def _in_order(run: Run, stages: Sequence[Stage]) -> None:
+    waiting = list(stages)
+    while waiting:
+        chain = [waiting.pop(0)]
+        if _up_to_date(run, chain[0]):
+            continue
+        if repair := _reopened(run, chain[0], stages):
+            waiting = [*repair, *chain, *waiting]
+            continue
+        if not run.prepared:
+            _prepare(run)
+        while run.streams and waiting and waiting[0].joins:
+            chain.append(waiting.pop(0))
+        _make(run, chain)
+        if run.on_stage and waiting:
+            run.on_stage(run)
+
+
+def _prepare(run: Run) -> None:
+    """Try the job's models and start Ray, once, before anything is made."""
+    for section in run.job.trusted_code:
+        run.console.warn(f"{section}.trust_remote_code: Python code that ships with the model is run")
+    run.streams = run.prepare(run.job, run.console.say)
+    run.prepared = True
+
+
+def _up_to_date(run: Run, stage: Stage) -> bool:
+    """Whether a stage is committed with its present key, here or in a sibling; says so.
+
+    Raises:
+        InputError: an input is missing.
+    """
+    key, own = _begun(run, stage, stage.settings(run.job)).key, run.folder(stage.name)
+    for folder in (own, *(StageFolder(sibling, stage.name) for sibling in run.siblings)):
+        manifest = folder.manifest()
+        if manifest and manifest.key == key:
+            if folder is not own:
+                own.take_over(folder)
+            run.manifests[stage.name] = manifest
+            where = "up to date" if folder is own else f"as in {Path(folder.path).parent.name}"
+            run.console.say(f"{stage.name:<12}{where}")
+            run.console.tell("stage_end", stage=stage.name, state=where, **_counts(manifest))
+            return True
+    return False
+
+
+def _reopened(run: Run, stage: Stage, stages: Sequence[Stage]) -> list[Stage]:
+    """Those inputs of a stage whose files are not as they were written; they are unfinished again.
+
+    What this run has itself made is not read once more.
+
+    Raises:
+        InputError: one of them is not to be run.
+    """
+    repair = []
+    for name in stage.inputs:
+        folder = run.folder(name)
+        damaged = [] if name in run.made else folder.damaged()
+        if not damaged:
+            continue
+        what = damaged[0] + (f" and {len(damaged) - 1} other files" if damaged[1:] else "")
+        maker = next((other for other in stages if other.name == name), None)
+        if maker is None:
+            raise InputError(f"{folder.path}/{what}: not as it was written; `rdpo run` makes it again")
+        run.console.warn(f"{name} is not as it was written, made again: {what}")
+        folder.reopen(damaged)
+        run.manifests.pop(name, None)
+        repair.append(maker)
+    return repair
+
+
+def _begun(run: Run, stage: Stage, settings: dict[str, Any]) -> Manifest:
+    """The manifest of a stage that has its inputs but no rows yet."""
+    inputs = {name: run.require(name, stage.name).digest for name in stage.inputs}
+    return Manifest(stage.name, stage_key(stage.name, settings, inputs), settings, inputs)
+
+
+def _make(run: Run, chain: Sequence[Stage]) -> None:
+    """Make stages, together if they are several, and commit them in order."""
+    began = time.monotonic()
+    folders = [run.folder(stage.name) for stage in chain]
+    # As they are now: what is edited while a stage is made is not what made it.
+    settings = [stage.settings(run.job) for stage in chain]
+    for stage, folder, own in zip(chain, folders, settings, strict=True):
+        births = {name: run.folder(name).birth for name in stage.inputs}
+        folder.begin(stage_key(stage.name, own, births))
+        run.console.tell("stage_begin", stage=stage.name)
+    with run.console.stage("+".join(stage.name for stage in chain), None, chain[0].unit) as meter:
+        summary = _work(run, chain, folders, meter)
+    for stage, folder, own in zip(chain, folders, settings, strict=True):
+        manifest = _begun(run, stage, own)
+        manifest.summary, manifest.tokens = summary, meter.tokens
+        manifest.seconds = round(time.monotonic() - began, 1)
+        manifest.together = [other.name for other in chain if other is not stage]
+        _commit(run, stage, folder, manifest)
+
+
+def _work(run: Run, chain: Sequence[Stage], folders: Sequence[StageFolder], meter: Meter) -> dict[str, Any]:
+    if chain[0].execute:
+        return chain[0].execute(run, folders[0], meter)
+    works = [stage.rows for stage in chain if stage.rows]
+    stream_rows(run, list(zip(works, folders, strict=True)), meter)
+    return {}
+
+
+def _commit(run: Run, stage: Stage, folder: StageFolder, manifest: Manifest) -> None:
+    if stage.rows:
+        manifest.summary = {"rows_in": stage.rows.source(run).count, **stage.rows.summarize(run, folder)}
+        manifest.tokens = folder.total(TOKENS) if stage.rows.generates else 0
+    expected = manifest.summary.pop("rows_in", None)
+    manifest.seed, manifest.versions = run.job.seed, versions()
+    run.manifests[stage.name] = folder.commit(manifest, stage.id_column, expected)
+    run.made.add(stage.name)
+    run.console.made(manifest)
+    run.console.tell("stage_end", stage=stage.name, state="made", **_counts(manifest))
+    first = _log_dropped(run, folder, stage.id_column) if stage.id_column else {}
+    reasons = sorted(manifest.dropped.items(), key=lambda item: -item[1])
+    for reason, count in reasons[:TOLD_REASONS]:
+        run.console.say(f"{'':<12}dropped {count}: {reason}{_place(first.get(reason, ''), count)}")
+    if others := reasons[TOLD_REASONS:]:
+        run.console.say(f"{'':<12}dropped {sum(count for _, count in others)}: {len(others)} other reasons")
+
+
+def _log_dropped(run: Run, folder: StageFolder, id_column: str) -> dict[str, str]:
+    """Write every dropped row into the log of events; returned is the first row of each reason."""
+    first: dict[str, str] = {}
+    for table in folder.tables("dropped", [id_column, "dropped"]):
+        rows = list(zip(table[id_column].to_pylist(), table["dropped"].to_pylist(), strict=True))
+        facts = ({"stage": folder.name, "row": row, "reason": reason} for row, reason in rows)
+        run.console.events.write(*(("dropped", fact) for fact in facts))
+        for row, reason in rows:
+            first.setdefault(reason, row)
+    return first
+
+
+def _place(row: str, count: int) -> str:
+    """Where a dropped row stands in the user's file, in words; nothing for rows that only have an id of ours."""
+    if ":" not in row:
+        return ""
+    return f" ({'the first is ' if count > 1 else ''}{row})"
+
+
+def _counts(manifest: Manifest) -> dict[str, Any]:
+    """What a stage did, in figures."""
+    names = ("rows_in", "rows_out", "dropped", "tokens", "seconds")
+    return {name: getattr(manifest, name) for name in names}
+
+
+def planned(job: Job, run_dir: str, stages: Sequence[Stage]) -> dict[str, str]:
+    """What `run_stages` would do with each stage: nothing, go on, or make it."""
+    plan: dict[str, str] = {}
+    digests: dict[str, str] = {}
+    for stage in stages:
+        folder = StageFolder(run_dir, stage.name)
+        manifest, waiting = folder.manifest(), [name for name in stage.inputs if name not in digests]
+        inputs = {name: digests[name] for name in stage.inputs if name in digests}
+        key = "" if waiting else stage_key(stage.name, stage.settings(job), inputs)
+        if manifest and manifest.key == key:
+            plan[stage.name], digests[stage.name] = "up to date", manifest.digest
+        else:
+            plan[stage.name] = "would run" if manifest is None else "would run again"
+    return plan
+
+
+@contextmanager
+def locked(job: Job, run_dir: str, fresh: bool = False, say: Say = print) -> Iterator[None]:
+    """Hold a run directory: one driver at a time; with `fresh`, emptied first. Writes the resolved job.
+
+    Raises:
+        InputError: it cannot be written, or another driver holds it; or it is to be emptied and holds no run.
+    """
+    with held(run_dir, say):
+        folder = Folder(run_dir)
+        if fresh:
+            _check_is_run(folder, run_dir)
+        folder.write_bytes(JOB_FILE, to_toml(job).encode())
+        if fresh:
+            folder.empty(keep={LOCK, JOB_FILE})
+        yield
+
+
+def _check_is_run(folder: Folder, run_dir: str) -> None:
+    held = set(folder.entries()) - {LOCK}
+    if held and JOB_FILE not in held:
+        raise InputError(f"--fresh: {run_dir} holds {min(held)} and no run (no {JOB_FILE}), so it is not emptied")

@@ -1,0 +1,92 @@
+"""A run seen from its files, by whoever looks at it: its job, the folders of its stages, and what is finished."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from rdpo.config import Job, load_job
+from rdpo.errors import InputError
+from rdpo.execution.stage import Source
+from rdpo.files.folder import Folder
+from rdpo.files.stage_folder import METRICS, Manifest, StageFolder
+from rdpo.records import ID_COLUMN
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+JOB_FILE = "config.toml"
+
+
+class RunReader:
+    """What a run directory holds, on disk or in an object store. It only reads, also while the run is being made.
+
+    `dir` is the run directory, `job` its job with all defaults.
+    """
+
+    def __init__(self, run_dir: str, job: Job | None = None):
+        """Look at a run; with `job` at one whose job is known already.
+
+        Raises:
+            InputError: there is no run in this directory.
+        """
+        self.dir = run_dir.rstrip("/")
+        self.job = job or job_of_run(self.dir)
+
+    def folder(self, stage: str) -> StageFolder:
+        """Folder of a stage."""
+        return StageFolder(self.dir, stage)
+
+    def manifest(self, stage: str) -> Manifest | None:
+        """Manifest of a stage; None while it is not finished."""
+        return self.folder(stage).manifest()
+
+    def finished(self, stages: Iterable[str]) -> dict[str, Manifest]:
+        """The manifests of those of the stages that are finished, by name."""
+        found = {name: self.manifest(name) for name in stages}
+        return {name: manifest for name, manifest in found.items() if manifest}
+
+    def require(self, stage: str, wanted_by: str | None = None) -> Manifest:
+        """Manifest of a stage that has to be finished; `wanted_by` is what needs it.
+
+        Raises:
+            InputError: it is not finished.
+        """
+        if manifest := self.manifest(stage):
+            return manifest
+        if wanted_by:
+            raise InputError(f"{wanted_by} needs the {stage} stage, which is not finished; `rdpo run` makes both")
+        makes = "publishes the trained model" if stage == "model" else "makes it"
+        raise InputError(f"{self.dir}: the {stage} stage is not finished; `rdpo run` {makes}")
+
+    def source(self, stage: str) -> Source:
+        """The kept rows of a stage, as another one takes them up."""
+        folder = self.folder(stage)
+        return Source(folder.dataset, folder.count(), lambda: folder.ids(ID_COLUMN))
+
+    def table(self, stage: str, columns: list[str] | None = None, dropped: bool = False) -> pa.Table:
+        """The rows of a stage in the order of their ids, as far as they are made; or those that it dropped."""
+        table = self.folder(stage).table("dropped" if dropped else "", columns)
+        return table.sort_by(ID_COLUMN) if ID_COLUMN in table.column_names else table
+
+    @property
+    def metrics(self) -> list[dict[str, float]]:
+        """The metrics of every optimizer step so far, in order."""
+        return self.folder("training").read_lines(METRICS)
+
+
+def job_of_run(run_dir: str) -> Job:
+    """The resolved job of a run.
+
+    Raises:
+        InputError: there is no run in this directory.
+    """
+    if not Folder(run_dir).exists(JOB_FILE):
+        raise InputError(f"{run_dir}: no run here (no {JOB_FILE})")
+    return load_job(f"{run_dir.rstrip('/')}/{JOB_FILE}")
+
+
+def round_dir(run_dir: str, number: int) -> str:
+    """Run directory of one round of a job that has several."""
+    return os.path.join(run_dir, "rounds", str(number))

@@ -1,0 +1,152 @@
+"""Arms of a comparison on the same held-out prompts: each against the start model and against one of them.
+
+A prompt's figure is its mean over the seeds; every interval is a 95% percentile interval of a paired bootstrap over
+prompts.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+
+from rdpo.evaluation.compare import Estimate, Values, bootstrap, with_interval
+from rdpo.records import ID_COLUMN, Row
+
+BOOTSTRAP_SEED = 0
+
+
+@dataclass(frozen=True)
+class ArmResult:
+    """What one reward says of one arm, over the prompts that all arms answered with all seeds."""
+
+    arm: str
+    reward: str
+    weight: float
+    prompts: int
+    seeds: int
+    start_mean: float
+    mean: float
+    difference: Estimate
+    wins_start: Estimate
+    wins_baseline: Estimate
+    kl: float
+    tokens: float
+
+
+Evaluated = dict[tuple[str, int], list[Row]]
+"""Rows of the evaluation stage by arm and seed."""
+
+
+Weights = Mapping[str, Mapping[str, float]]
+"""Weights of the same rewards in each arm, by the arm's name."""
+
+
+def arm_results(evaluated: Evaluated, weights: Weights, rivals: dict[str, str]) -> list[ArmResult]:
+    """Every reward's verdict on every arm, the optimised rewards first; `rivals`: what each arm is held against."""
+    arms = list(dict.fromkeys(arm for arm, _ in evaluated))
+    by_prompt = {run: {row[ID_COLUMN]: row for row in rows} for run, rows in evaluated.items()}
+    prompts = sorted(set.intersection(*(set(rows) for rows in by_prompt.values())))
+    ordered = sorted(weights[arms[0]], key=lambda reward: not any(weights[arm][reward] for arm in arms))
+    tables = {arm: [by_prompt[run] for run in by_prompt if run[0] == arm] for arm in arms}
+    return [
+        _result(arm, reward, weights[arm][reward], tables[arm], tables[rivals[arm]], prompts)
+        for reward in ordered
+        for arm in arms
+        if prompts
+    ]
+
+
+def _result(
+    arm: str,
+    reward: str,
+    weight: float,
+    runs: list[dict[str, Row]],
+    others: list[dict[str, Row]],
+    prompts: list[str],
+) -> ArmResult:
+    start, trained = (_scores(runs, prompts, f"{side}_scores", reward) for side in ("start", "trained"))
+    rival = _scores(others, prompts, "trained_scores", reward)
+    return ArmResult(
+        arm=arm,
+        reward=reward,
+        weight=weight,
+        prompts=len(prompts),
+        seeds=len(runs),
+        start_mean=float(start.mean()),
+        mean=float(trained.mean()),
+        difference=bootstrap((trained - start).mean(axis=0), BOOTSTRAP_SEED),
+        wins_start=_wins(trained, start),
+        wins_baseline=_wins(trained, rival),
+        kl=_mean(run[prompt]["kl"] for run in runs for prompt in prompts),
+        tokens=_mean(run[prompt]["trained_tokens"] for run in runs for prompt in prompts),
+    )
+
+
+def _scores(runs: list[dict[str, Row]], prompts: list[str], column: str, reward: str) -> Values:
+    """Scores (seeds, prompts)."""
+    return np.array([[run[prompt][column][reward] for prompt in prompts] for run in runs], dtype=float)
+
+
+def _wins(ours: Values, theirs: Values) -> Estimate:
+    """How often ours is above theirs; ties count half."""
+    return bootstrap(((ours > theirs) + 0.5 * (ours == theirs)).mean(axis=0), BOOTSTRAP_SEED)
+
+
+def _mean(values: Iterable[float | None]) -> float:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else float("nan")
+
+
+def table(results: list[ArmResult], baseline: str) -> list[str]:
+    """The results as lines of text, a block for each reward."""
+    lines = []
+    width = max(len(result.arm) for result in results) + 2 if results else 0
+    for reward, of_reward in by_reward(results).items():
+        prompts, seeds = of_reward[0].prompts, of_reward[0].seeds
+        lines += ["", f"{reward} ({use_of(of_reward)}), {prompts} prompts, {seeds} seeds"]
+        head = f"{'':<{width}}{'mean':>8}  {'against start (95%)':<30}{'beats start':<24}"
+        lines.append(f"{head}{'beats ' + baseline:<24}{'KL':>6}{'tokens':>8}")
+        lines += [_line(result, width) for result in of_reward]
+    return lines
+
+
+def by_reward(results: list[ArmResult]) -> dict[str, list[ArmResult]]:
+    """The results of each reward, by its name."""
+    return {name: list(found) for name, found in groupby(results, lambda result: result.reward)}
+
+
+def use_of(results: list[ArmResult]) -> str:
+    """Whether the arms optimise the reward that these results are of."""
+    users = [result.arm for result in results if result.weight]
+    if len(users) == len(results):
+        return "optimised"
+    return f"optimised by {', '.join(users)}" if users else "independent"
+
+
+def _line(result: ArmResult, width: int) -> str:
+    return (
+        f"{result.arm:<{width}}{result.mean:>8.3f}  {with_interval(result.difference, '+.3f'):<30}"
+        f"{with_interval(result.wins_start, '.2f'):<24}{with_interval(result.wins_baseline, '.2f'):<24}"
+        f"{result.kl:>6.1f}{result.tokens:>8.0f}"
+    )
+
+
+def to_csv(results: list[ArmResult]) -> str:
+    """The results as CSV, one line for each arm and reward."""
+    estimates = ("difference", "wins_start", "wins_baseline")
+    plain = ("arm", "reward", "weight", "prompts", "seeds", "start_mean", "mean", "kl", "tokens")
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow([*plain, *(f"{name}{end}" for name in estimates for end in ("", "_low", "_high"))])
+    for result in results:
+        ends = [getattr(result, name) for name in estimates]
+        writer.writerow(
+            [getattr(result, name) for name in plain]
+            + [round(value, 6) for estimate in ends for value in (estimate.mean, estimate.low, estimate.high)]
+        )
+    return buffer.getvalue()

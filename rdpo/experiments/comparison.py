@@ -1,0 +1,137 @@
+"""Several ways to align one model, held against each other: each arm is a base job with changes of its own.
+
+Every arm and seed has a run directory; a stage that an earlier one has made with the same settings on the same
+inputs is taken over from there, not made again.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from rdpo.config import Job, explained, job_of, read_toml
+from rdpo.config.comparison import Comparison, Part
+from rdpo.errors import InputError
+from rdpo.execution.pipeline import locked, run_stages
+from rdpo.execution.reader import RunReader
+from rdpo.execution.run import Run
+from rdpo.execution.stage import Stage
+from rdpo.files.folder import Folder
+from rdpo.files.stores import absolute
+from rdpo.stages.checks import prepare
+from rdpo.stages.table import stages_of
+from rdpo.tracking.console import Console
+
+Jobs = dict[tuple[str, int], Job]
+"""The job of each arm and seed."""
+
+
+def load_comparison(path: str | Path, part: Part | None = None) -> tuple[Comparison, Jobs]:
+    """A comparison file, or a part of it, and the job of each of its arms and seeds.
+
+    Raises:
+        InputError: the file or its base job is missing or wrong, an arm's changes are, or there is no such part.
+    """
+    path = Path(path)
+    try:
+        comparison = Comparison.model_validate(read_toml(path))
+    except ValidationError as error:
+        raise InputError(explained(path, error)) from None
+    if part:
+        comparison = comparison.of(part)
+    base = path.parent / comparison.job
+    table = read_toml(base)
+    jobs = {}
+    for variant in comparison.variants:
+        for seed in comparison.seeds:
+            own = {"seed": seed, "name": f"{str(variant).replace('@', '-')}-{seed}"}
+            job = job_of({**variant.of(table, comparison), **own}, f"{path}: arm {variant}")
+            if job.rounds.count > 1:
+                raise InputError(f"{path}: arm {variant}: several rounds are run by `rdpo run`, not compared")
+            jobs[str(variant), seed] = job
+    if comparison.until == "evaluation":
+        _check_rewards(jobs, str(path))
+    return comparison, jobs
+
+
+def _check_rewards(jobs: Jobs, path: str) -> None:
+    """Whether all arms are measured by the same rewards, whatever weight each gives them."""
+    (first, of_first), *others = ((arm, _measures(job)) for (arm, _), job in jobs.items())
+    for arm, of_arm in others:
+        if different := [name for name in {**of_first, **of_arm} if of_first.get(name) != of_arm.get(name)]:
+            raise InputError(
+                f"{path}: arms {first} and {arm} do not have the same reward {different[0]!r}; give all arms the same "
+                "rewards, with weight = 0 where one is only measured"
+            )
+
+
+def _measures(job: Job) -> dict[str, dict[str, Any]]:
+    return {reward.name: {**reward.model_dump(), "weight": None} for reward in job.rewards}
+
+
+def arm_dir(run_dir: str, arm: str, seed: int) -> str:
+    """Run directory of one arm and seed."""
+    return os.path.join(run_dir, "arms", f"{arm.replace('@', '-')}-{seed}")
+
+
+def run_arms(
+    comparison: Comparison, jobs: Jobs, run_dir: str, console: Console, seeds: Collection[int] | None = None
+) -> None:
+    """Bring every arm up to date with all its seeds, or with some.
+
+    Other commands may do so at the same time with other seeds of the same comparison.
+
+    Raises:
+        InputError: a seed is none of the comparison's.
+    """
+    if unknown := set(seeds or ()) - set(comparison.seeds):
+        raise InputError(f"--seed {min(unknown)}: the comparison's seeds are {', '.join(map(str, comparison.seeds))}")
+    folders = {run: absolute(arm_dir(run_dir, *run)) for run in jobs}
+    for (arm, seed), job in jobs.items():
+        if seeds is None or seed in seeds:
+            console.say(f"\n{arm}, seed {seed}")
+            folder = folders[arm, seed]
+            siblings = tuple(other for other in folders.values() if other != folder)
+            with locked(job, folder, say=console.say):
+                run_stages(Run(job, folder, console, prepare, siblings), list(_stages(job, comparison.until)))
+
+
+def compare_arms(comparison: Comparison, jobs: Jobs, run_dir: str, console: Console) -> None:
+    """Run all arms; print the tables, write them as CSV and as a report."""
+    from rdpo.evaluation import retention
+    from rdpo.experiments import arms, heldout
+    from rdpo.experiments.comparison_report import write_comparison
+    from rdpo.training.trainer import heldout_margins
+
+    run_arms(comparison, jobs, run_dir, console)
+    found, until = [], comparison.until
+    runs = {run: RunReader(arm_dir(run_dir, *run), job) for run, job in jobs.items()}
+    if until == "evaluation":
+        evaluated = {run: reader.folder("evaluation").table().to_pylist() for run, reader in runs.items()}
+        weights = {arm: {reward.name: reward.weight for reward in job.rewards} for (arm, _), job in jobs.items()}
+        found = arms.arm_results(evaluated, weights, comparison.rivals)
+    made = {run: reader.finished(stage.name for stage in _stages(reader.job, until)) for run, reader in runs.items()}
+    # An arm that trains nothing measures no margins.
+    left = {run: heldout_margins(runs[run].folder("training")) for run in runs if "training" in made[run]}
+    measured = heldout.heldout_results({run: of_run for run, of_run in left.items() if of_run}, comparison.rivals)
+    lost = retention.table({run: of["retention"].summary for run, of in made.items() if "retention" in of})
+    for line in [*arms.table(found, comparison.baseline), *heldout.table(measured, comparison.baseline), *lost]:
+        console.say(line)
+    for name, content in (
+        ("comparison", found and arms.to_csv(found)),
+        ("heldout", measured and heldout.to_csv(measured)),
+    ):
+        if content:
+            Folder(run_dir).write_bytes(f"{name}.csv", content.encode())
+    console.say(f"\nreport      {write_comparison(run_dir, comparison, found, measured)}")
+
+
+def _stages(job: Job, until: str) -> Iterator[Stage]:
+    for stage in stages_of(job):
+        yield stage
+        if stage.name == until:
+            return

@@ -1,0 +1,118 @@
+"""Rounds: the whole run again and again, each from the model that the last one made.
+
+In each round the policy is its own start model and reference, its own teacher where the job names none, and its own
+implicit reward against an earlier model (DICE, arXiv 2406.09760). Every round is a run of its own in `rounds/N`, with
+its own report; the model of the last round that raised the watched reward becomes the model of the whole.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from rdpo.config import ImplicitReward, Job
+from rdpo.errors import InputError
+from rdpo.execution.pipeline import locked, run_stages
+from rdpo.execution.reader import round_dir
+from rdpo.execution.run import Run
+from rdpo.files.stage_folder import StageFolder
+from rdpo.stages.checks import prepare
+from rdpo.stages.table import stages_of
+from rdpo.tracking.console import Console
+
+MODEL = "model"
+
+
+def run_rounds(job: Job, run_dir: str, console: Console) -> None:
+    """Bring every round up to date, until one does not raise the watched reward."""
+    from rdpo.report.report import ReportSoFar, headline, write_report
+
+    starts, shown = [job.student.model], []
+    for number in range(1, job.rounds.count + 1):
+        console.say(f"\nround {number}, from {starts[-1]}")
+        console.tell("round_begin", round=number, start=starts[-1])
+        folder, of_round = round_dir(run_dir, number), job_of_round(job, number, starts)
+        with locked(of_round, folder, say=console.say):
+            stages = stages_of(of_round)
+            run = Run(of_round, folder, console, prepare, on_stage=ReportSoFar(), stages=stages)
+            run_stages(run, stages)
+            path = write_report(folder)
+        for line in [*headline(folder), f"report      {path}"]:
+            console.say(line)
+        outcome = Outcome(number, run, job.rounds.watch)
+        shown.append(outcome)
+        console.tell("round_end", round=number, gain=outcome.gain, evaluation=outcome.summary)
+        if outcome.gain <= job.rounds.min_gain:
+            console.say(f"\nround {number} moved {job.rounds.watch} by {outcome.gain:+.3f}: the last one")
+            break
+        starts.append(os.path.join(folder, MODEL))
+    for line in table(shown):
+        console.conclude(line)
+    _take(run_dir, len(starts) - 1, console)
+
+
+def _take(run_dir: str, number: int, console: Console) -> None:
+    """Make a round's model the model of the whole."""
+    taken = StageFolder(run_dir, MODEL)
+    if not number:
+        taken.clear()
+        console.conclude("\nno round raised the watched reward: the start model stays")
+        console.tell("result", model=None, round=0)
+        return
+    taken.take_over(StageFolder(round_dir(run_dir, number), MODEL))
+    console.conclude(f"\nmodel       {taken.address()}, of round {number}")
+    console.tell("result", model=taken.address(), round=number)
+
+
+def job_of_round(job: Job, number: int, starts: Sequence[str]) -> Job:
+    """The job of round `number`, from 1; `starts` are the start models of all rounds up to it."""
+    changes: dict[str, Any] = {"name": f"{job.name}-{number}", "rounds": job.rounds.model_copy(update={"count": 1})}
+    if number > 1:
+        changes["student"] = job.student.model_copy(update={"model": starts[number - 1], "revision": None})
+        if job.rounds.reward_reference == "previous":
+            changes["rewards"] = [_against(reward, starts[number - 2]) for reward in job.rewards]
+    return job.model_copy(update=changes)
+
+
+def _against(reward: Any, start: str) -> Any:
+    """An implicit reward of the policy itself, measured against this model; any other as it is."""
+    own = isinstance(reward, ImplicitReward) and reward.model is None
+    return reward.model_copy(update={"reference": start}) if own else reward
+
+
+class Outcome:
+    """What came of one round."""
+
+    def __init__(self, number: int, run: Run, watch: str):
+        self.number = number
+        self.summary = run.require("evaluation", "rounds").summary
+        self.pairs = run.require("reference", "rounds").rows_out
+        self.shaping: dict[str, float] = run.require("pairs", "rounds").summary.get("shaping", {})
+        if not self.summary["prompts"]:
+            raise InputError(f"rounds: round {number} has no evaluated prompt; see the dropped rows of its evaluation")
+        watched = next((of for of in self.summary["rewards"] if of["reward"] == watch), self.summary["optimised"])
+        self.gain: float = watched["difference"]["mean"]
+
+
+def table(outcomes: Sequence[Outcome]) -> list[str]:
+    """The rounds as lines of text, a block for each reward."""
+    lines = []
+    for place, reward in enumerate(outcomes[0].summary["rewards"]):
+        kind = "optimised" if reward["weight"] else "independent"
+        lines += ["", f"{reward['reward']} ({kind}), {outcomes[0].summary['prompts']} prompts"]
+        head = f"{'round':<8}{'pairs':>6}{'start':>9}{'trained':>9}  {'beats its start (95%)':<24}"
+        lines.append(f"{head}{'KL':>6}{'tokens':>8}{'length gap':>12}")
+        lines += [_line(outcome, place) for outcome in outcomes]
+    return lines
+
+
+def _line(outcome: Outcome, place: int) -> str:
+    reward, summary = outcome.summary["rewards"][place], outcome.summary
+    rate, kl = reward["win_rate"], summary["kl"]["mean"] if summary["kl"] else float("nan")
+    wins = f"{rate['mean']:.2f} ({rate['low']:.2f} to {rate['high']:.2f})"
+    gap = outcome.shaping.get("mean_length_gap", float("nan"))
+    return (
+        f"{outcome.number:<8}{outcome.pairs:>6}{reward['start_mean']:>9.3f}{reward['trained_mean']:>9.3f}  {wins:<24}"
+        f"{kl:>6.1f}{summary['length']['trained']['mean']:>8.0f}{gap:>12.1f}"
+    )

@@ -1,0 +1,204 @@
+"""A run's start model and its trained model, asked side by side: in a terminal, or by a file of questions.
+
+Both have the run's system prompt, the student's chat template and the sampling of the evaluation, and draw with the
+same seeds; each goes on with its own answers. transformers generates, so that no engine has to start.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from rdpo.cluster.hardware import compute_dtype, take_device
+from rdpo.config import Job, Sampling
+from rdpo.errors import InputError, did_you_mean
+from rdpo.execution.reader import RunReader
+from rdpo.modeling.chat import Chat, load_chat
+from rdpo.modeling.weights import ADAPTER_CONFIG, local_model
+from rdpo.records import Messages, clean, draw_seed, shown
+
+COMMANDS = {"/reset": "forget the conversation", "/seed N": "draw with another seed", "/quit": "end"}
+
+
+class Speaker:
+    """A model with its conversation so far."""
+
+    def __init__(self, name: str, model: Any, chat: Chat, sampling: Sampling, system: str | None):
+        self.name, self.model, self.chat, self.sampling = name, model, chat, sampling
+        self.context: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self.begin: Messages = [{"role": "system", "content": system}] if system else []
+        self.messages = self.begin
+
+    def reset(self) -> None:
+        """Forget the conversation."""
+        self.messages = self.begin
+
+    def asked(self, question: str) -> Messages:
+        """The conversation with one question more.
+
+        Raises:
+            InputError: it leaves no room for an answer, or the chat template refuses it.
+        """
+        messages = [*self.messages, {"role": "user", "content": question}]
+        try:
+            length = len(self.chat.prompt_ids(messages))
+        except ValueError as error:
+            raise InputError(f"the chat template refuses it: {error}") from None
+        if self.context and length >= self.context:
+            raise InputError(f"{length} tokens fill the context of {self.context}; /reset begins anew")
+        return messages
+
+    def answer(self, messages: Messages, seed: int) -> tuple[str, bool]:
+        """The answer to a conversation, with which it goes on, and whether it came to an end by itself."""
+        import torch
+
+        ids = torch.tensor([self.chat.prompt_ids(messages)], device=self.model.device)
+        torch.manual_seed(seed)
+        with torch.inference_mode():
+            spoken = self.model.generate(
+                ids, attention_mask=torch.ones_like(ids), generation_config=self._generation(ids.shape[1])
+            )[0, ids.shape[1] :]
+        text = self.chat.tokenizer.decode(spoken, skip_special_tokens=True).strip()
+        self.messages = [*messages, {"role": "assistant", "content": text}]
+        return text, int(spoken[-1]) in self.chat.stop_ids
+
+    def _generation(self, length: int) -> Any:
+        from transformers import GenerationConfig
+
+        drawn = {"temperature": self.sampling.temperature, "top_p": self.sampling.top_p, "top_k": 0}
+        room = self.context - length if self.context else self.sampling.max_tokens
+        return GenerationConfig(
+            do_sample=self.sampling.temperature > 0,
+            **(drawn if self.sampling.temperature else {}),
+            max_new_tokens=min(self.sampling.max_tokens, room),
+            eos_token_id=list(self.chat.stop_ids),
+            pad_token_id=self.chat.end_id,
+        )
+
+
+def chat_with(run_dir: str) -> None:
+    """Talk to both models of a finished run, until the questions end.
+
+    Raises:
+        InputError: there is no run here, it has no published model yet, or its start model cannot be had.
+    """
+    run, console = RunReader(run_dir), Console()
+    job, speakers = run.job, load_speakers(run)
+    sampling = job.evaluation.sampling
+    drawn = f"temperature {sampling.temperature:g}, top_p {sampling.top_p:g}, at most {sampling.max_tokens} tokens"
+    console.print(Text(shown(f"start    {job.student.model}\ntrained  {run_dir}")))
+    console.print(Text(f"{drawn}, on {speakers[0].model.device}; " + ", ".join(map(" to ".join, COMMANDS.items()))))
+    seed = job.seed
+    for line in _lines(console):
+        if line == "/quit":
+            break
+        if not line.startswith("/"):
+            _exchange(line, speakers, seed, console)
+        elif line == "/reset":
+            for speaker in speakers:
+                speaker.reset()
+        else:
+            seed = _seed(line, seed, console)
+
+
+def _seed(line: str, seed: int, console: Console) -> int:
+    """The seed that a command sets; of any other line nothing comes but a remark."""
+    command, _, number = line.partition(" ")
+    if command == "/seed" and number.isascii() and number.isdigit() and int(number) < 2**32:
+        return int(number)
+    known = [name.split()[0] for name in COMMANDS]
+    meant = "" if command == "/seed" else did_you_mean(command, known)
+    console.print(Text(shown(f"{line}: no such command{meant}; there are {', '.join(COMMANDS)}")))
+    return seed
+
+
+def _exchange(question: str, speakers: list[Speaker], seed: int, console: Console) -> None:
+    try:
+        asked = [speaker.asked(question) for speaker in speakers]
+    except InputError as error:
+        console.print(Text(shown(str(error))))
+        return
+    turn = sum(message["role"] == "user" for message in asked[0])
+    table = Table(box=box.SIMPLE, expand=True, show_edge=False)
+    cells = []
+    for speaker, messages in zip(speakers, asked, strict=True):
+        text, ended = speaker.answer(messages, draw_seed(seed, str(turn), "chat"))
+        table.add_column(speaker.name, ratio=1, overflow="fold")
+        cells.append(Text(shown(text)) + Text("" if ended else " […]", style="dim"))
+    table.add_row(*cells)
+    console.print(table)
+
+
+def _lines(console: Console) -> Iterator[str]:
+    """What is typed, line by line, or what comes from a file or pipe; those are printed too, for a transcript."""
+    if sys.stdin.isatty():
+        # Its import gives `input` a history and keys to edit a line with.
+        import readline  # noqa: F401
+
+        yield from _typed()
+        return
+    for content in sys.stdin.buffer:
+        line = clean(content.decode("utf-8", "replace")).strip()
+        if line:
+            console.print(Text(shown(f"> {line}"), style="bold"))
+            yield line
+
+
+def _typed() -> Iterator[str]:
+    while True:
+        try:
+            line = clean(input("> ")).strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if line:
+            yield line
+
+
+def load_speakers(run: RunReader) -> list[Speaker]:
+    """The start model and the published one.
+
+    Raises:
+        InputError: one of them cannot be had.
+    """
+    import torch
+    from transformers.utils import logging
+
+    run.require("model")
+    job, folder, student = run.job, run.folder("model"), run.job.student
+    logging.disable_progress_bar()
+    gpu = torch.cuda.is_available()
+    device, dtype = take_device(gpu), getattr(torch, compute_dtype(job.evaluation.engine.dtype, gpu))
+    chat = load_chat(student.model, student.revision, student.trust_remote_code)
+    base = local_model(student.model, student.revision)
+    models = {"start": _load(base, dtype, job), "trained": _published(Path(folder.local()), base, dtype, job)}
+    return [
+        Speaker(name, model.eval().to(device), chat, job.evaluation.sampling, job.prompts.system)
+        for name, model in models.items()
+    ]
+
+
+def _published(folder: Path, base: Path, dtype: Any, job: Job) -> Any:
+    if not (folder / ADAPTER_CONFIG).is_file():
+        return _load(folder, dtype, job)
+    from peft import PeftModel
+
+    # Not by the base that the adapter's configuration names: that is a path on the machine that trained it.
+    return PeftModel.from_pretrained(_load(base, dtype, job), str(folder)).merge_and_unload()
+
+
+def _load(folder: Path, dtype: Any, job: Job) -> Any:
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    trust = job.student.trust_remote_code
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, trust_remote_code=trust)
+    # What a model's folder says of sampling would stand in for what the run's settings leave open.
+    model.generation_config = GenerationConfig()
+    return model

@@ -1,0 +1,101 @@
+"""What a run made, in the formats that other programs read.
+
+Pairs become a preference data set: conversational `prompt`, `chosen` and `rejected` with their scores, as Parquet with
+a card, which TRL and the `datasets` library load as it is. The answers of the evaluation become AlpacaEval's outputs: a
+JSON list of `instruction`, `output` and `generator` for each of the two models.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from rdpo import __version__
+from rdpo.config import Job
+from rdpo.errors import InputError
+from rdpo.evaluation.publish import rendered_card
+from rdpo.execution.reader import RunReader
+from rdpo.files.folder import Folder
+from rdpo.files.stage_folder import Manifest, StageFolder
+from rdpo.records import HELDOUT, ID_COLUMN, text_of
+
+PAIR_COLUMNS = (
+    ID_COLUMN,
+    "prompt",
+    "chosen",
+    "rejected",
+    "score_chosen",
+    "score_rejected",
+    "reward_gap",
+    "chosen_scores",
+    "rejected_scores",
+    "chosen_from",
+    "rejected_from",
+)
+STAGES = {"pairs": "pairs", "answers": "evaluation"}
+
+
+def export(run_dir: str, what: str, target: str) -> list[str]:
+    """Write the `pairs` or the `answers` of a run to a new folder, on disk or in an object store; what was written.
+
+    Raises:
+        InputError: their stage is not finished or holds no rows, or the folder is not empty.
+    """
+    run = RunReader(run_dir)
+    job, stage, manifest = run.job, run.folder(STAGES[what]), run.require(STAGES[what])
+    if not stage.parts():
+        raise InputError(f"{run_dir}: the {stage.name} stage holds no rows; see its dropped reasons")
+    folder = Folder(target)
+    if folder.files():
+        raise InputError(f"{target}: is not empty; name a new folder")
+    with folder.made() as made:
+        written = _pairs(stage, manifest, job, made) if what == "pairs" else _answers(stage, job, made)
+    return [f"{count} {what} -> {folder.address(name)}" for name, count in written.items()]
+
+
+def _pairs(stage: StageFolder, manifest: Manifest, job: Job, made: Path) -> dict[str, int]:
+    (made / "data").mkdir()
+    counts = {
+        split: _write(_split(stage, heldout), made / "data" / f"{split}.parquet")
+        for split, heldout in (("train", False), ("test", True))
+    }
+    splits = {split: count for split, count in counts.items() if count}
+    facts = {"job": job, "manifest": manifest, "splits": splits, "version": __version__}
+    (made / "README.md").write_text(rendered_card("dataset.md.jinja", **facts), encoding="utf-8")
+    return {f"data/{split}.parquet": count for split, count in splits.items()}
+
+
+def _split(stage: StageFolder, heldout: bool) -> Iterator[pa.Table]:
+    """The pairs that are trained on, or those that are held out, part by part in one schema."""
+    schema = stage.schema()
+    named = [name for name in PAIR_COLUMNS if name in schema.names]
+    for part in stage.tables():
+        rows = pa.concat_tables([schema.empty_table(), part], promote_options="permissive")
+        yield rows.filter(pc.equal(pc.fill_null(rows[HELDOUT], False), heldout)).select(named)
+
+
+def _write(tables: Iterator[pa.Table], path: Path) -> int:
+    """Write tables of one schema as a Parquet file, unless they hold no row; how many rows they hold."""
+    writer, count = None, 0
+    for table in tables:
+        if table.num_rows:
+            writer = writer or pq.ParquetWriter(path, table.schema)
+            writer.write_table(table)
+            count += table.num_rows
+    if writer:
+        writer.close()
+    return count
+
+
+def _answers(stage: StageFolder, job: Job, made: Path) -> dict[str, int]:
+    generators = {"start": job.student.model, "trained": job.name}
+    rows = stage.table(columns=[ID_COLUMN, "prompt", *generators]).sort_by(ID_COLUMN).to_pylist()
+    for side, generator in generators.items():
+        outputs = [{"instruction": text_of(row["prompt"]), "output": row[side], "generator": generator} for row in rows]
+        (made / f"{side}.json").write_text(json.dumps(outputs, indent=1, ensure_ascii=False), encoding="utf-8")
+    return {f"{side}.json": len(rows) for side in generators}

@@ -1,0 +1,117 @@
+"""Rows of a stage in the terminal: messages, scores, and the tokens that training sees."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich import box
+from rich.console import Console, Group
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from rdpo.errors import InputError
+from rdpo.execution.reader import RunReader
+from rdpo.inspection.token_logps import TokenLogps, TokenReader
+from rdpo.modeling.chat import load_chat
+from rdpo.records import ID_COLUMN, Row, shown
+
+TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+TOKEN_STYLES = {"prompt_ids": ("grey50", "grey70"), "chosen_ids": ("green", "bright_green")}
+COMPLETION_STYLES = ("red", "bright_red")
+LIKELIER, LESS_LIKELY = "green", "red"
+MOVED = 0.1
+"""Nats from which a token's change is coloured."""
+
+
+def show_rows(run_dir: str, stage: str, row_id: str | None, limit: int, dropped: bool, logps: bool = False) -> None:
+    """Print rows of a stage, or of its dropped table; with `logps` also what each completion token is worth.
+
+    Raises:
+        InputError: there is no such row, or it has no tokens whose log-probs could be shown.
+    """
+    run = RunReader(run_dir)
+    table = run.table(stage, dropped=dropped)
+    if not table.num_rows:
+        raise InputError(f"{run_dir}: the {stage} stage holds no {'dropped ' if dropped else ''}rows")
+    rows = table.to_pylist()
+    if row_id is not None:
+        rows = [row for row in rows if row[ID_COLUMN].startswith(row_id)]
+        if not rows:
+            raise InputError(f"{run_dir}: no row of the {stage} stage has an id that begins with {row_id}")
+    if logps and "prompt_ids" not in rows[0]:
+        raise InputError("--logps: only rows of the reference stage have the tokens that training sees; show those")
+    console = Console()
+    decode = _decoder(run, rows[0])
+    reader = TokenReader(run) if logps else None
+    for row in rows[:limit]:
+        console.print(_panel(row, decode))
+        for side, values in (reader.read(row) if reader else {}).items():
+            console.print(_worth(side, values, [decode([token]) for token in row[f"{side}_ids"]]))
+    console.print(f"{min(limit, len(rows))} of {len(rows)} rows")
+
+
+def _decoder(run: RunReader, row: Row) -> Any:
+    if "prompt_ids" not in row:
+        return None
+    student = run.job.student
+    return load_chat(student.model, student.revision, student.trust_remote_code).tokenizer.decode
+
+
+def _panel(row: Row, decode: Any) -> Panel:
+    parts = [_field(name, value, decode) for name, value in row.items() if name != ID_COLUMN and value is not None]
+    return Panel(Group(*parts), title=Text(shown(row[ID_COLUMN])), title_align="left")
+
+
+def _field(name: str, value: Any, decode: Any) -> Text:
+    text = Text(f"{name}  ", style="bold")
+    if name in TOKEN_COLUMNS and decode:
+        return text.append_text(_tokens(name, value, decode))
+    if isinstance(value, list) and not all(isinstance(item, dict) for item in value):
+        value = ", ".join(map(str, value))
+    if isinstance(value, list):
+        for message in value:
+            text.append(f"\n[{message['role']}] ", style="cyan").append(shown(message["content"]), style="not bold")
+        return text
+    if isinstance(value, dict):
+        value = "  ".join(f"{key} {score:.3f}" for key, score in value.items() if score is not None)
+    if isinstance(value, float):
+        value = f"{value:.4f}"
+    return text.append(shown(str(value)), style="not bold")
+
+
+def _tokens(name: str, ids: list[int], decode: Any) -> Text:
+    """Token texts in two alternating shades; completions, which count in the loss, in colour."""
+    shades = TOKEN_STYLES.get(name, COMPLETION_STYLES)
+    text = Text(f"{len(ids)} tokens\n", style="not bold")
+    for index, token in enumerate(ids):
+        text.append(shown(decode([token])), style=f"not bold {shades[index % 2]}")
+    return text
+
+
+def _worth(side: str, values: TokenLogps, tokens: list[str]) -> Table:
+    """A line for each token of a completion, all of which count in the loss, and their sums."""
+    columns = {"reference": values.reference}
+    if values.policy:
+        changes = [after - before for after, before in zip(values.policy, values.reference, strict=True)]
+        columns |= {"policy": values.policy, "policy - reference": changes}
+    table = Table(box=box.SIMPLE, title=f"{side}: log-probs in nats", title_justify="left", show_footer=True)
+    table.add_column("position", "sum", justify="right")
+    table.add_column("token")
+    for name, column in columns.items():
+        table.add_column(name, f"{sum(column):.3f}", justify="right")
+    for index, token in enumerate(tokens):
+        numbers = [column[index] for column in columns.values()]
+        table.add_row(
+            str(values.start + index),
+            Text(repr(shown(token))[1:-1]),
+            *(f"{number:.3f}" for number in numbers),
+            style=_shade(numbers[-1]) if values.policy else None,
+        )
+    return table
+
+
+def _shade(change: float) -> str | None:
+    if abs(change) < MOVED:
+        return None
+    return LIKELIER if change > 0 else LESS_LIKELY

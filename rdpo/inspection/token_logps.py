@@ -1,0 +1,82 @@
+"""What every completion token of a pair is worth to the trained policy, beside the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rdpo.cluster.hardware import compute_dtype, take_device
+from rdpo.config import Job
+from rdpo.execution.reader import RunReader
+from rdpo.files.stage_folder import StageFolder
+from rdpo.modeling.weights import local_model
+from rdpo.records import SIDES, Row
+
+if TYPE_CHECKING:
+    from rdpo.modeling.model import Policy
+
+
+@dataclass(frozen=True)
+class TokenLogps:
+    """Log-probs in nats of one completion's tokens, each list as long as it; `policy` is None before training ends."""
+
+    start: int
+    """The position of the first one, right behind the prompt's last."""
+    reference: list[float]
+    policy: list[float] | None
+
+
+class TokenReader:
+    """The reference and the trained policy of a run, which read pairs of its reference stage."""
+
+    def __init__(self, run: RunReader):
+        """Load both models.
+
+        Raises:
+            InputError: the start model cannot be had.
+        """
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        job = run.job
+        self.reference = _load(local_model(job.student.model, job.student.revision), job)
+        self.policy = _load(_merged(run.folder("policy")), job) if run.manifest("policy") else None
+
+    def read(self, row: Row) -> dict[str, TokenLogps]:
+        """Of a row with `prompt_ids`, `chosen_ids` and `rejected_ids`: each side's log-probs by its name."""
+        reference, policy = _by_side(self.reference, row), _by_side(self.policy, row) if self.policy else {}
+        return {side: TokenLogps(len(row["prompt_ids"]), reference[side], policy.get(side)) for side in SIDES}
+
+
+def _merged(folder: StageFolder) -> Path:
+    from rdpo.training.checkpoint import MERGED
+
+    return Path(folder.local(MERGED))
+
+
+def _load(folder: Path, job: Job) -> Policy:
+    import torch
+
+    from rdpo.modeling.model import load_policy
+
+    gpu = torch.cuda.is_available()
+    policy = load_policy(
+        folder,
+        compute_dtype(job.student.dtype, gpu),
+        job.training.logprob_chunk,
+        trust_remote_code=job.student.trust_remote_code,
+        layout=job.training.layout,
+    )
+    return policy.eval().to(take_device(gpu))
+
+
+def _by_side(policy: Policy, row: Mapping[str, Any]) -> dict[str, list[float]]:
+    import torch
+
+    batch = policy.batch([row["prompt_ids"]], *([row[f"{side}_ids"]] for side in SIDES))
+    device = next(policy.parameters()).device
+    with torch.inference_mode():
+        logps = policy.token_logps(batch.to(device)).cpu()
+    return {side: logps[batch.sequence == index].tolist() for index, side in enumerate(SIDES)}

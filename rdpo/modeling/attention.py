@@ -1,0 +1,300 @@
+"""Attention over packed rows: each answer sees its prompt and itself, as if it stood alone behind it.
+
+Registered with transformers under `NAME`; the model hands `spans` (see `rdpo.modeling.layout`) through
+to it. Three ways compute the same:
+
+- On GPUs in half precision, FlashAttention over sequences of unequal length: each answer's queries against the keys of
+  its prompt and its own, which are gathered for it. Nothing is compiled, so lengths may change from row to row.
+- On GPUs otherwise (float32, capped scores), one FlexAttention call whose block mask leaves out what may not be seen.
+- Elsewhere each sequence is attended on its own, without a mask where it is causal.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from itertools import accumulate, islice
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from rdpo.modeling.layout import Span
+
+NAME = "rdpo_packed"
+LAYER_TYPES = {"full_attention", "sliding_attention"}
+FLASH_HEAD_SIZE = 256
+"""The widest head that FlashAttention 2 has kernels for."""
+SHAPES_COMPILED = 64
+"""How many variants of FlexAttention may be compiled: beyond its own limit torch would go on uncompiled without a word,
+and hold scores of T x T."""
+
+
+class NotPackable(RuntimeError):
+    """The architecture does not hand the packed layout to its attention; train it with layout = "padded"."""
+
+
+def packed_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    spans: Sequence[Span] = (),
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention (1, T, heads, head size) of a packed row; query (1, heads, T, head size).
+
+    Raises:
+        NotPackable: the model did not hand the spans through.
+    """
+    if not spans:
+        raise NotPackable(f"{type(module).__name__}: no spans; set training.layout = 'padded'")
+    if not query.is_cuda:
+        return attend_by_span(query, key, value, spans, scaling, sliding_window, softcap), None
+
+    if _flash_takes(query, softcap):
+        return flash_by_sequence(query, key, value, tuple(spans), scaling, sliding_window), None
+
+    output = flex_by_block(query, key, value, tuple(spans), scaling, sliding_window, softcap)
+    return output.transpose(1, 2).contiguous(), None
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """The N sequences (a prompt with one answer) of a packed row, as FlashAttention reads them.
+
+    The queries of all sequences, one after the other, are the row itself: a span's first sequence is its prompt and
+    first answer, each further one is an answer alone. The keys of sequence n are those at
+    `key_at[key_bounds[n] : key_bounds[n + 1]]` of the row: its whole prompt, then its answer. Bounds: (N + 1,), int32.
+    """
+
+    query_bounds: Tensor
+    key_bounds: Tensor
+    key_at: Tensor
+    most_queries: int
+    most_keys: int
+
+
+@lru_cache(maxsize=4)
+def sequences(spans: tuple[Span, ...], device: torch.device) -> Sequences:
+    """Where the queries and keys of each sequence of a packed row stand."""
+    queries, keys, places = [], [], []
+
+    for span in spans:
+        prompt = torch.arange(span.start, span.start + span.prompt)
+
+        for number, (start, length) in enumerate(zip(span.answer_starts(), span.answers, strict=True)):
+            queries.append(length if number else span.prompt + length)
+            keys.append(span.prompt + length)
+            places += [prompt, torch.arange(start, start + length)]
+
+    return Sequences(
+        query_bounds=_bounds(queries).to(device),
+        key_bounds=_bounds(keys).to(device),
+        key_at=torch.cat(places).to(device),
+        most_queries=max(queries),
+        most_keys=max(keys),
+    )
+
+
+def _bounds(lengths: Sequence[int]) -> Tensor:
+    return torch.tensor([*accumulate(lengths, initial=0)], dtype=torch.int32)
+
+
+def _flash_takes(query: Tensor, softcap: float | None) -> bool:
+    """Whether FlashAttention computes it: it has no float32 and no cap on scores."""
+    size = query.shape[-1]
+    fits = size % 8 == 0 and size <= FLASH_HEAD_SIZE
+    return fits and not softcap and query.dtype in (torch.bfloat16, torch.float16) and _varlen() is not None
+
+
+@lru_cache(maxsize=1)
+def _varlen() -> Callable[..., Any] | None:
+    """torch's attention over sequences of unequal length; None where this torch has none that takes a window."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+
+    known = inspect.signature(varlen_attn).parameters
+    if not {"scale", "window_size"} <= known.keys():
+        return None
+
+    # Newer versions want to be told that query heads share key heads; older ones take it as it is.
+    return partial(varlen_attn, enable_gqa=True) if "enable_gqa" in known else varlen_attn
+
+
+def flash_by_sequence(
+    query: Tensor, key: Tensor, value: Tensor, spans: tuple[Span, ...], scaling: float | None, window: int | None
+) -> Tensor:
+    """Attention (1, T, heads, head size) by FlashAttention; key and value may have fewer heads.
+
+    A query that is the i-th from the end of its sequence sees all keys but the last i, which is causal for whole
+    sequences and for answers behind their prompt alike.
+    """
+    attend, placed = _varlen(), sequences(spans, query.device)
+    assert attend is not None
+    keys, values = (side[0].transpose(0, 1).index_select(0, placed.key_at) for side in (key, value))
+    output: Tensor = attend(
+        query[0].transpose(0, 1),
+        keys,
+        values,
+        placed.query_bounds,
+        placed.key_bounds,
+        placed.most_queries,
+        placed.most_keys,
+        scale=scaling,
+        window_size=(-1 if window is None else window - 1, 0),
+    )
+    return output[None]
+
+
+def attend_by_span(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    spans: Sequence[Span],
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """Attention (1, T, heads, head size), span by span; the prompt goes along with the first answer.
+
+    Key and value may have fewer heads; spans cover all of T.
+    """
+    # The query heads that share a key head side by side: (kv heads, heads for each, T, head size).
+    queries = query[0].unflatten(0, (key.shape[1], -1))
+    keys, values = (side[0].unsqueeze(1).expand(-1, queries.shape[1], -1, -1) for side in (key, value))
+    # In one split, for the gradient of each slice would be a row of zeros as long as T.
+    sizes = [size for span in spans for size in (span.prompt + span.answers[0], *span.answers[1:])]
+    pieces = zip(*(side.split(sizes, 2) for side in (queries, keys, values)), strict=True)
+    parts = []
+    for span in spans:
+        query, key, value = next(pieces)
+        parts.append(_attend(query, key, value, scaling, window, softcap))
+        shared = key[:, :, : span.prompt], value[:, :, : span.prompt]
+        for query, *own in islice(pieces, len(span.answers) - 1):
+            key, value = (torch.cat(both, 2) for both in zip(shared, own, strict=True))
+            parts.append(_attend(query, key, value, scaling, window, softcap))
+    return torch.cat([part.permute(2, 0, 1, 3) for part in parts]).flatten(1, 2)[None]
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None, softcap: float | None
+) -> Tensor:
+    """Causal attention of the last queries of a sequence to all its keys; heads in one dimension or two."""
+    queries, keys = query.shape[2], key.shape[2]
+    reach = keys if window is None else window
+    if not softcap and queries == keys and reach >= keys:
+        return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
+    position = torch.arange(keys, device=query.device)
+    distance = position[keys - queries :, None] - position
+    mask = (distance >= 0) & (distance < reach)
+    if not softcap:
+        return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+    scores = query @ key.transpose(2, 3) * (scaling if scaling is not None else query.shape[-1] ** -0.5)
+    scores = softcap * torch.tanh(scores / softcap)
+    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1, dtype=torch.float32)
+    return weights.to(value.dtype) @ value
+
+
+def visible(spans: Sequence[Span], window: int | None, device: torch.device) -> Callable[..., Tensor]:
+    """FlexAttention's mask function of a packed row: whether the token at `q` sees the one at `kv`."""
+    group, part, position = (torch.tensor(column, device=device) for column in zip(*_tokens(spans), strict=True))
+
+    def mask(batch: Tensor, head: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        seen = (group[q] == group[kv]) & (q >= kv) & ((part[kv] == 0) | (part[kv] == part[q]))
+        return seen if window is None else seen & (position[q] - position[kv] < window)
+
+    return mask
+
+
+def _tokens(spans: Sequence[Span]) -> list[tuple[int, int, int]]:
+    """Of each token of a packed row: its span, its part (0 is the prompt), its position."""
+    tokens = []
+    for group, span in enumerate(spans):
+        tokens += [(group, 0, position) for position in range(span.prompt)]
+        for part, length in enumerate(span.answers, start=1):
+            tokens += [(group, part, span.prompt + position) for position in range(length)]
+    return tokens
+
+
+@lru_cache(maxsize=4)
+def _block_mask(spans: tuple[Span, ...], window: int | None, device: torch.device) -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    length = spans[-1].end
+    # Uncompiled it would hold the whole T x T mask.
+    compiled = device.type == "cuda"
+    return create_block_mask(visible(spans, window, device), None, None, length, length, device, _compile=compiled)
+
+
+@lru_cache(maxsize=1)
+def _flex_attention(compiled: bool) -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=True) if compiled else flex_attention
+
+
+def flex_by_block(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    spans: tuple[Span, ...],
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """Attention (1, heads, T, head size) in one FlexAttention call; key and value may have fewer heads."""
+
+    def capped(score: Tensor, batch: Tensor, head: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        assert softcap is not None
+        return softcap * torch.tanh(score / softcap)
+
+    with _compiled_or_refused():
+        attend = _flex_attention(compiled=query.is_cuda)
+        output: Tensor = attend(
+            query,
+            key,
+            value,
+            score_mod=capped if softcap else None,
+            block_mask=_block_mask(spans, window, query.device),
+            scale=scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+    return output
+
+
+def _compiled_or_refused() -> Any:
+    """Within this context a recompilation that torch would give up on is an error."""
+    import torch._dynamo
+
+    return torch._dynamo.config.patch(recompile_limit=SHAPES_COMPILED, fail_on_recompile_limit_hit=True)
+
+
+def can_pack(model: Any) -> bool:
+    """Whether an architecture's layers see tokens through a replaceable, causal, positioned attention alone."""
+    config, base = model.config.get_text_config(), model.base_model
+    layers = set(getattr(config, "layer_types", None) or ["full_attention"])
+    return (
+        bool(getattr(model, "_supports_attention_backend", False))
+        and not config.is_encoder_decoder
+        and layers <= LAYER_TYPES
+        and "position_ids" in inspect.signature(base.forward).parameters
+        and not any("sinks" in name for name, _ in base.named_parameters())
+    )
+
+
+def register() -> None:
+    """Make the attention known to transformers."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(NAME, packed_attention)

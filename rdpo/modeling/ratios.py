@@ -1,0 +1,64 @@
+"""How much likelier a trained model finds an answer than the model it was trained from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rdpo.modeling.chat import Chat
+from rdpo.modeling.packing import PairSize, micro_batches
+from rdpo.records import Row
+
+if TYPE_CHECKING:
+    from rdpo.modeling.model import Policy
+
+
+@dataclass(frozen=True)
+class LogRatio:
+    """log pi(y|x) - log ref(y|x) of one answer in nats, and its tokens; NaN where it has none."""
+
+    nats: float = math.nan
+    tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Ratios:
+    """Two models that read the same tokens, on one device, with a token budget for one forward."""
+
+    chat: Chat
+    trained: Policy
+    start: Policy
+    device: str
+    budget: int
+
+    def __call__(self, rows: Sequence[Row], column: str) -> list[LogRatio]:
+        """The log-ratios of the answers in `column`, which has its `_finish_reason` beside it."""
+        prompts = [self._prompt_ids(row) for row in rows]
+        answers = [self.chat.completion_ids(row[column], row[f"{column}_finish_reason"] == "stop") for row in rows]
+        sizes = [PairSize(len(prompt), len(answer), 0) for prompt, answer in zip(prompts, answers, strict=True)]
+        whole = [index for index, size in enumerate(sizes) if size.prompt and size.chosen]
+        ratios = [LogRatio()] * len(rows)
+        for micro in micro_batches(whole, sizes, self.budget, self.trained.packed):
+            own = ([ids[index] for index in micro.pairs] for ids in (prompts, answers))
+            for index, nats in zip(micro.pairs, self._forward(*own), strict=True):
+                ratios[index] = LogRatio(nats, sizes[index].chosen)
+        return ratios
+
+    def _prompt_ids(self, row: Row) -> list[int]:
+        """Ids of the prompt; none if the template refuses it."""
+        try:
+            return self.chat.prompt_ids(row["prompt"])
+        except ValueError:
+            return []
+
+    def _forward(self, prompts: list[list[int]], answers: list[list[int]]) -> list[float]:
+        import torch
+
+        with torch.inference_mode():
+            after, before = (
+                policy(policy.batch(prompts, answers).to(self.device)) for policy in (self.trained, self.start)
+            )
+        ratios: list[float] = (after - before).tolist()
+        return ratios

@@ -1,0 +1,227 @@
+"""From a model's name to a local folder with safetensors weights, and to a fingerprint of it.
+
+A name is a folder (on disk or in an object store), a hub id, a `.gguf` file, or `package:NAME/FILE`
+(a GGUF file or a folder inside an installed Python package). GGUF files are dequantised once into a
+cache, folders of a store are fetched into it. Pickled weights are never loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shutil
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from rdpo.errors import InputError
+from rdpo.files.stores import cache_dir, fetched, is_remote
+
+CONFIG = "config.json"
+ADAPTER_CONFIG = "adapter_config.json"
+WEIGHTS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
+
+
+def local_model(name: str, revision: str | None = None, weights: bool = True) -> Path:
+    """Folder of a model on this machine; downloads or converts it if need be.
+
+    Raises:
+        InputError: there is no such model, or it has no safetensors weights.
+    """
+    if is_remote(name):
+        # What a store holds may have changed since the last call.
+        return _checked_folder(fetched(name), weights)
+    return _model_of_name(name, revision, weights)
+
+
+def named_anywhere(name: str) -> str:
+    """A model's name that holds in any working directory: a local folder's or file's whole path, any other as it is."""
+    if is_remote(name) or name.startswith("package:") or not _path(name).exists():
+        return name
+    return str(_path(name).resolve())
+
+
+@lru_cache(maxsize=64)
+def _model_of_name(name: str, revision: str | None, weights: bool) -> Path:
+    path = _place(name)
+    if path is None:
+        return _downloaded(name, revision, weights)
+    return _checked_folder(path, weights) if path.is_dir() else _dequantised(path)
+
+
+def check_model_name(name: str) -> None:
+    """Look at what a name stands for, without a download or conversion.
+
+    Raises:
+        InputError: there is no such folder or file, or it holds no model; a hub id is taken as it is.
+    """
+    path = None if is_remote(name) else _place(name)
+    if path is not None and path.is_dir():
+        _checked_folder(path, weights=True)
+
+
+def _place(name: str) -> Path | None:
+    """The folder or GGUF file that a name stands for on this machine; None for a hub id."""
+    path = _package_file(name) if name.startswith("package:") else _path(name)
+    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+        return path
+    if path.suffix == ".gguf" or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise InputError(f"model {name}: no such folder or file")
+    return None
+
+
+def fingerprint(name: str, revision: str | None = None) -> str:
+    """A hash of the weights, configuration and tokenizer that a name stands for."""
+    folder = local_model(name, revision)
+    return _folder_fingerprint(folder, tuple(_stamps(folder)))
+
+
+def _path(name: str) -> Path:
+    # pathlib's own raises an error where there is no such user.
+    return Path(os.path.expanduser(name))
+
+
+def adapter_fingerprint(folder: str) -> str:
+    """A hash of an adapter's weights and configuration."""
+    path = local_adapter(folder)
+    return _folder_fingerprint(path, tuple(_stamps(path)))
+
+
+def local_adapter(name: str) -> Path:
+    """Folder of a LoRA adapter.
+
+    Raises:
+        InputError: it has no such configuration, or weights other than safetensors.
+    """
+    path = fetched(name) if is_remote(name) else _path(name)
+    if not (path / ADAPTER_CONFIG).is_file():
+        raise InputError(f"adapter {name}: the folder has no {ADAPTER_CONFIG}, so it is no LoRA adapter")
+    if not (path / "adapter_model.safetensors").is_file():
+        raise InputError(f"adapter {name}: no adapter_model.safetensors; pickled weights are not loaded, convert them")
+    return path.resolve()
+
+
+def model_config(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The configuration of a model.
+
+    Raises:
+        InputError: there is no such model, or it cannot be read without running code that ships with it.
+    """
+    from transformers import AutoConfig
+
+    folder = local_model(name, revision)
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise InputError(f"model {name}: {_unreadable(error, CONFIG)}") from None
+
+
+def _unreadable(error: Exception, what: str) -> str:
+    """Why transformers cannot read a part of a model; where it ships code of its own, what would run it."""
+    if "trust_remote_code" in str(error):
+        return "it needs Python code that ships with it; student.trust_remote_code = true runs that of the student"
+    return f"its {what} cannot be read: {str(error).strip().splitlines()[0][:200]}"
+
+
+def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a model.
+
+    Raises:
+        InputError: there is no such model, or its tokenizer cannot be read without running code that ships with it.
+    """
+    from transformers import AutoTokenizer
+
+    folder = local_model(name, revision)
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise InputError(f"model {name}: {_unreadable(error, 'tokenizer')}") from None
+
+
+def _stamps(folder: Path) -> list[tuple[str, int, int]]:
+    files = sorted(path for pattern in WEIGHTS for path in folder.glob(pattern))
+    return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+
+
+@lru_cache(maxsize=64)
+def _folder_fingerprint(folder: Path, stamps: tuple[tuple[str, int, int], ...]) -> str:
+    total = hashlib.blake2b(digest_size=16)
+    for name, _, _ in stamps:
+        total.update(name.encode())
+        with open(folder / name, "rb") as file:
+            total.update(hashlib.file_digest(file, "blake2b").digest())
+    return total.hexdigest()
+
+
+def _package_file(name: str) -> Path:
+    package, _, inside = name.removeprefix("package:").partition("/")
+    found = importlib.util.find_spec(package) if package.isidentifier() else None
+    if found is None or not found.submodule_search_locations:
+        raise InputError(f"model {name}: the Python package `{package}` is not installed")
+    root = Path(found.submodule_search_locations[0]).resolve()
+    path = (root / inside).resolve()
+    if not path.is_relative_to(root) or not path.exists():
+        raise InputError(f"model {name}: the package has no `{inside}`")
+    return path
+
+
+def _checked_folder(path: Path, weights: bool) -> Path:
+    if (path / ADAPTER_CONFIG).is_file():
+        # transformers would take the weights of whatever model this file names.
+        raise InputError(f"model {path}: the folder holds a LoRA adapter; merge it into its model first")
+    if not (path / CONFIG).is_file():
+        raise InputError(f"model {path}: the folder has no {CONFIG}, so it is no Hugging Face model")
+    if weights and not any(path.glob("*.safetensors")):
+        raise InputError(f"model {path}: no .safetensors weights; pickled weights are not loaded, convert them")
+    return path.resolve()
+
+
+def _downloaded(name: str, revision: str | None, weights: bool) -> Path:
+    from huggingface_hub import snapshot_download
+
+    patterns = WEIGHTS if weights else WEIGHTS[1:]
+    try:
+        folder = snapshot_download(name, revision=revision, allow_patterns=list(patterns))
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(
+            f"model {name}: no such folder here, and the hub does not give it ({type(error).__name__}: "
+            f"{reason}); check the name, the network, or HF_TOKEN for a gated model"
+        ) from None
+    return _checked_folder(Path(folder), weights)
+
+
+def _dequantised(file: Path) -> Path:
+    stat = file.stat()
+    stamp = f"{file.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
+    folder = cache_dir() / "models" / f"{file.stem}-{hashlib.blake2b(stamp.encode(), digest_size=6).hexdigest()}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not folder.is_dir():
+            partial = folder.with_name(f"{folder.name}.partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            _convert_gguf(file, partial)
+            partial.rename(folder)
+    return folder
+
+
+def _convert_gguf(file: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    source: dict[str, Any] = {"gguf_file": file.name, "trust_remote_code": False}
+    quantised = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **source)
+    config = quantised.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.dtype = torch.bfloat16
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.load_state_dict(quantised.state_dict())
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, **source)
+    tokens: dict[str, Any] = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    model.generation_config = GenerationConfig(**tokens)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

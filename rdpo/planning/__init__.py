@@ -1,0 +1,1 @@
+"""Before anything is spent: memory, communication, speed and cost of a job."""

@@ -1,0 +1,197 @@
+"""Memory of one training worker before anything is loaded: weights and optimizer by count, activations by rehearsal.
+
+The forward and backward of one full micro-batch run on tensors without storage (torch's fake tensors), and
+every allocation and release is counted; so the figure follows the architecture, the layout, the chunked head,
+adapters and gradient checkpointing without a formula for any of them. Attention is rehearsed as on the CPU, which
+repeats the keys of grouped heads; a GPU's needs less.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.weak import WeakIdKeyDictionary
+
+from rdpo.config import Job, smallest
+from rdpo.modeling.flops import Arithmetic
+from rdpo.modeling.model import Policy, as_policy
+from rdpo.modeling.packing import PairSize, batch_tokens, epoch_steps, plan_step
+from rdpo.modeling.weights import local_model
+from rdpo.preference.reference import student_dtype
+from rdpo.training.loop import step_pairs
+from rdpo.training.zero import BUCKET, LIVE, stage_of
+
+GIB = 1 << 30
+CPU_PROCESS = int(1.0 * GIB)
+"""Python with torch, transformers, DeepSpeed and Ray, resident."""
+GPU_PROCESS = int(1.5 * GIB)
+"""CUDA context and NCCL's buffers."""
+NF4_BYTES = 4.127 / 8
+"""A weight in four bits, with its share of the doubly quantised scales (arXiv 2305.14314, section 3)."""
+CPU_SLACK = 0.6
+"""What the C library keeps of the activations' memory beyond what is live (fitted, jobs/bench/RESULTS.md)."""
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What a model needs, whatever the number of workers: weights in all and trained, bytes of one micro-batch."""
+
+    weights: int
+    trained: int
+    activations: int
+    arithmetic: Arithmetic
+    packed: bool
+
+
+def typical_pair(job: Job) -> PairSize:
+    """A pair of three equal parts that takes as many positions as its longest sequence may, so that batches fill."""
+    part = job.reference.max_length // 3
+    return PairSize(job.reference.max_length - 2 * part, part, part)
+
+
+def rehearse(job: Job, sizes: Sequence[PairSize] = ()) -> Rehearsal:
+    """Run the heaviest micro-batch of the job's student on fake tensors.
+
+    Args:
+        job: the job.
+        sizes: of its pairs, where they are known; else all are taken to be as long as the job admits.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    student, training = job.student, job.training
+    config = AutoConfig.from_pretrained(
+        local_model(student.model, student.revision), trust_remote_code=student.trust_remote_code
+    )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=getattr(torch, student_dtype(job)), trust_remote_code=student.trust_remote_code
+        )
+        policy = as_policy(
+            model, training.logprob_chunk, training.lora, training.gradient_checkpointing, job.seed, training.layout
+        )
+    with FakeTensorMode():
+        _pretend_on_cpu(policy)
+        peak = _step_peak(policy, heaviest(job, sizes or [typical_pair(job)] * job.training.batch_size, policy.packed))
+    parameters = list(policy.parameters())
+    return Rehearsal(
+        weights=sum(one.numel() for one in parameters),
+        trained=sum(one.numel() for one in parameters if one.requires_grad),
+        activations=peak,
+        arithmetic=Arithmetic.of(policy),
+        packed=policy.packed,
+    )
+
+
+def _pretend_on_cpu(policy: Policy) -> None:
+    """Give a model on the meta device weights with fake storage; tied weights stay tied."""
+    weights = {id(one): torch.nn.Parameter(_like(one), one.requires_grad) for one in policy.parameters()}
+    for module in policy.modules():
+        module._parameters.update(
+            {name: None if one is None else weights[id(one)] for name, one in module._parameters.items()}
+        )
+        module._buffers.update({name: None if one is None else _like(one) for name, one in module._buffers.items()})
+    policy.train()
+
+
+def _like(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+
+
+def heaviest(job: Job, sizes: Sequence[PairSize], packed: bool) -> list[PairSize]:
+    """The micro-batch with the most positions among those of the first epoch."""
+    training = job.training
+    workers = smallest(training.num_workers)
+    steps = islice(step_pairs(len(sizes), job), epoch_steps(len(sizes), training.batch_size))
+    plans = (plan_step(pairs, sizes, workers, training.tokens_per_batch, packed) for pairs in steps)
+    micros = ([sizes[pair] for pair in micro.pairs] for plan in plans for share in plan for micro in share)
+    return max(micros, key=lambda micro: batch_tokens(micro, packed), default=list(sizes[:1]))
+
+
+def _step_peak(policy: Policy, pairs: Sequence[PairSize]) -> int:
+    """Most bytes that forward and backward of a micro-batch hold beyond weights and their gradients."""
+    lengths = zip(*((pair.prompt, pair.chosen, pair.rejected) for pair in pairs), strict=True)
+    batch = policy.batch(*([[0] * length for length in column] for column in lengths))
+    held = [*policy.parameters(), *policy.buffers()]
+    for weight in policy.parameters():
+        if weight.requires_grad:
+            weight.register_post_accumulate_grad_hook(_forget_gradient)
+    with Memory(held) as memory:
+        policy(batch).sum().backward()
+    return memory.peak
+
+
+def _forget_gradient(weight: torch.Tensor) -> None:
+    weight.grad = None
+
+
+class Memory(TorchDispatchMode):
+    """Bytes of all tensors made in its context, as they are now and at most."""
+
+    def __init__(self, held: list[torch.Tensor]):
+        super().__init__()
+        self.now = self.peak = 0
+        self.known = WeakIdKeyDictionary()
+        for tensor in held:
+            self.known[tensor.untyped_storage()] = True
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation and count what it made."""
+        result = function(*args, **(kwargs or {}))
+        tree_map_only(torch.Tensor, self._count, result)
+        return result
+
+    def _count(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage in self.known:
+            return
+        self.known[storage] = True
+        size = storage.nbytes()
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._release, size)
+
+    def _release(self, size: int) -> None:
+        self.now -= size
+
+
+def worker_memory(job: Job, rehearsal: Rehearsal) -> dict[str, int]:
+    """Bytes by part that one of the job's training workers holds at its fullest, on its device."""
+    training, dtype = job.training, student_dtype(job)
+    size = getattr(torch, dtype).itemsize
+    stage = stage_of(training, dtype)
+    workers, offloaded = smallest(training.num_workers), _offloaded(job, stage)
+    trained, share = rehearsal.trained, -(-rehearsal.trained // workers)
+    parts = {
+        "process": GPU_PROCESS if training.gpus_per_worker else CPU_PROCESS,
+        "weights": _weights(job, rehearsal, size) // (workers if stage == 3 else 1),
+        "gathered weights": min(rehearsal.weights, LIVE) * size if stage == 3 else 0,
+        "master weights": 4 * share if stage else 0,
+        "optimizer state": 8 * (share if stage else trained),
+        "gradients": size * (share if stage >= 2 else trained) + (4 * share if stage else 0),
+        "buckets": min(BUCKET, trained) * size if stage else 0,
+        "activations and head": rehearsal.activations,
+        "allocator": 0 if training.gpus_per_worker else int(rehearsal.activations * CPU_SLACK),
+    }
+    return {name: amount for name, amount in parts.items() if name not in offloaded}
+
+
+def _weights(job: Job, rehearsal: Rehearsal, size: int) -> int:
+    if job.student.quantization == "none":
+        return rehearsal.weights * size
+    frozen = rehearsal.arithmetic.layers
+    return int(frozen * NF4_BYTES) + (rehearsal.weights - frozen) * size
+
+
+def _offloaded(job: Job, stage: int) -> set[str]:
+    if job.training.offload == "none" or not stage or not job.training.gpus_per_worker:
+        return set()
+    moved = {"master weights", "optimizer state"}
+    return moved | {"weights"} if job.training.offload == "all" and stage == 3 else moved

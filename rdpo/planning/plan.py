@@ -1,0 +1,109 @@
+"""What training a job will take: memory per worker by part, and tokens per second, before money is spent.
+
+The memory of weights and optimizer is counted and that of a micro-batch rehearsed (`rdpo.planning.memory`). The
+rate is the step's FLOPs over the device's peak times a share that trainers of this kind reach; it is a guess
+and says so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from rdpo.cluster.gpus import GPUS, Gpu
+from rdpo.cluster.hardware import available_cores, worker_cores
+from rdpo.config import Job, smallest
+from rdpo.errors import InputError
+from rdpo.modeling.flops import matmul_rate
+from rdpo.modeling.packing import PairSize
+from rdpo.planning.communication import bytes_sent, sent
+from rdpo.planning.memory import GIB, Rehearsal, rehearse, typical_pair, worker_memory
+from rdpo.preference.reference import student_dtype
+from rdpo.training.zero import stage_of
+
+ASSUMED_MFU = 0.4
+
+
+def plan(job: Job, gpu: str | None, workers: int | None, sizes: Sequence[PairSize] = ()) -> Iterator[str]:
+    """Lines that say what training takes: on the job's own workers, or on so many GPUs of a type.
+
+    `sizes` are those of the job's pairs, where they are known.
+
+    Raises:
+        InputError: the GPU type is not known, or there are more workers than pairs in a step.
+    """
+    if gpu and gpu not in GPUS:
+        raise InputError(f"--gpu {gpu}: known are {', '.join(GPUS)}")
+    workers = smallest(job.training.num_workers) if workers is None else workers
+    if workers < 1:
+        raise InputError(f"--workers {workers}: at least 1")
+    if workers > job.training.batch_size:
+        raise InputError(f"--workers {workers}: each needs a pair in a step, and training.batch_size is less; raise it")
+    changes = {"num_workers": workers, **({"gpus_per_worker": 1} if gpu else {})}
+    job = job.model_copy(update={"training": job.training.model_copy(update=changes)})
+    rehearsal = rehearse(job, sizes)
+    parts = worker_memory(job, rehearsal)
+    yield _headline(job, rehearsal, gpu)
+    yield from _memory(parts, GPUS[gpu].memory_gib if gpu else None)
+    if (gpu and student_dtype(job) == "bfloat16") or not job.training.gpus_per_worker:
+        yield from _speed(job, rehearsal, gpu, sizes or [typical_pair(job)])
+    if gpu and workers > 1 and stage_of(job.training, student_dtype(job)) == 3:
+        yield _messages(job, rehearsal, GPUS[gpu], sizes or [typical_pair(job)])
+
+
+def _headline(job: Job, rehearsal: Rehearsal, gpu: str | None) -> str:
+    training = job.training
+    device = gpu or ("GPU" if training.gpus_per_worker else f"{worker_cores(training)}-core CPU")
+    return (
+        f"{job.student.model}: {rehearsal.weights / 1e6:,.1f} M weights, {rehearsal.trained / 1e6:,.1f} M trained, "
+        f"{student_dtype(job)}\n{training.num_workers} x {device}, ZeRO-{stage_of(training, student_dtype(job))}, "
+        f"{'packed' if rehearsal.packed else 'padded'} rows of {training.tokens_per_batch} tokens"
+    )
+
+
+def _memory(parts: dict[str, int], limit: float | None) -> Iterator[str]:
+    yield f"{'GiB per worker':<22}"
+    for name, amount in parts.items():
+        if amount:
+            yield f"  {name:<20}{amount / GIB:>8.2f}"
+    total = sum(parts.values()) / GIB
+    yield f"  {'total':<20}{total:>8.2f}" + (f" of {limit:.0f}" if limit else "")
+    if limit and total > limit:
+        yield (
+            "does not fit: more workers share weights and optimizer under ZeRO-3; training.lora needs hardly any "
+            "optimizer; gradient_checkpointing and a smaller tokens_per_batch need less for activations"
+        )
+
+
+def _speed(job: Job, rehearsal: Rehearsal, gpu: str | None, sizes: Sequence[PairSize]) -> Iterator[str]:
+    rate = GPUS[gpu].flops if gpu else _cpu_rate(job)
+    workers = smallest(job.training.num_workers)
+    seconds = rehearsal.arithmetic.flops(sizes, rehearsal.packed) / (rate * workers * ASSUMED_MFU)
+    guess = f"{ASSUMED_MFU:.0%} of {rate / 1e12:,.2f} TFLOP/s per worker, guessed"
+    tokens = sum(pair.tokens for pair in sizes)
+    yield f"about {tokens / seconds:,.0f} tokens/s ({guess})"
+    yield f"1,000 pairs of {tokens / len(sizes):,.0f} tokens in about {1000 * seconds / len(sizes) / 60:,.1f} min"
+
+
+def _messages(job: Job, rehearsal: Rehearsal, gpu: Gpu, sizes: Sequence[PairSize]) -> str:
+    """What ZeRO-3 sends in a step, beside its products."""
+    training, workers = job.training, smallest(job.training.num_workers)
+    share = training.batch_size / workers / len(sizes)
+    tokens = share * sum(size.packed if rehearsal.packed else size.tokens for size in sizes)
+    micros = max(1, math.ceil(tokens / training.tokens_per_batch))
+    flops = share * rehearsal.arithmetic.flops(sizes, rehearsal.packed)
+    cost = sent(flops / micros, rehearsal.weights, rehearsal.trained, workers, gpu, ASSUMED_MFU * gpu.flops)
+    amount = micros * bytes_sent(rehearsal.weights, rehearsal.trained, workers) / GIB
+    best, worst = (cost.products / seconds for seconds in cost.range)
+    return (
+        f"ZeRO-3 sends each worker {amount:,.1f} GiB a step, in {micros * cost.messages:.2f} s beside "
+        f"{micros * cost.products:.2f} s of products: {worst:.0%} to {best:.0%} of that rate are left"
+    )
+
+
+def _cpu_rate(job: Job) -> float:
+    """FLOP/s of one CPU worker: this machine's matrix products, by the worker's share of the cores."""
+    rate = matmul_rate(1024, 4096, getattr(torch, student_dtype(job)), torch.device("cpu"))
+    return rate * min(1.0, worker_cores(job.training) / len(available_cores()))

@@ -1,0 +1,75 @@
+"""What in a run's figures calls for a second look."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from rdpo.files.stage_folder import Manifest
+from rdpo.report.columns import PairColumns
+
+LOGPS_FALL = 10.0
+LENGTH_GROWS = 1.5
+FEW_PROMPTS = 20
+STOPS_FALL = 0.1
+GAP_FOLLOWS_LENGTH = 0.5
+
+
+def alerts(manifests: Mapping[str, Manifest], pairs: PairColumns | None) -> list[str]:
+    """Warnings, in the order of the data; of the stages by name."""
+    summaries = {name: manifest.summary for name, manifest in manifests.items()}
+    return [
+        *_of_lineage(manifests),
+        *_of_pairs(summaries.get("pairs", {}), pairs),
+        *_of_training(summaries.get("training", {})),
+        *_of_evaluation(summaries.get("evaluation", {})),
+    ]
+
+
+def _of_lineage(manifests: Mapping[str, Manifest]) -> Iterator[str]:
+    here = {name: manifest.digest for name, manifest in manifests.items()}
+    for name, manifest in manifests.items():
+        changed = [stage for stage, digest in manifest.inputs.items() if here.get(stage, digest) != digest]
+        if changed:
+            yield f"{name} was made from other {', '.join(changed)} than are here now; `rdpo run` makes it again."
+
+
+def _of_pairs(summary: dict[str, Any], pairs: PairColumns | None) -> Iterator[str]:
+    for reward, sides in summary.get("agreement", {}).items():
+        if sides["constant"]:
+            yield f"{reward} gives every answer the same score; it tells nothing here."
+        elif sides["preferred"] < 0.5:
+            yield f"{reward} prefers the side to be rejected in most pairs; look at some before training on all."
+    correlation = pairs.gap_follows_length if pairs else None
+    if correlation is not None and abs(correlation) > GAP_FOLLOWS_LENGTH:
+        way = "longer" if correlation > 0 else "shorter"
+        yield f"The {way} the chosen answer, the larger the reward gap: the reward may be one for length."
+
+
+def _of_training(summary: dict[str, Any]) -> Iterator[str]:
+    if not summary.get("steps"):
+        return
+    first, last = summary["first"], summary["last"]
+    if last["logps/chosen"] < first["logps/chosen"] - LOGPS_FALL:
+        yield "The log-probs of the chosen answers fell in training; an SFT term (training.sft_coef) holds them."
+    if last["rewards/accuracies"] < 0.5:
+        yield "At the end of training the policy still prefers the rejected side of most pairs."
+
+
+def _of_evaluation(summary: dict[str, Any]) -> Iterator[str]:
+    if not summary.get("prompts"):
+        return
+    if summary["prompts"] < FEW_PROMPTS:
+        more = "hold out more by prompts.heldout_fraction, or raise evaluation.limit"
+        yield f"Only {summary['prompts']} held-out prompts were compared, so the win rate says little; {more}."
+    length, stops = ({model: of[model]["mean"] for model in of} for of in (summary["length"], summary["stop_rate"]))
+    if length["trained"] > LENGTH_GROWS * length["start"]:
+        yield "Answers grew by more than half; compare rewards at equal length before believing the win rate."
+    if stops["trained"] < stops["start"] - STOPS_FALL:
+        yield "The trained model stops by itself less often than the start model."
+    rose = [reward["reward"] for reward in summary["rewards"] if reward["weight"] and reward["difference"]["low"] > 0]
+    fell = [
+        reward["reward"] for reward in summary["rewards"] if not reward["weight"] and reward["difference"]["high"] < 0
+    ]
+    if rose and fell:
+        yield f"{', '.join(rose)} rose while {', '.join(fell)}, not optimised, fell: the reward may be gamed."

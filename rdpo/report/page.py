@@ -1,0 +1,61 @@
+"""Pages that need nothing else: model text is escaped, one script of our own may run, nothing is loaded."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from importlib.resources import files
+from typing import Any
+
+from jinja2 import Environment, PackageLoader
+from markupsafe import Markup, escape
+
+from rdpo.files.folder import Folder
+from rdpo.records import shown, visible
+
+REPORT = "report.html"
+SCRIPT = Markup((files("rdpo.report") / "templates" / "samples.js").read_text(encoding="utf-8"))
+
+
+def write_page(run_dir: str, template: str, /, **content: Any) -> str:
+    """Render a template as the report of a run directory; its path."""
+    page = _environment().get_template(template).render(content)
+    Folder(run_dir).write_bytes(REPORT, page.encode("utf-8", "replace"))
+    return f"{run_dir.rstrip('/')}/{REPORT}"
+
+
+def content_policy(script: str = "") -> Markup:
+    """A Content-Security-Policy under which a browser runs this script, if there is one, and loads nothing."""
+    policy = "default-src 'none'; base-uri 'none'; form-action 'none'; style-src 'unsafe-inline'"
+    if script:
+        known = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        policy += f"; script-src 'sha256-{known}'"
+    return Markup(policy)
+
+
+def escaped(text: str | None) -> Markup:
+    """Model text as it stands in a page."""
+    return escape(shown(text))
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("rdpo.report"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_written_out,
+    )
+    environment.globals["content_policy"] = content_policy
+    environment.filters |= {"shown": shown, "clock": _clock}
+    return environment
+
+
+def _written_out(value: Any) -> Any:
+    """Whatever a template prints, fit for a page; our own drawings as they are."""
+    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+def _clock(seconds: float) -> str:
+    hours, rest = divmod(int(seconds), 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"

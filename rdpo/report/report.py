@@ -1,0 +1,242 @@
+"""report.html: one self-contained page of what a run did, in the order of the data."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+
+from rdpo.config import Job
+from rdpo.evaluation.compare import Values
+from rdpo.execution.reader import RunReader
+from rdpo.execution.run import Run
+from rdpo.files.stage_folder import IN_PROGRESS, Manifest
+from rdpo.report import charts
+from rdpo.report.alerts import alerts
+from rdpo.report.columns import PairColumns, PromptColumns, pair_columns, prompt_columns, prompt_lengths
+from rdpo.report.page import SCRIPT, write_page
+from rdpo.report.provenance import sources
+from rdpo.report.samples import Sample, conversations, evaluated_samples
+from rdpo.stages.table import WITHOUT_ROWS, names_of
+
+CURVES = {
+    "loss": ["loss"],
+    "loss of the held-out pairs": ["heldout/loss"],
+    "accuracy of the implicit rewards": ["rewards/accuracies"],
+    "margin of the implicit rewards": ["rewards/margins"],
+    "implicit rewards": ["rewards/chosen", "rewards/rejected"],
+    "log-probs of the answers (nats)": ["logps/chosen", "logps/rejected"],
+    "gradient norm": ["grad_norm"],
+    "learning rate": ["learning_rate"],
+    "tokens per second": ["tokens_per_second"],
+    "model FLOPs utilisation": ["mfu"],
+    "peak memory (GiB)": ["peak_memory_gib"],
+}
+EVERY_S = 180.0
+"""A page takes seconds to write, which a run of minutes should not spend on every stage."""
+EXTREMES = 3
+"""Answers that gained most, and as many that lost most, shown before the others."""
+
+Manifests = dict[str, Manifest]
+Section = dict[str, Any]
+
+
+def write_report(run_dir: str, under_way: bool = False) -> str:
+    """Write the report of a run, as far as the run has come; its path.
+
+    Args:
+        run_dir: the run.
+        under_way: more is to come; a browser that shows the page loads it anew now and then.
+
+    Raises:
+        InputError: there is no run in this directory.
+    """
+    run = RunReader(run_dir)
+    job, stages = run.job, names_of(run.job)
+    manifests = run.finished(stages)
+    pairs = pair_columns(run.folder("pairs")) if "pairs" in manifests else None
+    summaries = {name: manifest.summary for name, manifest in manifests.items()}
+    return write_page(
+        run_dir,
+        "report.html.jinja",
+        script=SCRIPT,
+        job=job,
+        run_dir=run_dir,
+        settings=json.dumps(job.model_dump(mode="json", exclude_none=True), indent=2, ensure_ascii=False),
+        manifests=manifests,
+        without_rows=WITHOUT_ROWS,
+        unfinished=_unfinished(run, [name for name in stages if name not in manifests]),
+        written=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()) if under_way else None,
+        seconds=_seconds(manifests),
+        summaries=summaries,
+        alerts=alerts(manifests, pairs),
+        prompts=_prompts(run) if "prompts" in manifests else None,
+        conversations=conversations(run.folder("synthesis"), job) if "synthesis" in manifests else [],
+        scores=_scores(job, pairs, summaries) if pairs else None,
+        pairs=_pairs(pairs) if pairs else None,
+        training=_training(run),
+        evaluation=_evaluation(run) if summaries.get("evaluation", {}).get("prompts") else None,
+        sources=sources(manifests, job.student.model),
+    )
+
+
+class ReportSoFar:
+    """Writes the report of a run that goes on, after a stage but not more often than every so many seconds.
+
+    A page that fails is told of, and does not end the run.
+    """
+
+    def __init__(self, every_s: float = EVERY_S):
+        self.every_s, self.written = every_s, time.monotonic()
+
+    def __call__(self, run: Run) -> None:
+        """A stage of the run is made."""
+        if time.monotonic() - self.written < self.every_s:
+            return
+        try:
+            write_report(run.dir, under_way=True)
+        except Exception as error:
+            run.console.warn(f"no report yet: {type(error).__name__}: {error}")
+        self.written = time.monotonic()
+
+
+def headline(run_dir: str) -> list[str]:
+    """The result of a run in a few lines of text."""
+    run = RunReader(run_dir)
+    summaries = {name: manifest.summary for name, manifest in run.finished(names_of(run.job)).items()}
+    summary, retention = summaries.get("evaluation", {}), summaries.get("retention")
+    lines = []
+    for reward in summary.get("rewards", []):
+        rate, kind = reward["win_rate"], "optimised" if reward["weight"] else "independent"
+        lines.append(
+            f"win rate    {rate['mean']:.3f} (95% interval {rate['low']:.3f} to {rate['high']:.3f}) of the trained "
+            f"model by {reward['reward']}, {kind}; mean {reward['start_mean']:.3f} -> {reward['trained_mean']:.3f}"
+        )
+    if summary.get("kl"):
+        length = {side: value["mean"] for side, value in summary["length"].items()}
+        stop = {side: value["mean"] for side, value in summary["stop_rate"].items()}
+        lines.append(
+            f"on {summary['prompts']} held-out prompts: KL {summary['kl']['mean']:.1f} nats, tokens "
+            f"{length['start']:.0f} -> {length['trained']:.0f}, stop rate {stop['start']:.2f} -> {stop['trained']:.2f}"
+        )
+    if retention:
+        factor = retention["perplexity_factor"]
+        interval = f"95% interval {factor['low']:.3f} to {factor['high']:.3f}"
+        lines.append(
+            f"on {retention['texts']} other texts: perplexity {factor['mean']:.3f} times the start model's ({interval})"
+        )
+    return lines
+
+
+def _seconds(manifests: Manifests) -> float:
+    """Time of all stages; those that ran together count once."""
+    counted: list[str] = []
+    for name, manifest in manifests.items():
+        if not set(manifest.together) & set(counted):
+            counted.append(name)
+    return sum(manifests[name].seconds for name in counted)
+
+
+def _unfinished(run: RunReader, stages: Sequence[str]) -> dict[str, int]:
+    """Rows that those of the stages have stored so far that are begun."""
+    folders = {name: run.folder(name) for name in stages}
+    return {name: folder.count() for name, folder in folders.items() if folder.exists(IN_PROGRESS)}
+
+
+def _prompts(run: RunReader) -> Section:
+    lengths = prompt_lengths(run.folder("prompts"))
+    return {
+        "lengths": charts.histogram({"prompts": lengths}, "tokens of the prompt", "prompts", [charts.AFTER]),
+        "median": float(np.median(lengths)),
+        "longest": float(lengths.max()),
+    }
+
+
+def _scores(job: Job, pairs: PairColumns, summaries: Mapping[str, Section]) -> Section:
+    """What each reward says of the pairs, and how far they agree."""
+    # Without known pairs of the user's the trial says only that the models load.
+    right = summaries.get("calibration", {}).get("right", {}) if job.calibration.source else {}
+    drawn = {}
+    for name in pairs.chosen:
+        sides = {"rejected": pairs.rejected[name], "chosen": pairs.chosen[name]}
+        drawn[name] = charts.histogram(sides, name, "pairs", [charts.OTHER, charts.AFTER])
+    return {"right": right, "charts": drawn, "same_side": pairs.same_side()}
+
+
+def _pairs(pairs: PairColumns) -> Section:
+    gaps = {"kept": pairs.kept_gaps, "dropped": pairs.dropped_gaps}
+    lengths = {"rejected": pairs.rejected_chars, "chosen": pairs.chosen_chars}
+    drawn = {}
+    if any(map(len, gaps.values())):
+        label = "score of chosen minus score of rejected"
+        drawn["reward gap"] = charts.histogram(gaps, label, "pairs", [charts.AFTER, charts.BEFORE])
+    if len(pairs.kept_gaps):
+        drawn["length of the answers"] = charts.histogram(lengths, "characters", "pairs", [charts.OTHER, charts.AFTER])
+        longer = pairs.chosen_chars - pairs.rejected_chars
+        drawn["reward gap by length"] = charts.scatter(
+            longer, pairs.kept_gaps, "characters that chosen is longer", "reward gap"
+        )
+    return {"columns": pairs, "charts": drawn}
+
+
+def _training(run: RunReader) -> Section | None:
+    """The curves as far as training has written them down."""
+    steps = run.metrics
+    if not steps:
+        return None
+    names = {name for step in steps for name in step}
+    series = {name: np.array([step.get(name) for step in steps], dtype=float) for name in names}
+    drawn = {title: _curves(series, [name for name in of if name in series]) for title, of in CURVES.items()}
+    return {
+        "charts": {title: drawing for title, drawing in drawn.items() if drawing},
+        "steps": len(steps),
+        "skipped": int(np.nansum(series.get("skipped", 0))),
+        "first": steps[0],
+        "last": steps[-1],
+    }
+
+
+def _curves(series: Mapping[str, Values], names: Sequence[str]) -> Markup | None:
+    """Metrics over the steps at which they were measured; None if they never were."""
+    measured = np.isfinite([series[name] for name in names]).any(0) if names else np.array(False)
+    if not measured.any():
+        return None
+    drawn = {name.rsplit("/", 1)[-1]: series[name][measured] for name in names}
+    return charts.curves(series["step"][measured], drawn)
+
+
+def _evaluation(run: RunReader) -> Section:
+    folder = run.folder("evaluation")
+    columns = prompt_columns(folder)
+    samples = evaluated_samples(folder, columns, run.job.evaluation.samples)
+    return {
+        "charts": {name: _reward_charts(columns, name) for name in columns.rewards},
+        "by_length": {name: columns.by_length(name) for name in columns.rewards},
+        "sorts": [*columns.rewards, "tokens"],
+        "samples": samples,
+        "extremes": _extremes(samples),
+        "total": len(columns.ids),
+    }
+
+
+def _reward_charts(columns: PromptColumns, reward: str) -> dict[str, Any]:
+    start, trained = (columns.scores[model][reward] for model in ("start", "trained"))
+    models = {"start model": start, "trained model": trained}
+    return {
+        "scores": charts.histogram(models, reward, "prompts"),
+        "each prompt, before and after": charts.scatter(start, trained, "start model", "trained model", diagonal=True),
+        "gain by growth": charts.scatter(
+            columns.growth, columns.change(reward), "tokens that the answer grew", f"gain in {reward}"
+        ),
+    }
+
+
+def _extremes(samples: list[Sample]) -> dict[str, list[Sample]]:
+    ordered = sorted(samples, key=lambda sample: sample.gain)
+    gained = [sample for sample in ordered[::-1][:EXTREMES] if sample.gain > 0]
+    lost = [sample for sample in ordered[:EXTREMES] if sample.gain < 0]
+    return {title: extremes for title, extremes in (("gained most", gained), ("lost most", lost)) if extremes}

@@ -1,0 +1,132 @@
+"""Rows of a run whose texts stand in its report: some conversations, and as many evaluated prompts as it can hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, zip_longest
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from markupsafe import Markup
+
+from rdpo.config import Job
+from rdpo.evaluation.compare import Values
+from rdpo.files.stage_folder import StageFolder
+from rdpo.records import ID_COLUMN, Row, text_of
+from rdpo.report.columns import MODELS, PromptColumns
+from rdpo.report.differences import Difference, difference
+from rdpo.report.page import escaped
+
+ID_DIGITS = 8
+CONVERSATIONS = 10
+SAMPLES_BYTES = 2_500_000
+"""Texts of evaluated prompts in one page."""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """What the teacher wrote for one prompt, turn by turn."""
+
+    id: str
+    prompt: Markup
+    turns: list[tuple[str, Markup]]
+    difference: Difference | None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One model's answer and its scores by reward."""
+
+    model: str
+    text: Markup
+    tokens: int
+    finish_reason: str
+    scores: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One evaluated prompt with both models' answers; `changes` are what the page sorts by."""
+
+    id: str
+    prompt: Markup
+    answers: list[Answer]
+    changes: list[float] = field(default_factory=list)
+    gain: float = 0.0
+
+    @property
+    def size(self) -> int:
+        """Bytes of its texts."""
+        return sum(len(text.encode()) for text in (self.prompt, *(answer.text for answer in self.answers)))
+
+
+def conversations(folder: StageFolder, job: Job) -> list[Conversation]:
+    """The first conversations by id; what differs between the two sides of a pair is marked."""
+    if not folder.parts():
+        return []
+    ids = pc.sort_indices(folder.ids(ID_COLUMN))[:CONVERSATIONS]
+    rows = rows_of(folder, folder.ids(ID_COLUMN).take(ids).to_pylist())
+    return [_conversation(row, job) for row in rows]
+
+
+def evaluated_samples(folder: StageFolder, columns: PromptColumns, limit: int) -> list[Sample]:
+    """At most `limit` evaluated prompts, by id: of more, those that gained and lost most, and others.
+
+    They are fewer where their texts would make the page too large.
+    """
+    places = {name: place for place, name in enumerate(columns.ids)}
+    chosen = [columns.ids[place] for place in most_telling(columns.gain, limit)]
+    rows = {row[ID_COLUMN]: row for row in rows_of(folder, chosen)}
+    samples, room = [], SAMPLES_BYTES
+    for name in chosen:
+        sample = _sample(rows[name], columns, places[name])
+        room -= sample.size
+        if room < 0:
+            break
+        samples.append(sample)
+    return sorted(samples, key=lambda sample: sample.id)
+
+
+def most_telling(gain: Values, limit: int) -> list[int]:
+    """At most `limit` places: the greatest and the least in turn for one half, then the first of the others."""
+    ordered = sorted(range(len(gain)), key=lambda place: gain[place])
+    half = limit // 4
+    extremes = chain.from_iterable(zip_longest(ordered[::-1][:half], ordered[:half]))
+    taken = dict.fromkeys(place for place in extremes if place is not None)
+    return list(dict.fromkeys([*taken, *range(len(gain))]))[:limit]
+
+
+def rows_of(folder: StageFolder, ids: Sequence[str]) -> list[Row]:
+    """The kept rows with these ids, by id; of each part only they are held."""
+    wanted = pa.array(ids, pa.string())
+    rows = [row for table in folder.tables() for row in table.filter(pc.is_in(table[ID_COLUMN], wanted)).to_pylist()]
+    return sorted(rows, key=lambda row: row[ID_COLUMN])
+
+
+def _conversation(row: Row, job: Job) -> Conversation:
+    names = [name.removesuffix("_finish_reason") for name in row if name.endswith("_finish_reason")]
+    texts = {name: escaped(row[name]) for name in names}
+    before, after = job.pairs.rejected, job.pairs.chosen
+    found = difference(row[before] or "", row[after] or "") if before in texts and after in texts else None
+    if found:
+        texts |= {before: found.before, after: found.after}
+    return Conversation(row[ID_COLUMN][:ID_DIGITS], escaped(text_of(row["prompt"])), list(texts.items()), found)
+
+
+def _sample(row: Row, columns: PromptColumns, place: int) -> Sample:
+    changes = [columns.change(reward)[place] for reward in columns.rewards]
+    return Sample(
+        row[ID_COLUMN][:ID_DIGITS],
+        escaped(text_of(row["prompt"])),
+        list(_answers(row)),
+        [float(change) for change in (*changes, columns.growth[place])],
+        float(columns.gain[place]),
+    )
+
+
+def _answers(row: Row) -> Iterator[Answer]:
+    for model in MODELS:
+        told: dict[str, Any] = {name: row[f"{model}_{name}"] for name in ("tokens", "finish_reason", "scores")}
+        yield Answer(model, escaped(row[model]), **{**told, "scores": told["scores"] or {}})

@@ -1,0 +1,75 @@
+"""Before any long work: whether everything that a job names can be used."""
+
+from __future__ import annotations
+
+from rdpo.config import FunctionReward, Job, smallest
+from rdpo.errors import InputError
+from rdpo.execution.lock import Say
+
+
+def prepare(job: Job, say: Say) -> bool:
+    """Try models, task and rewards, and start Ray, before any long work; whether its pools fit side by side.
+
+    Says which pools wait for nodes that are not there yet.
+
+    Raises:
+        InputError: something the job names cannot be used.
+    """
+    from rdpo.cluster.connection import start_ray
+    from rdpo.cluster.installed import check_installed
+    from rdpo.cluster.placement import Nodes, check_room, fit_side_by_side
+    from rdpo.modeling.chat import load_chat
+    from rdpo.modeling.weights import model_config
+    from rdpo.preference.rewards import check_rewards
+    from rdpo.synthesis.prompts import check_templates
+
+    check_templates(job.prompts)
+    model_config(job.student.model, job.student.revision, job.student.trust_remote_code)
+    load_chat(job.student.model, job.student.revision, job.student.trust_remote_code)
+    _check_teacher(job)
+    check_rewards(job)
+    ray = start_ray(job)
+    check_installed(ray)
+    nodes = Nodes.of(ray)
+    for pool in check_room(job, nodes):
+        say(f"{pool.setting} waits until nodes are started: {smallest(pool.size)} x {pool}")
+    return fit_side_by_side(job, nodes)
+
+
+def check_named(job: Job) -> None:
+    """Try what can be tried in a moment: templates, task and reward functions; no model, no Ray.
+
+    Raises:
+        InputError: one of them cannot be used.
+    """
+    from rdpo.preference.function import load_function
+    from rdpo.preference.pairs import scored_answers
+    from rdpo.synthesis.prompts import check_templates
+
+    check_templates(job.prompts)
+    scored_answers(job)
+    for reward in job.rewards:
+        if isinstance(reward, FunctionReward):
+            load_function(reward.function)
+
+
+def _check_teacher(job: Job) -> None:
+    from rdpo.modeling.weights import local_adapter, local_model
+    from rdpo.preference.pairs import scored_answers
+    from rdpo.synthesis.endpoint import check_endpoint
+    from rdpo.synthesis.instructions import beginning, check_prefills, load_task
+
+    scored_answers(job)
+    for section, condition in (("pairs", job.pairs.condition), ("evaluation", job.evaluation.condition)):
+        if condition:
+            beginning(load_task(job.synthesis.task or ""), condition, f"{section}.condition")
+    answers = load_task(job.synthesis.task).answers if job.evaluation.refine and job.synthesis.task else []
+    if job.evaluation.refine and job.pairs.chosen not in answers:
+        raise InputError(f"evaluation.refine: pairs.chosen = {job.pairs.chosen!r} is no turn; name one of {answers}")
+    if not job.synthesis.endpoint:
+        local_model(*job.model_or_student(job.synthesis.teacher)[:2])
+        if job.synthesis.adapter:
+            local_adapter(job.synthesis.adapter)
+    elif job.synthesis.task:
+        check_endpoint(job.synthesis.endpoint)
+        check_prefills(load_task(job.synthesis.task))

@@ -1,0 +1,98 @@
+"""Evaluation: start model and trained model answer the held-out prompts, and are compared."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rdpo.execution.stage import RowWork, Source, Stage
+from rdpo.records import HELDOUT, ID_COLUMN, Row, digest, table_of
+from rdpo.stages.prompts import split_source
+from rdpo.stages.settings import question_settings, reward_settings, student_settings
+
+if TYPE_CHECKING:
+    import ray.data
+
+    from rdpo.config import Job
+    from rdpo.execution.reader import RunReader
+    from rdpo.execution.run import Run
+    from rdpo.files.stage_folder import StageFolder
+
+
+def settings(job: Job) -> dict[str, Any]:
+    """Settings of the evaluation stage."""
+    asked = question_settings(job, job.evaluation.condition or ("refine" if job.evaluation.refine else None))
+    final = {"final": job.pairs.chosen} if job.evaluation.refine else {}
+    start = {"start": start_settings(job)}
+    return {
+        **final,
+        **job.evaluation.model_dump(exclude={"samples"}),
+        **asked,
+        **start,
+        "rewards": reward_settings(job),
+        "seed": job.seed,
+    }
+
+
+def start_settings(job: Job) -> dict[str, Any]:
+    """What the start model's answers to the held-out prompts depend on, beside the prompts."""
+    settings = job.evaluation.model_dump(include={"sampling", "engine"})
+    return {
+        **settings,
+        **question_settings(job, job.evaluation.condition),
+        "student": student_settings(job),
+        "seed": job.seed,
+    }
+
+
+def heldout_prompts(run: RunReader) -> Source:
+    """The prompts that both models answer."""
+    return split_source(run, HELDOUT, run.job.evaluation.limit)
+
+
+def evaluate(rows: ray.data.Dataset, run: Run) -> ray.data.Dataset:
+    """Answers of both models, their scores and the divergence."""
+    import ray.data
+
+    from rdpo.evaluation.generate import START, TRAINED, add_divergence, answer_prompts
+    from rdpo.files.stores import is_remote
+    from rdpo.modeling.weights import local_model
+    from rdpo.preference.rewards import score_answers
+    from rdpo.training.checkpoint import MERGED
+
+    job = run.job
+    student = job.student
+    # A store's name holds on every machine of a cluster; the place of this machine's copy does not.
+    start = student.model if is_remote(student.model) else str(local_model(student.model, student.revision))
+    trained = run.folder("policy").address(MERGED)
+    known = {START: _start_answers(run)}
+    answered = answer_prompts(rows.take_all(), job, {START: start, TRAINED: trained}, known)
+    scored = score_answers(ray.data.from_arrow(table_of(answered)), job, [START, TRAINED]).materialize()
+    return add_divergence(scored, job, trained, TRAINED)
+
+
+def _start_answers(run: Run) -> dict[str, Row]:
+    """The start model's answers by prompt, as far as a sibling has them."""
+    from rdpo.evaluation.generate import START, answer_columns
+
+    own, columns = digest(start_settings(run.job)), [ID_COLUMN, *answer_columns(START)]
+    made = run.made_by_siblings("evaluation")
+    same = (folder for folder, theirs in made if digest(theirs.get("start")) == own and folder.parts())
+    return {row.pop(ID_COLUMN): row for folder in same for row in folder.table(columns=columns).to_pylist()}
+
+
+def summary(run: Run, folder: StageFolder) -> dict[str, Any]:
+    """Start model and trained model compared by every reward."""
+    from rdpo.evaluation.compare import summarize
+
+    weights = {reward.name: reward.weight for reward in run.job.rewards}
+    evaluated = folder.table().sort_by(ID_COLUMN).to_pylist() if folder.parts() else []
+    return summarize(evaluated, weights, run.job.seed)
+
+
+STAGE = Stage(
+    "evaluation",
+    inputs=("prompts", "policy"),
+    settings=settings,
+    rows=RowWork(heldout_prompts, evaluate, summary, generates=True),
+    command="evaluate",
+)

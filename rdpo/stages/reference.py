@@ -1,0 +1,82 @@
+"""Reference: token ids of the pairs, and their log-probs under the start model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rdpo.errors import InputError
+from rdpo.execution.stage import RowWork, Source, Stage
+from rdpo.records import digest
+from rdpo.stages.settings import student_settings
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import ray.data
+
+    from rdpo.config import Job
+    from rdpo.execution.reader import RunReader
+    from rdpo.execution.run import Run
+
+
+def settings(job: Job) -> dict[str, Any]:
+    """Settings of the reference stage, with the student's weights."""
+    return {**job.reference.model_dump(), "student": student_settings(job)}
+
+
+def _drawn_pairs(run: RunReader) -> Source:
+    """The pairs that are trained on: all generated ones, or those of the mix with ready ones."""
+    from rdpo.preference.replay import place, until
+
+    generated = run.source("pairs")
+    if run.job.replay is None:
+        return generated
+    ready, seed = run.source("replay"), run.job.seed
+    mix = run.require("replay", "reference").summary
+    last = mix["last"]
+
+    def rows() -> ray.data.Dataset:
+        parts = [generated.rows()] if mix["generated"] else []
+        if last and parts:
+            parts[0] = parts[0].map_batches(until, fn_kwargs={"last": last, "seed": seed}, batch_format="pyarrow")
+        parts += [ready.rows()] if ready.count else []
+        return parts[0].union(*parts[1:])
+
+    def ids() -> pa.ChunkedArray:
+        import pyarrow as pa
+
+        drawn = [name for name in generated.ids().to_pylist() if last is None or place(name, seed) <= last]
+        return pa.chunked_array([pa.array(drawn, pa.string()), *ready.ids().chunks])
+
+    return Source(rows, mix["generated"] + ready.count, ids)
+
+
+def pairs_source(run: RunReader) -> Source:
+    """The pairs that are trained on.
+
+    Raises:
+        InputError: there is none.
+    """
+    source = _drawn_pairs(run)
+    if not source.count:
+        raise InputError("pairs: no pair is left to train on; see the dropped reasons of the pairs stage")
+    return source
+
+
+def refer(rows: ray.data.Dataset, run: Run) -> ray.data.Dataset:
+    """Token ids and the reference's log-probs of pairs; those that a sibling has made are taken from there."""
+    from rdpo.preference.known_logps import COLUMNS, known_logps
+    from rdpo.preference.reference import add_reference
+
+    own = digest(settings(run.job))
+    same = (folder for folder, theirs in run.made_by_siblings("reference") if digest(theirs) == own)
+    known = known_logps(table for folder in same for table in folder.tables(columns=COLUMNS))
+    return add_reference(rows, run.job, known)
+
+
+STAGE = Stage(
+    "reference",
+    inputs=("pairs", "replay"),
+    settings=settings,
+    rows=RowWork(pairs_source, refer),
+    command="reference",
+)

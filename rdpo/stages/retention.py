@@ -1,0 +1,61 @@
+"""Retention: how much likelihood texts that the training is not about have lost."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rdpo.errors import InputError
+from rdpo.execution.stage import Stage
+from rdpo.records import ID_COLUMN, alive
+
+if TYPE_CHECKING:
+    from rdpo.config import Job
+    from rdpo.execution.run import Run
+    from rdpo.files.stage_folder import StageFolder
+    from rdpo.tracking.console import Meter
+
+
+def settings(job: Job) -> dict[str, Any]:
+    """Settings of the retention stage, with the content of its source."""
+    from rdpo.synthesis.sources import content_hash
+
+    if job.retention is None:
+        return {}
+    system = {"system": job.prompts.system, "max_prompt_tokens": job.prompts.max_prompt_tokens}
+    return {**job.retention.model_dump(), **system, "content": content_hash(job.retention.source)}
+
+
+def measure_retention(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:
+    """How much likelihood other texts have lost; says so.
+
+    Raises:
+        InputError: none of them can be used.
+    """
+    from rdpo.evaluation.retention import measured, summary, texts
+    from rdpo.files.stage_folder import write_rows
+    from rdpo.training.checkpoint import MERGED
+
+    assert run.job.retention is not None
+    folder.clear_parts()
+    rows = texts(run.job, run.job.retention)
+    if not any(map(alive, rows)):
+        raise InputError(f"retention: no usable conversation in {run.job.retention.source}; {rows[0]['dropped']}")
+    trained = run.folder("policy").address(MERGED)
+    write_rows(
+        measured(rows, run.job, trained), folder, ID_COLUMN, lambda block: meter.advance(block.rows + block.dropped)
+    )
+    told = summary(folder.table().sort_by(ID_COLUMN).to_pylist(), run.job.seed)
+    factor = told["perplexity_factor"]
+    interval = f"{factor['low']:.3f} to {factor['high']:.3f}"
+    run.console.say(f"{'':<12}perplexity of {told['texts']} other texts: {factor['mean']:.3f} times ({interval})")
+    return {"rows_in": len(rows), **told}
+
+
+STAGE = Stage(
+    "retention",
+    inputs=("policy",),
+    settings=settings,
+    execute=measure_retention,
+    unit="texts",
+    wanted=lambda job: job.retention is not None,
+)

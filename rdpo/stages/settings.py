@@ -1,0 +1,51 @@
+"""Parts of the settings that several stages depend on: the student, its tokenizer, a question, the rewards."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rdpo.config import Job
+
+
+def student_settings(job: Job) -> dict[str, Any]:
+    """The student, the precision that it is computed in, and a fingerprint of its weights."""
+    from rdpo.cluster.hardware import compute_dtype
+    from rdpo.modeling.weights import fingerprint
+
+    dtype = compute_dtype(job.student.dtype, job.training.gpus_per_worker > 0)
+    return {**job.student.model_dump(), "dtype": dtype, "weights": fingerprint(job.student.model, job.student.revision)}
+
+
+def tokenizer_settings(job: Job) -> dict[str, Any]:
+    """The model by whose tokenizer prompts are measured."""
+    return {"student": job.student.model, "revision": job.student.revision}
+
+
+def question_settings(job: Job, condition: str | None) -> dict[str, Any]:
+    """The words of the task, where a stage asks one of its questions."""
+    from rdpo.synthesis.instructions import load_task
+
+    if not (condition and job.synthesis.task):
+        return {}
+    return {"turns": load_task(job.synthesis.task).model_dump(), "words": job.synthesis.values}
+
+
+def reward_settings(job: Job) -> list[dict[str, Any]]:
+    """The rewards, with fingerprints of their models and of their functions' source."""
+    from rdpo.config import FunctionReward, ImplicitReward
+    from rdpo.modeling.weights import fingerprint
+    from rdpo.preference.function import source_hash
+    from rdpo.preference.implicit import reference_of
+
+    settings = []
+    for reward in job.rewards:
+        entry = reward.model_dump()
+        if isinstance(reward, FunctionReward):
+            entry["source"] = source_hash(reward.function)
+        else:
+            entry["weights"] = fingerprint(*job.model_or_student(reward.model)[:2])
+        if isinstance(reward, ImplicitReward):
+            entry["reference"] = fingerprint(*reference_of(reward, job)[:2])
+        settings.append(entry)
+    return settings

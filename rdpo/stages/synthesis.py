@@ -1,0 +1,76 @@
+"""Synthesis: what the teacher makes of the prompts, or the answers that come with them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rdpo.execution.stage import RowWork, Source, Stage
+from rdpo.stages.prompts import split_source
+
+if TYPE_CHECKING:
+    import ray.data
+
+    from rdpo.config import Job
+    from rdpo.execution.reader import RunReader
+    from rdpo.execution.run import Run
+    from rdpo.files.stage_folder import StageFolder
+
+PROMPT_LENGTH = "_prompt_length"
+
+
+def settings(job: Job) -> dict[str, Any]:
+    """Settings of the synthesis stage, with the task's wording and the teacher's weights."""
+    from rdpo.modeling.weights import adapter_fingerprint, fingerprint
+    from rdpo.synthesis.instructions import load_task
+
+    if job.synthesis.task is None:
+        return {"split": job.synthesis.split, "limit": job.synthesis.limit}
+    task = load_task(job.synthesis.task).model_dump()
+    weights = None if job.synthesis.endpoint else fingerprint(*job.model_or_student(job.synthesis.teacher)[:2])
+    settings = {**job.synthesis.model_dump(), "turns": task, "weights": weights, "seed": job.seed}
+    if job.synthesis.adapter:
+        settings["adapter_weights"] = adapter_fingerprint(job.synthesis.adapter)
+    if endpoint := job.synthesis.endpoint:
+        # How it is asked does not change what it says.
+        settings |= {"endpoint": {"url": endpoint.url, "model": endpoint.model}, "engine": None}
+    return settings
+
+
+def training_prompts(run: RunReader) -> Source:
+    """The prompts that the teacher answers."""
+    return split_source(run, run.job.synthesis.split, run.job.synthesis.limit)
+
+
+def write_answers(rows: ray.data.Dataset, run: Run) -> ray.data.Dataset:
+    """The teacher's turns, or the answers that come with the prompts."""
+    from rdpo.synthesis.given import given_answers
+    from rdpo.synthesis.instructions import check_fields, load_task
+    from rdpo.synthesis.teacher import synthesize
+
+    if not run.job.synthesis.task:
+        return given_answers(rows, run.job)
+    first = next(run.folder("prompts").tables()).slice(0, 1)
+    check_fields(load_task(run.job.synthesis.task), first.to_pylist()[0], run.job.synthesis.values)
+    return synthesize(rows, run.job)
+
+
+def summary(run: Run, folder: StageFolder) -> dict[str, Any]:
+    """What an endpoint read, wrote and cost; says so."""
+    from rdpo.files.stage_folder import TOKENS
+    from rdpo.synthesis.endpoint import cost
+
+    if not (run.job.synthesis.endpoint and run.job.synthesis.task):
+        return {}
+    read, written = (folder.total(of) + folder.total(of, "dropped") for of in (PROMPT_LENGTH, TOKENS))
+    price = cost(read, written, run.job.synthesis.endpoint.price_per_million)
+    run.console.say(f"{'':<12}endpoint: {read} tokens read, cost {price:.2f}")
+    return {"tokens_read": read, "tokens_written": written, "cost": price}
+
+
+STAGE = Stage(
+    "synthesis",
+    inputs=("prompts",),
+    settings=settings,
+    rows=RowWork(training_prompts, write_answers, summary, generates=True),
+    command="synthesize",
+)

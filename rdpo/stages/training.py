@@ -1,0 +1,99 @@
+"""Training: pairs to the weights of the policy."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rdpo.errors import InputError
+from rdpo.execution.stage import Stage
+from rdpo.stages.settings import student_settings
+
+if TYPE_CHECKING:
+    from rdpo.config import Job
+    from rdpo.execution.run import Run
+    from rdpo.files.stage_folder import StageFolder
+    from rdpo.tracking.console import Meter
+
+
+def settings(job: Job) -> dict[str, Any]:
+    """Settings of the training stage."""
+    settings = job.training.model_dump(exclude={"extrapolation"})
+    if job.training.select == "best":
+        # Only what is a checkpoint can be the best one.
+        settings["select_among_every"] = job.training.checkpoint_every
+    return {**settings, "student": student_settings(job), "seed": job.seed}
+
+
+def train_policy(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:
+    """The policy as it leaves training; the first and the last step's metrics.
+
+    Raises:
+        InputError: there is no step to take, or none had a finite gradient.
+    """
+    from rdpo.files.stage_folder import METRICS
+    from rdpo.training.gaps import GapScale, advice
+    from rdpo.training.loop import PairTable
+    from rdpo.training.schedule import total_steps
+    from rdpo.training.trainer import train
+
+    job, data = run.job, PairTable.load(run.dir)
+    if job.training.max_steps == 0:
+        folder.write_bytes(METRICS, b"")
+        return {"steps": 0, "pairs": 0}
+    meter.total = total_steps(len(data), job)
+    if not meter.total:
+        raise InputError(f"training: {len(data)} pairs make no optimizer step; add prompts or lower batch_size")
+    gaps = data.table["reward_gap"].to_pylist()
+    if warning := advice(gaps, GapScale.fitted(gaps, job.training.reward_norm), job.training):
+        run.console.warn(warning)
+    history = train(job, run.dir, folder, lambda metrics: _step(meter, metrics), run.console.warn)
+    taken = [step for step in history if not step["skipped"]]
+    if not taken:
+        raise InputError("training: every step had a loss or gradient that is not finite; lower training.learning_rate")
+    told = {"steps": len(taken), "pairs": len(data), "first": taken[0], "last": taken[-1]}
+    return {**told, **_selected(run, history), **_heldout(run, folder)}
+
+
+def _step(meter: Meter, metrics: dict[str, float]) -> None:
+    meter.done = int(metrics["step"]) - 1
+    note = f"loss {metrics['loss']:.4f}  margin {metrics['rewards/margins']:.3f}"
+    meter.advance(1, int(metrics["tokens"]), note)
+    meter.console.step(metrics)
+
+
+def _selected(run: Run, history: list[dict[str, float]]) -> dict[str, int]:
+    """The step whose weights leave training, where they are selected; says so."""
+    from rdpo.training.heldout import LOSS, best_step
+
+    step = best_step(history)
+    if run.job.training.select == "last" or not step:
+        return {}
+    loss = history[step - 1][LOSS]
+    run.console.say(f"{'':<12}the weights after step {step} leave: held-out loss {loss:.4f}, the lowest")
+    return {"selected": step}
+
+
+def _heldout(run: Run, folder: StageFolder) -> dict[str, Any]:
+    """How often the policy prefers the chosen side of held-out pairs, if there are any; says so."""
+    import numpy as np
+
+    from rdpo.training.heldout import correct
+    from rdpo.training.trainer import heldout_margins
+
+    margins = np.array(list(heldout_margins(folder).values()))
+    if not len(margins):
+        return {}
+    right = float(correct(margins).mean())
+    run.console.say(f"{'':<12}prefers the chosen side of {right:.2f} of {len(margins)} held-out pairs")
+    return {"heldout": {"pairs": len(margins), "accuracy": right, "margin": float(margins.mean())}}
+
+
+STAGE = Stage(
+    "training",
+    inputs=("reference",),
+    settings=settings,
+    execute=train_policy,
+    id_column=None,
+    unit="steps",
+    command="train",
+)

@@ -1,0 +1,1 @@
+"""What a person, a program or a tracker hears of a run while it is made."""

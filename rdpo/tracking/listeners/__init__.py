@@ -1,0 +1,94 @@
+"""Who hears of a run beside the person at the terminal: Ray's metrics, and trackers of experiments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rdpo.config import Job
+from rdpo.errors import InputError
+from rdpo.tracking.console import Console, Listener, Meter, log_dir
+from rdpo.tracking.listeners.ray_metrics import RayMetrics
+
+if TYPE_CHECKING:
+    from rdpo.config.tracking import Tracker
+    from rdpo.files.stage_folder import Manifest
+
+
+def check_trackers(job: Job) -> None:
+    """Check that the trackers a job names are installed.
+
+    Raises:
+        InputError: one of them is not.
+    """
+    for name in job.tracking.to:
+        if find_spec(name) is None:
+            raise InputError(f"tracking.to: {name} is not installed; pip install {name}")
+
+
+@contextmanager
+def listening(job: Job, run_dir: str, console: Console) -> Iterator[None]:
+    """Within this context the job's trackers and Ray's metrics hear what the console is told.
+
+    A tracker begins with the first stage that does something; one that cannot is left out with a warning.
+
+    Raises:
+        InputError: one of them is not installed.
+    """
+    check_trackers(job)
+    before = list(console.listeners)
+    console.listeners.append(RayMetrics(job.name))
+    for name in job.tracking.to:
+        console.listeners.append(_Later(name, partial(_maker(name), job, run_dir, log_dir(run_dir)), console.warn))
+    try:
+        yield
+    finally:
+        console.close_listeners(but=before)
+
+
+class _Later(Listener):
+    """A tracker that begins when it first hears something: a run in which all is done opens none."""
+
+    def __init__(self, name: str, begin: Callable[[], Listener], warn: Callable[[str], None]):
+        self.name, self.begin, self.warn = name, begin, warn
+        self.tracker: Listener | None = None
+
+    def progress(self, meter: Meter) -> None:
+        self._begun().progress(meter)
+
+    def step(self, metrics: Mapping[str, float]) -> None:
+        self._begun().step(metrics)
+
+    def made(self, manifest: Manifest) -> None:
+        self._begun().made(manifest)
+
+    def close(self) -> None:
+        if self.tracker:
+            self.tracker.close()
+
+    def _begun(self) -> Listener:
+        if self.tracker is None:
+            try:
+                self.tracker = self.begin()
+            except Exception as error:
+                self.warn(f"tracking.to: {self.name} does not begin, the run goes on without it: {error}")
+                self.tracker = Listener()
+        return self.tracker
+
+
+def _maker(name: Tracker) -> Callable[[Job, str, Path], Listener]:
+    if name == "tensorboard":
+        from rdpo.tracking.listeners.tensorboard import TensorBoard
+
+        return TensorBoard
+    if name == "wandb":
+        from rdpo.tracking.listeners.wandb import WandB
+
+        return WandB
+    from rdpo.tracking.listeners.mlflow import MLflow
+
+    return MLflow

@@ -1,0 +1,117 @@
+"""The stage keys of the jobs in jobs/ are what they were: no change to the code makes a finished run again.
+
+A key hashes a stage's settings, among them what models, files and functions hold. Those are stood in for here by what
+they are asked of, so that no model has to be on this machine and a comment in a reward changes nothing. Where one of
+these keys changes, finished runs are made again: write the file anew only where that is right
+(`RDPO_WRITE_KEYS=1 pytest tests/unit/test_keys.py`).
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from rdpo.cluster import hardware
+from rdpo.config import load_job, read_toml
+from rdpo.execution.keys import stage_key
+from rdpo.experiments.comparison import load_comparison
+from rdpo.modeling import weights as models
+from rdpo.preference import function
+from rdpo.preference.function import source_hash
+from rdpo.stages.table import stages_of
+from rdpo.synthesis import sources
+from rdpo.synthesis.sources import content_hash
+
+ROOT = Path(__file__).parents[2]
+GOLDEN = Path(__file__).with_name("stage_keys.json")
+FILES = sorted((ROOT / "jobs").glob("*.toml"))
+FILE_HASH = "0fc1b032ebd7e1ace23650a94a45471e"
+SOURCE_HASH = "49adb748ce62aa9643a6b3221bb1d606"
+
+# Tables and settings that no job in jobs/ has, as overrides.
+VARIANTS = {
+    "all": [
+        'synthesis.adapter="an/adapter"',
+        'replay.source="hf:ready/pairs"',
+        'retention.source="hf:other/texts"',
+        "evaluation.refine=true",
+        "pairs.flip=0.1",
+        "pairs.heldout_fraction=0.1",
+        'training.select="best"',
+    ],
+    "endpoint": [
+        'synthesis.endpoint={url="http://teacher:8000/v1", model="large", key_variable="TEACHER_KEY"}',
+        'synthesis.values={gpus="a word named like a setting"}',
+        'rewards=[{kind="judge", name="judge", model="a/judge", rubric="Rate {answer} to {prompt}."}, '
+        '{kind="implicit", name="implicit", model="a/policy", reference="a/start"}]',
+    ],
+}
+
+
+def stand_in(name):
+    def of(*arguments):
+        return f"{name} of {', '.join(Path(str(argument)).name for argument in arguments)}"
+
+    return of
+
+
+REPLACED = {
+    models.fingerprint: stand_in("weights"),
+    models.adapter_fingerprint: stand_in("adapter"),
+    hardware.compute_dtype: stand_in("precision"),
+    sources.content_hash: stand_in("content"),
+    function.source_hash: stand_in("source"),
+}
+
+
+@pytest.fixture
+def stand_ins(monkeypatch):
+    """Everywhere in the package, what reads models, files and functions only names them."""
+    monkeypatch.chdir(ROOT)
+    for module in [module for name, module in sys.modules.items() if name.partition(".")[0] == "rdpo"]:
+        for name, value in list(vars(module).items()):
+            if callable(value) and getattr(value, "__hash__", None) and value in REPLACED:
+                monkeypatch.setattr(module, name, REPLACED[value])
+
+
+def keys_of(job):
+    return {
+        stage.name: stage_key(stage.name, stage.settings(job), dict.fromkeys(stage.inputs, "made"))
+        for stage in stages_of(job)
+    }
+
+
+def all_keys():
+    found = {}
+    for path in FILES:
+        if "baseline" in read_toml(path):
+            comparison, jobs = load_comparison(path)
+            arms = {arm: job for (arm, seed), job in jobs.items() if seed == comparison.seeds[0]}
+            found |= {f"{path.name}, {arm}": keys_of(job) for arm, job in arms.items()}
+        else:
+            found[path.name] = keys_of(load_job(path))
+    for name, overrides in VARIANTS.items():
+        found[f"quickstart.toml, {name}"] = keys_of(load_job(ROOT / "jobs" / "quickstart.toml", overrides))
+    return found
+
+
+def test_the_stage_keys_of_all_jobs_are_what_they_were(stand_ins):
+    found = all_keys()
+    if os.environ.get("RDPO_WRITE_KEYS"):
+        GOLDEN.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    golden = json.loads(GOLDEN.read_text(encoding="utf-8"))
+    assert found == golden
+
+    assert {stage for keys in golden.values() for stage in keys} >= {"replay", "retention", "model"}
+
+
+def test_what_a_file_and_a_function_hold_is_hashed_as_it_was(tmp_path, monkeypatch):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n')
+    assert content_hash(str(tmp_path / "rows.jsonl")) == FILE_HASH
+    assert content_hash("hf:owner/name") == "hf:owner/name"
+
+    (tmp_path / "held_reward.py").write_text("def score(prompt, answer, row):\n    return 1.0\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert source_hash("held_reward:score") == SOURCE_HASH

@@ -1,0 +1,168 @@
+"""Stage folders: counted, checked, whole or not at all."""
+
+import json
+
+import pyarrow as pa
+import pytest
+
+from rdpo.errors import ConservationError, InputError
+from rdpo.files.stage_folder import Manifest, StageFolder
+
+ROWS = [
+    {"prompt_id": "a", "x_tokens": 3, "note": None, "dropped": None},
+    {"prompt_id": "b", "x_tokens": 4, "note": None, "dropped": "too long"},
+    {"prompt_id": "c", "x_tokens": 5, "note": None, "dropped": None},
+]
+
+
+def manifest(key="k"):
+    return Manifest("stage", key, {}, {})
+
+
+@pytest.fixture
+def folder(tmp_path):
+    folder = StageFolder(str(tmp_path), "stage")
+    folder.begin("k")
+    return folder
+
+
+def write(folder, rows=ROWS):
+    return folder.write_parts(pa.Table.from_pylist(rows), "prompt_id")
+
+
+def test_rows_in_equal_rows_out_and_dropped(folder):
+    progress = write(folder)
+    committed = folder.commit(manifest(), "prompt_id", expected=3)
+    assert (progress.rows, progress.dropped, progress.tokens) == (2, 1, 8)
+    assert (committed.rows_in, committed.rows_out, committed.dropped) == (3, 2, {"too long": 1})
+    assert folder.manifest() == committed
+
+
+def test_a_lost_row_stops_the_run(folder):
+    write(folder)
+    with pytest.raises(ConservationError, match="4 rows in, but 2 out and 1 dropped"):
+        folder.commit(manifest(), "prompt_id", expected=4)
+    assert folder.manifest() is None
+
+
+def test_a_row_made_twice_stops_the_run(folder):
+    write(folder)
+    write(folder, [*ROWS[:1], {**ROWS[2], "prompt_id": "d"}])
+    with pytest.raises(ConservationError, match="stand twice, the first is a"):
+        folder.commit(manifest(), "prompt_id", expected=4)
+
+
+def test_a_large_block_becomes_several_parts(folder, monkeypatch):
+    monkeypatch.setattr("rdpo.files.stage_folder.PART_ROWS", 2)
+    progress = write(folder, [{**ROWS[index % 3], "prompt_id": str(index)} for index in range(9)])
+    assert (progress.rows, progress.dropped, progress.tokens) == (6, 3, 24)
+    assert (len(folder.parts()), len(folder.names(".parquet", "dropped"))) == (3, 2)
+    assert sorted(folder.done_ids("prompt_id").to_pylist()) == sorted(map(str, range(9)))
+
+
+def test_twins_are_found_among_kept_and_dropped_rows(folder):
+    write(folder)
+    assert len(folder.twins("prompt_id")) == 0
+    write(folder, [{**ROWS[1], "dropped": None}, {**ROWS[0], "prompt_id": "d"}])
+    assert folder.twins("prompt_id").to_pylist() == ["b"]
+    assert (folder.count(), folder.count("dropped")) == (4, 1)
+
+
+def test_the_same_block_again_replaces_itself(folder):
+    write(folder)
+    write(folder, ROWS[::-1])
+    assert folder.commit(manifest(), "prompt_id", expected=3).rows_out == 2
+
+
+def test_unfinished_parts_stay_for_the_same_key_and_go_for_another(folder):
+    write(folder)
+    folder.begin("k")
+    assert sorted(folder.done_ids("prompt_id").to_pylist()) == ["a", "b", "c"]
+    begun = folder.birth
+    folder.begin("k")
+    assert folder.birth == begun
+    folder.begin("other")
+    assert len(folder.done_ids("prompt_id")) == 0
+    assert folder.birth != begun
+
+
+def test_committed_folder_is_emptied_when_begun_again(folder):
+    write(folder)
+    folder.commit(manifest(), "prompt_id", expected=3)
+    folder.begin("k")
+    assert folder.manifest() is None
+    assert folder.parts() == []
+
+
+def test_columns_that_are_empty_in_one_part_do_not_break_reading(folder, ray_cluster):
+    write(folder, [{**ROWS[0], "scores": None}])
+    write(folder, [{**ROWS[2], "note": "text", "scores": {"one": 1.0}}])
+    assert sorted(folder.table()["note"].to_pylist(), key=str) == [None, "text"]
+    rows = sorted(folder.dataset().take_all(), key=lambda row: row["prompt_id"])
+    assert [row["note"] for row in rows] == [None, "text"]
+    assert rows[1]["scores"] == {"one": 1.0}
+
+
+def test_temporary_files_do_not_count(folder, tmp_path):
+    write(folder)
+    (tmp_path / "stage" / "part-x.parquet.1234.tmp").write_bytes(b"half")
+    assert len(folder.parts()) == 1
+
+
+def test_digest_follows_content(folder, tmp_path):
+    write(folder)
+    first = folder.commit(manifest(), "prompt_id", expected=3)
+    other = StageFolder(str(tmp_path / "other"), "stage")
+    other.begin("k")
+    write(other, [{**ROWS[0], "x_tokens": 9}, *ROWS[1:]])
+    assert other.commit(manifest(), "prompt_id", expected=3).digest != first.digest
+    assert json.loads((tmp_path / "stage" / "manifest.json").read_text())["digest"] == first.digest
+
+
+def test_unwritable_place_is_bad_input(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises((InputError, NotADirectoryError, FileExistsError)):
+        StageFolder(str(tmp_path / "file"), "stage").begin("k")
+
+
+def two_parts(folder):
+    for row in (ROWS[0], ROWS[2]):
+        write(folder, [row])
+    return folder.parts()
+
+
+def spoil(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 4] ^= 0xFF
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "damage", [spoil, lambda path: path.write_bytes(path.read_bytes()[:-40]), lambda path: path.unlink()]
+)
+def test_a_damaged_part_of_a_committed_folder_is_found_and_alone_made_again(folder, tmp_path, damage):
+    kept, broken = two_parts(folder)
+    before = folder.commit(manifest(), "prompt_id", expected=2)
+    assert folder.damaged() == []
+    damage(tmp_path / "stage" / broken)
+    assert folder.damaged() == [broken]
+    folder.reopen([broken])
+    folder.begin("k")
+    assert folder.parts() == [kept]
+    two_parts(folder)
+    assert folder.commit(manifest(), "prompt_id", expected=2).digest == before.digest
+
+
+@pytest.mark.parametrize("damage", [spoil, lambda path: path.write_bytes(b"")])
+def test_a_damaged_part_of_an_unfinished_folder_goes_when_it_is_taken_up(folder, tmp_path, damage):
+    kept, broken = two_parts(folder)
+    damage(tmp_path / "stage" / broken)
+    folder.begin("k")
+    assert folder.parts() == [kept]
+
+
+def test_a_manifest_that_is_not_whole_is_none(folder, tmp_path):
+    write(folder)
+    folder.commit(manifest(), "prompt_id")
+    (tmp_path / "stage" / "manifest.json").write_text('{"stage": "sta')
+    assert folder.manifest() is None
