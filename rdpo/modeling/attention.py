@@ -61,7 +61,8 @@ def packed_attention(
         return attend_by_span(query, key, value, spans, scaling, sliding_window, softcap), None
 
     if _flash_takes(query, softcap):
-        return flash_by_sequence(query, key, value, tuple(spans), scaling, sliding_window), None
+        placed = _placed(tuple(spans), query.device)
+        return flash_by_sequence(query, key, value, placed, scaling, sliding_window), None
 
     output = flex_by_block(query, key, value, tuple(spans), scaling, sliding_window, softcap)
     return output.transpose(1, 2).contiguous(), None
@@ -83,8 +84,7 @@ class Sequences:
     most_keys: int
 
 
-@lru_cache(maxsize=4)
-def sequences(spans: tuple[Span, ...], device: torch.device) -> Sequences:
+def sequences(spans: Sequence[Span], device: torch.device) -> Sequences:
     """Where the queries and keys of each sequence of a packed row stand."""
     queries, keys, places = [], [], []
 
@@ -103,6 +103,10 @@ def sequences(spans: tuple[Span, ...], device: torch.device) -> Sequences:
         most_queries=max(queries),
         most_keys=max(keys),
     )
+
+
+# All layers of a forward ask for the same.
+_placed = lru_cache(maxsize=4)(sequences)
 
 
 def _bounds(lengths: Sequence[int]) -> Tensor:
@@ -133,14 +137,20 @@ def _varlen() -> Callable[..., Any] | None:
 
 
 def flash_by_sequence(
-    query: Tensor, key: Tensor, value: Tensor, spans: tuple[Span, ...], scaling: float | None, window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    placed: Sequences,
+    scaling: float | None,
+    window: int | None,
+    kernel: Callable[..., Tensor] | None = None,
 ) -> Tensor:
-    """Attention (1, T, heads, head size) by FlashAttention; key and value may have fewer heads.
+    """Attention (1, T, heads, head size) by FlashAttention, or by a `kernel` of its form; keys may have fewer heads.
 
     A query that is the i-th from the end of its sequence sees all keys but the last i, which is causal for whole
     sequences and for answers behind their prompt alike.
     """
-    attend, placed = _varlen(), sequences(spans, query.device)
+    attend = kernel or _varlen()
     assert attend is not None
     keys, values = (side[0].transpose(0, 1).index_select(0, placed.key_at) for side in (key, value))
     output: Tensor = attend(

@@ -2,8 +2,8 @@
 
 The forward and backward of one full micro-batch run on tensors without storage (torch's fake tensors), and
 every allocation and release is counted; so the figure follows the architecture, the layout, the chunked head,
-adapters and gradient checkpointing without a formula for any of them. Attention is rehearsed as on the CPU, which
-repeats the keys of grouped heads; a GPU's needs less.
+adapters and gradient checkpointing without a formula for any of them. Attention is rehearsed as on the CPU, or, for
+training on GPUs, as what FlashAttention keeps for its backward.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
 from rdpo.config import Job, smallest
+from rdpo.modeling.attention import flash_by_sequence, sequences
 from rdpo.modeling.flops import Arithmetic
 from rdpo.modeling.model import Policy, as_policy
 from rdpo.modeling.packing import PairSize, batch_tokens, epoch_steps, plan_step
@@ -29,6 +30,7 @@ from rdpo.training.loop import step_pairs
 from rdpo.training.zero import BUCKET, LIVE, stage_of
 
 GIB = 1 << 30
+FOOTPRINT = "rdpo_footprint"
 CPU_PROCESS = int(1.0 * GIB)
 """Python with torch, transformers, DeepSpeed and Ray, resident."""
 GPU_PROCESS = int(1.5 * GIB)
@@ -64,7 +66,7 @@ def rehearse(job: Job, sizes: Sequence[PairSize] = ()) -> Rehearsal:
         sizes: of its pairs, where they are known; else all are taken to be as long as the job admits.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
     student, training = job.student, job.training
     config = AutoConfig.from_pretrained(
@@ -77,6 +79,13 @@ def rehearse(job: Job, sizes: Sequence[PairSize] = ()) -> Rehearsal:
         policy = as_policy(
             model, training.logprob_chunk, training.lora, training.gradient_checkpointing, job.seed, training.layout
         )
+    for weight in policy.parameters():
+        # peft leaves adapters on the meta device in float32; those of a model that is loaded have its precision.
+        if weight.requires_grad:
+            weight.data = weight.data.to(model.dtype)
+    if training.gpus_per_worker and policy.packed:
+        AttentionInterface.register(FOOTPRINT, _footprint)
+        model.set_attn_implementation(FOOTPRINT)
     with FakeTensorMode():
         _pretend_on_cpu(policy)
         peak = _step_peak(policy, heaviest(job, sizes or [typical_pair(job)] * job.training.batch_size, policy.packed))
@@ -88,6 +97,32 @@ def rehearse(job: Job, sizes: Sequence[PairSize] = ()) -> Rehearsal:
         arithmetic=Arithmetic.of(policy),
         packed=policy.packed,
     )
+
+
+class _FlashFootprint(torch.autograd.Function):
+    """Tensors of the sizes that FlashAttention makes and keeps: its sides, its output, a float32 for each score row."""
+
+    @staticmethod
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        output = torch.empty_like(query)
+        ctx.save_for_backward(query, key, value, output, query.new_empty(query.shape[:2], dtype=torch.float32))
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        return tuple(torch.empty_like(side) for side in ctx.saved_tensors[:3])
+
+
+def _footprint(
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, spans: Any = (), **_: Any
+) -> tuple[torch.Tensor, None]:
+    """Packed attention on a GPU, without its arithmetic; as transformers calls it."""
+
+    def kernel(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        output: torch.Tensor = _FlashFootprint.apply(queries, keys, values)
+        return output
+
+    return flash_by_sequence(query, key, value, sequences(spans, query.device), None, None, kernel), None
 
 
 def _pretend_on_cpu(policy: Policy) -> None:

@@ -28,14 +28,13 @@ def plain_varlen(query, key, value, query_bounds, key_bounds, most_queries, most
 
 
 @pytest.mark.parametrize("window", [None, 3])
-def test_flash_attention_by_sequence_equals_attention_by_span(monkeypatch, window):
-    monkeypatch.setattr(attention, "_varlen", lambda: plain_varlen)
+def test_flash_attention_by_sequence_equals_attention_by_span(window):
     torch.manual_seed(0)
-    length = SPANS[-1].end
+    length, placed = SPANS[-1].end, attention.sequences(SPANS, torch.device("cpu"))
     drawn = [torch.randn(1, heads, length, SIZE) for heads in (HEADS, KEY_HEADS, KEY_HEADS)]
     ours, theirs = ([side.clone().requires_grad_() for side in drawn] for _ in range(2))
 
-    actual = attention.flash_by_sequence(*ours, SPANS, 0.3, window)
+    actual = attention.flash_by_sequence(*ours, placed, 0.3, window, plain_varlen)
     expected = attention.attend_by_span(*theirs, SPANS, 0.3, window, None)
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
 

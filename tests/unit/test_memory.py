@@ -33,17 +33,24 @@ def test_memory_counts_what_is_held_and_not_what_is_gone():
     assert seen.numel() + second.numel() == 1250
 
 
-@pytest.mark.parametrize("lora", [None, Lora(rank=4)])
-def test_rehearsal_on_fake_tensors_takes_as_much_as_the_real_step(tiny_model, tmp_path, lora):
+@pytest.mark.parametrize(("lora", "dtype"), [(None, "float32"), (Lora(rank=4), "float32"), (Lora(rank=4), "bfloat16")])
+def test_rehearsal_on_fake_tensors_takes_as_much_as_the_real_step(tiny_model, tmp_path, lora, dtype):
     from rdpo.planning.memory import _step_peak, typical_pair
 
     job = job_of(tiny_model, tmp_path, lora=lora)
+    job = job.model_copy(update={"student": job.student.model_copy(update={"dtype": dtype})})
     rehearsal = rehearse(job)
-    real = load_policy(tiny_model, "float32", job.training.logprob_chunk, lora)
+    real = load_policy(tiny_model, dtype, job.training.logprob_chunk, lora)
     assert rehearsal.weights == sum(weight.numel() for weight in real.parameters())
     assert rehearsal.trained == sum(weight.numel() for weight in real.parameters() if weight.requires_grad)
     peak = _step_peak(real, heaviest(job, [typical_pair(job)] * 4, packed=True))
     assert rehearsal.activations == pytest.approx(peak, rel=0.02)
+
+
+def test_a_gpu_keeps_less_of_its_attention_than_the_cpu(tiny_model, tmp_path):
+    on_cpu, on_gpu = (rehearse(job_of(tiny_model, tmp_path, gpus_per_worker=gpus)) for gpus in (0, 1))
+    assert on_gpu.weights == on_cpu.weights
+    assert 0.5 * on_cpu.activations < on_gpu.activations < on_cpu.activations
 
 
 def test_known_lengths_take_the_place_of_the_longest(tiny_model, tmp_path):
