@@ -73,12 +73,12 @@ def summary(run: Run, folder: StageFolder) -> dict[str, Any]:
         )
         if sides.constant:
             run.console.warn(f"{reward} gives every answer the same score; it tells nothing here")
-    told: dict[str, Any] = {"agreement": {reward: asdict(sides) for reward, sides in agreed.items()}}
+    facts: dict[str, Any] = {"agreement": {reward: asdict(sides) for reward, sides in agreed.items()}}
     if shaping := _shaping(run):
-        told["shaping"] = asdict(shaping)
+        facts["shaping"] = asdict(shaping)
         gap = f"the best are {shaping.mean_length_gap:+.1f} characters longer than the worst"
         run.console.say(f"{'':<12}a character costs {shaping.length_coef:g}: {gap}")
-    return {**told, "defects": found} if run.job.synthesis.task else told
+    return {**facts, "defects": found} if run.job.synthesis.task else facts
 
 
 STAGE = Stage("pairs", inputs=("rewards",), settings=settings, rows=RowWork(scored, pair, summary), command="pair")

@@ -50,8 +50,8 @@ def train_policy(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:
     taken = [step for step in history if not step["skipped"]]
     if not taken:
         raise InputError("training: every step had a loss or gradient that is not finite; lower training.learning_rate")
-    told = {"steps": len(taken), "pairs": len(data), "first": taken[0], "last": taken[-1]}
-    return {**told, **_selected(run, history), **_heldout(run, folder)}
+    summary = {"steps": len(taken), "pairs": len(data), "first": taken[0], "last": taken[-1]}
+    return {**summary, **_selected(run, history), **_heldout(run, folder)}
 
 
 def _step(meter: Meter, metrics: dict[str, float]) -> None:
