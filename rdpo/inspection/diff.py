@@ -169,4 +169,8 @@ def _texts(a: Side, b: Side) -> Iterator[str]:
 def _answers(side: Side) -> dict[str, dict[str, str]]:
     """Hashes of both answers of each pair, by its id."""
     tables = side.folder("pairs").tables(columns=[ID_COLUMN, *SIDES])
-    return {row[ID_COLUMN]: {name: digest(row[name]) for name in SIDES} for part in tables for row in part.to_pylist()}
+    found = {}
+    for part in tables:
+        for row in part.to_pylist():
+            found[row[ID_COLUMN]] = {name: digest(row[name]) for name in SIDES}
+    return found

@@ -90,10 +90,10 @@ def split_ids(folder: StageFolder, split: str) -> pa.ChunkedArray:
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    parts = [
-        part.filter(pc.equal(part["split"], split))[ID_COLUMN] for part in folder.tables(columns=[ID_COLUMN, "split"])
-    ]
-    return pa.chunked_array([chunk for part in parts for chunk in part.chunks], pa.string())
+    chunks: list[pa.Array] = []
+    for part in folder.tables(columns=[ID_COLUMN, "split"]):
+        chunks += part.filter(pc.equal(part["split"], split))[ID_COLUMN].chunks
+    return pa.chunked_array(chunks, pa.string())
 
 
 STAGE = Stage("prompts", inputs=(), settings=settings, execute=take_prompts)

@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 def settings(job: Job) -> dict[str, Any]:
     """Settings of the training stage."""
-    settings = job.training.model_dump(exclude={"extrapolation"})
+    found = job.training.model_dump(exclude={"extrapolation"})
     if job.training.select == "best":
         # Only what is a checkpoint can be the best one.
-        settings["select_among_every"] = job.training.checkpoint_every
-    return {**settings, "student": student_settings(job), "seed": job.seed}
+        found["select_among_every"] = job.training.checkpoint_every
+    return {**found, "student": student_settings(job), "seed": job.seed}
 
 
 def train_policy(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:
