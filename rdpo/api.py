@@ -86,7 +86,7 @@ def _job(job: Job | Mapping[str, Any] | str | Path, overrides: Mapping[str, Any]
 
 
 def default_dir(job: Job) -> str:
-    """Where a job's run lives that is not told where to."""
+    """Where a job's run lives where no other place is given."""
     return os.path.join("runs", job.name)
 
 
@@ -106,15 +106,18 @@ def check_until(job: Job, until: str | None) -> None:
 def execute(
     job: Job,
     run_dir: str,
-    voice: type[Console] = Console,
+    console_class: type[Console] = Console,
     fresh: bool = False,
     until: str | None = None,
     only: str | None = None,
 ) -> None:
-    """Bring a run up to date: all its rounds or stages, those up to `until`, or `only` one; `voice` tells of it."""
+    """Bring a run up to date: all its rounds or stages, those up to `until`, or `only` one.
+
+    `console_class` says how a person, or a program that reads its output, hears of it.
+    """
     stages = stages_of(job)
     last = names_of(job).index(until or only or names_of(job)[-1])
-    with locked(job, run_dir, fresh, _aside), run_console(run_dir, voice) as console, ray_stopped_after():
+    with locked(job, run_dir, fresh, _aside), run_console(run_dir, console_class) as console, ray_stopped_after():
         if job.rounds.count > 1:
             run_rounds(job, absolute(run_dir), console)
             return
@@ -156,7 +159,7 @@ class RunView(RunReader):
 
     @property
     def manifests(self) -> dict[str, Manifest]:
-        """What is told of each finished stage, by its name: settings, rows, dropped rows by reason, tokens, seconds."""
+        """Of each finished stage, by its name: settings, rows, dropped rows by reason, tokens, seconds."""
         return self.finished(names_of(self.job))
 
     @property
@@ -217,8 +220,8 @@ class RunView(RunReader):
     def _repr_html_(self) -> str:
         """The stages and the result, for a notebook."""
         rows = [LINE.format(stage, *_counts(manifest), manifest.seconds) for stage, manifest in self.manifests.items()]
-        told = visible("\n".join(self.headline))
-        return str(PAGE.format(visible(self.job.name), visible(self.dir), TABLE.format(Markup("").join(rows)), told))
+        result = visible("\n".join(self.headline))
+        return str(PAGE.format(visible(self.job.name), visible(self.dir), TABLE.format(Markup("").join(rows)), result))
 
 
 def _counts(manifest: Manifest) -> tuple[int | str, int | str]:

@@ -78,7 +78,7 @@ def echoing():
     from rdpo.synthesis.teacher import Teacher
 
     def speak(rows, run):
-        return engine_pool(rows, Teacher, run.job.synthesis.engine, {"job": run.job, "voice": Echo})
+        return engine_pool(rows, Teacher, run.job.synthesis.engine, {"job": run.job, "speaker_class": Echo})
 
     chosen = [stage for stage in ALL if stage.name in STAGES]
     return [

@@ -95,7 +95,7 @@ def stages():
 
     def speak(rows, run):
         engine, where = run.job.synthesis.engine, run.job.cluster.placement.teacher
-        return engine_pool(rows, Teacher, engine, {"job": run.job, "voice": Slow}, where)
+        return engine_pool(rows, Teacher, engine, {"job": run.job, "speaker_class": Slow}, where)
 
     named = {stage.name: stage for stage in STAGES}
     synthesis = named["synthesis"]

@@ -1,7 +1,7 @@
 """The command line: one command from prompts to a published model, one for each stage, and some to look at runs.
 
 Exit codes: 0 done; 2 the job file or the input is wrong (one message, no traceback); 1 something
-broke, and the same command goes on where it stopped.
+broke, and the same command resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import os
 import sys
 from argparse import Namespace
 
-from rdpo.cli.failure import going_on, told
+from rdpo.cli.failure import how_to_resume, report_failure
 from rdpo.cli.parser import parse
 from rdpo.cluster.interruption import heed_sigterm
 from rdpo.errors import InputError
@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
     except KeyboardInterrupt:
-        print(f"\nrdpo: interrupted; {going_on(options)}", file=sys.stderr)
+        print(f"\nrdpo: interrupted; {how_to_resume(options)}", file=sys.stderr)
         return 1
     except Exception as error:
-        return told(error, options)
+        return report_failure(error, options)

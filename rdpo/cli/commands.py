@@ -28,8 +28,8 @@ def run(options: argparse.Namespace) -> int:
     check_until(job, options.until)
     if options.dry_run:
         return _dry_run(job, options.run_dir)
-    voice = QuietConsole if options.quiet else JsonConsole if options.json else Console
-    execute(job, options.run_dir, voice, options.fresh, options.until)
+    console_class = QuietConsole if options.quiet else JsonConsole if options.json else Console
+    execute(job, options.run_dir, console_class, options.fresh, options.until)
     return 0
 
 

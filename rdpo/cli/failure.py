@@ -17,7 +17,7 @@ ENGINE_FAILED = "Engine core initialization failed"
 ERROR_LINE = re.compile(r"[\w.]+(Error|Exception): ")
 
 
-def told(error: Exception, options: Namespace) -> int:
+def report_failure(error: Exception, options: Namespace) -> int:
     """Say what broke in one line, keep the details in a file of the run, and return the exit code."""
     run_dir = getattr(options, "run_dir", None)
     cause = input_error_within(error)
@@ -31,16 +31,16 @@ def told(error: Exception, options: Namespace) -> int:
     print(f"rdpo: {visible(trouble or in_one_line(error))}", file=sys.stderr)
     if run_dir and log_dir(run_dir).is_dir():
         details = _written(log_dir(run_dir) / "error.log", error)
-        print(f"rdpo: {going_on(options)}{details}", file=sys.stderr)
+        print(f"rdpo: {how_to_resume(options)}{details}", file=sys.stderr)
     elif not trouble:
         print(visible("".join(traceback.format_exception(error))), file=sys.stderr)
     return 1
 
 
-def going_on(options: Namespace) -> str:
-    """What goes on where a command stopped."""
+def how_to_resume(options: Namespace) -> str:
+    """What resumes where a command stopped."""
     again = "the same command without --fresh" if getattr(options, "fresh", False) else "the same command"
-    return f"{again} goes on where it stopped"
+    return f"{again} resumes where it stopped"
 
 
 def _written(path: Path, error: Exception) -> str:

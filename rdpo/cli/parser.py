@@ -88,10 +88,10 @@ def _add_run(commands: Commands) -> None:
     run.add_argument("--set", metavar="section.key=value", action="append", default=[], dest="overrides")
     _add_place(run, "--run-dir", "DIR", DIRECTORY, "where the run lives (default: runs/NAME)")
     _add_extent(run)
-    told = run.add_mutually_exclusive_group()
-    told.add_argument("--dry-run", action="store_true", help="print the resolved job and what would run")
-    told.add_argument("--quiet", action="store_true", help="print warnings, errors and the result alone")
-    told.add_argument("--json", action="store_true", help="print a line of JSON for each stage's beginning and end")
+    output = run.add_mutually_exclusive_group()
+    output.add_argument("--dry-run", action="store_true", help="print the resolved job and what would run")
+    output.add_argument("--quiet", action="store_true", help="print warnings, errors and the result alone")
+    output.add_argument("--json", action="store_true", help="print a line of JSON for each stage's beginning and end")
     run.set_defaults(function=does.run)
 
 

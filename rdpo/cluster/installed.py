@@ -43,8 +43,8 @@ def check_installed(ray: Any) -> None:
         except ray.exceptions.GetTimeoutError:
             continue
         except ray.exceptions.RayTaskError as error:
-            told = str(error.cause).strip().splitlines()[-1]
-            raise InputError(f"node {name}: rdpo does not load there ({told}); install it on every node") from None
+            reason = str(error.cause).strip().splitlines()[-1]
+            raise InputError(f"node {name}: rdpo does not load there ({reason}); install it on every node") from None
     if different := disagreement(found):
         raise InputError(f"{different}; install the same versions on every node, as from one file of cluster/locks")
 

@@ -50,7 +50,7 @@ class Comparison(Section):
         if wrong:
             raise ValueError(f"arm {wrong[0]!r}: a name has letters, digits, - and _")
         if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError("seeds: one stands twice")
+            raise ValueError("seeds: a seed is given twice")
         return self
 
     def of(self, part: Part) -> Comparison:
@@ -75,8 +75,8 @@ class Comparison(Section):
         known = self.vary.values if self.vary else []
         for value in values:
             if value not in known:
-                told = f"the values are {', '.join(f'{one:g}' for one in known)}" if known else "nothing varies"
-                raise InputError(f"--value {value:g}: {told}")
+                choices = f"the values are {', '.join(f'{one:g}' for one in known)}" if known else "nothing varies"
+                raise InputError(f"--value {value:g}: {choices}")
         assert self.vary
         return self.vary.model_copy(update={"values": [value for value in known if value in values]})
 

@@ -109,30 +109,30 @@ def _apply_override(table: dict[str, Any], override: str) -> None:
     _put(table, key.strip(), _toml_value(text), f"--set {override}")
 
 
-def _put(table: dict[str, Any], name: str, value: Any, told: str) -> None:
-    """Set the value at `section.key`; `told` is what a message calls the change."""
+def _put(table: dict[str, Any], name: str, value: Any, change: str) -> None:
+    """Set the value at `section.key`; `change` is what a message calls the change."""
     *sections, last = name.split(".")
     target: Any = table
     for section in sections:
-        target = _descend(target, section, told)
+        target = _descend(target, section, change)
     if isinstance(target, list):
-        raise InputError(f"{told}: name an entry of the list, as in rewards.0.weight=1")
+        raise InputError(f"{change}: name an entry of the list, as in rewards.0.weight=1")
     target[last] = value
 
 
-def _descend(target: Any, section: str, told: str) -> Any:
+def _descend(target: Any, section: str, change: str) -> Any:
     if isinstance(target, list):
         # Not by `int`, which takes other scripts' digits and refuses numbers of thousands of them.
         entries = {str(index): entry for index, entry in enumerate(target)}
         if section not in entries:
-            raise InputError(f"{told}: the list has entries 0 to {len(target) - 1}")
-        return _section(entries[section], section, told)
-    return _section(target.setdefault(section, {}), section, told)
+            raise InputError(f"{change}: the list has entries 0 to {len(target) - 1}")
+        return _section(entries[section], section, change)
+    return _section(target.setdefault(section, {}), section, change)
 
 
-def _section(child: Any, section: str, told: str) -> Any:
+def _section(child: Any, section: str, change: str) -> Any:
     if not isinstance(child, dict | list):
-        raise InputError(f"{told}: {section} is a value, not a section")
+        raise InputError(f"{change}: {section} is a value, not a section")
     return child
 
 

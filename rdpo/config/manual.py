@@ -92,8 +92,8 @@ def _losses() -> Iterator[str]:
     yield "An option that a loss does not take is refused:\n"
     yield "| `loss` | options besides `beta` and `sft_coef` | `reward_as` |\n|---|---|---|"
     for name, takes in LOSS_OPTIONS.items():
-        told = (", ".join(f"`{one}`" for one in sorted(part)) for part in (takes - REWARD_USES, takes & REWARD_USES))
-        yield f"| `{name}` | {' | '.join(told)} |"
+        columns = (", ".join(f"`{one}`" for one in sorted(part)) for part in (takes - REWARD_USES, takes & REWARD_USES))
+        yield f"| `{name}` | {' | '.join(columns)} |"
     yield ""
 
 

@@ -13,7 +13,7 @@ class Turn(Section):
     name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
     """Name of the answer; by it later turns, `pairs.chosen` and `pairs.rejected` know it."""
     after: str | None = None
-    """The earlier turn whose conversation this one goes on with; by default it begins one of its own."""
+    """The earlier turn whose conversation this one continues; by default it begins one of its own."""
     system: str | None = None
     """Template of a system message, where the turn begins a conversation."""
     user: str | None = None

@@ -153,7 +153,7 @@ class Training(Loss):
     """Worker failures that are repaired from the last checkpoint; -1 is without limit."""
     hang_after_s: Annotated[float, PLACEMENT] = Field(default=1800.0, gt=0)
     """Seconds without an optimizer step after which training counts as hanging: the worker that holds it up is
-    named, and training goes on from the last checkpoint."""
+    named, and training resumes from the last checkpoint."""
     logprob_chunk: int = Field(default=1024, ge=1)
     """Completion tokens whose logits exist at the same time."""
     layout: Layout = "auto"

@@ -21,9 +21,9 @@ from rdpo.modeling.ratios import Ratios
 from rdpo.modeling.weights import local_model
 from rdpo.preference.reference import student_dtype
 from rdpo.records import ID_COLUMN, Messages, Row, alive, draw_seed, drop, table_of
+from rdpo.synthesis.crashes import CrashGuard
 from rdpo.synthesis.engine import Engine, EngineError, Generation, engine_pool
 from rdpo.synthesis.instructions import beginning, load_task, question_of
-from rdpo.synthesis.ledger import Hands
 from rdpo.synthesis.teacher import Conversation
 
 if TYPE_CHECKING:
@@ -51,13 +51,13 @@ def answer_prompts(
     asked = [{**row, "contender": column} for column in models for row in _questions(rows, job)]
     found = [_recalled(row, known or {}) for row in asked]
     new = [row for row, answered in zip(asked, found, strict=True) if answered is None]
-    told = [row for row in found if row]
+    answers = [row for row in found if row]
     if new:
         used = {column: model for column, model in models.items() if any(row["contender"] == column for row in new)}
         arguments, nodes = {"job": job, "models": used}, job.cluster.placement.teacher
         source = ray.data.from_arrow(table_of(new))
-        told += engine_pool(source, Answerer, job.evaluation.engine, arguments, nodes).take_all()
-    return side_by_side(told, list(models))
+        answers += engine_pool(source, Answerer, job.evaluation.engine, arguments, nodes).take_all()
+    return side_by_side(answers, list(models))
 
 
 def _recalled(row: Row, known: Mapping[str, Mapping[str, Row]]) -> Row | None:
@@ -89,15 +89,15 @@ def side_by_side(answered: list[Row], columns: list[str]) -> list[Row]:
 class Answerer:
     """A Ray Data actor that answers prompts, each with the model it is meant for; all draw with the same seeds."""
 
-    def __init__(self, job: Job, models: dict[str, str], ledger: Any):
-        self.job, self.hands = job, Hands(ledger)
+    def __init__(self, job: Job, models: dict[str, str], crash_counts: Any):
+        self.job, self.crash_guard = job, CrashGuard(crash_counts)
         self.models = {column: str(local_model(name)) for column, name in models.items()}
         self.chat = load_chat(job.student.model, job.student.revision, job.student.trust_remote_code)
         self.engine = Engine(next(iter(self.models.values())), job.evaluation.engine, job.seed)
 
     async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
         """Answer a block of rows."""
-        answered = await self.hands.carry(
+        answered = await self.crash_guard.carry(
             batch.to_pylist(), self.answer, lambda row: f"{row['contender']}:{row['prompt_id']}"
         )
         yield table_of(answered)
@@ -125,10 +125,10 @@ class Answerer:
         async def say(messages: Messages, turn: Turn, sampling: Sampling, seed: int) -> Generation:
             return await self._say(messages, sampling, seed, turn.prefill)
 
-        told = await Conversation(self.job, task, self.job.evaluation.sampling, say)(dict(row))
-        if told.get("dropped"):
-            return drop(row, told["dropped"])
-        answer = {TRAINED + end: told[final + end] for end in ("", "_finish_reason", "_tokens")}
+        refined = await Conversation(self.job, task, self.job.evaluation.sampling, say)(dict(row))
+        if refined.get("dropped"):
+            return drop(row, refined["dropped"])
+        answer = {TRAINED + end: refined[final + end] for end in ("", "_finish_reason", "_tokens")}
         return {**row, **answer}
 
     async def _say(self, messages: Messages, sampling: Sampling, seed: int, prefill: str = "") -> Generation:

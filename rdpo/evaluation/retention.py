@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import ray.data
 
 ANSWER = "answer"
-TWICE = "stands twice"
+DUPLICATE = "duplicate of an earlier text"
 
 
 def texts(job: Job, retention: Retention) -> list[Row]:
@@ -30,9 +30,9 @@ def texts(job: Job, retention: Retention) -> list[Row]:
     found: dict[str, Row] = {}
     for row in read_prompts(trial).take_all():
         answered = answer_of(row, retention.answer) if alive(row) else row
-        twin = answered[ID_COLUMN] in found
-        name = f"{row['source']}:{row['line']}" if twin else answered[ID_COLUMN]
-        found[name] = drop({**answered, ID_COLUMN: name}, TWICE) if twin else answered
+        is_duplicate = answered[ID_COLUMN] in found
+        name = f"{row['source']}:{row['line']}" if is_duplicate else answered[ID_COLUMN]
+        found[name] = drop({**answered, ID_COLUMN: name}, DUPLICATE) if is_duplicate else answered
     return list(found.values())
 
 
@@ -65,7 +65,7 @@ def summary(rows: list[Row], seed: int) -> dict[str, Any]:
 
 def table(summaries: dict[tuple[str, int], dict[str, Any]]) -> list[str]:
     """What the arms of a comparison have lost, as lines of text; figures are means over the seeds."""
-    measured = {run: told["perplexity_factor"] for run, told in summaries.items()}
+    measured = {run: one["perplexity_factor"] for run, one in summaries.items()}
     if not measured:
         return []
     arms = dict.fromkeys(arm for arm, _ in measured)

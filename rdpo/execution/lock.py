@@ -100,7 +100,7 @@ def _claimed(run_dir: str, say: Say) -> Iterator[None]:
         claim = Claim(run_dir)
         claim.take(say)
     except OSError as error:
-        raise InputError(f"{run_dir}: {store_trouble(error) or error}; the same command goes on later") from None
+        raise InputError(f"{run_dir}: {store_trouble(error) or error}; the same command resumes later") from None
     try:
         with claim.renewed():
             yield

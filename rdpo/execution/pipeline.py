@@ -27,7 +27,7 @@ from rdpo.files.stage_folder import TOKENS, Manifest, StageFolder
 from rdpo.tracking.console import Meter
 from rdpo.tracking.listeners import listening
 
-TOLD_REASONS = 20
+REASONS_SHOWN = 20
 
 
 def run_stages(run: Run, stages: Sequence[Stage]) -> None:
@@ -121,8 +121,8 @@ def _make(run: Run, chain: Sequence[Stage]) -> None:
     # As they are now: what is edited while a stage is made is not what made it.
     settings = [stage.settings(run.job) for stage in chain]
     for stage, folder, own in zip(chain, folders, settings, strict=True):
-        births = {name: run.folder(name).birth for name in stage.inputs}
-        folder.begin(stage_key(stage.name, own, births))
+        attempts = {name: run.folder(name).attempt_id for name in stage.inputs}
+        folder.begin(stage_key(stage.name, own, attempts))
         run.console.tell("stage_begin", stage=stage.name)
     with run.console.stage("+".join(stage.name for stage in chain), None, chain[0].unit) as meter:
         summary = _work(run, chain, folders, meter)
@@ -154,9 +154,9 @@ def _commit(run: Run, stage: Stage, folder: StageFolder, manifest: Manifest) -> 
     run.console.tell("stage_end", stage=stage.name, state="made", **_counts(manifest))
     first = _log_dropped(run, folder, stage.id_column) if stage.id_column else {}
     reasons = sorted(manifest.dropped.items(), key=lambda item: -item[1])
-    for reason, count in reasons[:TOLD_REASONS]:
+    for reason, count in reasons[:REASONS_SHOWN]:
         run.console.say(f"{'':<12}dropped {count}: {reason}{_place(first.get(reason, ''), count)}")
-    if others := reasons[TOLD_REASONS:]:
+    if others := reasons[REASONS_SHOWN:]:
         run.console.say(f"{'':<12}dropped {sum(count for _, count in others)}: {len(others)} other reasons")
 
 

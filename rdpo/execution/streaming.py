@@ -33,6 +33,7 @@ def stream_rows(run: Run, links: Sequence[tuple[RowWork, StageFolder]], meter: M
     meter.advance(last.count() + last.count("dropped"))
     rows: ray.data.Dataset | None = None
     for work, folder in links:
+        # Both the rows that the stage before passes on now, and those that it stored in an interrupted run.
         rows = _joined(rows, _not_done(work.source(run), folder))
         if rows is not None:
             rows = stored(work.make(rows, run), folder, ID_COLUMN, pass_on=folder is not last)

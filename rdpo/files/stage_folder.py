@@ -88,16 +88,18 @@ class StageFolder(Folder):
         in_progress = self.read_json(IN_PROGRESS) or {}
         if self.exists(MANIFEST) or in_progress.get("key") != key:
             self.clear()
-            self.write_json(IN_PROGRESS, {"key": key, "birth": uuid.uuid4().hex, "began": time.time()})
+            self.write_json(IN_PROGRESS, {"key": key, "attempt_id": uuid.uuid4().hex, "began": time.time()})
         for below in ("", "dropped"):
             for name in self.names(".parquet", below):
                 if not self._is_readable(name):
                     self.fs.rm(self._at(name))
 
     @property
-    def birth(self) -> str:
+    def attempt_id(self) -> str:
         """Name of this making of the folder: a part that is there is never made again with other content."""
-        return (self.read_json(IN_PROGRESS) or {}).get("birth", "")
+        begun = self.read_json(IN_PROGRESS) or {}
+        # Folders begun by earlier versions call it `birth`.
+        return begun.get("attempt_id") or begun.get("birth", "")
 
     def clear_parts(self) -> None:
         """Remove what the folder holds, but not that it was begun."""
@@ -225,8 +227,8 @@ class StageFolder(Folder):
         with ThreadPoolExecutor(OPEN_AT_ONCE) as openers:
             return sum(openers.map(self._length, self.names(".parquet", below)))
 
-    def twins(self, id_column: str) -> pa.ChunkedArray:
-        """Ids that stand more than once, kept and dropped."""
+    def duplicates(self, id_column: str) -> pa.ChunkedArray:
+        """Ids of more than one row, kept or dropped."""
         # A million ids are large, their hashes are not; only ids whose hashes meet are compared.
         hashes = np.sort(np.concatenate([np.empty(0, np.int64), *map(_hashes, self._id_chunks(id_column))]))
         meeting = np.unique(hashes[1:][hashes[1:] == hashes[:-1]])
@@ -271,7 +273,7 @@ class StageFolder(Folder):
         """Check that every row is accounted for, then write the manifest.
 
         Raises:
-            ConservationError: ids in, out and dropped do not add up, or an id stands twice.
+            ConservationError: ids in, out and dropped do not add up, or two rows have the same id.
         """
         if id_column is not None:
             self._count(manifest, id_column, expected)
@@ -299,8 +301,8 @@ class StageFolder(Folder):
         return counted
 
     def _check_unique(self, id_column: str) -> None:
-        if len(twice := self.twins(id_column)):
-            raise ConservationError(f"{self.name}: {len(twice)} ids stand twice, the first is {twice[0]}")
+        if len(twice := self.duplicates(id_column)):
+            raise ConservationError(f"{self.name}: {len(twice)} duplicate ids, the first is {twice[0]}")
 
     def _all_files(self) -> list[str]:
         names = (name for name in self.files() if name not in (MANIFEST, IN_PROGRESS))

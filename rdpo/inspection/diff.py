@@ -99,10 +99,10 @@ def _makings(a: Side, b: Side) -> Iterator[str]:
     """How the stages that are not the same making differ in what they were made from."""
     same = [name for name in NAMES if name in a.manifests and _is_same(a, b, name)]
     found = {name: _making(name, a.manifests.get(name), b.manifests.get(name)) for name in NAMES if name not in same}
-    told = {name: text for name, text in found.items() if text}
-    if told and same:
+    changed = {name: text for name, text in found.items() if text}
+    if changed and same:
         yield f"the same making: {', '.join(same)}"
-    for name, text in told.items():
+    for name, text in changed.items():
         yield f"{name:<12}{text}"
 
 
@@ -142,8 +142,8 @@ def _rows_of(a: Side, b: Side, stage: str) -> Iterator[str]:
         return
     only = [one.filter(pc.invert(pc.is_in(one, other))) for one, other in (ids, reversed(ids))]
     if any(map(len, only)):
-        told = (f"{len(names)} only in {side}{_some(names)}" for side, names in zip("AB", only, strict=True))
-        yield f"{stage:<12}{len(ids[0])} and {len(ids[1])} rows: {', '.join(told)}"
+        parts = (f"{len(names)} only in {side}{_some(names)}" for side, names in zip("AB", only, strict=True))
+        yield f"{stage:<12}{len(ids[0])} and {len(ids[1])} rows: {', '.join(parts)}"
     reasons = [side.folder(stage).reasons() for side in (a, b)]
     for reason in _changed(*reasons):
         counts = [of_side.get(reason, 0) for of_side in reasons]
@@ -162,11 +162,15 @@ def _texts(a: Side, b: Side) -> Iterator[str]:
     both = [(of_a[name], of_b[name]) for name in of_a if name in of_b]
     other = {side: sum(one[side] != two[side] for one, two in both) for side in SIDES}
     if any(other.values()):
-        told = ", ".join(f"{count} with another {side} answer" for side, count in other.items())
-        yield f"{'pairs':<12}{len(both)} in both: {told}"
+        parts = ", ".join(f"{count} with another {side} answer" for side, count in other.items())
+        yield f"{'pairs':<12}{len(both)} in both: {parts}"
 
 
 def _answers(side: Side) -> dict[str, dict[str, str]]:
     """Hashes of both answers of each pair, by its id."""
     tables = side.folder("pairs").tables(columns=[ID_COLUMN, *SIDES])
-    return {row[ID_COLUMN]: {name: digest(row[name]) for name in SIDES} for part in tables for row in part.to_pylist()}
+    found = {}
+    for part in tables:
+        for row in part.to_pylist():
+            found[row[ID_COLUMN]] = {name: digest(row[name]) for name in SIDES}
+    return found

@@ -104,7 +104,7 @@ def table(found: list[Change]) -> list[str]:
     lines = [f"{'task':<28}{'metric':<22}{'n':>7}{'start':>9}{'trained':>9}  difference (95% interval)"]
     for change in found:
         gain = change.difference
-        told = f"{gain.mean:+.3f} ({gain.low:+.3f} to {gain.high:+.3f})" if gain else ""
+        difference = f"{gain.mean:+.3f} ({gain.low:+.3f} to {gain.high:+.3f})" if gain else ""
         numbers = f"{change.documents:>7,}{change.start:>9.3f}{change.trained:>9.3f}"
-        lines.append(f"{change.task:<28}{change.metric:<22}{numbers}  {told}".rstrip())
+        lines.append(f"{change.task:<28}{change.metric:<22}{numbers}  {difference}".rstrip())
     return lines

@@ -19,7 +19,7 @@ from rdpo.preference.pairs import make_pairs
 from rdpo.preference.rewards import score_answers
 from rdpo.records import SIDES, alive
 from rdpo.synthesis.given import given_answers
-from rdpo.synthesis.prompts import beside, read_prompts, without_twins
+from rdpo.synthesis.prompts import beside, read_prompts, without_duplicates
 
 if TYPE_CHECKING:
     import ray.data
@@ -64,7 +64,7 @@ def calibrate(job: Job) -> list[ray.data.Dataset]:
             "pairs": KNOWN,
         }
     )
-    read = without_twins(read_prompts(trial).materialize()).materialize()
+    read = without_duplicates(read_prompts(trial).materialize()).materialize()
     pairs = given_answers(read.filter(alive), trial).materialize()
     scored = score_answers(pairs.filter(alive), trial, list(SIDES))
     unusable = [rows.filter(lambda row: not alive(row)) for rows in (read, pairs)]

@@ -16,9 +16,9 @@ from rdpo.modeling.weights import local_model
 from rdpo.preference.ratings import expected_rating, rating_value, rating_values, written_rating
 from rdpo.preference.scores import record_scores
 from rdpo.records import ID_COLUMN, Row, draw_seed, drop, table_of, text_of
+from rdpo.synthesis.crashes import CrashGuard
 from rdpo.synthesis.engine import Engine
 from rdpo.synthesis.instructions import render
-from rdpo.synthesis.ledger import Hands
 
 REASON_CHARS = 300
 
@@ -31,8 +31,8 @@ class Judge:
     probability to be preferred to the row's other answers, over both orders in which they can be shown.
     """
 
-    def __init__(self, reward: JudgeReward, answers: list[str], job: Job, ledger: Any):
-        self.reward, self.answers, self.job, self.hands = reward, answers, job, Hands(ledger)
+    def __init__(self, reward: JudgeReward, answers: list[str], job: Job, crash_counts: Any):
+        self.reward, self.answers, self.job, self.crash_guard = reward, answers, job, CrashGuard(crash_counts)
         model, revision, trust = job.model_or_student(reward.model)
         self.chat = load_chat(model, revision, trust)
         self.values = {} if reward.score == "written" else rating_values(self.chat, reward)
@@ -40,7 +40,7 @@ class Judge:
 
     async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
         """Judge a block of rows."""
-        yield table_of(await self.hands.carry(batch.to_pylist(), self.judged))
+        yield table_of(await self.crash_guard.carry(batch.to_pylist(), self.judged))
 
     async def judged(self, row: Row) -> Row:
         """One row with the scores of its answers; a question that cannot be put drops it."""

@@ -95,8 +95,8 @@ def _pair(row: Row, job: Job, task: Task | None, length_coef: float) -> Row:
         pair = drop(pair, "fewer usable samples than pairs.min_samples")
     if settings.condition and task:
         pair["prompt"] = question_of(beginning(task, settings.condition), row, job.synthesis.values)
-    told = task is not None and any(turn.after for turn in task.turns)
-    pair["defects"] = defects(row, sides.rejected, sides.chosen) if told else []
+    revises = task is not None and any(turn.after for turn in task.turns)
+    pair["defects"] = defects(row, sides.rejected, sides.chosen) if revises else []
     if wrong := [defect for defect in pair["defects"] if defect in settings.drop_defects]:
         pair = drop(pair, f"{sides.chosen}: {wrong[0]}")
     pair = sound(pair, settings)

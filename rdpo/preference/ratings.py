@@ -21,14 +21,14 @@ def check_rubric(reward: JudgeReward) -> None:
     """Check the names that the rubric uses.
 
     Raises:
-        InputError: it is no valid template, or uses a name that the judge is not told.
+        InputError: it is no valid template, or uses a name that the judge does not get.
     """
     where = f"rewards.{reward.name}"
-    told = {"prompt", "first", "second"} if reward.pairwise else {"prompt", "answer"}
+    known = {"prompt", "first", "second"} if reward.pairwise else {"prompt", "answer"}
     used = check_template(reward.rubric, where)
-    if used - told:
-        allowed = ", ".join(f"`{name}`" for name in sorted(told))
-        raise InputError(f"{where}.rubric uses {', '.join(sorted(used - told))}; it may use {allowed}")
+    if used - known:
+        allowed = ", ".join(f"`{name}`" for name in sorted(known))
+        raise InputError(f"{where}.rubric uses {', '.join(sorted(used - known))}; it may use {allowed}")
 
 
 def rating_values(chat: Chat, reward: JudgeReward) -> dict[int, float]:

@@ -20,7 +20,7 @@ from rdpo.preference.pairs import make_pairs
 from rdpo.preference.rewards import score_answers
 from rdpo.records import ID_COLUMN, SIDES, alive, digest, prompt_id
 from rdpo.synthesis.given import given_answers
-from rdpo.synthesis.prompts import beside, read_prompts, without_twins
+from rdpo.synthesis.prompts import beside, read_prompts, without_duplicates
 
 if TYPE_CHECKING:
     import ray.data
@@ -100,7 +100,7 @@ def offline_pairs(job: Job, replay: Replay) -> ray.data.Dataset:
             "pairs": Pairs(chosen="chosen", rejected="rejected"),
         }
     )
-    read = without_twins(read_prompts(reading).materialize()).materialize()
+    read = without_duplicates(read_prompts(reading).materialize()).materialize()
     given = given_answers(read.filter(alive), reading).materialize()
     paired = make_pairs(score_answers(given.filter(alive), reading, list(SIDES)), reading)
     unusable = [rows.filter(lambda row: not alive(row)).select_columns(COMMON) for rows in (read, given)]

@@ -19,7 +19,7 @@ class Source:
 
 
 def sources(manifests: Mapping[str, Manifest], student: str) -> list[Source]:
-    """All sources in the order of the stages; one that has changed between two stages stands twice."""
+    """All sources in the order of the stages; one that has changed between two stages is listed twice."""
     found: dict[tuple[str, str], Source] = {}
     for stage, manifest in manifests.items():
         for name, fingerprint in _named(manifest.settings, student):

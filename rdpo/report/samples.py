@@ -128,5 +128,5 @@ def _sample(row: Row, columns: PromptColumns, place: int) -> Sample:
 
 def _answers(row: Row) -> Iterator[Answer]:
     for model in MODELS:
-        told: dict[str, Any] = {name: row[f"{model}_{name}"] for name in ("tokens", "finish_reason", "scores")}
-        yield Answer(model, escaped(row[model]), **{**told, "scores": told["scores"] or {}})
+        figures: dict[str, Any] = {name: row[f"{model}_{name}"] for name in ("tokens", "finish_reason", "scores")}
+        yield Answer(model, escaped(row[model]), **{**figures, "scores": figures["scores"] or {}})

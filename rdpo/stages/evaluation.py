@@ -35,9 +35,8 @@ def settings(job: Job) -> dict[str, Any]:
 
 def start_settings(job: Job) -> dict[str, Any]:
     """What the start model's answers to the held-out prompts depend on, beside the prompts."""
-    settings = job.evaluation.model_dump(include={"sampling", "engine"})
     return {
-        **settings,
+        **job.evaluation.model_dump(include={"sampling", "engine"}),
         **question_settings(job, job.evaluation.condition),
         "student": student_settings(job),
         "seed": job.seed,
@@ -75,9 +74,14 @@ def _start_answers(run: Run) -> dict[str, Row]:
     from rdpo.evaluation.generate import START, answer_columns
 
     own, columns = digest(start_settings(run.job)), [ID_COLUMN, *answer_columns(START)]
-    made = run.made_by_siblings("evaluation")
-    same = (folder for folder, theirs in made if digest(theirs.get("start")) == own and folder.parts())
-    return {row.pop(ID_COLUMN): row for folder in same for row in folder.table(columns=columns).to_pylist()}
+    known: dict[str, Row] = {}
+    for folder, theirs in run.made_by_siblings("evaluation"):
+        # What else their evaluation depends on is no matter of the start model.
+        if digest(theirs.get("start")) != own or not folder.parts():
+            continue
+        for row in folder.table(columns=columns).to_pylist():
+            known[row.pop(ID_COLUMN)] = row
+    return known
 
 
 def summary(run: Run, folder: StageFolder) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
 from itertools import chain
@@ -11,6 +12,7 @@ from rdpo.execution.stage import RowWork, Source, Stage
 from rdpo.stages.settings import question_settings
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     import ray.data
 
     from rdpo.config import Job
@@ -61,8 +63,9 @@ def summary(run: Run, folder: StageFolder) -> dict[str, Any]:
 
     settings = run.job.pairs
     # Only the columns that count are read: the texts would stay in the driver's memory.
-    agreed = agreement(chain(*(folder.tables(below, COLUMNS) for below in ("", "dropped"))), settings)
-    found = count_defects(chain(*(folder.tables(below, ["defects"]) for below in ("", "dropped"))))
+    agreed = agreement(_all_rows(folder, COLUMNS), settings)
+    found = count_defects(_all_rows(folder, ["defects"]))
+
     rows = folder.count() + folder.count("dropped")
     for defect, count in found.items():
         run.console.say(f"{'':<12}{count} of {rows} conversations: {defect}")
@@ -73,12 +76,17 @@ def summary(run: Run, folder: StageFolder) -> dict[str, Any]:
         )
         if sides.constant:
             run.console.warn(f"{reward} gives every answer the same score; it tells nothing here")
-    told: dict[str, Any] = {"agreement": {reward: asdict(sides) for reward, sides in agreed.items()}}
+    facts: dict[str, Any] = {"agreement": {reward: asdict(sides) for reward, sides in agreed.items()}}
     if shaping := _shaping(run):
-        told["shaping"] = asdict(shaping)
+        facts["shaping"] = asdict(shaping)
         gap = f"the best are {shaping.mean_length_gap:+.1f} characters longer than the worst"
         run.console.say(f"{'':<12}a character costs {shaping.length_coef:g}: {gap}")
-    return {**told, "defects": found} if run.job.synthesis.task else told
+    return {**facts, "defects": found} if run.job.synthesis.task else facts
+
+
+def _all_rows(folder: StageFolder, columns: list[str]) -> Iterator[pa.Table]:
+    """The kept and the dropped rows, part by part."""
+    return chain(folder.tables("", columns), folder.tables("dropped", columns))
 
 
 STAGE = Stage("pairs", inputs=("rewards",), settings=settings, rows=RowWork(scored, pair, summary), command="pair")

@@ -41,11 +41,11 @@ def take_prompts(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:
         InputError: no usable prompt is left to train on or to evaluate with.
     """
     from rdpo.files.stage_folder import write_rows
-    from rdpo.synthesis.prompts import drop_twins, read_prompts
+    from rdpo.synthesis.prompts import drop_duplicates, read_prompts
 
     folder.clear_parts()
     write_rows(read_prompts(run.job), folder, ID_COLUMN, lambda block: meter.advance(block.rows + block.dropped))
-    drop_twins(folder)
+    drop_duplicates(folder)
     splits = _splits(folder)
     for split in (run.job.synthesis.split, HELDOUT):
         if split not in splits:
@@ -90,10 +90,10 @@ def split_ids(folder: StageFolder, split: str) -> pa.ChunkedArray:
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    parts = [
-        part.filter(pc.equal(part["split"], split))[ID_COLUMN] for part in folder.tables(columns=[ID_COLUMN, "split"])
-    ]
-    return pa.chunked_array([chunk for part in parts for chunk in part.chunks], pa.string())
+    chunks: list[pa.Array] = []
+    for part in folder.tables(columns=[ID_COLUMN, "split"]):
+        chunks += part.filter(pc.equal(part["split"], split))[ID_COLUMN].chunks
+    return pa.chunked_array(chunks, pa.string())
 
 
 STAGE = Stage("prompts", inputs=(), settings=settings, execute=take_prompts)

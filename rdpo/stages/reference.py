@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from rdpo.errors import InputError
@@ -68,9 +69,9 @@ def refer(rows: ray.data.Dataset, run: Run) -> ray.data.Dataset:
     from rdpo.preference.reference import add_reference
 
     own = digest(settings(run.job))
-    same = (folder for folder, theirs in run.made_by_siblings("reference") if digest(theirs) == own)
-    known = known_logps(table for folder in same for table in folder.tables(columns=COLUMNS))
-    return add_reference(rows, run.job, known)
+    same = [folder for folder, theirs in run.made_by_siblings("reference") if digest(theirs) == own]
+    tables = chain.from_iterable(folder.tables(columns=COLUMNS) for folder in same)
+    return add_reference(rows, run.job, known_logps(tables))
 
 
 STAGE = Stage(

@@ -38,8 +38,8 @@ def draw_replay(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:
     generated = keyed(pairs.tables(columns=[ID_COLUMN, "prompt"]))
     mix = draw_mix(generated, offline, frozenset(heldout), run.job.replay.share, run.job.seed)
     schema = pairs.schema() if generated else ready.schema().base_schema
-    told = ready.map_batches(with_reasons, fn_kwargs={"reasons": mix.reasons, "schema": schema}, batch_format="pyarrow")
-    write_rows(told, folder, ID_COLUMN, lambda block: meter.advance(block.rows + block.dropped))
+    rows = ready.map_batches(with_reasons, fn_kwargs={"reasons": mix.reasons, "schema": schema}, batch_format="pyarrow")
+    write_rows(rows, folder, ID_COLUMN, lambda block: meter.advance(block.rows + block.dropped))
     run.console.say(f"{'':<12}{mix.generated} generated pairs and {mix.offline} ready ones")
     return {"rows_in": ready.count(), "generated": mix.generated, "last": mix.last}
 

@@ -44,11 +44,11 @@ def measure_retention(run: Run, folder: StageFolder, meter: Meter) -> dict[str, 
     write_rows(
         measured(rows, run.job, trained), folder, ID_COLUMN, lambda block: meter.advance(block.rows + block.dropped)
     )
-    told = summary(folder.table().sort_by(ID_COLUMN).to_pylist(), run.job.seed)
-    factor = told["perplexity_factor"]
+    facts = summary(folder.table().sort_by(ID_COLUMN).to_pylist(), run.job.seed)
+    factor = facts["perplexity_factor"]
     interval = f"{factor['low']:.3f} to {factor['high']:.3f}"
-    run.console.say(f"{'':<12}perplexity of {told['texts']} other texts: {factor['mean']:.3f} times ({interval})")
-    return {"rows_in": len(rows), **told}
+    run.console.say(f"{'':<12}perplexity of {facts['texts']} other texts: {factor['mean']:.3f} times ({interval})")
+    return {"rows_in": len(rows), **facts}
 
 
 STAGE = Stage(

@@ -27,13 +27,13 @@ def settings(job: Job) -> dict[str, Any]:
         return {"split": job.synthesis.split, "limit": job.synthesis.limit}
     task = load_task(job.synthesis.task).model_dump()
     weights = None if job.synthesis.endpoint else fingerprint(*job.model_or_student(job.synthesis.teacher)[:2])
-    settings = {**job.synthesis.model_dump(), "turns": task, "weights": weights, "seed": job.seed}
+    found = {**job.synthesis.model_dump(), "turns": task, "weights": weights, "seed": job.seed}
     if job.synthesis.adapter:
-        settings["adapter_weights"] = adapter_fingerprint(job.synthesis.adapter)
+        found["adapter_weights"] = adapter_fingerprint(job.synthesis.adapter)
     if endpoint := job.synthesis.endpoint:
         # How it is asked does not change what it says.
-        settings |= {"endpoint": {"url": endpoint.url, "model": endpoint.model}, "engine": None}
-    return settings
+        found |= {"endpoint": {"url": endpoint.url, "model": endpoint.model}, "engine": None}
+    return found
 
 
 def training_prompts(run: RunReader) -> Source:

@@ -53,7 +53,12 @@ def stages_of(job: Job) -> tuple[Stage, ...]:
     """The stages of a job, in order: all but those that it leaves out, also among the inputs of others."""
     wanted = [stage for stage in STAGES if stage.wanted(job)]
     names = {stage.name for stage in wanted}
-    return tuple(replace(stage, inputs=tuple(name for name in stage.inputs if name in names)) for stage in wanted)
+
+    stages = []
+    for stage in wanted:
+        inputs = tuple(name for name in stage.inputs if name in names)
+        stages.append(replace(stage, inputs=inputs))
+    return tuple(stages)
 
 
 def names_of(job: Job) -> tuple[str, ...]:

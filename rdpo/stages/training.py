@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 def settings(job: Job) -> dict[str, Any]:
     """Settings of the training stage."""
-    settings = job.training.model_dump(exclude={"extrapolation"})
+    found = job.training.model_dump(exclude={"extrapolation"})
     if job.training.select == "best":
         # Only what is a checkpoint can be the best one.
-        settings["select_among_every"] = job.training.checkpoint_every
-    return {**settings, "student": student_settings(job), "seed": job.seed}
+        found["select_among_every"] = job.training.checkpoint_every
+    return {**found, "student": student_settings(job), "seed": job.seed}
 
 
 def train_policy(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:
@@ -50,8 +50,8 @@ def train_policy(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:
     taken = [step for step in history if not step["skipped"]]
     if not taken:
         raise InputError("training: every step had a loss or gradient that is not finite; lower training.learning_rate")
-    told = {"steps": len(taken), "pairs": len(data), "first": taken[0], "last": taken[-1]}
-    return {**told, **_selected(run, history), **_heldout(run, folder)}
+    summary = {"steps": len(taken), "pairs": len(data), "first": taken[0], "last": taken[-1]}
+    return {**summary, **_selected(run, history), **_heldout(run, folder)}
 
 
 def _step(meter: Meter, metrics: dict[str, float]) -> None:

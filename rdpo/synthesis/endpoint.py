@@ -169,7 +169,7 @@ class Endpoint:
             return Unanswered(f"the endpoint failed each time, the last with {failure}")
         return EndpointDown(
             f"{self.settings.url} answers nothing any more, {self.settings.retries + 1} attempts ended with {failure}; "
-            f"the same command goes on when it does"
+            f"the same command resumes when it does"
         )
 
 

@@ -20,7 +20,7 @@ from rdpo.cluster.hardware import available_cores, compute_dtype
 from rdpo.cluster.pools import actor_pool, share_of
 from rdpo.config import Engine as EngineSettings
 from rdpo.config import Sampling, largest
-from rdpo.synthesis.ledger import open_ledger
+from rdpo.synthesis.crashes import open_crash_counts
 
 if TYPE_CHECKING:
     import ray.data
@@ -250,12 +250,13 @@ def engine_pool(
 ) -> ray.data.Dataset:
     """Stream rows through a pool of engine actors, several blocks at a time in each engine.
 
-    The actor's class takes `arguments`, and `ledger` for its `Hands`; it runs on `nodes` of a kind, or anywhere.
+    The actor's class takes `arguments`, and `crash_counts` for its `CrashGuard`. It runs on `nodes` of a kind, or
+    anywhere.
     """
     blocks = rows.repartition(target_num_rows_per_block=settings.rows_in_block)
     return blocks.map_batches(
         actor,
-        fn_constructor_kwargs={**arguments, "ledger": open_ledger()},
+        fn_constructor_kwargs={**arguments, "crash_counts": open_crash_counts()},
         batch_format="pyarrow",
         batch_size=settings.rows_in_block,
         compute=actor_pool(settings.concurrency, settings.batches_in_flight),

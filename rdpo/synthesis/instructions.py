@@ -31,7 +31,7 @@ def load_task(source: str) -> Task:
     """Read a task file, or one that ships with rdpo by its bare name.
 
     Raises:
-        InputError: no such file, wrong keys, a turn that goes on after none, a broken template.
+        InputError: no such file, wrong keys, a turn that continues none, a broken template.
     """
     shipped = SHIPPED / f"{source}.toml"
     path = shipped if source.isidentifier() and shipped.is_file() else Path(source)
@@ -60,11 +60,11 @@ def _check_turns(task: Task, source: str) -> None:
     for turn in task.turns:
         where = f"synthesis.task: {source}: turn `{turn.name}`"
         if set(turn.names) & set(earlier):
-            raise InputError(f"{where} stands twice; give each turn its own name")
+            raise InputError(f"{where} has the name of an earlier one; give each turn its own name")
         if turn.after is not None and turn.after not in earlier:
             raise InputError(f"{where}: after = {turn.after!r} is no earlier turn")
         if turn.after is not None and turn.user is None:
-            raise InputError(f"{where} goes on after {turn.after!r}, so it needs a `user` template")
+            raise InputError(f"{where} continues {turn.after!r}, so it needs a `user` template")
         if turn.after is not None and turn.system is not None:
             raise InputError(f"{where}: only a turn that begins a conversation can have `system`")
         for template in (turn.system, turn.user, turn.prefill):
@@ -170,10 +170,10 @@ def template_values(row: Row, words: Mapping[str, str]) -> dict[str, Any]:
     return {**words, **extra_of(row), "prompt": text_of(row["prompt"])}
 
 
-def turn_messages(turn: Turn, row: Row, values: Mapping[str, Any], told: Mapping[str, Messages]) -> Messages:
-    """The conversation that a turn answers; `told` has the conversations of earlier turns, answers included."""
+def turn_messages(turn: Turn, row: Row, values: Mapping[str, Any], conversations: Mapping[str, Messages]) -> Messages:
+    """The conversation that a turn answers; `conversations` are those of earlier turns, answers included."""
     if turn.after is not None:
-        return [*told[turn.after], {"role": "user", "content": render(turn.user or "", values)}]
+        return [*conversations[turn.after], {"role": "user", "content": render(turn.user or "", values)}]
     if turn.user is not None:
         begun = [{"role": "user", "content": render(turn.user, values)}]
     else:

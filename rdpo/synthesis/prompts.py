@@ -169,9 +169,9 @@ def _measure(row: Row, job: Job) -> Row:
     return row
 
 
-def drop_twins(folder: StageFolder) -> None:
+def drop_duplicates(folder: StageFolder) -> None:
     """Keep the first row of each prompt (by source and line) in the parts of an unfinished folder; drop later ones."""
-    several = folder.twins(ID_COLUMN)
+    several = folder.duplicates(ID_COLUMN)
     if not len(several):
         return
     meeting = [
@@ -179,10 +179,10 @@ def drop_twins(folder: StageFolder) -> None:
     ]
     ordered = pa.concat_tables(meeting).sort_by([("source", "ascending"), ("line", "ascending")]).to_pylist()
     first = {row[ID_COLUMN]: (row["source"], row["line"]) for row in reversed(ordered)}
-    folder.rewrite(lambda part: _mark_twins(part, first), ID_COLUMN)
+    folder.rewrite(lambda part: _mark_duplicates(part, first), ID_COLUMN)
 
 
-def without_twins(rows: ray.data.Dataset) -> ray.data.Dataset:
+def without_duplicates(rows: ray.data.Dataset) -> ray.data.Dataset:
     """Rows that were read, with the later ones of each prompt (or pair) dropped."""
     first: dict[str, tuple[str, int]] = {}
     several: set[str] = set()
@@ -195,13 +195,13 @@ def without_twins(rows: ray.data.Dataset) -> ray.data.Dataset:
     kept = {name: first[name] for name in several}
 
     def marked(part: pa.Table) -> pa.Table:
-        return _mark_twins(part, kept) or part
+        return _mark_duplicates(part, kept) or part
 
     return rows.map_batches(marked, batch_format="pyarrow") if kept else rows
 
 
-def _mark_twins(part: pa.Table, first: dict[str, tuple[str, int]]) -> pa.Table | None:
-    """The part with later twins dropped; None if it has none."""
+def _mark_duplicates(part: pa.Table, first: dict[str, tuple[str, int]]) -> pa.Table | None:
+    """The part with later duplicates dropped; None if it has none."""
     rows = part.to_pylist()
     marked = [
         {**row, ID_COLUMN: f"{row['source']}:{row['line']}", "dropped": "duplicate of an earlier prompt"}
@@ -209,5 +209,5 @@ def _mark_twins(part: pa.Table, first: dict[str, tuple[str, int]]) -> pa.Table |
         else {**row, "dropped": row.get("dropped")}
         for row in rows
     ]
-    twins = any(row["dropped"] for row in marked)
-    return pa.Table.from_pylist(marked, schema=SCHEMA) if twins else None
+    found = any(row["dropped"] for row in marked)
+    return pa.Table.from_pylist(marked, schema=SCHEMA) if found else None

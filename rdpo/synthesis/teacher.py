@@ -24,10 +24,10 @@ from rdpo.config.task import Task, Turn
 from rdpo.modeling.chat import load_chat
 from rdpo.modeling.weights import local_adapter, local_model
 from rdpo.records import ID_COLUMN, Messages, Row, clean, draw_seed, drop, table_of
+from rdpo.synthesis.crashes import CrashGuard
 from rdpo.synthesis.endpoint import Endpoint, endpoint_key
 from rdpo.synthesis.engine import Engine, Generation, engine_pool
 from rdpo.synthesis.instructions import load_task, template_values, turn_messages
-from rdpo.synthesis.ledger import Hands
 
 if TYPE_CHECKING:
     import ray.data
@@ -44,11 +44,11 @@ def synthesize(rows: ray.data.Dataset, job: Job) -> ray.data.Dataset:
     """Add the answers of every turn of the task to the rows of prompts."""
     synthesis = job.synthesis
     if synthesis.endpoint is None:
-        arguments = {"job": job, "voice": EngineVoice}
+        arguments = {"job": job, "speaker_class": EngineSpeaker}
         return engine_pool(rows, Teacher, synthesis.engine, arguments, job.cluster.placement.teacher)
     settings = client_pool(synthesis.engine, synthesis.endpoint)
-    voice = partial(EndpointVoice, key=endpoint_key(synthesis.endpoint))
-    return engine_pool(rows, Teacher, settings, {"job": job, "voice": voice})
+    speaker = partial(EndpointSpeaker, key=endpoint_key(synthesis.endpoint))
+    return engine_pool(rows, Teacher, settings, {"job": job, "speaker_class": speaker})
 
 
 def client_pool(engine: EngineSettings, endpoint: EndpointSettings) -> EngineSettings:
@@ -58,7 +58,7 @@ def client_pool(engine: EngineSettings, endpoint: EndpointSettings) -> EngineSet
     return client.model_copy(update={"batches_in_flight": blocks})
 
 
-class Voice(Protocol):
+class Speaker(Protocol):
     """Who speaks a turn."""
 
     async def say(self, messages: Messages, turn: Turn, sampling: Sampling, seed: int) -> Generation:
@@ -68,7 +68,7 @@ class Voice(Protocol):
         """Give back what it holds."""
 
 
-class EngineVoice:
+class EngineSpeaker:
     """A vLLM engine of this process."""
 
     def __init__(self, job: Job):
@@ -88,7 +88,7 @@ class EngineVoice:
         self.engine.shutdown()
 
 
-class EndpointVoice:
+class EndpointSpeaker:
     """A server elsewhere."""
 
     def __init__(self, job: Job, key: SecretStr):
@@ -106,23 +106,23 @@ class EndpointVoice:
 class Teacher:
     """A Ray Data actor that speaks every turn of a row's conversation."""
 
-    def __init__(self, job: Job, voice: Callable[[Job], Voice], ledger: Any):
-        self.hands = Hands(ledger)
+    def __init__(self, job: Job, speaker_class: Callable[[Job], Speaker], crash_counts: Any):
+        self.crash_guard = CrashGuard(crash_counts)
         assert job.synthesis.task is not None
-        self.voice = voice(job)
-        self.conversation = Conversation(job, load_task(job.synthesis.task), job.synthesis.sampling, self.voice.say)
+        self.speaker = speaker_class(job)
+        self.conversation = Conversation(job, load_task(job.synthesis.task), job.synthesis.sampling, self.speaker.say)
 
     async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
         """Carry a block of rows through all turns."""
-        yield table_of(await self.hands.carry(batch.to_pylist(), self.converse))
+        yield table_of(await self.crash_guard.carry(batch.to_pylist(), self.converse))
 
     async def converse(self, row: Row) -> Row:
         """Carry one row through all turns."""
         return await self.conversation(row)
 
     def __del__(self) -> None:
-        if hasattr(self, "voice"):
-            self.voice.shutdown()
+        if hasattr(self, "speaker"):
+            self.speaker.shutdown()
 
 
 @dataclass(frozen=True)
@@ -136,10 +136,10 @@ class Conversation:
 
     async def __call__(self, row: Row) -> Row:
         """Carry one row through all turns; a turn that cannot be spoken drops the row."""
-        told: dict[str, Messages] = {}
+        conversations: dict[str, Messages] = {}
         values = template_values(row, self.job.synthesis.values)
         for turn in self.task.turns:
-            spoken = await asyncio.gather(*[self._speak(turn, name, row, values, told) for name in turn.names])
+            spoken = await asyncio.gather(*[self._speak(turn, name, row, values, conversations) for name in turn.names])
             reason = next((reason for reason in spoken if reason), None)
             if reason:
                 return drop(row, reason)
@@ -147,13 +147,13 @@ class Conversation:
         return row
 
     async def _speak(
-        self, turn: Turn, name: str, row: Row, values: dict[str, Any], told: dict[str, Messages]
+        self, turn: Turn, name: str, row: Row, values: dict[str, Any], conversations: dict[str, Messages]
     ) -> str | None:
         """Write one answer of a turn into the row; the reason if that cannot be done."""
         sampling = turn_sampling(turn, self.sampling)
         seed = draw_seed(self.job.seed, row[ID_COLUMN], name)
         try:
-            messages = turn_messages(turn, row, values, told)
+            messages = turn_messages(turn, row, values, conversations)
             generation = await self.say(messages, turn, sampling, seed)
         except ValueError as error:
             return f"{name}: {error}"[:REASON_CHARS]
@@ -162,7 +162,7 @@ class Conversation:
         row[f"{name}_tokens"] = generation.tokens
         row[f"{name}_prompt_length"] = generation.prompt_tokens
         row[f"{name}_prompt_cached"] = generation.cached_tokens
-        told[name] = [*messages, {"role": "assistant", "content": answer}]
+        conversations[name] = [*messages, {"role": "assistant", "content": answer}]
         return None if answer else f"{name} is empty"
 
 

@@ -123,24 +123,24 @@ class Console:
 
     def step(self, metrics: Mapping[str, float]) -> None:
         """The metrics of an optimizer step, for who listens."""
-        self._heard(lambda listener: listener.step(metrics))
+        self._notify(lambda listener: listener.step(metrics))
 
     def made(self, manifest: Manifest) -> None:
         """A finished stage, for who listens."""
-        self._heard(lambda listener: listener.made(manifest))
+        self._notify(lambda listener: listener.made(manifest))
 
     def close_listeners(self, but: Sequence[Listener] = ()) -> None:
         """Nothing more comes for the listeners, but for some."""
         kept = [listener for listener in self.listeners if listener in but]
         self.listeners = [listener for listener in self.listeners if listener not in but]
-        self._heard(lambda listener: listener.close())
+        self._notify(lambda listener: listener.close())
         self.listeners = kept
 
-    def _heard(self, told: Callable[[Listener], None]) -> None:
+    def _notify(self, event: Callable[[Listener], None]) -> None:
         """Tell all listeners; one that fails hears no more, and the run goes on."""
         for listener in list(self.listeners):
             try:
-                told(listener)
+                event(listener)
             except Exception as error:
                 self.listeners.remove(listener)
                 name = listener.name or type(listener).__name__
@@ -161,7 +161,7 @@ class Console:
 
     def show(self, meter: Meter) -> None:
         """Redraw the live line."""
-        self._heard(lambda listener: listener.progress(meter))
+        self._notify(lambda listener: listener.progress(meter))
         if self.live:
             width = os.get_terminal_size(self.stream.fileno()).columns
             self.stream.write("\r\x1b[2K" + meter.line()[: width - 1])
@@ -244,7 +244,7 @@ def log_dir(run_dir: str) -> Path:
 
 
 @contextmanager
-def quiet_console(log_dir: Path, voice: type[Console] = Console) -> Iterator[Console]:
+def quiet_console(log_dir: Path, console_class: type[Console] = Console) -> Iterator[Console]:
     """Send everything that libraries print to `log_dir/libraries.log`; the console keeps the screen.
 
     What a full disk does not take of it is lost, and breaks nothing.
@@ -261,7 +261,7 @@ def quiet_console(log_dir: Path, voice: type[Console] = Console) -> Iterator[Con
     os.dup2(write_end, 2)
     os.close(write_end)
     try:
-        yield voice(stream, log_dir / "run.log")
+        yield console_class(stream, log_dir / "run.log")
     finally:
         _flush()
         os.dup2(screen, 1)
@@ -287,9 +287,9 @@ def _keep(read_end: int, path: Path) -> None:
 
 
 @contextmanager
-def run_console(run_dir: str, voice: type[Console] = Console) -> Iterator[Console]:
+def run_console(run_dir: str, console_class: type[Console] = Console) -> Iterator[Console]:
     """The console of a run; says where the logs are if they are not with it."""
-    with quiet_console(log_dir(run_dir), voice) as console:
+    with quiet_console(log_dir(run_dir), console_class) as console:
         if is_remote(run_dir):
             console.say(f"logs        {log_dir(run_dir)}")
         yield console

@@ -80,17 +80,17 @@ def _save(trainer: Trainer, history: list[StepMetrics], heldout: HeldoutPairs, e
 
 def _notice(trainer: Trainer, sink: Any, step: int) -> bool:
     """Whether a node of this training is about to be taken away, as Ray heard from its cloud; says so."""
-    told = ray.train.get_preemption_info()
-    if told and trainer.rank == 0:
-        ranks = ", ".join(map(str, told.preempted_ranks))
+    preemption = ray.train.get_preemption_info()
+    if preemption and trainer.rank == 0:
+        ranks = ", ".join(map(str, preemption.preempted_ranks))
         warning = f"the node of rank {ranks} is about to be taken away; checkpoint after step {step}"
         ray.get(sink.warn.remote("notice", warning))
-    return told is not None
+    return preemption is not None
 
 
 def _tell(trainer: Trainer, sink: Any, steps: list[StepMetrics]) -> bool:
     """Tell the driver of some steps; whether it wants training to stop. All workers hear the same answer."""
-    told = trainer.rank == 0 and ray.get(sink.record.remote(steps))
-    answer = torch.tensor([float(told)], device=trainer.device)
+    stop = trainer.rank == 0 and ray.get(sink.record.remote(steps))
+    answer = torch.tensor([float(stop)], device=trainer.device)
     torch.distributed.broadcast(answer, src=0)
     return bool(answer.item())

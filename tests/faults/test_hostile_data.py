@@ -10,7 +10,7 @@ import pytest
 from rdpo.config import Job
 from rdpo.errors import InputError
 from rdpo.files.stage_folder import Manifest, StageFolder, write_rows
-from rdpo.synthesis.prompts import SCHEMA, drop_twins, prompt_row, read_prompts
+from rdpo.synthesis.prompts import SCHEMA, drop_duplicates, prompt_row, read_prompts
 from rdpo.synthesis.sources import _raw_table, read_rows, source_files
 
 FILES = 200
@@ -102,7 +102,7 @@ def test_nothing_of_two_hundred_files_is_lost(job_table, tmp_path, ray_cluster):
     folder = StageFolder(str(tmp_path / "run"), "prompts")
     folder.begin("k")
     write_rows(read_prompts(Job.model_validate(job_table)), folder, "prompt_id", lambda block: None)
-    drop_twins(folder)
+    drop_duplicates(folder)
     manifest = folder.commit(Manifest("prompts", "k", {}, {}), "prompt_id", expected)
     assert manifest.rows_out + sum(manifest.dropped.values()) == expected
     assert manifest.rows_out > 3

@@ -112,10 +112,10 @@ def test_an_interrupted_stage_keeps_its_parts_for_the_same_key_only(place):
     write(begun(place))
     resumed = begun(place)
     assert sorted(resumed.done_ids("prompt_id").to_pylist()) == ["a", "b", "c"]
-    birth = resumed.birth
+    attempt = resumed.attempt_id
     other = begun(place, key="other")
     assert other.files() == ["in_progress.json"]
-    assert other.birth != birth
+    assert other.attempt_id != attempt
 
 
 def test_taking_over_copies_everything_and_shares_nothing(place):
@@ -287,7 +287,7 @@ def test_a_store_that_cannot_be_reached_is_one_message(reached, impatient, capsy
     assert code == 2
     assert said.count("\n") == 1
     assert said.startswith("rdpo: s3://bucket/run: the object store fails: AWS Error NETWORK_CONNECTION")
-    assert "AWS_ENDPOINT_URL; the same command goes on later" in said
+    assert "AWS_ENDPOINT_URL; the same command resumes later" in said
     assert SECRET not in said
     for command in (["report"], ["show", "prompts"], ["train"]):
         code, said = said_by(capsys, command[0], "s3://bucket/run", *command[1:])
@@ -317,7 +317,7 @@ def test_a_store_that_goes_away_in_the_middle_is_one_message(
         code, said = said_by(capsys, "run", path, "--run-dir", f"s3://{bucket}/run")
     assert code == 1
     assert said.startswith("rdpo: the object store fails: AWS Error")
-    assert "the same command goes on where it stopped; details in" in said
+    assert "the same command resumes where it stopped; details in" in said
     assert "Traceback" not in said
 
 

@@ -24,11 +24,11 @@ class Noting:
         self.path = path
 
     def __call__(self, job):
-        from rdpo.synthesis.teacher import EngineVoice
+        from rdpo.synthesis.teacher import EngineSpeaker
 
         path = self.path
 
-        class Voice(EngineVoice):
+        class Voice(EngineSpeaker):
             async def say(self, *arguments):
                 said = await super().say(*arguments)
                 if not path.exists():
@@ -58,7 +58,7 @@ def test_rows_of_a_killed_engine_are_done_again(ray_cluster, job_table, wordy_mo
     job_table["student"]["model"] = wordy_models[0]
     job_table["synthesis"] |= {"engine": engine, "sampling": {"max_tokens": 32, "temperature": 1.0}}
     noted, killed = tmp_path / "engine", []
-    monkeypatch.setattr(teacher, "EngineVoice", Noting(noted))
+    monkeypatch.setattr(teacher, "EngineSpeaker", Noting(noted))
     rows = [
         {"prompt_id": f"p{index:02d}", "prompt": [{"role": "user", "content": f"q{index}"}], "extra": "{}"}
         for index in range(ROWS)

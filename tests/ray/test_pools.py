@@ -10,8 +10,8 @@ import pytest
 from rdpo.cluster.pools import adapt_pools
 from rdpo.config import Engine
 from rdpo.records import table_of
+from rdpo.synthesis.crashes import CrashGuard
 from rdpo.synthesis.engine import engine_pool
-from rdpo.synthesis.ledger import Hands
 
 pytestmark = pytest.mark.ray
 
@@ -21,8 +21,8 @@ WAIT_S = 300
 class Echo:
     """What an engine's actor is to Ray, with a diary in place of an engine."""
 
-    def __init__(self, diary, ledger):
-        self.diary, self.hands = Path(diary), Hands(ledger)
+    def __init__(self, diary, crash_counts):
+        self.diary, self.crash_guard = Path(diary), CrashGuard(crash_counts)
         self.note("alive")
 
     def note(self, name):
@@ -33,7 +33,7 @@ class Echo:
         return [int(line) for line in (self.diary / name).read_text().split()]
 
     async def __call__(self, batch):
-        yield table_of(await self.hands.carry(batch.to_pylist(), self.work))
+        yield table_of(await self.crash_guard.carry(batch.to_pylist(), self.work))
 
     async def work(self, row):
         self.note(row["prompt_id"])

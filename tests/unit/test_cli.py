@@ -136,14 +136,14 @@ def test_out_of_memory_is_one_message_with_remedies(capsys, tmp_path, job_table,
     assert message.startswith("rdpo: a worker was killed: its machine ran out of memory; lower tokens_per_batch")
 
 
-def test_after_starting_over_the_command_without_fresh_goes_on(capsys, tmp_path, job_table, monkeypatch):
+def test_after_starting_over_the_command_without_fresh_resumes(capsys, tmp_path, job_table, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("rdpo.api.execute", interrupt)
     path = write_job(tmp_path / "job.toml", job_table)
     assert main(["run", path, "--run-dir", str(tmp_path / "run"), "--fresh"]) == 1
-    assert "the same command without --fresh goes on" in capsys.readouterr().err
+    assert "the same command without --fresh resumes" in capsys.readouterr().err
 
 
 def test_only_a_run_is_emptied(tmp_path, job_table):

@@ -69,7 +69,7 @@ def test_merging_leaves_the_base_as_it_is():
     ("changes", "said"),
     [
         ({"baseline": "sft"}, "baseline = 'sft' is no arm; the arms are dpo, rdpo"),
-        ({"seeds": [1, 1]}, "one stands twice"),
+        ({"seeds": [1, 1]}, "a seed is given twice"),
         ({"arms": {"dpo": {}, "a/b": {}}}, "arm 'a/b'"),
         ({"arms": {"dpo": {"training": {"bta": 1}}}}, "arm dpo: 1 problem.*\n.*bta: unknown key"),
         ({"job": "none.toml"}, "none.toml: no such job file"),

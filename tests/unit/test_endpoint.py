@@ -114,7 +114,7 @@ def test_a_server_that_answers_nothing_any_more_ends_the_run_and_loses_no_row(fa
     server = Server(completion(), *[fault] * 40)
     answers = ask(server, *"abcd", concurrency=1)
     assert [type(answer) for answer in answers[1:]] == [EndpointDown] * 3
-    assert "the same command goes on" in str(answers[1])
+    assert "the same command resumes" in str(answers[1])
 
 
 def test_a_refused_request_is_not_asked_again():

@@ -10,7 +10,7 @@ from rdpo.config import Job, JudgeReward
 from rdpo.preference import judge as judge_module
 from rdpo.preference.judge import Judge
 from rdpo.synthesis.engine import ContextError, Generation
-from tests.unit.test_teacher import NoLedger
+from tests.unit.test_teacher import NoCrashCounts
 
 
 class Engine:
@@ -38,7 +38,7 @@ def judged(job_table, monkeypatch):
 
     def judge_row(row, answers, **settings):
         reward = JudgeReward.model_validate({"kind": "judge", "name": "j", **settings})
-        judge = Judge(reward, answers, Job.model_validate(job_table), NoLedger)
+        judge = Judge(reward, answers, Job.model_validate(job_table), NoCrashCounts)
         table = pa.Table.from_pylist([{"prompt_id": "p", "prompt": [{"role": "user", "content": "q"}], **row}])
 
         async def blocks():

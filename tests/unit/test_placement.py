@@ -162,7 +162,7 @@ def test_kinds_of_nodes_reach_ray_train(job_with, monkeypatch, tmp_path):
 def test_engines_ask_for_their_kind(monkeypatch, kind):
     from rdpo.synthesis import engine
 
-    monkeypatch.setattr(engine, "open_ledger", lambda: None)
+    monkeypatch.setattr(engine, "open_crash_counts", lambda: None)
     asked = engine.engine_pool(Dataset(), Dataset, Engine(gpus=2), {}, kind).asked["Dataset"]
     assert (asked["num_gpus"], asked["resources"]) == (2, kind and {"spot": 0.001})
 

@@ -7,7 +7,7 @@ import pytest
 from rdpo.config import Job
 from rdpo.errors import InputError
 from rdpo.files.stage_folder import StageFolder, write_rows
-from rdpo.synthesis.prompts import beside, check_templates, drop_twins, parse_messages, prompt_row, read_prompts
+from rdpo.synthesis.prompts import beside, check_templates, drop_duplicates, parse_messages, prompt_row, read_prompts
 from rdpo.synthesis.sources import read_rows, source_files
 
 
@@ -119,7 +119,7 @@ def stored_prompts(job_table, tmp_path):
     folder = StageFolder(str(tmp_path), "prompts")
     folder.begin("k")
     write_rows(read_prompts(Job.model_validate(job_table)), folder, "prompt_id", lambda block: None)
-    drop_twins(folder)
+    drop_duplicates(folder)
     kept = [{**row, "dropped": None} for row in folder.table().to_pylist()]
     return sorted(kept + folder.table("dropped").to_pylist(), key=lambda row: (row["source"], row["line"]))
 

@@ -36,7 +36,12 @@ def test_every_line_is_accounted_for(job_table, tmp_path, ray_cluster):
     source = Retention(source=str(tmp_path / "texts.jsonl"))
     rows = texts(Job.model_validate(job_table), source)
     assert len({row["prompt_id"] for row in rows}) == 4
-    assert sorted(str(row.get("dropped")) for row in rows) == ["None", "None", "prompt: empty", "stands twice"]
+    assert sorted(str(row.get("dropped")) for row in rows) == [
+        "None",
+        "None",
+        "duplicate of an earlier text",
+        "prompt: empty",
+    ]
 
 
 def test_arms_are_told_by_their_means_over_the_seeds():

@@ -48,7 +48,7 @@ def test_a_lost_row_stops_the_run(folder):
 def test_a_row_made_twice_stops_the_run(folder):
     write(folder)
     write(folder, [*ROWS[:1], {**ROWS[2], "prompt_id": "d"}])
-    with pytest.raises(ConservationError, match="stand twice, the first is a"):
+    with pytest.raises(ConservationError, match="duplicate ids, the first is a"):
         folder.commit(manifest(), "prompt_id", expected=4)
 
 
@@ -60,11 +60,11 @@ def test_a_large_block_becomes_several_parts(folder, monkeypatch):
     assert sorted(folder.done_ids("prompt_id").to_pylist()) == sorted(map(str, range(9)))
 
 
-def test_twins_are_found_among_kept_and_dropped_rows(folder):
+def test_duplicates_are_found_among_kept_and_dropped_rows(folder):
     write(folder)
-    assert len(folder.twins("prompt_id")) == 0
+    assert len(folder.duplicates("prompt_id")) == 0
     write(folder, [{**ROWS[1], "dropped": None}, {**ROWS[0], "prompt_id": "d"}])
-    assert folder.twins("prompt_id").to_pylist() == ["b"]
+    assert folder.duplicates("prompt_id").to_pylist() == ["b"]
     assert (folder.count(), folder.count("dropped")) == (4, 1)
 
 
@@ -78,12 +78,12 @@ def test_unfinished_parts_stay_for_the_same_key_and_go_for_another(folder):
     write(folder)
     folder.begin("k")
     assert sorted(folder.done_ids("prompt_id").to_pylist()) == ["a", "b", "c"]
-    begun = folder.birth
+    begun = folder.attempt_id
     folder.begin("k")
-    assert folder.birth == begun
+    assert folder.attempt_id == begun
     folder.begin("other")
     assert len(folder.done_ids("prompt_id")) == 0
-    assert folder.birth != begun
+    assert folder.attempt_id != begun
 
 
 def test_committed_folder_is_emptied_when_begun_again(folder):

@@ -1,4 +1,4 @@
-"""Any rows in any blocks: the folder gives the same rows back, counts them, and finds those that stand twice."""
+"""Any rows in any blocks: the folder gives the same rows back, counts them, and finds duplicate ids."""
 
 import tempfile
 from collections import Counter
@@ -66,7 +66,7 @@ def test_the_same_rows_come_out_of_any_blocks(data, ids):
 
 @given(st.data(), IDS)
 @settings(max_examples=25, deadline=None)
-def test_twins_are_exactly_the_ids_that_stand_more_than_once(data, ids):
+def test_duplicates_are_exactly_the_ids_of_several_rows(data, ids):
     # One row a block, marked by its place, so that no part replaces another.
     with tempfile.TemporaryDirectory() as place:
         folder = StageFolder(place, "stage")
@@ -77,9 +77,9 @@ def test_twins_are_exactly_the_ids_that_stand_more_than_once(data, ids):
             folder.write_parts(table, "prompt_id")
         held = Counter([*folder.ids("prompt_id").to_pylist(), *folder.ids("prompt_id", "dropped").to_pylist()])
         several = {name for name, count in held.items() if count > 1}
-        assert set(folder.twins("prompt_id").to_pylist()) == several
+        assert set(folder.duplicates("prompt_id").to_pylist()) == several
         if several:
-            with pytest.raises(ConservationError, match="stand twice"):
+            with pytest.raises(ConservationError, match="duplicate ids"):
                 folder.commit(Manifest("stage", "k", {}, {}), "prompt_id")
 
 

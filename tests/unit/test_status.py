@@ -42,7 +42,7 @@ def run_dir(job_table, tmp_path):
         made = Manifest(name, name, {}, {other: digests[other] for other in inputs}, seconds=3.0)
         digests[name] = stage.commit(made, "prompt_id").digest
     training = StageFolder(str(folder), "training")
-    training.write_json("in_progress.json", {"key": "k", "birth": "b", "began": time.time() - 60})
+    training.write_json("in_progress.json", {"key": "k", "attempt_id": "b", "began": time.time() - 60})
     steps = [{"step": i, "loss": 0.7 - i / 10, "rewards/margins": i / 2, "seconds": 5.0} for i in range(1, 5)]
     training.write_bytes("metrics.jsonl", "".join(json.dumps(step) + "\n" for step in steps).encode())
     return str(folder)

@@ -46,7 +46,7 @@ class Voice:
         pass
 
 
-class NoLedger:
+class NoCrashCounts:
     class begin:
         @staticmethod
         async def remote(ids):
@@ -62,7 +62,7 @@ class NoLedger:
 def speak(job_table, tmp_path):
     (tmp_path / "task.toml").write_text(TASK)
     job_table["synthesis"]["task"] = str(tmp_path / "task.toml")
-    teacher = Teacher(Job.model_validate(job_table), Voice, NoLedger)
+    teacher = Teacher(Job.model_validate(job_table), Voice, NoCrashCounts)
 
     def spoken(*prompts):
         rows = [
@@ -75,14 +75,14 @@ def speak(job_table, tmp_path):
 
         return {row["prompt_id"]: row for row in asyncio.run(blocks())[0].to_pylist()}
 
-    spoken.voice = teacher.voice
+    spoken.speaker = teacher.speaker
     return spoken
 
 
 def test_a_turn_is_sampled_several_times_and_goes_on_from_one_of_them(speak):
     row = speak("why?")["why?"]
     assert len({row[f"response_{number}"] for number in (1, 2, 3)}) == 3
-    critique = next(heard for name, heard in speak.voice.heard if name == "critique")
+    critique = next(heard for name, heard in speak.speaker.heard if name == "critique")
     assert critique[1] == row["response_2"]
     assert row["response_1"] in critique[2]
     assert row["revision"].endswith("of 5")

@@ -1,6 +1,6 @@
-"""What the engines have in hand, so that a row which kills its engine is found out and dropped.
+"""Rows that crash their engine are found out and dropped.
 
-A dead engine takes its process with it, and Ray gives the rows that it had in hand to another one. Without a
+A dead engine takes its process with it, and Ray gives the rows that it was working on to another one. Without a
 count, a row that kills every engine would do so for ever. The rows of a dead engine are begun once more together;
 after a second death each of them is begun alone, so that the third death names the one that caused it.
 """
@@ -17,7 +17,7 @@ TOGETHER = 2
 ALONE = TOGETHER + 1
 
 
-class Ledger:
+class CrashCounts:
     """How often each row has been begun and not ended; a Ray actor, one for each pool of engines."""
 
     def __init__(self) -> None:
@@ -40,22 +40,22 @@ class Ledger:
             self.begun.pop(name, None)
 
 
-def open_ledger() -> Any:
-    """A ledger that lives as long as its handle is held; where it is lost, it begins anew."""
+def open_crash_counts() -> Any:
+    """The counts of one pool, which live as long as their handle is held; where they are lost, counting begins anew."""
     import ray
 
-    return ray.remote(Ledger).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote()
+    return ray.remote(CrashCounts).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote()
 
 
 def _id(row: Row) -> str:
     return row[ID_COLUMN]
 
 
-class Hands:
-    """An actor's way to work on rows, all at the same time, that tells the ledger."""
+class CrashGuard:
+    """Works on rows, all at the same time, and counts each beginning and end, so that crashes are known."""
 
-    def __init__(self, ledger: Any):
-        self.ledger = ledger
+    def __init__(self, crash_counts: Any):
+        self.crash_counts = crash_counts
         self.alone = asyncio.Lock()
 
     async def carry(
@@ -63,21 +63,21 @@ class Hands:
     ) -> list[Row]:
         """The worked rows, in order; one whose engine died each time is dropped. `name` tells rows apart."""
         names = [name(row) for row in rows]
-        deaths = await self.ledger.begin.remote(names)
+        deaths = await self.crash_counts.begin.remote(names)
         begun = [
             work(row) if count < TOGETHER else self._carry_alone(row, known_as, work)
             for row, known_as, count in zip(rows, names, deaths, strict=True)
         ]
         done = list(await asyncio.gather(*begun))
-        await self.ledger.end.remote(names)
+        await self.crash_counts.end.remote(names)
         return done
 
     async def _carry_alone(self, row: Row, name: str, work: Callable[[Row], Awaitable[Row]]) -> Row:
         async with self.alone:
-            deaths = await self.ledger.begin_alone.remote(name)
+            deaths = await self.crash_counts.begin_alone.remote(name)
             if deaths >= ALONE:
                 return drop(row, f"its engine died {deaths} times, the last time with this row alone")
             done = await work(row)
             # Its block may yet die of another row, and then this one is no suspect.
-            await self.ledger.end.remote([name])
+            await self.crash_counts.end.remote([name])
             return done
