@@ -5,7 +5,7 @@ before any model is loaded.
 """
 
 from rdpo.config.evaluation import Evaluation, Publish, Retention, Rounds
-from rdpo.config.files import explained, job_of, load_job, read_toml, to_table, to_toml, with_changes
+from rdpo.config.files import check_kind, explained, job_of, load_job, read_toml, to_table, to_toml, with_changes
 from rdpo.config.job import RESOURCES, Cluster, Job, Placement
 from rdpo.config.models import Endpoint, Engine, Sampling, Student
 from rdpo.config.pairs import BEST, WORST, Defect, Pairs, Reference, Replay, Sides
@@ -53,6 +53,7 @@ __all__ = [
     "Synthesis",
     "Tracking",
     "Training",
+    "check_kind",
     "explained",
     "job_of",
     "largest",

@@ -16,6 +16,13 @@ from rdpo.config.section import KEY_IN_ADDRESS, Section
 from rdpo.errors import InputError, did_you_mean
 from rdpo.records import clean
 
+MARKS = {"job": "student", "task": "turns", "comparison": "baseline"}
+"""By which key a file of each kind is known: one that it must have, and no other kind has."""
+TAKEN_BY = {
+    "job": "`rdpo run` takes it",
+    "task": "a job names it as synthesis.task",
+    "comparison": "`rdpo compare` takes it",
+}
 OPTION_IN_ADDRESS = re.compile(r'"(?:s3|gs|gcs)://(?:[^/"]*@|[^"]*\?)')
 
 QUOTED = re.compile(r"'([^']*)'")
@@ -51,6 +58,7 @@ def job_of(table: dict[str, Any], where: str) -> Job:
     Raises:
         InputError: a key or value is wrong; names `where` the table is from, and the field.
     """
+    check_kind(table, "job", where)
     try:
         job = Job.model_validate(table)
     except ValidationError as error:
@@ -61,6 +69,17 @@ def job_of(table: dict[str, Any], where: str) -> Job:
             f"{where}: an address of an object store holds a key or an option; set AWS_… variables instead"
         )
     return job
+
+
+def check_kind(table: Mapping[str, Any], wanted: str, where: str | Path) -> None:
+    """Whether a file is of the kind that is wanted here: a job, a task or a comparison.
+
+    Raises:
+        InputError: it is of another kind; says who takes it.
+    """
+    kinds = [kind for kind, mark in MARKS.items() if mark in table]
+    if kinds and wanted not in kinds:
+        raise InputError(f"{where}: is a {kinds[0]}, not a {wanted}; {TAKEN_BY[kinds[0]]}")
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:

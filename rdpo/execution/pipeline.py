@@ -17,7 +17,8 @@ from rdpo.cluster.installed import versions
 from rdpo.config import Job, to_toml
 from rdpo.errors import InputError
 from rdpo.execution.keys import stage_key
-from rdpo.execution.lock import LOCK, Say, held
+from rdpo.execution.lock import Say, held
+from rdpo.execution.marker import take_directory
 from rdpo.execution.reader import JOB_FILE
 from rdpo.execution.run import Run
 from rdpo.execution.stage import Stage
@@ -203,22 +204,13 @@ def planned(job: Job, run_dir: str, stages: Sequence[Stage]) -> dict[str, str]:
 
 @contextmanager
 def locked(job: Job, run_dir: str, fresh: bool = False, say: Say = print) -> Iterator[None]:
-    """Hold a run directory: one driver at a time; with `fresh`, emptied first. Writes the resolved job.
+    """Hold a run directory: one driver at a time; with `fresh`, what a run made in it is removed. Writes the job.
 
     Raises:
-        InputError: it cannot be written, or another driver holds it; or it is to be emptied and holds no run.
+        InputError: it cannot be written, another driver holds it, or it holds something else than a run.
     """
     with held(run_dir, say):
         folder = Folder(run_dir)
-        if fresh:
-            _check_is_run(folder, run_dir)
+        take_directory(folder, fresh, say)
         folder.write_bytes(JOB_FILE, to_toml(job).encode())
-        if fresh:
-            folder.empty(keep={LOCK, JOB_FILE})
         yield
-
-
-def _check_is_run(folder: Folder, run_dir: str) -> None:
-    held = set(folder.entries()) - {LOCK}
-    if held and JOB_FILE not in held:
-        raise InputError(f"--fresh: {run_dir} holds {min(held)} and no run (no {JOB_FILE}), so it is not emptied")

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 JOB_FILE = "config.toml"
+MARKER = "rdpo.json"
+RUN_FORMAT = 1
+"""Of a run directory: what this version writes, and the newest that it reads."""
 
 
 class RunReader:
@@ -82,9 +85,31 @@ def job_of_run(run_dir: str) -> Job:
     Raises:
         InputError: there is no run in this directory.
     """
-    if not Folder(run_dir).exists(JOB_FILE):
+    folder = Folder(run_dir)
+    check_format(folder)
+    if not folder.exists(JOB_FILE):
         raise InputError(f"{run_dir}: no run here (no {JOB_FILE})")
     return load_job(f"{run_dir.rstrip('/')}/{JOB_FILE}")
+
+
+def check_format(folder: Folder) -> None:
+    """Whether this version reads a run directory; one without a marker is from before there were any.
+
+    Raises:
+        InputError: a newer version wrote it, or its marker is not to be understood.
+    """
+    if not folder.exists(MARKER):
+        return
+
+    marker = folder.read_json(MARKER)
+    written = marker.get("format") if isinstance(marker, dict) else None
+    if not isinstance(written, int):
+        raise InputError(f"{folder.path}/{MARKER}: does not say the run's format; the directory is left as it is")
+    if written > RUN_FORMAT:
+        raise InputError(
+            f"{folder.path}: written by rdpo {marker.get('rdpo')} in format {written}, and this version reads up to "
+            f"{RUN_FORMAT}; install that version or a newer one"
+        )
 
 
 def round_dir(run_dir: str, number: int) -> str:

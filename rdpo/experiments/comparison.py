@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from rdpo.config import Job, explained, job_of, read_toml
+from rdpo.config import Job, check_kind, explained, job_of, read_toml
 from rdpo.config.comparison import Comparison, Part
 from rdpo.errors import InputError
 from rdpo.execution.pipeline import locked, run_stages
@@ -37,8 +37,10 @@ def load_comparison(path: str | Path, part: Part | None = None) -> tuple[Compari
         InputError: the file or its base job is missing or wrong, an arm's changes are, or there is no such part.
     """
     path = Path(path)
+    content = read_toml(path)
+    check_kind(content, "comparison", path)
     try:
-        comparison = Comparison.model_validate(read_toml(path))
+        comparison = Comparison.model_validate(content)
     except ValidationError as error:
         raise InputError(explained(path, error)) from None
     if part:

@@ -19,6 +19,7 @@ from jinja2 import StrictUndefined, TemplateSyntaxError, meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from pydantic import ValidationError
 
+from rdpo.config import check_kind
 from rdpo.config.task import Task, Turn
 from rdpo.errors import InputError, did_you_mean
 from rdpo.records import Messages, Row, extra_of, text_of
@@ -36,7 +37,9 @@ def load_task(source: str) -> Task:
     shipped = SHIPPED / f"{source}.toml"
     path = shipped if source.isidentifier() and shipped.is_file() else Path(source)
     try:
-        task = Task.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        check_kind(content, "task", f"synthesis.task: {source}")
+        task = Task.model_validate(content)
     except FileNotFoundError:
         names = ", ".join(sorted(one.name.removesuffix(".toml") for one in SHIPPED.iterdir()))
         raise InputError(f"synthesis.task: {source}: no such file; the tasks that come with rdpo are {names}") from None

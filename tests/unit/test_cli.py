@@ -8,11 +8,9 @@ from pathlib import Path
 import pytest
 
 from rdpo.cli import main
-from rdpo.config import Job, load_job
-from rdpo.errors import InputError
-from rdpo.execution.pipeline import locked
 from tests.support.jobs import write_job
 
+ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "ray", "vllm", "deepspeed", "transformers")
 
 
@@ -146,17 +144,27 @@ def test_after_starting_over_the_command_without_fresh_resumes(capsys, tmp_path,
     assert "the same command without --fresh resumes" in capsys.readouterr().err
 
 
-def test_only_a_run_is_emptied(tmp_path, job_table):
-    job, run_dir = Job.model_validate(job_table), tmp_path / "thesis"
-    run_dir.mkdir()
-    (run_dir / "thesis.txt").write_text("years")
-    with pytest.raises(InputError, match=r"thesis\.txt and no run"), locked(job, str(run_dir), fresh=True):
-        pass
-    assert (run_dir / "thesis.txt").read_text() == "years"
-    (run_dir / "config.toml").write_text("of a run")
-    with locked(job, str(run_dir), fresh=True):
-        assert sorted(path.name for path in run_dir.iterdir()) == [".lock", "config.toml"]
-        assert load_job(run_dir / "config.toml") == job
+@pytest.mark.parametrize(
+    ("command", "file", "said"),
+    [
+        ("run", "rdpo/synthesis/tasks/roleplay.toml", "is a task, not a job; a job names it as synthesis.task"),
+        ("plan", "rdpo/synthesis/tasks/roleplay.toml", "is a task, not a job; a job names it as synthesis.task"),
+        ("run", "jobs/compare_small.toml", "is a comparison, not a job; `rdpo compare` takes it"),
+        ("compare", "jobs/quickstart.toml", "is a job, not a comparison; `rdpo run` takes it"),
+        ("compare", "rdpo/synthesis/tasks/roleplay.toml", "is a task, not a comparison; a job names it"),
+    ],
+)
+def test_a_file_of_another_kind_is_told_who_takes_it(command, file, said, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert main([command, file]) == 2
+    assert capsys.readouterr().err.startswith(f"rdpo: {file}: {said}")
+
+
+def test_a_job_in_place_of_a_task(capsys, tmp_path, job_table):
+    job_table["synthesis"]["task"] = str(ROOT / "jobs/quickstart.toml")
+    path = write_job(tmp_path / "job.toml", job_table)
+    assert main(["run", path, "--run-dir", str(tmp_path / "run")]) == 2
+    assert "quickstart.toml: is a job, not a task; `rdpo run` takes it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
