@@ -24,9 +24,9 @@ from rdpo.errors import InputError, did_you_mean
 from rdpo.modeling.weights import check_model_name
 from rdpo.preference.function import load_function
 from rdpo.records import SIDES, visible
+from rdpo.synthesis.conversation import is_prompt
 from rdpo.synthesis.instructions import load_task
-from rdpo.synthesis.prompts import parse_messages
-from rdpo.synthesis.sources import first_row, source_files
+from rdpo.synthesis.sources import columns_of, first_rows, source_files
 
 Answers = dict[str, str]
 FUNCTION = re.compile(r"[\w.]+:\w+")
@@ -116,13 +116,16 @@ def _asked(question: Question, default: str | None, answers: Answers) -> str:
 def _check_source(answer: str, answers: Answers) -> None:
     if answer.startswith("hf:"):
         return
-    first_row(source_files(answer or ".")[0])
+    first_rows(source_files(answer or ".")[0])
 
 
 def _row(answers: Answers) -> dict[str, Any]:
-    """The first row of the source; none of a data set of the hub, which is not asked now."""
+    """A value of each column of the source; none of a data set of the hub, which is not asked now."""
     source = answers["prompts"]
-    return {} if source.startswith("hf:") else first_row(source_files(source)[0])
+    if source.startswith("hf:"):
+        return {}
+    rows = first_rows(source_files(source)[0])
+    return {name: next(row[name] for row in rows if name in row) for name in columns_of(rows)}
 
 
 def _check_column(answer: str, answers: Answers) -> None:
@@ -134,7 +137,7 @@ def _check_column(answer: str, answers: Answers) -> None:
 def _column(answers: Answers) -> str:
     """The column that most likely holds the prompt."""
     row = _row(answers)
-    readable = [name for name, value in row.items() if parse_messages(value)[1] is None]
+    readable = [name for name, value in row.items() if is_prompt(value)]
     return next((name for name in [*USUAL_COLUMNS, *readable] if name in row), USUAL_COLUMNS[0])
 
 

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from rdpo.files.stage_folder import StageFolder
     from rdpo.tracking.console import Meter
 
+GIVEN = 2
+"""How ready pairs are read: it goes up when other conversations come out of the same file."""
+
 
 def settings(job: Job) -> dict[str, Any]:
     """Settings of the prompts stage, with the content of its source."""
@@ -27,8 +30,8 @@ def settings(job: Job) -> dict[str, Any]:
     return {
         **job.prompts.model_dump(),
         "content": content_hash(job.prompts.source),
-        # Pairs that are ready are read, and named, in another way than prompts.
-        "given": job.synthesis.task is None,
+        # Pairs that are ready are read in another way than prompts.
+        "given": job.synthesis.task is None and GIVEN,
         **tokenizer_settings(job),
         "seed": job.seed,
     }

@@ -1,8 +1,8 @@
 """Answers that come with the prompts: a ready preference data set in place of synthesis.
 
-In: rows of prompts whose `extra` holds `chosen` and `rejected` (text, or messages that end with the
-assistant's), perhaps `score_chosen` and `score_rejected`. Out: the columns that synthesis would give,
-and the scores as a reward named `given`.
+In: rows of prompts whose `extra` holds the text of both answers, `chosen` and `rejected` (see
+`rdpo.synthesis.conversation`), perhaps `score_chosen` and `score_rejected`. Out: the columns that synthesis would
+give, and the scores as a reward named `given`.
 """
 
 from __future__ import annotations
@@ -21,17 +21,9 @@ if TYPE_CHECKING:
 REWARD = "given"
 
 
-def with_prompt(raw: dict[str, Any], column: str) -> dict[str, Any]:
-    """The raw row with its prompt: its own, or what stands before the last message of `chosen`."""
-    chosen = raw.get("chosen")
-    if raw.get(column) is None and isinstance(chosen, list) and len(chosen) > 1:
-        return {**raw, column: chosen[:-1]}
-    return raw
-
-
-def pair_id(messages: Messages, raw: dict[str, Any]) -> str:
+def pair_id(messages: Messages, answers: dict[str, str]) -> str:
     """Identity of a pair: a hash of the prompt and both answers, since a prompt may have several pairs."""
-    return digest(prompt_id(messages), [str(raw.get(side)) for side in SIDES])
+    return digest(prompt_id(messages), [answers[side] for side in SIDES])
 
 
 def given_answers(rows: ray.data.Dataset, job: Job) -> ray.data.Dataset:
@@ -48,32 +40,29 @@ def answered(row: Row) -> Row:
     given = extra_of(row)
     row = {**row, "dropped": None}
     for side in SIDES:
-        text, reason = _answer(given.get(side))
-        row |= {side: text, f"{side}_finish_reason": "stop", f"{side}_tokens": 0, f"{side}_scores": None}
-        row = drop(row, f"{side}: {reason}") if reason else row
+        row |= {side: given[side], f"{side}_finish_reason": "stop", f"{side}_tokens": 0, f"{side}_scores": None}
     return _scored(row, given)
-
-
-def _answer(value: Any) -> tuple[str, str | None]:
-    """The assistant's words of one side; with the reason if there are none."""
-    if isinstance(value, list) and value:
-        last = value[-1]
-        if not isinstance(last, dict) or last.get("role") != "assistant":
-            return "", "its last message is not the assistant's"
-        value = last.get("content")
-    if not isinstance(value, str):
-        return "", "neither text nor a list of messages"
-    return value.strip(), None if value.strip() else "empty"
 
 
 def _scored(row: Row, given: dict[str, Any]) -> Row:
     """The row with the data set's own scores, if it has both."""
     scores = [given.get(f"score_{side}") for side in SIDES]
-    if any(score is None for score in scores):
+    # In a CSV file what is missing is an empty text.
+    if any(score is None or score == "" for score in scores):
         return row
     for side, score in zip(SIDES, scores, strict=True):
-        number = float(score) if isinstance(score, int | float) else math.nan
+        number = _number(score)
         if not math.isfinite(number) and alive(row):
             row = drop(row, f"score_{side} is not a finite number")
         row[f"{side}_scores"] = {REWARD: number}
     return row
+
+
+def _number(score: Any) -> float:
+    """A score as a number, also out of a file in which all is text; NaN if it is none."""
+    if isinstance(score, bool) or not isinstance(score, int | float | str):
+        return math.nan
+    try:
+        return float(score)
+    except ValueError:
+        return math.nan

@@ -18,8 +18,9 @@ from rdpo.config import Prompts as Settings
 from rdpo.errors import InputError
 from rdpo.files.stage_folder import StageFolder
 from rdpo.modeling.chat import load_chat
-from rdpo.records import HELDOUT, ID_COLUMN, ROLES, Messages, Row, alive, clean, draw_seed, drop, prompt_id, unit_draw
-from rdpo.synthesis.given import pair_id, with_prompt
+from rdpo.records import HELDOUT, ID_COLUMN, Messages, Row, alive, clean, draw_seed, drop, prompt_id, unit_draw
+from rdpo.synthesis.conversation import Unusable, check_columns, derive_pair, read_prompt
+from rdpo.synthesis.given import pair_id
 from rdpo.synthesis.instructions import check_template, render
 from rdpo.synthesis.sources import Raw, raw_rows
 
@@ -39,7 +40,13 @@ SCHEMA = pa.schema(
         ("dropped", pa.string()),
     ]
 )
-SPLITS = dict.fromkeys(("test", "validation", "eval", "held-out"), HELDOUT)
+SPLITS = {
+    **dict.fromkeys(("test", "validation", "val", "valid", "dev", "eval", "held-out", "held_out"), HELDOUT),
+    # UltraFeedback's names, which others took over.
+    **dict.fromkeys(("test_prefs", "test_sft", "test_gen"), HELDOUT),
+    **dict.fromkeys(("train_prefs", "train_sft", "train_gen", "training"), "train"),
+}
+"""What splits are called elsewhere, in small letters."""
 BLOCK_ROWS = 4096
 SHOWN_CHARS = 500
 
@@ -81,19 +88,45 @@ def prompt_row(source: str, line: int, raw: Raw, job: Job) -> Row:
 def _parsed(row: Row, raw: dict[str, Any], job: Job) -> Row:
     """The row with prompt, id and split."""
     settings, given = job.prompts, job.synthesis.task is None
-    raw = with_prompt(raw, settings.column) if given else raw
     others = {key: value for key, value in raw.items() if key not in (settings.column, "split")}
-    messages, reason = parse_messages(raw.get(settings.column), settings.system)
-    if reason:
+    try:
+        messages, answers = _conversation(raw, settings, given)
+    except Unusable as error:
         others[settings.column] = str(raw.get(settings.column))[:SHOWN_CHARS]
-        return drop({**row, "extra": _as_json(others)}, f"{settings.column}: {reason}")
-    split = _split(raw.get("split"), prompt_id(messages), job)
+        return drop({**row, "extra": _as_json(others)}, str(error))
+    others |= answers
+
+    split, reason = _split(raw.get("split"), prompt_id(messages), job), None
     if templates := _templates(settings, split):
         others["bare"] = messages[-1]["content"]
         messages, reason = _wrapped(messages, templates, others, job.seed)
-    name = pair_id(messages, raw) if given else prompt_id(messages)
+
+    name = pair_id(messages, answers) if given else prompt_id(messages)
     row = {**row, "extra": _as_json(others), "split": split, "prompt": messages, ID_COLUMN: name}
     return drop(row, reason) if reason else row
+
+
+def _conversation(raw: dict[str, Any], settings: Settings, given: bool) -> tuple[Messages, dict[str, str]]:
+    """The prompt of a raw row, and both answers if they are given.
+
+    Raises:
+        Unusable: it is no conversation, or something of it would be lost.
+    """
+    if given:
+        pair = derive_pair(raw, settings.column)
+        return with_system(pair.prompt, settings.system), pair.answers
+    check_columns(raw)
+    try:
+        return with_system(read_prompt(raw.get(settings.column)), settings.system), {}
+    except Unusable as error:
+        raise Unusable(f"{settings.column}: {error}") from None
+
+
+def with_system(messages: Messages, system: str | None) -> Messages:
+    """The messages behind a system message, unless they have one."""
+    if system and messages[0]["role"] != "system":
+        return [{"role": "system", "content": system}, *messages]
+    return messages
 
 
 def check_templates(settings: Settings) -> None:
@@ -126,33 +159,13 @@ def _wrapped(
     return [*messages[:-1], {**messages[-1], "content": clean(content)}], None
 
 
-def parse_messages(value: Any, system: str | None = None) -> tuple[list[dict[str, str]], str | None]:
-    """Messages from text or from a list of messages; with the reason if that cannot be done."""
-    if isinstance(value, str):
-        value = [{"role": "user", "content": value}]
-    if not isinstance(value, list) or not value:
-        return [], "neither text nor a list of messages"
-    messages = []
-    for message in value:
-        if not isinstance(message, dict) or message.get("role") not in ROLES:
-            return [], f"a message needs a role out of {', '.join(ROLES)}"
-        if not isinstance(message.get("content"), str) or not message["content"].strip():
-            return [], "empty"
-        messages.append({"role": message["role"], "content": clean(message["content"])})
-    if messages[-1]["role"] == "assistant":
-        return [], "ends with an assistant message"
-    if system and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": system})
-    return messages, None
-
-
 def _as_json(columns: dict[str, Any]) -> str:
     return clean(json.dumps(columns, ensure_ascii=False, default=str))
 
 
 def _split(value: Any, row_id: str, job: Job) -> str:
     if isinstance(value, str) and value:
-        return clean(SPLITS.get(value, value))
+        return clean(SPLITS.get(value.strip().lower(), value))
     return HELDOUT if unit_draw(job.seed, row_id, "split") < job.prompts.heldout_fraction else "train"
 
 

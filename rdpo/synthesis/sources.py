@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +32,9 @@ LINE_BYTES = 16 << 20
 ROW_GROUP_BYTES = 8 << 30
 NESTED = 100
 LOOKED_AT = 100
+LOOKED_AT_BYTES = 4096
+ARRAY_BYTES = 1 << 30
+FILE_SPLIT = re.compile(r"(train|test|validation|val|valid|dev|eval|heldout|held-out)(?:[-_.].*)?\.[a-z]+$")
 SHOWN_CHARS = 200
 RAW = pa.schema([("source", pa.string()), ("line", pa.int64()), ("raw", pa.string()), ("problem", pa.string())])
 """A raw row: where it is from, and its content as JSON text, or the problem with it."""
@@ -51,8 +56,11 @@ def raw_rows(job: Job) -> ray.data.Dataset:
         rows = _hub_rows(settings, needed_columns(job))
         return rows.map_batches(_hub_table, fn_kwargs={"source": settings.source}, batch_format="pyarrow")
     files = source_files(settings.source)
-    _check_named(files[0], list(first_row(files[0])), needed_columns(job))
-    shares = [{"path": path, "rows": count} for path, count in _shares(files, settings.limit)]
+    check_columns(files[0], first_rows(files[0]), needed_columns(job))
+    splits = file_splits(files)
+    shares = [
+        {"path": path, "rows": count, "split": splits.get(path)} for path, count in _shares(files, settings.limit)
+    ]
     paths = ray.data.from_items(shares, override_num_blocks=len(shares))
     return paths.map_batches(_file_tables, batch_format="pyarrow", batch_size=1)
 
@@ -72,8 +80,24 @@ def _shares(files: list[str], limit: int | None) -> Iterator[tuple[str, int | No
 
 def _file_tables(shares: pa.Table) -> Iterator[pa.Table]:
     for share in shares.to_pylist():
-        for chunk in _chunks(islice(read_rows(share["path"]), share["rows"])):
+        rows = islice(read_rows(share["path"]), share["rows"])
+        for chunk in _chunks(_in_split(rows, share["split"])):
             yield _raw_table(share["path"], chunk)
+
+
+def file_splits(files: Sequence[str]) -> dict[str, str]:
+    """The splits that a folder's files are named after, as `train.jsonl` and `test.jsonl`; none if all are one's."""
+    found = {path: FILE_SPLIT.match(path.rsplit("/", 1)[-1]) for path in files}
+    named = {path: match[1] for path, match in found.items() if match}
+    return named if len(set(named.values())) > 1 else {}
+
+
+def _in_split(rows: Iterable[Numbered], split: str | None) -> Iterator[Numbered]:
+    """The rows with the split of their file, where they name none themselves."""
+    for number, row in rows:
+        if split and isinstance(row, dict) and row.get("split") in (None, ""):
+            row = {**row, "split": split}
+        yield number, row
 
 
 def _chunks(numbered: Iterable[Numbered]) -> Iterator[list[Numbered]]:
@@ -153,9 +177,39 @@ def read_rows(path: str) -> Iterator[Numbered]:
 
 def _json_rows(path: str) -> Iterator[Numbered]:
     with open_file(path) as file:
+        if _is_array(file, path):
+            yield from _array_rows(file, path)
+            return
         for number, line in enumerate(_lines(file), start=1):
             if line.strip():
                 yield number, _parse_json(line)
+
+
+def _is_array(file: Any, path: str) -> bool:
+    """Whether a file is one JSON array; the file is at its beginning afterwards.
+
+    In JSON lines a line may be a list too, which is no row; that is said line by line.
+    """
+    beginning: bytes = file.read(LOOKED_AT_BYTES).removeprefix(codecs.BOM_UTF8).lstrip()
+    file.seek(0)
+    first_line = beginning.split(b"\n", 1)[0]
+    return beginning.startswith(b"[") and (path.endswith(".json") or first_line.strip() == b"[")
+
+
+def _array_rows(file: Any, path: str) -> Iterator[Numbered]:
+    """The rows of a file that is one JSON array of objects."""
+    content = file.read(ARRAY_BYTES + 1)
+    if len(content) > ARRAY_BYTES:
+        raise InputError(
+            f"prompts.source: {path} is a JSON array of more than {ARRAY_BYTES >> 20} MiB; write one object a line"
+        )
+    try:
+        values = json.loads(content.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(
+            f"prompts.source: {path} begins like a JSON array and is none: {error}; write one object a line"
+        ) from None
+    yield from ((number, _checked_object(value, "entry")) for number, value in enumerate(values, start=1))
 
 
 def _lines(file: Any) -> Iterator[bytes]:
@@ -176,10 +230,14 @@ def _parse_json(line: bytes) -> dict[str, Any] | str:
         return "line is not UTF-8"
     except (ValueError, RecursionError):
         return "line is not JSON"
+    return _checked_object(value, "line")
+
+
+def _checked_object(value: Any, what: str) -> dict[str, Any] | str:
     # What Python can just read it may be unable to write a few calls further down.
-    if line.count(b"[") + line.count(b"{") > NESTED and _deeper(value, NESTED):
-        return f"line is nested more than {NESTED} levels deep"
-    return value if isinstance(value, dict) else "line is not a JSON object"
+    if _deeper(value, NESTED):
+        return f"{what} is nested more than {NESTED} levels deep"
+    return value if isinstance(value, dict) else f"{what} is not a JSON object"
 
 
 def _deeper(value: Any, levels: int) -> bool:
@@ -192,6 +250,8 @@ def _deeper(value: Any, levels: int) -> bool:
 def _csv_rows(path: str) -> Iterator[Numbered]:
     with open_file(path) as file:
         text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="replace", newline="")
+        # By default a field of more than 131,072 characters ends the reading; lines are bounded anyway.
+        csv.field_size_limit(LINE_BYTES)
         reader = csv.DictReader(_csv_lines(text, path))
         try:
             for number, row in enumerate(reader, start=2):
@@ -260,7 +320,7 @@ def _hub_rows(settings: Settings, needed: list[list[str]]) -> ray.data.Dataset:
         loaded = datasets.load_dataset(name, settings.subset, split=settings.dataset_split)
     except Exception as error:
         raise InputError(f"prompts.source: hf:{name} cannot be loaded: {error}") from None
-    _check_named(settings.source, loaded.column_names, needed)
+    check_columns(settings.source, [dict.fromkeys(loaded.column_names)], needed)
     wanted = loaded.select(range(min(len(loaded), settings.limit or len(loaded))))
     return ray.data.from_huggingface(wanted.add_column("rdpo_line", range(1, len(wanted) + 1)))
 
@@ -272,22 +332,45 @@ def needed_columns(job: Job) -> list[list[str]]:
     return [[job.prompts.column]]
 
 
-def first_row(path: str) -> dict[str, Any]:
-    """The first row of a file that can be read.
+def first_rows(path: str) -> list[dict[str, Any]]:
+    """The rows near the beginning of a file that can be read.
 
     Raises:
-        InputError: there is none near its beginning.
+        InputError: there is none.
     """
-    first = next((row for _, row in islice(read_rows(path), LOOKED_AT) if isinstance(row, dict)), None)
-    if first is None:
+    first = [row for _, row in islice(read_rows(path), LOOKED_AT) if isinstance(row, dict)]
+    if not first:
         raise InputError(f"prompts.source: {path} has no readable row in its first {LOOKED_AT} lines")
     return first
 
 
-def _check_named(source: str, columns: list[str], needed: list[list[str]]) -> None:
+def columns_of(rows: Iterable[dict[str, Any]]) -> list[str]:
+    """The columns that any of the rows has, in the order in which they are met."""
+    return list(dict.fromkeys(name for row in rows for name in row))
+
+
+def check_columns(source: str, rows: Sequence[dict[str, Any]], needed: Sequence[Sequence[str]]) -> None:
+    """Look for the needed columns, one of each choice, in the rows near a source's beginning.
+
+    Raises:
+        InputError: none of them has it.
+    """
+    columns = columns_of(rows)
     for choice in needed:
         if not set(choice) & set(columns):
             raise _no_such_column(source, choice[0], columns)
+
+    prompt = needed[0][0]
+    if prompt not in columns and all(_is_plain_text(row.get("chosen")) for row in rows):
+        raise InputError(
+            f"prompts.column: {source} has no column `{prompt}`, and `chosen` is text; write the prompt in a column of "
+            "its own, or both sides as lists of messages"
+        )
+
+
+def _is_plain_text(value: Any) -> bool:
+    """Whether it is text that cannot be messages written as text."""
+    return isinstance(value, str) and not value.lstrip().startswith("[")
 
 
 def _no_such_column(source: str, column: str, columns: list[str]) -> InputError:

@@ -11,7 +11,7 @@ from rdpo.preference.pairs import pairs_table
 from rdpo.preference.scores import combine_table
 from rdpo.synthesis.given import answered
 from rdpo.synthesis.prompts import prompt_row
-from rdpo.synthesis.sources import _check_named, needed_columns
+from rdpo.synthesis.sources import check_columns, needed_columns
 
 
 @pytest.fixture
@@ -31,10 +31,11 @@ def paired(rows, job):
 
 
 def test_text_becomes_a_pair(job):
-    row = from_source({"prompt": "q", "chosen": "good", "rejected": " bad "}, job)
+    row = from_source({"prompt": "q", "chosen": "good", "rejected": "    bad\n"}, job)
     (pair,) = paired([row], job)
     assert pair["chosen"] == [{"role": "assistant", "content": "good"}]
-    assert pair["rejected"] == [{"role": "assistant", "content": "bad"}]
+    # Blanks belong to an answer: in code they are its indentation.
+    assert pair["rejected"] == [{"role": "assistant", "content": "    bad\n"}]
     assert (pair["reward_gap"], pair["chosen_finished"], pair["dropped"]) == (0.0, True, None)
 
 
@@ -70,7 +71,7 @@ def test_a_prompt_may_have_several_pairs_but_one_split(job):
             {"prompt": "q", "chosen": "a", "rejected": "b", "score_chosen": 2, "score_rejected": "high"},
             "score_rejected is not a finite number",
         ),
-        ({"chosen": "a", "rejected": "b"}, "prompt: neither text nor a list of messages"),
+        ({"chosen": "a", "rejected": "b"}, "prompt: missing, and chosen has only the answer"),
     ],
 )
 def test_what_is_no_pair_is_dropped_with_its_reason(job, raw, reason):
@@ -85,7 +86,7 @@ def test_identical_answers_are_dropped(job):
 
 def test_a_source_without_the_columns_is_refused(job):
     with pytest.raises(InputError, match="preference data set needs it, a source of prompts synthesis"):
-        _check_named("pairs.jsonl", ["prompt", "chosen"], needed_columns(job))
+        check_columns("pairs.jsonl", [{"prompt": "q", "chosen": "a"}], needed_columns(job))
 
 
 def test_a_job_that_synthesises_needs_a_reward(job_table):

@@ -7,7 +7,8 @@ import pytest
 from rdpo.config import Job
 from rdpo.errors import InputError
 from rdpo.files.stage_folder import StageFolder, write_rows
-from rdpo.synthesis.prompts import beside, check_templates, drop_duplicates, parse_messages, prompt_row, read_prompts
+from rdpo.synthesis.conversation import Unusable, read_prompt
+from rdpo.synthesis.prompts import beside, check_templates, drop_duplicates, prompt_row, read_prompts, with_system
 from rdpo.synthesis.sources import read_rows, source_files
 
 
@@ -17,8 +18,7 @@ def job(job_table):
 
 
 def test_text_becomes_one_user_turn():
-    messages, reason = parse_messages("hello", system="be brief")
-    assert reason is None
+    messages = with_system(read_prompt("hello"), "be brief")
     assert messages == [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hello"}]
 
 
@@ -30,12 +30,13 @@ def test_text_becomes_one_user_turn():
         (7, "neither text"),
         ([], "neither text"),
         ([{"role": "wizard", "content": "x"}], "role out of"),
-        ([{"role": "user", "content": 3}], "empty"),
+        ([{"role": "user", "content": 3}], "the content of a message of the user is no text"),
         ([{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "ends with an assistant"),
     ],
 )
 def test_unusable_prompts_have_a_reason(value, reason):
-    assert reason in parse_messages(value)[1]
+    with pytest.raises(Unusable, match=reason):
+        read_prompt(value)
 
 
 def test_same_prompt_same_id_whatever_its_other_columns(job):

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from rdpo.errors import InputError
 from rdpo.records import clean
 from rdpo.synthesis import sources
+from rdpo.synthesis.conversation import Unusable, derive_pair, read_prompt
 from rdpo.synthesis.given import answered
-from rdpo.synthesis.prompts import parse_messages
+from rdpo.synthesis.prompts import with_system
 from rdpo.synthesis.sources import _raw_table, read_rows
 
 QUICK = settings(max_examples=100, deadline=None)
@@ -141,16 +142,25 @@ def test_a_parquet_file_that_unpacks_to_too_much_is_refused(tmp_path, monkeypatc
 )
 @QUICK
 def test_messages_are_whole_or_refused_with_a_reason(value):
-    messages, reason = parse_messages(value, "system words")
-    assert bool(messages) != bool(reason)
+    try:
+        messages = with_system(read_prompt(value), "system words")
+    except Unusable as reason:
+        assert str(reason)
+        return
     for message in messages:
-        assert message["content"].strip() and clean(message["content"]) == message["content"]
-    assert not messages or (messages[0]["role"] == "system" and messages[-1]["role"] != "assistant")
+        assert message["role"] == "system" or message["content"].strip()
+        assert clean(message["content"]) == message["content"]
+    assert messages[0]["role"] == "system" and messages[-1]["role"] != "assistant"
 
 
 @given(st.dictionaries(st.sampled_from(["chosen", "rejected", "score_chosen", "score_rejected"]), VALUES))
 @QUICK
 def test_a_given_pair_is_whole_or_dropped_with_a_reason(columns):
-    row = answered({"prompt_id": "a", "extra": json.dumps(columns)})
+    try:
+        pair = derive_pair({"prompt": "q", **columns}, "prompt")
+    except Unusable as reason:
+        assert str(reason)
+        return
+    row = answered({"prompt_id": "a", "extra": json.dumps({**columns, **pair.answers})})
     assert row["dropped"] or (row["chosen"].strip() and row["rejected"].strip())
     pa.Table.from_pylist([row])
