@@ -73,6 +73,31 @@ def test_nodes_of_each_kind_declare_it_and_scale_as_they_should(cloud):
     assert cloud["max_workers"] == sum(largest for _, largest in sizes.values())
 
 
+def image_of(node):
+    disks = node.get("disks", [{}])
+    return node.get("ImageId") or disks[0].get("initializeParams", {}).get("sourceImage")
+
+
+def test_every_machine_names_its_image(cloud):
+    """Ray's own choice for AWS is of 2023, with a driver that torch 2.13 does not run on."""
+    types = cloud["available_node_types"]
+    assert all(image_of(node["node_config"]) for node in types.values())
+
+
+@pytest.mark.parametrize("name", ["aws", "gcp"])
+def test_a_token_for_gated_models_has_its_line(name):
+    text = (CLUSTER / f"{name}.yaml").read_text(encoding="utf-8")
+    assert "# /home/ray/.cache/huggingface/token: ~/.cache/huggingface/token" in text
+
+
+def test_no_two_packages_of_the_gpu_lock_hold_the_same_files():
+    """cuda-python below 13 brings the files of cuda-bindings, of its own version."""
+    lock = (CLUSTER / "locks" / "gpu.lock").read_text(encoding="utf-8").split()
+    versions = dict(line.split("==") for line in lock if "==" in line)
+    assert int(versions["cuda-python"].split(".")[0]) >= 13
+    assert versions["cuda-python"].split(".")[:2] == versions["cuda-bindings"].split(".")[:2]
+
+
 def is_spot(node):
     asked = {key: value for entry in node.get("scheduling", []) for key, value in entry.items()}
     return node.get("InstanceMarketOptions", {}).get("MarketType") == "spot" or bool(asked.get("preemptible"))
@@ -112,6 +137,17 @@ def test_kuberay_fields_are_known(ray_cluster_spec):
         assert set(group) <= WORKER_GROUP
     assert ray_cluster_spec["authOptions"] == {"mode": "token"}
     assert ray_cluster_spec["enableInTreeAutoscaling"]
+
+
+def test_pods_have_room_for_models_and_the_token_for_gated_ones(ray_cluster_spec):
+    for group in (ray_cluster_spec["headGroupSpec"], *ray_cluster_spec["workerGroupSpecs"]):
+        pod = group["template"]["spec"]
+        (container,) = pod["containers"]
+        assert {"name": "cache", "mountPath": "/home/ray/.cache"} in container["volumeMounts"]
+        (claim,) = [volume["ephemeral"] for volume in pod["volumes"] if volume["name"] == "cache"]
+        assert claim["volumeClaimTemplate"]["spec"]["resources"]["requests"]["storage"] == "500Gi"
+        (token,) = container["env"]
+        assert token["name"] == "HF_TOKEN" and token["valueFrom"]["secretKeyRef"]["optional"]
 
 
 def test_pods_are_valid(ray_cluster_spec):
