@@ -74,11 +74,12 @@ def write_prompts(path: Path, rows: int) -> None:
 def echoing():
     """The stages with the teacher's engine replaced by `Echo`."""
     from rdpo.stages.table import STAGES as ALL
-    from rdpo.synthesis.engine import engine_pool
-    from rdpo.synthesis.teacher import Teacher
+    from rdpo.synthesis.crashes import open_crash_counts
+    from rdpo.synthesis.teacher import Teacher, teacher_pool
 
     def speak(rows, run):
-        return engine_pool(rows, Teacher, run.job.synthesis.engine, {"job": run.job, "speaker_class": Echo})
+        arguments = {"job": run.job, "speaker_class": Echo, "crash_counts": open_crash_counts()}
+        return teacher_pool(run.job).map(rows, Teacher, **arguments)
 
     chosen = [stage for stage in ALL if stage.name in STAGES]
     return [

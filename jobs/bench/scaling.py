@@ -90,12 +90,12 @@ def job_of(source: Path, nodes: int, address: str) -> Job:
 def stages():
     """Prompts, and synthesis with the teacher's engine replaced by `Slow`."""
     from rdpo.stages.table import STAGES
-    from rdpo.synthesis.engine import engine_pool
-    from rdpo.synthesis.teacher import Teacher
+    from rdpo.synthesis.crashes import open_crash_counts
+    from rdpo.synthesis.teacher import Teacher, teacher_pool
 
     def speak(rows, run):
-        engine, where = run.job.synthesis.engine, run.job.cluster.placement.teacher
-        return engine_pool(rows, Teacher, engine, {"job": run.job, "speaker_class": Slow}, where)
+        arguments = {"job": run.job, "speaker_class": Slow, "crash_counts": open_crash_counts()}
+        return teacher_pool(run.job).map(rows, Teacher, **arguments)
 
     named = {stage.name: stage for stage in STAGES}
     synthesis = named["synthesis"]

@@ -195,9 +195,10 @@ def plan(options: argparse.Namespace) -> int:
     """Print where a job runs, what that costs, and the memory and speed of its training."""
     from rdpo.cluster.placement import placement_table
     from rdpo.config import load_job
+    from rdpo.stages.pools import pools_of
 
     job = load_job(options.job, options.overrides)
-    for line in chain(placement_table(job), _costs(job, options), _training(job, options)):
+    for line in chain(placement_table(pools_of(job)), _costs(job, options), _training(job, options)):
         print(visible(line))
     return 0
 

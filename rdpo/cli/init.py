@@ -22,7 +22,7 @@ from rich.text import Text
 from rdpo.config import job_of
 from rdpo.errors import InputError, did_you_mean
 from rdpo.modeling.weights import check_model_name
-from rdpo.preference.function import load_function
+from rdpo.preference.rewards.function import load_function
 from rdpo.records import SIDES, visible
 from rdpo.synthesis.conversation import is_prompt
 from rdpo.synthesis.instructions import load_task

@@ -1,4 +1,4 @@
-"""Whether a job's pools fit on the nodes of a cluster, and which of them at the same time."""
+"""Whether pools of actors fit on the nodes of a cluster, and which of them at the same time."""
 
 from __future__ import annotations
 
@@ -8,13 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rdpo.cluster.pools import Pool, pools_of
-from rdpo.config import (
-    RESOURCES,
-    Job,
-    largest,
-    smallest,
-)
+from rdpo.cluster.pools import Pool
+from rdpo.config import RESOURCES, Cluster, largest, smallest
 from rdpo.errors import InputError
 
 NODE_GROUP = "ray.io/node-group"
@@ -48,7 +43,7 @@ def _times(node: dict[str, float], actor: dict[str, float]) -> int:
     return min(math.floor(node.get(name, 0) / amount + 1e-9) for name, amount in actor.items() if amount)
 
 
-def check_room(job: Job, nodes: Nodes) -> list[Pool]:
+def check_room(pools: Sequence[Pool], nodes: Nodes) -> list[Pool]:
     """Compare what the smallest size of each pool takes with what the nodes have.
 
     Returns:
@@ -57,7 +52,7 @@ def check_room(job: Job, nodes: Nodes) -> list[Pool]:
     Raises:
         InputError: a pool does not fit, and there is no autoscaler.
     """
-    lacking = [pool for pool in pools_of(job) if nodes.room(pool) < smallest(pool.size)]
+    lacking = [pool for pool in pools if nodes.room(pool) < smallest(pool.size)]
     if lacking and not nodes.grows:
         raise InputError(_misfit(lacking[0], nodes))
     return lacking
@@ -83,11 +78,11 @@ def _told(resources: dict[str, float]) -> str:
     return ", ".join([*amounts, *(name for name in resources if not (name in RESOURCES or name.startswith("node:")))])
 
 
-def fit_side_by_side(job: Job, nodes: Nodes) -> bool:
+def fit_side_by_side(pools: Sequence[Pool], cluster: Cluster, nodes: Nodes) -> bool:
     """Whether teacher and rewards run at the same time: every pool has its GPUs, and one at most is on the CPU."""
-    if job.cluster.streaming != "auto":
-        return job.cluster.streaming == "on"
-    pools = [pool for pool in pools_of(job) if pool.stage in ("synthesis", "rewards")]
+    if cluster.streaming != "auto":
+        return cluster.streaming == "on"
+    pools = [pool for pool in pools if pool.stage in ("synthesis", "rewards")]
     if sum(not pool.gpus for pool in pools) > 1:
         return False
     shared = Counter(pool.nodes for pool in pools)
@@ -101,10 +96,10 @@ def _gpus(pools: Sequence[Pool]) -> float:
     return sum(pool.gpus * smallest(pool.size) for pool in pools)
 
 
-def placement_table(job: Job) -> Iterator[str]:
+def placement_table(pools: Sequence[Pool]) -> Iterator[str]:
     """Which pool takes what and runs where, as lines of text."""
     yield f"{'stage':<12}{'pool':<28}{'actors':>8}{'CPUs each':>11}{'GPUs each':>11}  nodes"
-    for pool in pools_of(job):
+    for pool in pools:
         low, high = smallest(pool.size), largest(pool.size)
         actors = str(high) if low == high else f"{low}-{high}"
         yield (

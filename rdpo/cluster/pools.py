@@ -1,4 +1,6 @@
-"""Pools of actors: which ones a job has, what each actor takes, and how a pool grows and ends.
+"""Pools of actors: what each actor takes, how rows are mapped by a pool, how it grows and ends.
+
+A pool is declared once. The plan and the check of the cluster read what it takes, and `Pool.map` asks Ray for the same.
 
 A kind of node is named by a custom resource that its nodes declare (`ray start --resources='{"teacher": 1}'`), and
 every actor that is meant for it takes a thousandth of that. Ray's node labels would do the same, but Ray Train counts
@@ -8,18 +10,20 @@ the workers that there is room for by resources alone, and an autoscaler without
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-from rdpo.config import ClassifierReward, Concurrency, Engine, ImplicitReward, Job, JudgeReward, largest, smallest
+from rdpo.config import Concurrency, Engine, largest, smallest
 
 if TYPE_CHECKING:
-    from ray.data import ActorPoolStrategy
+    import ray.data
 
 SHARE = 0.001
 """What an actor takes of its kind. Ray Train divides sums of it with a floor, which not every fraction survives."""
 FULL = 1.0
+BLOCK_ROWS = 64
+"""Rows that an actor is given at a time, unless its pool says otherwise."""
 POOL_ACTOR = "MapWorker"
 ENDS_WITHIN_S = 60.0
 PAUSE_S = 0.5
@@ -27,7 +31,11 @@ PAUSE_S = 0.5
 
 @dataclass(frozen=True)
 class Pool:
-    """Actors of one stage that hold a model, as many as `size`, with `cpus` and `gpus` for each, on nodes named so."""
+    """Actors of one stage that hold a model, as many as `size`, with `cpus` and `gpus` for each, on nodes named so.
+
+    An actor is given `block_rows` rows at a time, and works on `at_once` such blocks at the same time. `environment`
+    holds variables of its process.
+    """
 
     stage: str
     setting: str
@@ -35,6 +43,9 @@ class Pool:
     cpus: int
     gpus: float
     nodes: str | None
+    block_rows: int = BLOCK_ROWS
+    at_once: int = 1
+    environment: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return f"{self.cpus} CPU, {self.gpus:g} GPU on {self.nodes or 'any node'}"
@@ -44,38 +55,55 @@ class Pool:
         """What Ray sets aside for one of its actors."""
         return {"CPU": self.cpus, "GPU": self.gpus, **(share_of(self.nodes) or {})}
 
+    def map(self, rows: ray.data.Dataset, actor: type, **arguments: Any) -> ray.data.Dataset:
+        """Stream rows through the pool.
+
+        Args:
+            rows: the rows; they come in blocks of `block_rows` to the actors.
+            actor: a class that is called with a block, a pyarrow table, and gives back or yields tables.
+            arguments: what its constructor is given.
+        """
+        from ray.data import ActorPoolStrategy
+
+        # It grows while all its places are taken and shrinks when work runs out. One more block than an actor works
+        # on waits in it, so that an engine has no gap between two blocks.
+        strategy = ActorPoolStrategy(
+            min_size=smallest(self.size),
+            max_size=largest(self.size),
+            max_tasks_in_flight_per_actor=self.at_once + 1,
+            max_concurrent_calls_per_actor=self.at_once,
+        )
+        blocks = rows.repartition(target_num_rows_per_block=self.block_rows)
+        return blocks.map_batches(
+            actor,
+            fn_constructor_kwargs=arguments,
+            batch_format="pyarrow",
+            batch_size=self.block_rows,
+            compute=strategy,
+            num_cpus=self.cpus,
+            num_gpus=self.gpus,
+            resources=share_of(self.nodes),
+            runtime_env={"env_vars": dict(self.environment)} if self.environment else None,
+        )
+
+
+def engine_pool(stage: str, setting: str, engine: Engine, nodes: str | None) -> Pool:
+    """The pool of a section of engines, several blocks at a time in each; on nodes of a kind, or anywhere."""
+    return Pool(
+        stage,
+        setting,
+        engine.concurrency,
+        engine.cpus or 1,
+        engine.gpus,
+        nodes,
+        block_rows=engine.rows_in_block,
+        at_once=engine.batches_in_flight,
+    )
+
 
 def share_of(nodes: str | None) -> dict[str, float] | None:
     """The custom resource that keeps an actor on nodes of a kind; None is anywhere."""
     return {nodes: SHARE} if nodes else None
-
-
-def pools_of(job: Job) -> list[Pool]:
-    """The pools of a job, in the order of its stages."""
-    where, reference, training = job.cluster.placement, job.reference, job.training
-    pools = []
-    if job.synthesis.task and not job.synthesis.endpoint:
-        pools.append(_engines("synthesis", "synthesis.engine", job.synthesis.engine, where.teacher))
-    pools += _reward_pools(job)
-    pools.append(Pool("reference", "reference", reference.concurrency, 1, reference.gpus, where.trainer))
-    if training.max_steps != 0:
-        cpus = training.cpus_per_worker or 1
-        pools.append(Pool("training", "training", training.num_workers, cpus, training.gpus_per_worker, where.trainer))
-    return [*pools, _engines("evaluation", "evaluation.engine", job.evaluation.engine, where.teacher)]
-
-
-def _reward_pools(job: Job) -> Iterator[Pool]:
-    nodes = job.cluster.placement.reward
-    for reward in job.rewards:
-        setting = f"rewards.{reward.name}"
-        if isinstance(reward, JudgeReward):
-            yield _engines("rewards", f"{setting}.engine", reward.engine, nodes)
-        elif isinstance(reward, ClassifierReward | ImplicitReward):
-            yield Pool("rewards", setting, reward.concurrency, 1, reward.gpus, nodes)
-
-
-def _engines(stage: str, setting: str, engine: Engine, nodes: str | None) -> Pool:
-    return Pool(stage, setting, engine.concurrency, engine.cpus or 1, engine.gpus, nodes)
 
 
 def adapt_pools() -> None:
@@ -110,17 +138,3 @@ def pools_ended(within_s: float = ENDS_WITHIN_S) -> bool:
         if time.monotonic() > deadline:
             return False
         time.sleep(PAUSE_S)
-
-
-def actor_pool(concurrency: Concurrency, at_once: int = 1) -> ActorPoolStrategy:
-    """A pool of actors that grows while all its places are taken and shrinks when work runs out.
-
-    Args:
-        concurrency: number of actors, or the smallest and the largest.
-        at_once: tasks that one actor works on at the same time.
-    """
-    from ray.data import ActorPoolStrategy
-
-    sizes = {"min_size": smallest(concurrency), "max_size": largest(concurrency)}
-    # One more task waits in each actor, so that an engine has no gap between two blocks.
-    return ActorPoolStrategy(**sizes, max_tasks_in_flight_per_actor=at_once + 1)

@@ -10,7 +10,7 @@ from rdpo.config.evaluation import Evaluation, Publish, Retention, Rounds
 from rdpo.config.models import Student
 from rdpo.config.pairs import Pairs, Reference, Replay
 from rdpo.config.prompts import Prompts, Synthesis
-from rdpo.config.rewards import Calibration, JudgeReward, Reward
+from rdpo.config.rewards import Calibration, Reward
 from rdpo.config.section import Section, largest
 from rdpo.config.tracking import Tracking
 from rdpo.config.training import Training
@@ -92,7 +92,8 @@ class Job(Section):
     def trusted_code(self) -> list[str]:
         """The settings that let code run which ships with a model."""
         engines = {"synthesis.engine": self.synthesis.engine, "evaluation.engine": self.evaluation.engine}
-        engines |= {f"rewards.{one.name}.engine": one.engine for one in self.rewards if isinstance(one, JudgeReward)}
+        for reward in self.rewards:
+            engines |= {f"rewards.{reward.name}.{field}": engine for field, engine in reward.engines.items()}
         trusting = [name for name, engine in engines.items() if engine.options.get("trust_remote_code")]
         return ["student"] * self.student.trust_remote_code + [f"{name}.options" for name in trusting]
 

@@ -27,6 +27,11 @@ class RewardSection(Section):
     weight: float = 1.0
     """Its weight in the score that is optimised; 0 measures without optimising."""
 
+    @property
+    def engines(self) -> dict[str, Engine]:
+        """Its sections of vLLM engines, by their fields."""
+        return {name: value for name, value in self if isinstance(value, Engine)}
+
 
 class ClassifierReward(RewardSection):
     """A reward model with a classification head, run through transformers."""

@@ -8,21 +8,22 @@ divergence of the policy from the reference, and `kl_length` the answer's tokens
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
 from rdpo.cluster.hardware import take_device
-from rdpo.cluster.pools import actor_pool, share_of
+from rdpo.cluster.pools import Pool, engine_pool
 from rdpo.config import Job, Sampling
 from rdpo.config.task import Turn
 from rdpo.modeling.chat import load_chat
 from rdpo.modeling.ratios import Ratios
 from rdpo.modeling.weights import local_model
-from rdpo.preference.reference import student_dtype
+from rdpo.preference.reference import reference_pool, student_dtype
 from rdpo.records import ID_COLUMN, Messages, Row, alive, draw_seed, drop, table_of
-from rdpo.synthesis.crashes import CrashGuard
-from rdpo.synthesis.engine import Engine, EngineError, Generation, engine_pool
+from rdpo.synthesis.crashes import CrashGuard, open_crash_counts
+from rdpo.synthesis.engine import Engine, EngineError, Generation
 from rdpo.synthesis.instructions import beginning, load_task, question_of
 from rdpo.synthesis.teacher import Conversation
 
@@ -54,10 +55,15 @@ def answer_prompts(
     answers = [row for row in found if row]
     if new:
         used = {column: model for column, model in models.items() if any(row["contender"] == column for row in new)}
-        arguments, nodes = {"job": job, "models": used}, job.cluster.placement.teacher
         source = ray.data.from_arrow(table_of(new))
-        answers += engine_pool(source, Answerer, job.evaluation.engine, arguments, nodes).take_all()
+        arguments = {"job": job, "models": used, "crash_counts": open_crash_counts()}
+        answers += answer_pool(job).map(source, Answerer, **arguments).take_all()
     return side_by_side(answers, list(models))
+
+
+def answer_pool(job: Job) -> Pool:
+    """The engines that answer held-out prompts."""
+    return engine_pool("evaluation", "evaluation.engine", job.evaluation.engine, job.cluster.placement.teacher)
 
 
 def _recalled(row: Row, known: Mapping[str, Mapping[str, Row]]) -> Row | None:
@@ -144,16 +150,9 @@ class Answerer:
 
 def add_divergence(rows: ray.data.Dataset, job: Job, trained: str, column: str) -> ray.data.Dataset:
     """Add `kl` and `kl_length` of the trained model's answers in `column`."""
-    return rows.map_batches(
-        Divergence,
-        fn_constructor_kwargs={"job": job, "trained": trained, "column": column},
-        batch_format="pyarrow",
-        batch_size=FORWARD_ROWS,
-        compute=actor_pool(job.reference.concurrency),
-        num_cpus=1,
-        num_gpus=job.reference.gpus,
-        resources=share_of(job.cluster.placement.trainer),
-    )
+    # It takes the place of the reference pool, which has ended by then.
+    pool = replace(reference_pool(job), block_rows=FORWARD_ROWS)
+    return pool.map(rows, Divergence, job=job, trained=trained, column=column)
 
 
 class Divergence:

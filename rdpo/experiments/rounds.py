@@ -11,12 +11,13 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from rdpo.config import ImplicitReward, Job
+from rdpo.config import Job
 from rdpo.errors import InputError
 from rdpo.execution.pipeline import locked, run_stages
 from rdpo.execution.reader import round_dir
 from rdpo.execution.run import Run
 from rdpo.files.stage_folder import StageFolder
+from rdpo.preference.rewards.registry import kind_of
 from rdpo.stages.checks import prepare
 from rdpo.stages.table import stages_of
 from rdpo.tracking.console import Console
@@ -71,14 +72,8 @@ def job_of_round(job: Job, number: int, starts: Sequence[str]) -> Job:
     if number > 1:
         changes["student"] = job.student.model_copy(update={"model": starts[number - 1], "revision": None})
         if job.rounds.reward_reference == "previous":
-            changes["rewards"] = [_against(reward, starts[number - 2]) for reward in job.rewards]
+            changes["rewards"] = [kind_of(reward).against(starts[number - 2]) for reward in job.rewards]
     return job.model_copy(update=changes)
-
-
-def _against(reward: Any, start: str) -> Any:
-    """An implicit reward of the policy itself, measured against this model; any other as it is."""
-    own = isinstance(reward, ImplicitReward) and reward.model is None
-    return reward.model_copy(update={"reference": start}) if own else reward
 
 
 class Outcome:

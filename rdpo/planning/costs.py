@@ -16,11 +16,12 @@ from typing import Annotated
 
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
-from rdpo.cluster.pools import Pool, pools_of
+from rdpo.cluster.pools import Pool
 from rdpo.config import Job, Section, Training, explained, largest, read_toml
 from rdpo.errors import InputError
 from rdpo.execution.reader import RunReader
 from rdpo.files.stage_folder import IN_PROGRESS, Manifest
+from rdpo.stages.pools import pools_of
 
 STAGES = ("synthesis", "rewards", "reference", "training", "evaluation")
 ANYWHERE = "anywhere"

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from rdpo.config import FunctionReward, Job, JudgeReward, Pairs, Prompts, Reward, Synthesis
+from rdpo.config import Job, Pairs, Prompts, Reward, Synthesis
 from rdpo.errors import InputError
 from rdpo.preference.agreement import agreement
 from rdpo.preference.pairs import make_pairs
 from rdpo.preference.rewards import score_answers
+from rdpo.preference.rewards.registry import kind_of
 from rdpo.records import SIDES, alive
 from rdpo.synthesis.given import given_answers
 from rdpo.synthesis.prompts import beside, read_prompts, without_duplicates
@@ -37,13 +38,7 @@ def tried_rewards(job: Job) -> list[Reward]:
     """The rewards that are tried: all on pairs of the user's, else those that load a model of their own."""
     if job.calibration.source:
         return job.rewards
-    return [reward for reward in job.rewards if not (isinstance(reward, FunctionReward) or _is_teacher(reward, job))]
-
-
-def _is_teacher(reward: Reward, job: Job) -> bool:
-    """Whether the reward is a judge by the model that writes the answers anyway."""
-    teacher = None if job.synthesis.endpoint else job.synthesis.teacher or job.student.model
-    return isinstance(reward, JudgeReward) and (reward.model or job.student.model) == teacher
+    return [reward for reward in job.rewards if kind_of(reward).needs_trial(job)]
 
 
 def trial_prompts(job: Job) -> Prompts:

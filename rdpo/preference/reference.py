@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from rdpo.cluster.hardware import allocator_environment, compute_dtype, take_device
-from rdpo.cluster.pools import actor_pool, share_of
+from rdpo.cluster.pools import Pool
 from rdpo.config import Job
 from rdpo.modeling.chat import Chat, load_chat
 from rdpo.modeling.packing import MicroBatch, PairSize, micro_batches
@@ -26,26 +26,19 @@ if TYPE_CHECKING:
 
     from rdpo.modeling.model import Policy
 
-BLOCK_ROWS = 64
-
 
 def add_reference(rows: ray.data.Dataset, job: Job, known: KnownLogps | None = None) -> ray.data.Dataset:
     """Add token ids and the reference's log-probs to the rows of pairs; those `known` are not computed again."""
     import ray
 
-    settings = job.reference
-    environment = {"runtime_env": {"env_vars": allocator_environment()}} if settings.gpus else {}
-    return rows.repartition(target_num_rows_per_block=BLOCK_ROWS).map_batches(
-        Reference,
-        fn_constructor_kwargs={"job": job, "known": ray.put(known) if known else None},
-        batch_format="pyarrow",
-        batch_size=BLOCK_ROWS,
-        compute=actor_pool(settings.concurrency),
-        num_cpus=1,
-        num_gpus=settings.gpus,
-        resources=share_of(job.cluster.placement.trainer),
-        **environment,
-    )
+    return reference_pool(job).map(rows, Reference, job=job, known=ray.put(known) if known else None)
+
+
+def reference_pool(job: Job) -> Pool:
+    """The actors that hold the reference model."""
+    settings, nodes = job.reference, job.cluster.placement.trainer
+    environment = allocator_environment() if settings.gpus else {}
+    return Pool("reference", "reference", settings.concurrency, 1, settings.gpus, nodes, environment=environment)
 
 
 def tokenize_pair(row: Row, chat: Chat, max_length: int) -> Row:

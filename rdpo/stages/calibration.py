@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from rdpo.execution.stage import Stage
 from rdpo.records import ID_COLUMN
-from rdpo.stages.settings import reward_settings, tokenizer_settings
+from rdpo.stages.settings import tokenizer_settings
 
 if TYPE_CHECKING:
     from rdpo.config import Job
@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 
 def settings(job: Job) -> dict[str, Any]:
     """Settings of the trial of the rewards, with the known pairs and the models as they are now."""
-    from rdpo.config import JudgeReward
     from rdpo.preference.calibration import known_pairs, trial_prompts, tried_rewards
+    from rdpo.preference.rewards import reward_settings
+    from rdpo.preference.rewards.registry import kind_of
     from rdpo.synthesis.sources import content_hash
 
     tried = tried_rewards(job)
@@ -27,7 +28,7 @@ def settings(job: Job) -> dict[str, Any]:
         **trial_prompts(job).model_dump(exclude={"source"}),
         "content": content_hash(known_pairs(job)),
         **tokenizer_settings(job),
-        "seed": job.seed if any(isinstance(reward, JudgeReward) for reward in tried) else None,
+        "seed": job.seed if any(kind_of(reward).seeded for reward in tried) else None,
         "rewards": [{**one, "weight": 1.0} for one in rewards],
     }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rdpo.config import FunctionReward, Job, smallest
+from rdpo.config import Job, smallest
 from rdpo.errors import InputError
 from rdpo.execution.lock import Say
 
@@ -21,6 +21,7 @@ def prepare(job: Job, say: Say) -> bool:
     from rdpo.modeling.chat import load_chat
     from rdpo.modeling.weights import model_config
     from rdpo.preference.rewards import check_rewards
+    from rdpo.stages.pools import pools_of
     from rdpo.synthesis.prompts import check_templates
 
     check_templates(job.prompts)
@@ -31,26 +32,25 @@ def prepare(job: Job, say: Say) -> bool:
     ray = start_ray(job)
     check_installed(ray)
     nodes = Nodes.of(ray)
-    for pool in check_room(job, nodes):
+    pools = pools_of(job)
+    for pool in check_room(pools, nodes):
         say(f"{pool.setting} waits until nodes are started: {smallest(pool.size)} x {pool}")
-    return fit_side_by_side(job, nodes)
+    return fit_side_by_side(pools, job.cluster, nodes)
 
 
 def check_named(job: Job) -> None:
-    """Try what can be tried in a moment: templates, task and reward functions; no model, no Ray.
+    """Try what can be tried in a moment: templates, task, and what rewards name; no model, no Ray.
 
     Raises:
         InputError: one of them cannot be used.
     """
-    from rdpo.preference.function import load_function
     from rdpo.preference.pairs import scored_answers
+    from rdpo.preference.rewards import check_named_rewards
     from rdpo.synthesis.prompts import check_templates
 
     check_templates(job.prompts)
     scored_answers(job)
-    for reward in job.rewards:
-        if isinstance(reward, FunctionReward):
-            load_function(reward.function)
+    check_named_rewards(job)
 
 
 def _check_teacher(job: Job) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from rdpo.execution.stage import RowWork, Source, Stage
 from rdpo.records import HELDOUT, ID_COLUMN, Row, digest, table_of
 from rdpo.stages.prompts import split_source
-from rdpo.stages.settings import question_settings, reward_settings, student_settings
+from rdpo.stages.settings import question_settings, student_settings
 
 if TYPE_CHECKING:
     import ray.data
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 def settings(job: Job) -> dict[str, Any]:
     """Settings of the evaluation stage."""
+    from rdpo.preference.rewards import reward_settings
+
     asked = question_settings(job, job.evaluation.condition or ("refine" if job.evaluation.refine else None))
     final = {"final": job.pairs.chosen} if job.evaluation.refine else {}
     start = {"start": start_settings(job)}

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from rdpo.execution.stage import RowWork, Stage
-from rdpo.stages.settings import reward_settings
 
 if TYPE_CHECKING:
     import ray.data
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
 def settings(job: Job) -> dict[str, Any]:
     """Settings of the rewards stage, with models and functions as they are now."""
     from rdpo.preference.pairs import scored_answers
+    from rdpo.preference.rewards import reward_settings
 
     return {"rewards": reward_settings(job), "answers": scored_answers(job)}
 

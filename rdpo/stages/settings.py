@@ -1,4 +1,4 @@
-"""Parts of the settings that several stages depend on: the student, its tokenizer, a question, the rewards."""
+"""Parts of the settings that several stages depend on: the student, its tokenizer, a question."""
 
 from __future__ import annotations
 
@@ -29,23 +29,3 @@ def question_settings(job: Job, condition: str | None) -> dict[str, Any]:
     if not (condition and job.synthesis.task):
         return {}
     return {"turns": load_task(job.synthesis.task).model_dump(), "words": job.synthesis.values}
-
-
-def reward_settings(job: Job) -> list[dict[str, Any]]:
-    """The rewards, with fingerprints of their models and of their functions' source."""
-    from rdpo.config import FunctionReward, ImplicitReward
-    from rdpo.modeling.weights import fingerprint
-    from rdpo.preference.function import source_hash
-    from rdpo.preference.implicit import reference_of
-
-    settings = []
-    for reward in job.rewards:
-        entry = reward.model_dump()
-        if isinstance(reward, FunctionReward):
-            entry["source"] = source_hash(reward.function)
-        else:
-            entry["weights"] = fingerprint(*job.model_or_student(reward.model)[:2])
-        if isinstance(reward, ImplicitReward):
-            entry["reference"] = fingerprint(*reference_of(reward, job)[:2])
-        settings.append(entry)
-    return settings

@@ -14,16 +14,11 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rdpo.cluster.hardware import available_cores, compute_dtype
-from rdpo.cluster.pools import actor_pool, share_of
 from rdpo.config import Engine as EngineSettings
 from rdpo.config import Sampling, largest
-from rdpo.synthesis.crashes import open_crash_counts
-
-if TYPE_CHECKING:
-    import ray.data
 
 CPU_BATCHED_TOKENS = 4096
 GPU_BATCHED_TOKENS = 8192
@@ -239,29 +234,3 @@ def _gpu_arguments(settings: EngineSettings) -> dict[str, Any]:
         "max_num_seqs": max(GPU_SEQUENCES, settings.rows_in_flight),
         "max_num_batched_tokens": GPU_BATCHED_TOKENS,
     }
-
-
-def engine_pool(
-    rows: ray.data.Dataset,
-    actor: type,
-    settings: EngineSettings,
-    arguments: dict[str, Any],
-    nodes: str | None = None,
-) -> ray.data.Dataset:
-    """Stream rows through a pool of engine actors, several blocks at a time in each engine.
-
-    The actor's class takes `arguments`, and `crash_counts` for its `CrashGuard`. It runs on `nodes` of a kind, or
-    anywhere.
-    """
-    blocks = rows.repartition(target_num_rows_per_block=settings.rows_in_block)
-    return blocks.map_batches(
-        actor,
-        fn_constructor_kwargs={**arguments, "crash_counts": open_crash_counts()},
-        batch_format="pyarrow",
-        batch_size=settings.rows_in_block,
-        compute=actor_pool(settings.concurrency, settings.batches_in_flight),
-        num_cpus=settings.cpus or 1,
-        num_gpus=settings.gpus,
-        resources=share_of(nodes),
-        max_concurrency=settings.batches_in_flight,
-    )

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import pyarrow as pa
 from pydantic import SecretStr
 
+from rdpo.cluster.pools import Pool, engine_pool
 from rdpo.config import Endpoint as EndpointSettings
 from rdpo.config import Engine as EngineSettings
 from rdpo.config import Job, Sampling
@@ -24,9 +25,9 @@ from rdpo.config.task import Task, Turn
 from rdpo.modeling.chat import load_chat
 from rdpo.modeling.weights import local_adapter, local_model
 from rdpo.records import ID_COLUMN, Messages, Row, clean, draw_seed, drop, table_of
-from rdpo.synthesis.crashes import CrashGuard
+from rdpo.synthesis.crashes import CrashGuard, open_crash_counts
 from rdpo.synthesis.endpoint import Endpoint, endpoint_key
-from rdpo.synthesis.engine import Engine, Generation, engine_pool
+from rdpo.synthesis.engine import Engine, Generation
 from rdpo.synthesis.instructions import load_task, template_values, turn_messages
 
 if TYPE_CHECKING:
@@ -42,13 +43,17 @@ def teacher_model(job: Job) -> str:
 
 def synthesize(rows: ray.data.Dataset, job: Job) -> ray.data.Dataset:
     """Add the answers of every turn of the task to the rows of prompts."""
+    endpoint = job.synthesis.endpoint
+    speaker = partial(EndpointSpeaker, key=endpoint_key(endpoint)) if endpoint else EngineSpeaker
+    return teacher_pool(job).map(rows, Teacher, job=job, speaker_class=speaker, crash_counts=open_crash_counts())
+
+
+def teacher_pool(job: Job) -> Pool:
+    """The teacher's engines, or the one client of its endpoint."""
     synthesis = job.synthesis
-    if synthesis.endpoint is None:
-        arguments = {"job": job, "speaker_class": EngineSpeaker}
-        return engine_pool(rows, Teacher, synthesis.engine, arguments, job.cluster.placement.teacher)
-    settings = client_pool(synthesis.engine, synthesis.endpoint)
-    speaker = partial(EndpointSpeaker, key=endpoint_key(synthesis.endpoint))
-    return engine_pool(rows, Teacher, settings, {"job": job, "speaker_class": speaker})
+    if synthesis.endpoint:
+        return engine_pool("synthesis", "synthesis.endpoint", client_pool(synthesis.engine, synthesis.endpoint), None)
+    return engine_pool("synthesis", "synthesis.engine", synthesis.engine, job.cluster.placement.teacher)
 
 
 def client_pool(engine: EngineSettings, endpoint: EndpointSettings) -> EngineSettings:

@@ -35,8 +35,8 @@ from rdpo.inspection.show import show_rows
 from rdpo.modeling.chat import load_chat
 from rdpo.modeling.model import load_policy
 from rdpo.modeling.weights import _model_of_name, local_adapter, local_model, model_config
-from rdpo.preference.classifier import checked_classifier
-from rdpo.preference.function import load_function
+from rdpo.preference.rewards.classifier import checked_classifier
+from rdpo.preference.rewards.function import load_function
 from rdpo.report.report import write_report
 from rdpo.stages.checks import prepare
 from rdpo.stages.table import stages_of

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from rdpo.cluster.pools import adapt_pools
+from rdpo.cluster.pools import adapt_pools, engine_pool
 from rdpo.config import Engine
 from rdpo.records import table_of
-from rdpo.synthesis.crashes import CrashGuard
-from rdpo.synthesis.engine import engine_pool
+from rdpo.synthesis.crashes import CrashGuard, open_crash_counts
 
 pytestmark = pytest.mark.ray
 
@@ -76,7 +75,9 @@ def echoed(diary, texts, **engine):
 
     rows = [{"prompt_id": f"{index:03d}", "text": text} for index, text in enumerate(texts)]
     settings = Engine(cpus=1, batches_in_flight=2, **engine)
-    return engine_pool(ray.data.from_items(rows), Echo, settings, {"diary": str(diary)}).take_all()
+    pool = engine_pool("synthesis", "synthesis.engine", settings, None)
+    echoes = pool.map(ray.data.from_items(rows), Echo, diary=str(diary), crash_counts=open_crash_counts())
+    return echoes.take_all()
 
 
 def test_a_pool_grows_to_its_largest_size_and_falls_back(ray_cluster, tmp_path):

@@ -177,6 +177,7 @@ def test_both_kuberay_manifests_describe_one_cluster():
 
 def test_the_job_for_several_nodes_fits_the_nodes_that_the_files_start(cloud, ray_cluster_spec):
     from rdpo.cluster.placement import Nodes, check_room
+    from rdpo.stages.pools import pools_of
 
     table = tomllib.loads((ROOT / "jobs" / "safety_nodes.toml").read_text(encoding="utf-8"))
     job = Job.model_validate(table)
@@ -184,7 +185,7 @@ def test_the_job_for_several_nodes_fits_the_nodes_that_the_files_start(cloud, ra
     started = [
         node["resources"] for node in cloud["available_node_types"].values() for _ in range(node.get("max_workers", 1))
     ]
-    check_room(job, Nodes(started))
+    check_room(pools_of(job), Nodes(started))
 
 
 def test_shell_scripts_are_clean():

@@ -13,7 +13,7 @@ import pytest
 from rdpo.cli import main
 from rdpo.config import LOSS_OPTIONS, Job, Loss, load_job
 from rdpo.config.manual import manual
-from rdpo.preference.function import load_function
+from rdpo.preference.rewards.function import load_function
 from rdpo.synthesis.instructions import check_fields, load_task
 from tests.support.made_up import made_up_run
 

@@ -3,6 +3,7 @@
 import asyncio
 from contextlib import asynccontextmanager
 
+from rdpo.cluster.pools import Pool
 from rdpo.config import Job
 from rdpo.evaluation.generate import START, TRAINED, Answerer, answer_prompts, side_by_side
 from rdpo.synthesis.engine import Generation
@@ -37,9 +38,9 @@ def test_a_prompt_that_one_model_cannot_answer_is_dropped():
 def test_answers_that_are_known_are_not_asked_again(job_table, monkeypatch):
     asked = []
 
-    class Pool:
-        def __init__(self, table, answerer, engine, arguments, nodes):
-            asked.append((sorted(arguments["models"]), table.to_pylist()))
+    class Answers:
+        def __init__(self, pool, table, answerer, models, **_):
+            asked.append((sorted(models), table.to_pylist()))
 
         def take_all(self):
             return [
@@ -47,7 +48,8 @@ def test_answers_that_are_known_are_not_asked_again(job_table, monkeypatch):
                 for row in asked[-1][1]
             ]
 
-    monkeypatch.setattr("rdpo.evaluation.generate.engine_pool", Pool)
+    monkeypatch.setattr(Pool, "map", lambda *given, **arguments: Answers(*given, **arguments))
+    monkeypatch.setattr("rdpo.evaluation.generate.open_crash_counts", lambda: None)
     monkeypatch.setattr("ray.data.from_arrow", lambda table: table)
     rows = [{"prompt_id": name, "prompt": [{"role": "user", "content": name}], "extra": "{}"} for name in "ab"]
     models = {START: "old", TRAINED: "better"}

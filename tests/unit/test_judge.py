@@ -7,8 +7,8 @@ import pyarrow as pa
 import pytest
 
 from rdpo.config import Job, JudgeReward
-from rdpo.preference import judge as judge_module
-from rdpo.preference.judge import Judge
+from rdpo.preference.rewards import judge as judge_module
+from rdpo.preference.rewards.judge import Judge
 from rdpo.synthesis.engine import ContextError, Generation
 from tests.unit.test_teacher import NoCrashCounts
 

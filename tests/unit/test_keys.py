@@ -18,8 +18,8 @@ from rdpo.config import load_job, read_toml
 from rdpo.execution.keys import stage_key
 from rdpo.experiments.comparison import load_comparison
 from rdpo.modeling import weights as models
-from rdpo.preference import function
-from rdpo.preference.function import source_hash
+from rdpo.preference.rewards import function
+from rdpo.preference.rewards.function import source_hash
 from rdpo.stages.table import stages_of
 from rdpo.synthesis import sources
 from rdpo.synthesis.sources import content_hash

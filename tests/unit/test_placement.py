@@ -5,17 +5,23 @@ from types import SimpleNamespace
 
 import pytest
 
-from rdpo.cluster.placement import NODE_GROUP, Nodes, check_room, fit_side_by_side, placement_table
-from rdpo.cluster.pools import SHARE, pools_of
+from rdpo.cluster.placement import NODE_GROUP, Nodes, check_room, placement_table
+from rdpo.cluster.placement import fit_side_by_side as fit_pools
+from rdpo.cluster.pools import SHARE, engine_pool
 from rdpo.config import Engine, Job, largest, load_job, smallest
 from rdpo.errors import InputError
 from rdpo.stages import evaluation, reference, rewards, synthesis, training
+from rdpo.stages.pools import pools_of
 from tests.support.jobs import write_job
 
 CLASSIFIER = {"kind": "classifier", "name": "rm", "model": "m"}
 JUDGE = {"kind": "judge", "name": "judge", "rubric": "{{ answer }}"}
 KINDS = {"teacher": "spot", "reward": "small", "trainer": "big"}
 HEAD = {"CPU": 4.0, "memory": 1e9, "object_store_memory": 1e9, "node:10.0.0.1": 1.0}
+
+
+def fit_side_by_side(job, nodes):
+    return fit_pools(pools_of(job), job.cluster, nodes)
 
 
 def machine(gpus, *kinds, cpus=64):
@@ -99,7 +105,7 @@ def test_every_pool_is_placed_by_what_it_does(job_with):
         ("training", {"CPU": 4, "GPU": 0, "big": 0.001}),
         ("evaluation.engine", {"CPU": 1, "GPU": 0, "spot": 0.001}),
     ]
-    table = list(placement_table(job))
+    table = list(placement_table(pools_of(job)))
     assert table[1].split() == ["synthesis", "synthesis.engine", "1", "1", "2", "spot"]
     assert table[5].split() == ["training", "training", "1-2", "4", "0", "big"]
 
@@ -159,11 +165,8 @@ def test_kinds_of_nodes_reach_ray_train(job_with, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("kind", [None, "spot"])
-def test_engines_ask_for_their_kind(monkeypatch, kind):
-    from rdpo.synthesis import engine
-
-    monkeypatch.setattr(engine, "open_crash_counts", lambda: None)
-    asked = engine.engine_pool(Dataset(), Dataset, Engine(gpus=2), {}, kind).asked["Dataset"]
+def test_engines_ask_for_their_kind(kind):
+    asked = engine_pool("synthesis", "synthesis.engine", Engine(gpus=2), kind).map(Dataset(), Dataset).asked["Dataset"]
     assert (asked["num_gpus"], asked["resources"]) == (2, kind and {"spot": 0.001})
 
 
@@ -171,20 +174,20 @@ def test_what_does_not_fit_is_said_with_what_would(job_with):
     job = job_with(teacher=4, placement=KINDS)
     wide = [machine(2, "spot"), machine(2, "spot"), machine(0, "big")]
     with pytest.raises(InputError) as caught:
-        check_room(job, Nodes(wide))
+        check_room(pools_of(job), Nodes(wide))
     assert "synthesis.engine: 1 x 1 CPU, 4 GPU on spot does not fit; there is room for 0" in str(caught.value)
     assert "2 x 64 CPU, 2 GPU, spot; 1 x 64 CPU, 0 GPU, big" in str(caught.value)
     with pytest.raises(InputError) as caught:
-        check_room(job, Nodes([HEAD]))
+        check_room(pools_of(job), Nodes([HEAD]))
     assert "no node declares spot" in str(caught.value)
     assert """`ray start --resources='{"spot": 1}'`""" in str(caught.value)
     assert "(1 x 4 CPU, 0 GPU)" in str(caught.value)
-    assert check_room(job, Nodes([machine(4, "spot"), machine(0, "big")])) == []
+    assert check_room(pools_of(job), Nodes([machine(4, "spot"), machine(0, "big")])) == []
 
 
 def test_pools_that_wait_for_nodes_are_named(job_with):
     waiting = check_room(
-        job_with(teacher=4, size=(2, 8), placement=KINDS), Nodes([HEAD, machine(8, "big")], grows=True)
+        pools_of(job_with(teacher=4, size=(2, 8), placement=KINDS)), Nodes([HEAD, machine(8, "big")], grows=True)
     )
     assert [pool.setting for pool in waiting] == ["synthesis.engine", "evaluation.engine"]
     assert str(waiting[0]) == "1 CPU, 4 GPU on spot"
@@ -198,9 +201,9 @@ def test_ray_train_counts_the_workers_of_a_node_by_their_shares():
 
 def test_shares_of_a_gpu_are_counted_whole(job_with):
     job = job_with({**CLASSIFIER, "gpus": 0.1, "concurrency": 10})
-    check_room(job, Nodes([machine(1)]))
+    check_room(pools_of(job), Nodes([machine(1)]))
     with pytest.raises(InputError, match="room for 9"):
-        check_room(job, Nodes([machine(0.9)]))
+        check_room(pools_of(job), Nodes([machine(0.9)]))
 
 
 def test_a_cluster_grows_if_its_nodes_were_started_by_their_type():

@@ -9,10 +9,10 @@ from transformers import LlamaForCausalLM
 
 from rdpo.config import ClassifierReward, FunctionReward, ImplicitReward, Job
 from rdpo.errors import InputError
-from rdpo.preference.classifier import Classifier, checked_classifier
-from rdpo.preference.function import load_function, score_by_function
-from rdpo.preference.implicit import Implicit, checked_implicit
-from rdpo.preference.judge import expected_rating
+from rdpo.preference.ratings import expected_rating
+from rdpo.preference.rewards.classifier import Classifier, checked_classifier
+from rdpo.preference.rewards.function import load_function, score_by_function
+from rdpo.preference.rewards.implicit import Implicit, checked_implicit
 from rdpo.preference.scores import combine_table
 from tests.support.models import byte_tokenizer, save_model, tiny_config
 

@@ -6,21 +6,72 @@ import asyncio
 import math
 from collections.abc import AsyncIterator
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from rdpo.cluster.pools import Pool, engine_pool
 from rdpo.config import Job, JudgeReward, Sampling
 from rdpo.modeling.chat import load_chat
-from rdpo.modeling.weights import local_model
-from rdpo.preference.ratings import expected_rating, rating_value, rating_values, written_rating
+from rdpo.modeling.weights import fingerprint, local_model
+from rdpo.preference.ratings import check_rubric, expected_rating, rating_value, rating_values, written_rating
+from rdpo.preference.rewards.kind import RewardKind
 from rdpo.preference.scores import record_scores
 from rdpo.records import ID_COLUMN, Row, draw_seed, drop, table_of, text_of
-from rdpo.synthesis.crashes import CrashGuard
+from rdpo.synthesis.crashes import CrashGuard, open_crash_counts
 from rdpo.synthesis.engine import Engine
 from rdpo.synthesis.instructions import render
 
+if TYPE_CHECKING:
+    import ray.data
+
 REASON_CHARS = 300
+
+
+class JudgeKind(RewardKind[JudgeReward]):
+    """A pool of engines with a model that judges."""
+
+    seeded = True
+
+    def check_named(self, job: Job) -> None:
+        """Look at the names that the rubric uses.
+
+        Raises:
+            InputError: it is no template, or uses another name.
+        """
+        check_rubric(self.reward)
+
+    def check(self, job: Job) -> None:
+        """Load the judge's chat, and find the tokens of its ratings.
+
+        Raises:
+            InputError: the model has no chat, or a rating is not one token.
+        """
+        chat = load_chat(*job.model_or_student(self.reward.model))
+        if self.reward.score == "expected":
+            rating_values(chat, self.reward)
+
+    def settings(self, job: Job) -> dict[str, Any]:
+        """Its fields, and the judge's weights."""
+        weights = fingerprint(*job.model_or_student(self.reward.model)[:2])
+        return {**self.reward.model_dump(), "weights": weights}
+
+    def pools(self, job: Job) -> list[Pool]:
+        """One pool of engines."""
+        return [self._pool(job)]
+
+    def score(self, rows: ray.data.Dataset, job: Job, answers: list[str]) -> ray.data.Dataset:
+        """Score by the judge's ratings."""
+        arguments = {"reward": self.reward, "answers": answers, "job": job}
+        return self._pool(job).map(rows, Judge, **arguments, crash_counts=open_crash_counts())
+
+    def needs_trial(self, job: Job) -> bool:
+        """Not where the judge is the model that writes the answers, which is loaded anyway."""
+        teacher = None if job.synthesis.endpoint else job.synthesis.teacher or job.student.model
+        return (self.reward.model or job.student.model) != teacher
+
+    def _pool(self, job: Job) -> Pool:
+        return engine_pool("rewards", f"{self.where}.engine", self.reward.engine, job.cluster.placement.reward)
 
 
 class Judge:

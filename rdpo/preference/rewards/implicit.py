@@ -7,19 +7,60 @@ The self-reward of DICE (arXiv 2406.09760). The log-probs come from the forward 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import pyarrow as pa
 
 from rdpo.cluster.hardware import compute_dtype, take_device
+from rdpo.cluster.pools import Pool
 from rdpo.config import ImplicitReward, Job
 from rdpo.errors import InputError
 from rdpo.modeling.chat import Chat, load_chat
 from rdpo.modeling.ratios import Ratios
-from rdpo.modeling.weights import local_model
+from rdpo.modeling.weights import fingerprint, local_model
+from rdpo.preference.rewards.kind import RewardKind
 from rdpo.preference.scores import record_scores
 from rdpo.records import Row, table_of
 
+if TYPE_CHECKING:
+    import ray.data
+
 CHUNK = 1024
 PROBE = "Ein Satz, 3 numbers: 12, 345; naïve 日本 <|end|>"
+
+
+class ImplicitKind(RewardKind[ImplicitReward]):
+    """Actors that hold two models."""
+
+    def check(self, job: Job) -> None:
+        """Compare the models' tokenizers.
+
+        Raises:
+            InputError: they differ, or a model cannot be had.
+        """
+        checked_implicit(self.reward, job)
+
+    def settings(self, job: Job) -> dict[str, Any]:
+        """Its fields, and the weights of both models."""
+        trained, reference = trained_of(self.reward, job), reference_of(self.reward, job)
+        weights = {"weights": fingerprint(*trained[:2]), "reference": fingerprint(*reference[:2])}
+        return {**self.reward.model_dump(), **weights}
+
+    def pools(self, job: Job) -> list[Pool]:
+        """One pool."""
+        return [self._pool(job)]
+
+    def score(self, rows: ray.data.Dataset, job: Job, answers: list[str]) -> ray.data.Dataset:
+        """Score by the log-ratio of the two models."""
+        return self._pool(job).map(rows, Implicit, reward=self.reward, answers=answers, job=job)
+
+    def against(self, start: str) -> ImplicitReward:
+        """The reward of the policy itself is measured against the model that it was trained from."""
+        return self.reward if self.reward.model else self.reward.model_copy(update={"reference": start})
+
+    def _pool(self, job: Job) -> Pool:
+        nodes = job.cluster.placement.reward
+        return Pool("rewards", self.where, self.reward.concurrency, 1, self.reward.gpus, nodes)
 
 
 class Implicit:

@@ -3,16 +3,49 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
 from rdpo.cluster.hardware import compute_dtype, take_device
-from rdpo.config import ClassifierReward
+from rdpo.cluster.pools import Pool
+from rdpo.config import ClassifierReward, Job
 from rdpo.errors import InputError
-from rdpo.modeling.weights import load_tokenizer, local_model, model_config
+from rdpo.modeling.weights import fingerprint, load_tokenizer, local_model, model_config
+from rdpo.preference.rewards.kind import RewardKind
 from rdpo.preference.scores import record_scores
 from rdpo.records import Messages, table_of, text_of
+
+if TYPE_CHECKING:
+    import ray.data
+
+
+class ClassifierKind(RewardKind[ClassifierReward]):
+    """Actors that hold one model with a classification head."""
+
+    def check(self, job: Job) -> None:
+        """Look at the model.
+
+        Raises:
+            InputError: it cannot be used as a reward.
+        """
+        checked_classifier(self.reward)
+
+    def settings(self, job: Job) -> dict[str, Any]:
+        """Its fields, and the model's weights."""
+        return {**self.reward.model_dump(), "weights": fingerprint(*job.model_or_student(self.reward.model)[:2])}
+
+    def pools(self, job: Job) -> list[Pool]:
+        """One pool."""
+        return [self._pool(job)]
+
+    def score(self, rows: ray.data.Dataset, job: Job, answers: list[str]) -> ray.data.Dataset:
+        """Score by the model's one output."""
+        return self._pool(job).map(rows, Classifier, reward=self.reward, answers=answers)
+
+    def _pool(self, job: Job) -> Pool:
+        nodes = job.cluster.placement.reward
+        return Pool("rewards", self.where, self.reward.concurrency, 1, self.reward.gpus, nodes)
 
 
 class Classifier:

@@ -8,14 +8,49 @@ import math
 import os
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from rdpo.config import FunctionReward
+from rdpo.config import FunctionReward, Job
 from rdpo.errors import InputError, did_you_mean
+from rdpo.preference.rewards.kind import RewardKind
 from rdpo.preference.scores import record_scores
 from rdpo.records import digest, drop, table_of
+
+if TYPE_CHECKING:
+    import ray.data
+
+BLOCK_ROWS = 512
+
+
+class FunctionKind(RewardKind[FunctionReward]):
+    """A function runs in tasks, without a pool of its own."""
+
+    def check_named(self, job: Job) -> None:
+        """Import the function.
+
+        Raises:
+            InputError: it cannot be used.
+        """
+        load_function(self.reward.function)
+
+    def check(self, job: Job) -> None:
+        """Nothing beyond its import."""
+
+    def settings(self, job: Job) -> dict[str, Any]:
+        """Its fields, and the source of its module."""
+        return {**self.reward.model_dump(), "source": source_hash(self.reward.function)}
+
+    def score(self, rows: ray.data.Dataset, job: Job, answers: list[str]) -> ray.data.Dataset:
+        """Score by the function."""
+        arguments = {"reward": self.reward, "answers": answers, "path": os.getcwd()}
+        blocks = rows.repartition(target_num_rows_per_block=BLOCK_ROWS)
+        return blocks.map_batches(score_by_function, fn_kwargs=arguments, batch_format="pyarrow")
+
+    def needs_trial(self, job: Job) -> bool:
+        """It loads no model, and may need columns that only the teacher writes."""
+        return False
 
 
 def load_function(name: str, path: str | None = None) -> Callable[..., float]:

@@ -1,0 +1,30 @@
+"""The pools of actors of a job, as its stages declare them."""
+
+from __future__ import annotations
+
+from rdpo.cluster.pools import Pool
+from rdpo.config import Job
+from rdpo.evaluation.generate import answer_pool
+from rdpo.preference.reference import reference_pool
+from rdpo.preference.rewards import reward_pools
+from rdpo.synthesis.teacher import teacher_pool
+
+
+def pools_of(job: Job) -> list[Pool]:
+    """The pools of a job, in the order of its stages."""
+    pools = []
+    # The client of an endpoint holds no model, and waits most of the time.
+    if job.synthesis.task and not job.synthesis.endpoint:
+        pools.append(teacher_pool(job))
+    pools += reward_pools(job)
+    pools.append(reference_pool(job))
+    if job.training.max_steps != 0:
+        pools.append(training_pool(job))
+    return [*pools, answer_pool(job)]
+
+
+def training_pool(job: Job) -> Pool:
+    """The training workers, which Ray Train starts."""
+    training, nodes = job.training, job.cluster.placement.trainer
+    cpus = training.cpus_per_worker or 1
+    return Pool("training", "training", training.num_workers, cpus, training.gpus_per_worker, nodes)
