@@ -115,7 +115,7 @@ def run_rdpo(job: Job, data: PairTable, batches: list[list[int]], compiled: bool
         os.environ.setdefault(name, value)
     torch.distributed.init_process_group("nccl" if GPU else "gloo")
     trainer = Trainer(job, data, DEVICE)
-    policy, budget = trainer.engine.module, job.training.tokens_per_batch
+    policy, budget = trainer.policy, job.training.tokens_per_batch
     if compiled:
         compile_pieces(policy)
     steps, seconds = [], []

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rdpo.cluster.gpus import Gpu
-from rdpo.training.zero import LIVE
+from rdpo.training.deepspeed import LIVE
 
 BYTES = 2
 REACHED = 0.8

@@ -26,8 +26,8 @@ from rdpo.modeling.model import Policy, as_policy
 from rdpo.modeling.packing import PairSize, batch_tokens, epoch_steps, plan_step
 from rdpo.modeling.weights import local_model
 from rdpo.preference.reference import student_dtype
+from rdpo.training.backend import Weights, shipped_backend
 from rdpo.training.loop import step_pairs
-from rdpo.training.zero import BUCKET, LIVE, stage_of
 
 GIB = 1 << 30
 FOOTPRINT = "rdpo_footprint"
@@ -199,34 +199,18 @@ class Memory(TorchDispatchMode):
 
 def worker_memory(job: Job, rehearsal: Rehearsal) -> dict[str, int]:
     """Bytes by part that one of the job's training workers holds at its fullest, on its device."""
-    training, dtype = job.training, student_dtype(job)
-    size = getattr(torch, dtype).itemsize
-    stage = stage_of(training, dtype)
-    workers, offloaded = smallest(training.num_workers), _offloaded(job, stage)
-    trained, share = rehearsal.trained, -(-rehearsal.trained // workers)
-    parts = {
-        "process": GPU_PROCESS if training.gpus_per_worker else CPU_PROCESS,
-        "weights": _weights(job, rehearsal, size) // (workers if stage == 3 else 1),
-        "gathered weights": min(rehearsal.weights, LIVE) * size if stage == 3 else 0,
-        "master weights": 4 * share if stage else 0,
-        "optimizer state": 8 * (share if stage else trained),
-        "gradients": size * (share if stage >= 2 else trained) + (4 * share if stage else 0),
-        "buckets": min(BUCKET, trained) * size if stage else 0,
+    gpu, dtype = job.training.gpus_per_worker > 0, getattr(torch, student_dtype(job))
+    weights = Weights(rehearsal.weights, rehearsal.trained, _weight_bytes(job, rehearsal, dtype))
+    return {
+        "process": GPU_PROCESS if gpu else CPU_PROCESS,
+        **shipped_backend().memory_parts(job, weights),
         "activations and head": rehearsal.activations,
-        "allocator": 0 if training.gpus_per_worker else int(rehearsal.activations * CPU_SLACK),
+        "allocator": 0 if gpu else int(rehearsal.activations * CPU_SLACK),
     }
-    return {name: amount for name, amount in parts.items() if name not in offloaded}
 
 
-def _weights(job: Job, rehearsal: Rehearsal, size: int) -> int:
+def _weight_bytes(job: Job, rehearsal: Rehearsal, dtype: torch.dtype) -> int:
     if job.student.quantization == "none":
-        return rehearsal.weights * size
+        return rehearsal.weights * dtype.itemsize
     frozen = rehearsal.arithmetic.layers
-    return int(frozen * NF4_BYTES) + (rehearsal.weights - frozen) * size
-
-
-def _offloaded(job: Job, stage: int) -> set[str]:
-    if job.training.offload == "none" or not stage or not job.training.gpus_per_worker:
-        return set()
-    moved = {"master weights", "optimizer state"}
-    return moved | {"weights"} if job.training.offload == "all" and stage == 3 else moved
+    return int(frozen * NF4_BYTES) + (rehearsal.weights - frozen) * dtype.itemsize

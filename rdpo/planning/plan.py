@@ -21,7 +21,7 @@ from rdpo.modeling.packing import PairSize
 from rdpo.planning.communication import bytes_sent, sent
 from rdpo.planning.memory import GIB, Rehearsal, rehearse, typical_pair, worker_memory
 from rdpo.preference.reference import student_dtype
-from rdpo.training.zero import stage_of
+from rdpo.training.backend import shipped_backend
 
 ASSUMED_MFU = 0.4
 
@@ -49,16 +49,16 @@ def plan(job: Job, gpu: str | None, workers: int | None, sizes: Sequence[PairSiz
     yield from _memory(parts, GPUS[gpu].memory_gib if gpu else None)
     if (gpu and student_dtype(job) == "bfloat16") or not job.training.gpus_per_worker:
         yield from _speed(job, rehearsal, gpu, sizes or [typical_pair(job)])
-    if gpu and workers > 1 and stage_of(job.training, student_dtype(job)) == 3:
+    if gpu and workers > 1 and shipped_backend().partitions_weights(job):
         yield _messages(job, rehearsal, GPUS[gpu], sizes or [typical_pair(job)])
 
 
 def _headline(job: Job, rehearsal: Rehearsal, gpu: str | None) -> str:
-    training = job.training
+    training, method = job.training, shipped_backend().name_of(job)
     device = gpu or ("GPU" if training.gpus_per_worker else f"{worker_cores(training)}-core CPU")
     return (
         f"{job.student.model}: {rehearsal.weights / 1e6:,.1f} M weights, {rehearsal.trained / 1e6:,.1f} M trained, "
-        f"{student_dtype(job)}\n{training.num_workers} x {device}, ZeRO-{stage_of(training, student_dtype(job))}, "
+        f"{student_dtype(job)}\n{training.num_workers} x {device}, {method}, "
         f"{'packed' if rehearsal.packed else 'padded'} rows of {training.tokens_per_batch} tokens"
     )
 

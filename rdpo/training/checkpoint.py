@@ -1,8 +1,8 @@
 """Checkpoints of a training run, and the weights that leave it.
 
-A checkpoint holds each worker's ZeRO shards; Ray Train merges the workers' files into one directory. Each worker adds
+A checkpoint holds each worker's shards; Ray Train merges the workers' files into one directory. Each worker adds
 the checksums of its files, so that a damaged checkpoint is known and the one before it is taken. A checkpoint
-of another number of workers is converted by DeepSpeed (Universal Checkpointing) before it is loaded.
+of another number of workers is converted by the engine before it is loaded.
 The policy that leaves is safetensors only: the adapter, or the whole model.
 """
 
@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -27,30 +25,31 @@ from ray.train import CheckpointUploadMode
 
 from rdpo.files.folder import checksum
 from rdpo.modeling.weights import WEIGHTS
+from rdpo.training.backend import Backend
+from rdpo.training.metrics import StepMetrics
 
 EXPORT = "policy"
 MERGED = "merged"
 HELDOUT_MARGINS = "heldout.jsonl"
 
-StepMetrics = dict[str, float]
-TAG = "state"
 SUMS = "checksums-{}.json"
-SHARDS = "*zero_pp_rank_*_optim_states.pt"
 
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint that this number of workers can load; `universal`: converted from another number's."""
+    """A checkpoint that this number of workers can load; `converted`: another number of workers wrote it."""
 
     directory: Path
-    universal: bool = False
+    converted: bool = False
 
 
-def save_checkpoint(engine: Any, history: list[StepMetrics], leaving: str | None = None, last: bool = False) -> None:
+def save_checkpoint(
+    engine: Backend, history: list[StepMetrics], leaving: str | None = None, last: bool = False
+) -> None:
     """Report a checkpoint of all workers; all but the last one are stored while training goes on.
 
     Args:
-        engine: DeepSpeed's.
+        engine: the trainer's.
         history: the metrics of every step so far; part of the checkpoint, so that none is missing after a restart.
         leaving: these may be the weights that leave training: they are added, with these lines on the held-out pairs.
         last: nothing comes after it, so it is stored at once.
@@ -72,11 +71,10 @@ def save_checkpoint(engine: Any, history: list[StepMetrics], leaving: str | None
         raise
 
 
-def _write(directory: Path, engine: Any, history: list[StepMetrics], leaving: str | None) -> None:
-    state, adapted = {"history": history}, engine.module.adapted
-    engine.save_checkpoint(str(directory), tag=TAG, client_state=state, exclude_frozen_parameters=adapted)
+def _write(directory: Path, engine: Backend, history: list[StepMetrics], leaving: str | None) -> None:
+    engine.save(directory, {"history": history})
     if leaving is not None:
-        export_policy(engine.module, directory / EXPORT)
+        export_policy(engine, directory / EXPORT)
         if dist.get_rank() == 0:
             (directory / HELDOUT_MARGINS).write_text(leaving, encoding="utf-8")
     write_checksums(directory)
@@ -107,46 +105,42 @@ def _checksum(path: Path) -> str:
 
 
 @contextmanager
-def last_checkpoint() -> Iterator[Saved | None]:
-    """The newest whole checkpoint of this run, if there is one; all workers take the same."""
+def last_checkpoint(backend: type[Backend]) -> Iterator[Saved | None]:
+    """The newest whole checkpoint of this run, if there is one; all workers take the same.
+
+    `backend` is the class of the engine that will load it.
+    """
     reported = ray.train.get_all_reported_checkpoints() if ray.train.get_checkpoint() else []
     with ExitStack() as opened:
         for one in sorted(reported, key=lambda one: one.metrics.get("step", 0), reverse=True):
             directory = Path(opened.enter_context(one.checkpoint.as_directory()))
             if all(_told_by_all(is_whole(directory))):
-                yield opened.enter_context(_fitted(directory))
+                yield opened.enter_context(_fitted(directory, backend))
                 return
         yield None
 
 
 @contextmanager
-def _fitted(directory: Path) -> Iterator[Saved]:
+def _fitted(directory: Path, backend: type[Backend]) -> Iterator[Saved]:
     """A checkpoint as it is, or converted, once on each node, if another number of workers has written it."""
-    shards = len(list((directory / TAG).glob(SHARDS)))
-    if shards in (0, dist.get_world_size()):
+    if backend.fits(directory, dist.get_world_size()):
         yield Saved(directory)
         return
+
     first = ray.train.get_context().get_local_rank() == 0
-    folder = tempfile.mkdtemp(prefix="rdpo-universal-") if first else ""
+    folder = tempfile.mkdtemp(prefix="rdpo-converted-") if first else ""
     node = ray.get_runtime_context().get_node_id()
     own = next(path for path, at in _told_by_all((folder, node)) if path and at == node)
     try:
         if first:
-            _convert(directory / TAG, Path(own) / TAG)
+            backend.convert(directory, Path(own))
+        # The others must not read it before it is written, nor this one remove it before they have read it.
         dist.barrier()
-        yield Saved(Path(own), universal=True)
+        yield Saved(Path(own), converted=True)
         dist.barrier()
     finally:
         if first:
             shutil.rmtree(own, ignore_errors=True)
-
-
-def _convert(source: Path, target: Path) -> None:
-    module = "deepspeed.checkpoint.ds_to_universal"
-    command = [sys.executable, "-m", module, "--input_folder", str(source), "--output_folder", str(target)]
-    done = subprocess.run([*command, "--inject_missing_state"], capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{source}: DeepSpeed could not convert this checkpoint: {done.stderr[-2000:]}")
 
 
 def _told_by_all(value: Any) -> list[Any]:
@@ -155,40 +149,18 @@ def _told_by_all(value: Any) -> list[Any]:
     return values
 
 
-def restore_checkpoint(engine: Any, saved: Saved | None) -> list[StepMetrics]:
+def restore_checkpoint(engine: Backend, saved: Saved | None) -> list[StepMetrics]:
     """Load a checkpoint, if there is one; the metrics of the optimizer steps it has behind it."""
-    if saved is None:
-        return []
-    strict = not engine.module.adapted
-    _, state = engine.load_checkpoint(str(saved.directory), tag=TAG, load_module_strict=strict)
-    return list(state["history"])
+    return list(engine.load(saved.directory)["history"]) if saved else []
 
 
-def export_policy(policy: Any, folder: Path) -> None:
+def export_policy(engine: Backend, folder: Path) -> None:
     """Gather the trained weights over all workers; rank 0 writes them as safetensors."""
-    model = policy.model
-    state = gathered_state(model, adapter_only=policy.adapted)
-    if torch.distributed.get_rank() == 0:
+    state = engine.gathered_state()
+    if dist.get_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        model.save_pretrained(folder, state_dict=state)
-    torch.distributed.barrier()
-
-
-def gathered_state(model: Any, adapter_only: bool) -> dict[str, torch.Tensor]:
-    """Full tensors of the (trained) parameters on rank 0's CPU, whatever ZeRO partitioned; empty elsewhere.
-
-    One parameter is gathered at a time, so that no worker ever holds two whole ones.
-    """
-    import deepspeed
-
-    state = {}
-    for name, parameter in model.named_parameters():
-        if adapter_only and not parameter.requires_grad:
-            continue
-        with deepspeed.zero.GatheredParameters([parameter]):
-            if torch.distributed.get_rank() == 0:
-                state[name] = parameter.detach().cpu().clone()
-    return state
+        engine.policy.model.save_pretrained(folder, state_dict=state)
+    dist.barrier()
 
 
 def finish_policy(exported: Path, base: Path, merged: Path, trust_remote_code: bool = False) -> None:

@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch.nn.functional import logsigmoid
 
-from rdpo.training.checkpoint import StepMetrics
 from rdpo.training.loop import PairTable, Trainer
+from rdpo.training.metrics import StepMetrics
 
 LOSS = "heldout/loss"
 

@@ -1,9 +1,9 @@
-"""What one training process does: its share of every optimizer step, on a DeepSpeed engine, with or without Ray.
+"""What one training process does: its share of every optimizer step, with or without Ray.
 
 In: the rows of the reference stage. All workers hold the same plan (see `rdpo.modeling.packing`), so
 they make equally many forwards. The loss of a step is the mean over all its pairs, whatever the
 number of workers and micro-batches: each micro-batch is scaled by workers / pairs of the step, and
-DeepSpeed averages over the workers.
+the engine averages over the workers. What the loop needs of an engine is `rdpo.training.backend.Backend`.
 """
 
 from __future__ import annotations
@@ -23,16 +23,13 @@ from rdpo.config import Job
 from rdpo.errors import InputError
 from rdpo.files.stage_folder import StageFolder
 from rdpo.modeling.flops import Arithmetic
-from rdpo.modeling.model import load_policy
 from rdpo.modeling.packing import MicroBatch, PairSize, epoch_order, epoch_steps, plan_step
-from rdpo.modeling.weights import local_model
-from rdpo.preference.reference import student_dtype
 from rdpo.records import HELDOUT, ID_COLUMN, SIDES
+from rdpo.training.backend import Backend, shipped_backend
 from rdpo.training.gaps import GapScale
 from rdpo.training.losses import PairLogps, implicit_rewards, preference_loss, reward_terms
-from rdpo.training.metrics import PairOutcome, StepMetrics
+from rdpo.training.metrics import MetricSums, PairOutcome
 from rdpo.training.schedule import learning_rate
-from rdpo.training.zero import gather_by_layer, zero_config
 
 COLUMNS = [
     ID_COLUMN,
@@ -90,52 +87,37 @@ def step_pairs(num_pairs: int, job: Job) -> Iterator[list[int]]:
             yield order[step * size : (step + 1) * size]
 
 
-def build_engine(job: Job, seed: int, universal: bool = False) -> Any:
-    """The policy on a DeepSpeed engine; under ZeRO-3 the weights are partitioned while they load.
-
-    `universal`: it will load a checkpoint of another number of workers.
-    """
-    import deepspeed
-    from transformers.integrations import HfDeepSpeedConfig
-
-    training, student = job.training, job.student
-    dtype = student_dtype(job)
-    config, partitioned = zero_config(training, dtype, universal), training.zero_stage == 3
-    deepspeed.init_distributed(auto_mpi_discovery=False)
-    partitioned_load = HfDeepSpeedConfig(config) if partitioned else None
-    folder = local_model(student.model, student.revision)
-    policy = load_policy(
-        folder,
-        dtype,
-        training.logprob_chunk,
-        training.lora,
-        training.gradient_checkpointing,
-        student.trust_remote_code,
-        seed,
-        training.layout,
-        student.quantization,
-    )
-    del partitioned_load
-    policy.train()
-    if partitioned:
-        gather_by_layer(policy)
-    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    return deepspeed.initialize(model=policy, model_parameters=trained, config=config)[0]
-
-
 class Trainer:
     """One worker's engine and data, and how many steps were left out so far."""
 
-    def __init__(self, job: Job, data: PairTable, device: torch.device, universal: bool = False):
+    def __init__(
+        self,
+        job: Job,
+        data: PairTable,
+        device: torch.device,
+        converted: bool = False,
+        backend: type[Backend] | None = None,
+    ):
+        """Build the engine.
+
+        Args:
+            job: what is trained, and how.
+            data: the pairs to train on, the same on all workers.
+            device: this worker's.
+            converted: the engine will load a checkpoint of another number of workers.
+            backend: the class of the engine; by default the one that ships.
+        """
         self.job, self.data, self.device = job, data, device
         self.rank = torch.distributed.get_rank()
         self.workers = torch.distributed.get_world_size()
+        # Before the student is loaded: adapters, and dropout from the first step on, draw from here.
         torch.manual_seed(job.seed)
-        self.engine = build_engine(job, job.seed, universal)
+        self.engine = (backend or shipped_backend()).build(job, device, converted)
+        self.policy = self.engine.policy
         gaps = data.table["reward_gap"].to_pylist()
         self.scale = GapScale.fitted(gaps, job.training.reward_norm)
         self.skipped = 0
-        self.arithmetic = Arithmetic.of(self.engine.module)
+        self.arithmetic = Arithmetic.of(self.policy)
         self.peak = peak_flops(device)
 
     def step(self, index: int, total: int, pairs: list[int]) -> dict[str, float]:
@@ -147,20 +129,21 @@ class Trainer:
         """
         training, began = self.job.training, time.perf_counter()
         rate = learning_rate(index, total, training.learning_rate, training.warmup_ratio, training.schedule)
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = rate
-        metrics = StepMetrics(self.device)
-        packed = self.engine.module.packed
+        self.engine.set_lr(rate)
+
+        sums, packed = MetricSums(self.device), self.policy.packed
         plan = plan_step(pairs, self.data.sizes, self.workers, training.tokens_per_batch, packed)
         share = plan[self.rank]
         for number, micro in enumerate(share, start=1):
-            self.engine.set_gradient_accumulation_boundary(number == len(share))
-            self._accumulate(micro, self.workers / len(pairs), metrics)
-        reduced = metrics.reduced()
-        norm = self._apply()
+            loss = self._micro_batch_loss(micro, self.workers / len(pairs), sums)
+            self.engine.backward(loss, last=number == len(share))
+
+        reduced = sums.reduced()
+        norm = self.engine.step()
         skipped = not math.isfinite(norm)
         if skipped:
             self._skip(reduced["loss"], pairs)
+
         seconds = time.perf_counter() - began
         flops = self.arithmetic.flops([self.data.sizes[pair] for pair in pairs], packed) / seconds / self.workers
         return {
@@ -181,34 +164,21 @@ class Trainer:
 
         `margin` is beta * Delta, the difference of the implicit rewards.
         """
-        packed = self.engine.module.packed
+        packed = self.policy.packed
         found: list[tuple[str, float]] = []
         everything = list(range(len(heldout)))
         plan = plan_step(everything, heldout.sizes, self.workers, self.job.training.tokens_per_batch, packed)
-        self.engine.eval()
+        self.engine.set_training(False)
         with torch.no_grad():
             for micro in plan[self.rank]:
                 outcome = self.outcome(micro, heldout)
                 if not micro.idle:
                     rewards = (outcome.chosen_rewards - outcome.rejected_rewards).tolist()
                     found.extend(zip(heldout.rows(micro.pairs)[ID_COLUMN], rewards, strict=True))
-        self.engine.train()
+        self.engine.set_training(True)
         shares: list[Any] = [None] * self.workers
         torch.distributed.all_gather_object(shares, found)
         return [{ID_COLUMN: name, "margin": margin} for share in shares for name, margin in share]
-
-    def _apply(self) -> float:
-        """Take the optimizer step if the gradient is finite; its global norm, or infinity."""
-        if self.engine.zero_optimization():
-            self.engine.step()
-            return float(self.engine.get_global_grad_norm()) if self.engine.was_step_applied() else math.inf
-        gradients = [weight.grad for weight in self.engine.module.parameters() if weight.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm(gradients))
-        if not math.isfinite(norm):
-            self.engine.zero_grad()
-            return math.inf
-        self.engine.step()
-        return norm
 
     def _skip(self, loss: float, pairs: list[int]) -> None:
         self.skipped += 1
@@ -219,21 +189,23 @@ class Trainer:
                 f"rows, or lower training.learning_rate, or raise training.max_skipped_steps; rows of the batch: {ids}"
             )
 
-    def _accumulate(self, micro: MicroBatch, scale: float, metrics: StepMetrics) -> None:
+    def _micro_batch_loss(self, micro: MicroBatch, scale: float, sums: MetricSums) -> torch.Tensor:
+        """Forward of one micro-batch: its loss, scaled, as a scalar to go backward from."""
         outcome = self.outcome(micro, self.data)
         total = outcome.loss.sum()
         # An infinite loss can have a finite gradient; the step must not be taken all the same.
         spoil = torch.where(total.isfinite(), 1.0, torch.nan)
-        self.engine.backward(total * spoil * (0.0 if micro.idle else scale), scale_wrt_gas=False)
         if not micro.idle:
-            metrics.add(outcome, sum(self.data.sizes[pair].tokens for pair in micro.pairs))
+            sums.add(outcome, sum(self.data.sizes[pair].tokens for pair in micro.pairs))
+        # An idle micro-batch counts for nothing, but the other workers wait for its collectives.
+        return total * spoil * (0.0 if micro.idle else scale)
 
     def outcome(self, micro: MicroBatch, data: PairTable) -> PairOutcome:
         """Forward of one micro-batch: losses and what is reported."""
         training, rows = self.job.training, data.rows(micro.pairs)
-        batch = self.engine.module.batch(rows["prompt_ids"], rows["chosen_ids"], rows["rejected_ids"])
+        batch = self.policy.batch(rows["prompt_ids"], rows["chosen_ids"], rows["rejected_ids"])
         batch = batch.to(self.device)
-        chosen, rejected = self.engine(batch).chunk(2)
+        chosen, rejected = self.engine.forward(batch).chunk(2)
         lengths = batch.lengths.chunk(2)
         references = (chosen.new_tensor(rows[f"reference_{side}_logps"]) for side in SIDES)
         logps = PairLogps(chosen, rejected, *references, *lengths)

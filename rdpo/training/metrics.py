@@ -13,6 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+StepMetrics = dict[str, float]
+"""The metrics of one step by name, as they are written down."""
+
 NAMES = (
     "loss",
     "sft_loss",
@@ -62,7 +65,7 @@ class PairOutcome:
         return torch.stack([column.detach().double().sum() for column in columns])
 
 
-class StepMetrics:
+class MetricSums:
     """Adds up the micro-batches of a step on one worker, then over all workers."""
 
     def __init__(self, device: torch.device):
@@ -73,7 +76,7 @@ class StepMetrics:
         counts = self.sums.new_tensor([len(outcome.loss), tokens])
         self.sums += torch.cat([outcome.sums(), counts])
 
-    def reduced(self) -> dict[str, float]:
+    def reduced(self) -> StepMetrics:
         """Means over the pairs of all workers, and the step's `pairs` and `tokens`."""
         if torch.distributed.is_initialized():
             torch.distributed.all_reduce(self.sums)

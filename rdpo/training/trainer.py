@@ -23,9 +23,10 @@ from rdpo.files.stage_folder import METRICS, StageFolder
 from rdpo.files.stores import arrow_file_system
 from rdpo.modeling.weights import named_anywhere
 from rdpo.records import ID_COLUMN
-from rdpo.training.checkpoint import EXPORT, HELDOUT_MARGINS, StepMetrics
+from rdpo.training.checkpoint import EXPORT, HELDOUT_MARGINS
 from rdpo.training.heldout import LOSS
 from rdpo.training.loop import NonFiniteStep
+from rdpo.training.metrics import StepMetrics
 from rdpo.training.watchdog import Beat, Pulse
 from rdpo.training.worker import train_worker
 

@@ -1,7 +1,9 @@
 """Finding the worker that holds up all others.
 
 Each worker says now and then which step it is in and where its training loop is. When no step has been finished for too
-long, all wait in a collective operation for the one that is elsewhere, or that says nothing any more.
+long, all wait for the one that is elsewhere, or that says nothing any more. With gloo they wait inside a collective
+operation. With NCCL such an operation returns at once, and they wait where they next read a number from the GPU
+(`.item()`, `.tolist()`): then the place where most of them are counts as waiting.
 """
 
 from __future__ import annotations
@@ -10,10 +12,13 @@ import os
 import sys
 import threading
 import traceback
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+PACKAGE = str(Path(__file__).resolve().parents[1]) + os.sep
 WAITING_IN = ("torch/distributed", "deepspeed/comm")
 BEATS = 10
 """How often a worker speaks within the time after which it counts as hanging."""
@@ -55,12 +60,28 @@ class Pulse:
         """The workers that the others wait for, and where they are."""
         unheard = [rank for rank in range(self.workers) if rank not in self.beats]
         silent = sorted([*unheard, *(rank for rank, (heard, _) in self.beats.items() if now - heard > self.limit / 2)])
-        busy = [beat for _, beat in self.beats.values() if not beat.waits and beat.rank not in silent]
+        busy = _elsewhere([beat for _, beat in self.beats.values() if beat.rank not in silent])
         steps = max(beat.steps for _, beat in self.beats.values())
         reasons = [f"rank {rank} says nothing any more" for rank in silent]
         reasons += [f"rank {beat.rank} is in {beat.place}" for beat in sorted(busy, key=lambda beat: beat.rank)]
         who = "; ".join(reasons) or "all ranks wait for each other"
         return f"no optimizer step for {now - self.moved:.0f} s after step {steps}: {who}"
+
+
+def _elsewhere(beats: list[Beat]) -> list[Beat]:
+    """The workers that do not wait for others, of those that are heard.
+
+    Where none is in a collective operation, those at the most common place wait; none does if two places are equally
+    common, for then nobody knows who waits for whom.
+    """
+    busy = [beat for beat in beats if not beat.waits]
+    if len(busy) < len(beats):
+        return busy
+
+    places = Counter(beat.place for beat in busy).most_common(2)
+    if len(places) == 2 and places[0][1] == places[1][1]:
+        return busy
+    return [beat for beat in busy if beat.place != places[0][0]]
 
 
 class Watchdog:
@@ -92,7 +113,7 @@ def whereabouts(frame: Any) -> tuple[str, bool]:
     if frame is None:
         return "no Python code", False
     stack = traceback.extract_stack(frame)
-    own = [entry for entry in stack if "/rdpo/" in entry.filename] or list(stack)
+    own = [entry for entry in stack if entry.filename.startswith(PACKAGE)] or list(stack)
     waits = any(place in entry.filename for entry in stack[-6:] for place in WAITING_IN)
     last = own[-1]
     return f"{os.path.basename(last.filename)}:{last.lineno} ({last.name})", waits

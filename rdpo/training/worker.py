@@ -11,9 +11,11 @@ import torch
 from ray.train.torch import get_device
 
 from rdpo.config import Job
-from rdpo.training.checkpoint import StepMetrics, last_checkpoint, restore_checkpoint, save_checkpoint
+from rdpo.training.backend import shipped_backend
+from rdpo.training.checkpoint import last_checkpoint, restore_checkpoint, save_checkpoint
 from rdpo.training.heldout import HeldoutPairs, best_step
 from rdpo.training.loop import NonFiniteStep, PairTable, Trainer, step_pairs
+from rdpo.training.metrics import StepMetrics
 from rdpo.training.schedule import total_steps
 from rdpo.training.watchdog import Watchdog
 
@@ -29,9 +31,9 @@ def train_worker(config: dict[str, Any]) -> None:
     if not job.training.gpus_per_worker:
         torch.set_num_threads(config["cores"])
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    data = PairTable.load(config["run_dir"])
-    with last_checkpoint() as saved:
-        trainer = Trainer(job, data, get_device(), saved is not None and saved.universal)
+    data, backend = PairTable.load(config["run_dir"]), shipped_backend()
+    with last_checkpoint(backend) as saved:
+        trainer = Trainer(job, data, get_device(), saved is not None and saved.converted, backend)
         history = restore_checkpoint(trainer.engine, saved)
     trainer.skipped = sum(int(step["skipped"]) for step in history)
     heldout = HeldoutPairs(config["run_dir"])

@@ -89,10 +89,14 @@ def test_no_file_is_long():
     assert not {name: count for name, count in lines.items() if count > LONGEST}
 
 
-def test_only_training_imports_deepspeed():
+def test_one_module_imports_deepspeed():
     users = {name for name, path in MODULES.items() if any(one.split(".")[0] == "deepspeed" for one in imported(path))}
-    assert users
-    assert all(name.startswith("rdpo.training.") for name in users)
+    assert users == {"rdpo.training.deepspeed"}
+
+
+def test_the_training_loop_is_imported_without_deepspeed():
+    code = "import sys, rdpo.training.worker, rdpo.planning.plan; print('deepspeed' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
 
 
 def test_the_table_of_stages_is_light():

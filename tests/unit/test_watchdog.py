@@ -3,7 +3,7 @@
 import sys
 import threading
 
-from rdpo.training.watchdog import Beat, Pulse, whereabouts
+from rdpo.training.watchdog import PACKAGE, Beat, Pulse, whereabouts
 
 LIMIT = 100.0
 
@@ -57,3 +57,32 @@ def test_whereabouts_of_a_thread():
     place, waits = whereabouts(sys._current_frames()[here])
     assert not waits
     assert "test_whereabouts_of_a_thread" in place
+
+
+def held_up(*places):
+    """What is said of ranks of which none is in a collective operation, as under NCCL."""
+    beats = [beat(rank, 4, place, waits=False) for rank, place in enumerate(places)]
+    pulse = pulse_of(*beats)
+    for one in beats:
+        pulse.hear(one, 95.0)
+    return pulse.held_up(101.0)
+
+
+def test_ranks_that_read_from_the_gpu_at_one_place_wait_for_the_one_elsewhere():
+    waiting = "metrics.py:81 (reduced)"
+    found = held_up(waiting, waiting, "loop.py:120 (outcome)", waiting)
+    assert found.endswith("after step 4: rank 2 is in loop.py:120 (outcome)")
+    assert held_up(waiting, waiting).endswith("all ranks wait for each other")
+
+
+def test_both_are_named_where_nobody_knows_who_waits():
+    assert held_up("loop.py:1 (a)", "loop.py:2 (b)").endswith("rank 0 is in loop.py:1 (a); rank 1 is in loop.py:2 (b)")
+
+
+def test_a_library_below_a_folder_of_our_name_is_not_this_package():
+    names = {}
+    exec(compile("def ours(call):\n    return call()\n", f"{PACKAGE}training/loop.py", "exec"), names)
+    theirs = "import sys\n\ndef theirs():\n    return sys._getframe()\n"
+    exec(compile(theirs, "/home/me/rdpo/lib/python3/site-packages/torch/nn/modules/module.py", "exec"), names)
+    place, waits = whereabouts(names["ours"](names["theirs"]))
+    assert (place, waits) == ("loop.py:2 (ours)", False)

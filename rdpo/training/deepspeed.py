@@ -1,0 +1,273 @@
+"""DeepSpeed as the engine of the training loop; the only module that imports it, and only once it is built.
+
+Planning reads from here what ZeRO holds and sends, so the module itself stays light.
+"""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from rdpo.config import Job, Training, smallest
+from rdpo.modeling.model import Policy, load_policy
+from rdpo.modeling.weights import local_model
+from rdpo.preference.reference import student_dtype
+
+if TYPE_CHECKING:
+    from rdpo.modeling.layout import Batch
+    from rdpo.training.backend import Weights
+
+TAG = "state"
+"""The folder in a checkpoint that holds the workers' shards."""
+SHARDS = "*zero_pp_rank_*_optim_states.pt"
+PERSISTENT = 100_000
+"""ZeRO-3 keeps weights of so many elements or fewer whole on every worker (DeepSpeed's own default)."""
+BUCKET = 50_000_000
+"""Elements that are reduced, or fetched ahead, in one message."""
+LIVE = 1_000_000_000
+"""Elements of gathered weights that ZeRO-3 may keep; a smaller model stays whole from forward to backward."""
+
+
+class DeepSpeedBackend:
+    """A policy on a DeepSpeed engine, see `rdpo.training.backend.Backend`."""
+
+    def __init__(self, policy: Policy, engine: Any):
+        self.policy, self.engine = policy, engine
+
+    @classmethod
+    def build(cls, job: Job, device: torch.device, converted: bool = False) -> DeepSpeedBackend:
+        """Load the student; under ZeRO-3 its weights are partitioned while they load.
+
+        DeepSpeed takes the worker's device from Ray Train's environment, not from `device`.
+        """
+        import deepspeed
+        from transformers.integrations import HfDeepSpeedConfig
+
+        config = zero_config(job.training, student_dtype(job), converted)
+        partitioned = job.training.zero_stage == 3
+        deepspeed.init_distributed(auto_mpi_discovery=False)
+
+        # transformers looks for such an object while it loads weights: they are partitioned only as long as it lives.
+        partitioned_load = HfDeepSpeedConfig(config) if partitioned else None
+        policy = _student(job)
+        del partitioned_load
+
+        policy.train()
+        if partitioned:
+            gather_by_layer(policy)
+        trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+        return cls(policy, deepspeed.initialize(model=policy, model_parameters=trained, config=config)[0])
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Summed completion log-probs (S,) in fp32."""
+        logps: torch.Tensor = self.engine(batch)
+        return logps
+
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        """Add the gradient of a micro-batch's loss to those before it."""
+        # By hand, since steps differ in their number of micro-batches.
+        self.engine.set_gradient_accumulation_boundary(last)
+        self.engine.backward(loss, scale_wrt_gas=False)
+
+    def step(self) -> float:
+        """Take the optimizer step if the gradient is finite; its global norm, or infinity."""
+        if self.engine.zero_optimization():
+            self.engine.step()
+            return float(self.engine.get_global_grad_norm()) if self.engine.was_step_applied() else math.inf
+
+        # Without ZeRO, DeepSpeed would take a step that is not finite.
+        gradients = [weight.grad for weight in self.policy.parameters() if weight.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(gradients))
+        if not math.isfinite(norm):
+            self.engine.zero_grad()
+            return math.inf
+        self.engine.step()
+        return norm
+
+    def set_lr(self, rate: float) -> None:
+        """Use this learning rate from the next step on."""
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = rate
+
+    def set_training(self, active: bool) -> None:
+        """Switch to training mode, or to evaluation."""
+        self.engine.train(active)
+
+    def save(self, folder: Path, state: Mapping[str, Any]) -> None:
+        """Write this worker's ZeRO shards; frozen weights are left out."""
+        adapted = self.policy.adapted
+        self.engine.save_checkpoint(str(folder), tag=TAG, client_state=dict(state), exclude_frozen_parameters=adapted)
+
+    def load(self, folder: Path) -> Mapping[str, Any]:
+        """Go on from a checkpoint; the state saved with it."""
+        strict = not self.policy.adapted
+        _, state = self.engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=strict)
+        loaded: Mapping[str, Any] = state
+        return loaded
+
+    @staticmethod
+    def fits(folder: Path, workers: int) -> bool:
+        """Whether so many workers wrote the checkpoint's shards, or it has none (ZeRO stage 0)."""
+        return len(list((folder / TAG).glob(SHARDS))) in (0, workers)
+
+    @staticmethod
+    def convert(source: Path, target: Path) -> None:
+        """Convert a checkpoint by DeepSpeed's Universal Checkpointing (arXiv 2406.18820).
+
+        Raises:
+            RuntimeError: DeepSpeed could not; the message ends with what it said.
+        """
+        module = "deepspeed.checkpoint.ds_to_universal"
+        folders = ["--input_folder", str(source / TAG), "--output_folder", str(target / TAG)]
+        # A process of its own, for DeepSpeed's converter starts a pool of them.
+        command = [sys.executable, "-m", module, *folders, "--inject_missing_state"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            said = done.stderr[-2000:]
+            raise RuntimeError(f"{source / TAG}: DeepSpeed could not convert this checkpoint: {said}")
+
+    def gathered_state(self) -> dict[str, torch.Tensor]:
+        """The trained weights on rank 0's CPU, whatever ZeRO partitioned; empty elsewhere.
+
+        One parameter is gathered at a time, so that no worker ever holds two whole ones.
+        """
+        import deepspeed
+
+        state = {}
+        for name, parameter in self.policy.model.named_parameters():
+            if self.policy.adapted and not parameter.requires_grad:
+                continue
+            with deepspeed.zero.GatheredParameters([parameter]):
+                if torch.distributed.get_rank() == 0:
+                    state[name] = parameter.detach().cpu().clone()
+        return state
+
+    @staticmethod
+    def name_of(job: Job) -> str:
+        """The ZeRO stage that runs."""
+        return f"ZeRO-{stage_of(job.training, student_dtype(job))}"
+
+    @staticmethod
+    def partitions_weights(job: Job) -> bool:
+        """Whether it is stage 3."""
+        return stage_of(job.training, student_dtype(job)) == 3
+
+    @staticmethod
+    def memory_parts(job: Job, weights: Weights) -> dict[str, int]:
+        """Bytes by part (arXiv 1910.02054, section 3): what a stage partitions is divided by the workers.
+
+        What `training.offload` moves to the CPU is left out.
+        """
+        dtype = student_dtype(job)
+        stage, size = stage_of(job.training, dtype), getattr(torch, dtype).itemsize
+        workers = smallest(job.training.num_workers)
+        trained, share = weights.trained, -(-weights.trained // workers)
+        parts = {
+            "weights": weights.size // (workers if stage == 3 else 1),
+            "gathered weights": min(weights.elements, LIVE) * size if stage == 3 else 0,
+            "master weights": 4 * share if stage else 0,
+            "optimizer state": 8 * (share if stage else trained),
+            "gradients": size * (share if stage >= 2 else trained) + (4 * share if stage else 0),
+            "buckets": min(BUCKET, trained) * size if stage else 0,
+        }
+        offloaded = _offloaded(job.training, stage)
+        return {name: amount for name, amount in parts.items() if name not in offloaded}
+
+
+def _student(job: Job) -> Policy:
+    """The job's student as it is trained."""
+    training, student = job.training, job.student
+    return load_policy(
+        local_model(student.model, student.revision),
+        student_dtype(job),
+        training.logprob_chunk,
+        training.lora,
+        training.gradient_checkpointing,
+        student.trust_remote_code,
+        job.seed,
+        training.layout,
+        student.quantization,
+    )
+
+
+def _offloaded(training: Training, stage: int) -> set[str]:
+    """The parts of a worker's memory that lie on the CPU instead of its GPU."""
+    if training.offload == "none" or not stage or not training.gpus_per_worker:
+        return set()
+    moved = {"master weights", "optimizer state"}
+    return moved | {"weights"} if training.offload == "all" and stage == 3 else moved
+
+
+def zero_config(training: Training, dtype: str, universal: bool = False) -> dict[str, Any]:
+    """DeepSpeed's configuration dictionary; `universal`: a checkpoint of another number of workers will be loaded.
+
+    DeepSpeed is told of one micro-batch in a step: the boundary of a step, its learning rate and the scale of its loss
+    come with each call.
+    """
+    stage = stage_of(training, dtype)
+    zero: dict[str, Any] = {"stage": stage}
+    if stage:
+        zero["reduce_bucket_size"] = BUCKET
+    if stage == 3:
+        zero["stage3_gather_16bit_weights_on_model_save"] = False
+        zero["stage3_prefetch_bucket_size"] = BUCKET
+        zero["stage3_param_persistence_threshold"] = PERSISTENT
+        zero["stage3_max_live_parameters"] = zero["stage3_max_reuse_distance"] = LIVE
+    if training.offload != "none" and stage >= 1:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": training.gpus_per_worker > 0}
+    if training.offload == "all" and stage == 3:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": training.gpus_per_worker > 0}
+    adamw: dict[str, Any] = {
+        "lr": training.learning_rate,
+        "weight_decay": training.weight_decay,
+        "torch_adam": True,
+    }
+    if training.gpus_per_worker:
+        # One kernel for all weights; offloaded, all cores instead of one.
+        adamw["fused"] = True
+    config = _engine_config(training, dtype, universal, zero, adamw)
+    if stage == 3 and dtype == "bfloat16":
+        # Sums of many small gradients in bfloat16 lose those that come last. Stages 1 and 2 keep theirs in another
+        # optimizer then, whose checkpoints are not partitioned in the same way.
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    return config
+
+
+def _engine_config(
+    training: Training, dtype: str, universal: bool, zero: dict[str, Any], adamw: dict[str, Any]
+) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": training.max_grad_norm,
+        "bf16": {"enabled": dtype == "bfloat16"},
+        "optimizer": {"type": "AdamW", "params": adamw},
+        "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": False,
+        "checkpoint": {"load_universal": universal},
+        "steps_per_print": 1 << 30,
+    }
+
+
+def stage_of(training: Training, dtype: str) -> int:
+    """The ZeRO stage that runs: without ZeRO, DeepSpeed would train bfloat16 weights without fp32 master copies."""
+    return max(training.zero_stage, 1) if dtype == "bfloat16" else training.zero_stage
+
+
+def gather_by_layer(policy: Policy) -> None:
+    """Let ZeRO-3 gather and release a decoder layer as one, not each of its projections and adapters.
+
+    DeepSpeed's hooks do Python work at every module it follows, and at each release it walks all
+    modules up to its reuse distance: with LoRA on every projection a small model spent more time there
+    than in its matrices (see jobs/bench/RESULTS.md).
+    """
+    from deepspeed.utils import set_z3_leaf_modules
+
+    if layers := policy.layer_types():
+        set_z3_leaf_modules(policy, layers)
