@@ -42,7 +42,7 @@ class ClassifierReward(RewardSection):
     dtype: Dtype = "auto"
     """Precision of its forward; `auto` as in `student.dtype`."""
     max_length: int = Field(default=1024, ge=8)
-    """Most tokens that it reads; a longer conversation keeps its last ones."""
+    """Most tokens that it reads, never more than it has positions for; a longer conversation keeps its last ones."""
     answer_only: bool = False
     """Score the answer by itself, without the prompt (for style and sentiment models)."""
     batch_size: int = Field(default=16, ge=1)
@@ -63,8 +63,9 @@ class JudgeReward(RewardSection):
     """Template of the question put to the judge; it may use `prompt` and `answer`, or with `pairwise` `prompt`,
     `first` and `second`."""
     score: Literal["expected", "written"] = "expected"
-    """`expected`: the mean of the ratings under the probabilities of their tokens, from one token; `written`: the
-    rating at the end of a reply that may reason first, with its sign and decimals."""
+    """`expected`: the mean of the ratings under the probabilities of their tokens, from one token; a judge that gives
+    them hardly any probability drops the row. `written`: the rating in a reply that may reason first, with its sign and
+    decimals: `[[4]]`, `Overall: 4`, `Rating: 4`, `4/5`, or the only number; ratings that differ are none."""
     ratings: list[str] = Field(default=["1", "2", "3", "4", "5"], min_length=2)
     """The words the judge chooses from, numbers counting as their value; each one token where the score is
     `expected`, the ends of the scale where it is `written`."""

@@ -32,8 +32,11 @@ def agreement(parts: Iterable[pa.Table], settings: Pairs) -> dict[str, Agreement
         for pair in part.select(COLUMNS).to_pylist():
             against = (pair["rejected_from"], pair["chosen_from"]) in named
             sides = ("rejected_scores", "chosen_scores") if against else ("chosen_scores", "rejected_scores")
-            for name in pair["chosen_scores"] or {}:
-                sums.setdefault(name, Tally()).add(*(pair[side][name] for side in sides))
+            first, second = (pair[side] or {} for side in sides)
+            for name, score in first.items():
+                # Not every row has the data set's own scores; a table writes null where there is none.
+                if score is not None and second.get(name) is not None:
+                    sums.setdefault(name, Tally()).add(score, second[name])
     return {name: tally.agreement() for name, tally in sums.items()}
 
 

@@ -11,10 +11,21 @@ from rdpo.modeling.chat import Chat
 from rdpo.synthesis.instructions import check_template
 
 NUMBER = r"[-+\u2212]?\d+(?:[.,]\d+)?"
+# Not from the middle of a word or number: a long row of digits would be tried from each of them.
+WHOLE = rf"(?<![\w.,])({NUMBER})(?!\w|[.,]\d)"
 BRACKETED = re.compile(rf"\[\[\s*({NUMBER})\s*\]\]")
-# Not from the middle of a number: a long row of digits would be tried from each of them.
-OF_A_SCALE = re.compile(r"((?:[-+\u2212]|(?<!\d))\d+(?:[.,]\d+)?)\s*(?:/|out of)\s*\d+(?:[.,]\d+)?", re.IGNORECASE)
-LAST = re.compile(rf"(?<![\w.,])({NUMBER})(?![\w])")
+OF_A_TOP = re.compile(rf"{WHOLE}\s*(?:/|out\s+of)\s*({NUMBER})", re.IGNORECASE)
+ANY = re.compile(WHOLE)
+# "5 = best", "(1 being the worst)": what an end of the scale means.
+MEANING = re.compile(rf"{WHOLE}\s*(?:=|means\b|being\b)\s*[^\W\d]\w*", re.IGNORECASE)
+RANGE = re.compile(rf"{WHOLE}\s*(-|\u2013|\u2212|to|and)\s*({NUMBER})(?!\w|[.,]\d)", re.IGNORECASE)
+# What may stand between "rating" and its number: "is", "this answer", a colon, marks of Markdown, a dash.
+WORDS = r"(?:\s+(?:is|was|would|be|it|this|as|at|of|an?|the|answer|response))*"
+BETWEEN = WORDS + r"[\s:=*_`\"'(){}\[\]|#>]*(?:\s[-\u2013]\s+)?"
+FINAL = re.compile(rf"\b(?:final|overall|total)(?:\s+(?:rating|score|grade))?{BETWEEN}{WHOLE}", re.IGNORECASE)
+LABELLED = re.compile(rf"\b(?:rating|score|grade|rate){BETWEEN}{WHOLE}", re.IGNORECASE)
+LEAST_SHARE = 0.005
+"""Of the probability that a judge gives to its next token, the least share that its ratings must have together."""
 
 
 def check_rubric(reward: JudgeReward) -> None:
@@ -51,25 +62,58 @@ def rating_value(rating: str, position: int) -> float:
     return _number(rating.strip()) if re.fullmatch(NUMBER, rating.strip()) else float(position)
 
 
+def rating_share(values: dict[int, float], logprobs: dict[int, float]) -> float:
+    """The share of the next token's probability, 0 to 1, that all ratings have together."""
+    return sum(math.exp(logprobs[token]) for token in values if token in logprobs)
+
+
 def expected_rating(values: dict[int, float], logprobs: dict[int, float]) -> float:
-    """Mean of the ratings' values under their probabilities, made to sum to one; NaN if none has any."""
-    present = {token: math.exp(logprobs[token]) for token in values if token in logprobs}
-    total = sum(present.values())
-    return sum(values[token] * p for token, p in present.items()) / total if total > 0 else math.nan
+    """Mean of the ratings' values under their probabilities, made to sum to one.
+
+    NaN where the ratings' share is below `LEAST_SHARE`: then the judge says something else, and what is left over is
+    noise.
+    """
+    share = rating_share(values, logprobs)
+    if share < LEAST_SHARE:
+        return math.nan
+    return sum(value * math.exp(logprobs[token]) for token, value in values.items() if token in logprobs) / share
 
 
 def written_rating(reply: str, lowest: float, highest: float) -> float:
-    """The rating at the end of a reply that reasons first, with its sign and decimals; NaN if there is none.
+    """The rating in a reply that may reason first, with its sign and decimals; NaN if there is none, or several.
 
-    `[[4]]` counts before `4/5` or `4 out of 5`, and these before any last number. A number off the scale is none.
-    (The released rDPO notebooks take the first run of digits anywhere, which loses signs and decimals.)
+    What repeats the scale (`1-5`, `5 = best`) is left out. Then the first of these that is found counts: the last
+    `[[4]]`; `Final score: 4`, `Overall: 4`; `Rating: 4`, `Score: 4`; `4/5` or `4 out of 5`, with the scale's highest; a
+    last line that is nothing but a number; the only number. Where one of these gives different numbers, or one off
+    the scale, there is no rating. (The released rDPO notebooks take the first run of digits anywhere.)
     """
-    for pattern in (BRACKETED, OF_A_SCALE, LAST):
-        found = pattern.findall(reply)
-        if found:
-            number = _number(found[-1])
-            return number if lowest <= number <= highest else math.nan
-    return math.nan
+    text = RANGE.sub(lambda found: _without_scale(found, lowest, highest), MEANING.sub(" ", reply))
+    tops = list(OF_A_TOP.finditer(text))
+    # "4/10" is no rating from 1 to 5, nor is "4-5", under whatever name.
+    foreign = {found.start(1) for found in tops if _number(found[2]) != highest}
+    foreign |= {found.start(1) for found in RANGE.finditer(text) if found[2].lower() != "and"}
+
+    if marked := BRACKETED.findall(text):
+        return _agreed([_number(marked[-1])], lowest, highest)
+    for pattern in (FINAL, LABELLED):
+        if found := list(pattern.finditer(text)):
+            return _agreed([math.nan if one.start(1) in foreign else _number(one[1]) for one in found], lowest, highest)
+    if rated := [_number(found[1]) for found in tops if found.start(1) not in foreign]:
+        return _agreed(rated, lowest, highest)
+    if alone := re.fullmatch(rf"\W*?({NUMBER})\W*", (text.strip().splitlines() or [""])[-1]):
+        return _agreed([_number(alone[1])], lowest, highest)
+    return _agreed([_number(one) for one in ANY.findall(text)], lowest, highest)
+
+
+def _without_scale(found: re.Match[str], lowest: float, highest: float) -> str:
+    ends = (_number(found[1]), _number(found[3]))
+    return " " if ends == (lowest, highest) else found[0]
+
+
+def _agreed(numbers: list[float], lowest: float, highest: float) -> float:
+    """The one number of the scale that all of them are; NaN if they differ."""
+    first = numbers[0] if numbers else math.nan
+    return first if lowest <= first <= highest and all(number == first for number in numbers) else math.nan
 
 
 def _number(text: str) -> float:

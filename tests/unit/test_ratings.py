@@ -7,7 +7,7 @@ import pytest
 from rdpo.config import JudgeReward
 from rdpo.errors import InputError
 from rdpo.modeling.chat import make_chat
-from rdpo.preference.ratings import check_rubric, expected_rating, rating_values, written_rating
+from rdpo.preference.ratings import check_rubric, expected_rating, rating_share, rating_values, written_rating
 from tests.support.models import byte_tokenizer
 
 
@@ -29,11 +29,47 @@ def judge(**changes):
         ("+3", 3.0),
         ("Overall 12", math.nan),
         ("no number here, only v2b and x7", math.nan),
+        ("Rating: 4 (on a -5 to 5 scale)", 4.0),
+        ("It has 3 faults.\n\n**-2**", -2.0),
+        ("Rating: 4-5", math.nan),
         ("", math.nan),
     ],
 )
 def test_written_rating(reply, rating):
     assert written_rating(reply, -5, 5) == pytest.approx(rating, nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("reply", "rating"),
+    [
+        ("Rating: 4 (on a 1-5 scale)", 4.0),
+        ("Final score: 1 (1 = worst, 5 = best)", 1.0),
+        ("Rating: 4/5, because 2/3 of the claims hold", 4.0),
+        ("2/3 of the claims hold, so 3/5", 3.0),
+        ("On a scale from 1 to 5 I give 2.", 2.0),
+        ("Rating (1\u20135): 3", 3.0),
+        ("Score: 2 out of 5", 2.0),
+        ("I would rate this answer 4", 4.0),
+        ("Style score: 2\nFacts score: 5\nOverall score: 3", 3.0),
+        ("Rating: 8/10", math.nan),
+        ("Rating: 4/10", math.nan),
+        ("Rating: 2. On second thoughts, rating: 4", math.nan),
+        ("3/5, or rather 4/5", math.nan),
+        ("[[2]], no, [[4]]", 4.0),
+        ("a 2, perhaps a 4", math.nan),
+        ("Rating: 4. Again: rating 4", 4.0),
+        ("Score" + " " * 50_000, math.nan),
+        ("1" * 50_000, math.nan),
+    ],
+)
+def test_a_scale_that_is_told_again_is_no_rating_and_ratings_that_differ_are_none(reply, rating):
+    assert written_rating(reply, 1, 5) == pytest.approx(rating, nan_ok=True)
+
+
+def test_ratings_that_the_judge_hardly_thinks_of_are_none():
+    values = {1: 1.0, 5: 5.0}
+    assert math.isnan(expected_rating(values, {1: math.log(1e-9), 5: math.log(2e-9)}))
+    assert rating_share(values, {1: math.log(0.3), 5: math.log(0.1), 9: math.log(0.5)}) == pytest.approx(0.4)
 
 
 def test_expected_rating_is_over_the_ratings_alone():

@@ -1,11 +1,16 @@
 """Rewards: expected ratings, a classifier equal to plain transformers, functions that fail."""
 
+import json
 import math
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import BertForSequenceClassification as Bert
+from transformers import GPT2Config, GPT2ForSequenceClassification, LlamaForCausalLM, LlamaForSequenceClassification
+from transformers import RobertaForSequenceClassification as Roberta
 
 from rdpo.config import ClassifierReward, FunctionReward, ImplicitReward, Job
 from rdpo.errors import InputError
@@ -14,7 +19,7 @@ from rdpo.preference.rewards.classifier import Classifier, checked_classifier
 from rdpo.preference.rewards.function import load_function, score_by_function
 from rdpo.preference.rewards.implicit import Implicit, checked_implicit
 from rdpo.preference.scores import combine_table
-from tests.support.models import byte_tokenizer, save_model, tiny_config
+from tests.support.models import CHATML, byte_tokenizer, save_model, tiny_config
 
 PROMPT = [{"role": "user", "content": "why?"}]
 ANSWERS = ["because", "I do not know, and nobody else does either.", "x", "rain " * 9]
@@ -56,6 +61,132 @@ def test_models_without_one_output_are_refused(tiny_model, tmp_path, tokenizer):
     several = LlamaForSequenceClassification(tiny_config(tokenizer, num_labels=3))
     with pytest.raises(InputError, match="3 outputs"):
         checked_classifier(classifier(save_model(tmp_path, several, tokenizer)))
+
+
+NO_SYSTEM = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + CHATML
+)
+ENDS_WITH_EOS = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>{% endfor %}"
+
+
+def saved_classifier(folder, template=CHATML, tokenizer=None, **changes):
+    """A random Llama with a head, whose scores differ well beyond the tolerance."""
+    torch.manual_seed(1)
+    tokenizer = tokenizer or byte_tokenizer(template)
+    config = tiny_config(tokenizer, **{"num_labels": 1, "initializer_range": 0.1, **changes})
+    return save_model(folder, LlamaForSequenceClassification(config), tokenizer)
+
+
+def edit_config(folder, **changes):
+    """Change a saved configuration; None removes a key."""
+    path = Path(folder) / "config.json"
+    written = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({key: value for key, value in written.items() if value is not None}))
+
+
+def alone(folder, ids):
+    """The score of a model of transformers that is called with one conversation."""
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([ids])).logits[0, 0].item()
+
+
+@pytest.mark.parametrize("pad", ["none", "own", "beyond", "eos"])
+@pytest.mark.parametrize("batch_size", [1, 16])
+def test_a_score_is_that_of_the_model_called_alone_where_pad_is_eos(tmp_path, pad, batch_size):
+    tokenizer = byte_tokenizer(ENDS_WITH_EOS)
+    pad_id = {"none": None, "own": 5, "beyond": -1, "eos": tokenizer.eos_token_id}[pad]
+    folder = saved_classifier(tmp_path, tokenizer=tokenizer, pad_token_id=5)
+    edit_config(folder, pad_token_id=pad_id)
+    actor = Classifier(classifier(folder, batch_size=batch_size), ["a"])
+    assert actor.model.config.pad_token_id == pad_id
+    scores = actor.score([PROMPT] * 4, ANSWERS)
+    assert len(set(scores)) == 4
+    for answer, score in zip(ANSWERS, scores, strict=True):
+        ids = actor.input_ids(PROMPT, answer)["input_ids"]
+        assert ids[-1] == tokenizer.eos_token_id
+        assert score == pytest.approx(alone(folder, ids), abs=1e-5)
+
+
+def test_a_model_without_a_pad_token_reads_one_conversation_at_a_time(tmp_path):
+    tokenizer = byte_tokenizer(ENDS_WITH_EOS)
+    config = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=1, n_head=2, num_labels=1, initializer_range=0.5)
+    folder = save_model(tmp_path, GPT2ForSequenceClassification(config), tokenizer)
+    actor = Classifier(classifier(folder), ["a"])
+    for answer, score in zip(ANSWERS, actor.score([PROMPT] * 4, ANSWERS), strict=True):
+        assert score == pytest.approx(alone(folder, actor.input_ids(PROMPT, answer)["input_ids"]), abs=1e-5)
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused_with_the_numbers(tmp_path, tokenizer):
+    headless = save_model(tmp_path / "headless", LlamaForCausalLM(tiny_config(tokenizer)), tokenizer)
+    edit_config(headless, architectures=["LlamaForSequenceClassification"])
+    renamed = saved_classifier(tmp_path / "renamed")
+    weights = {key.replace("layers.1", "layers.9"): of for key, of in load_file(f"{renamed}/model.safetensors").items()}
+    save_file(weights, f"{renamed}/model.safetensors", metadata={"format": "pt"})
+    narrow = saved_classifier(tmp_path / "narrow")
+    edit_config(narrow, intermediate_size=64)
+
+    with pytest.raises(
+        InputError, match=r"rewards.rm: .*of the 21 tensors .* 1 is not in the weights .*: score.weight"
+    ):
+        checked_classifier(classifier(headless))
+    with pytest.raises(
+        InputError, match=r"9 are not in the weights .* and 6 more; 9 are stored that it has no place for"
+    ):
+        checked_classifier(classifier(renamed))
+    with pytest.raises(InputError, match=r"6 are stored in another shape: .*\(64, 128\) for \(64, 64\)"):
+        checked_classifier(classifier(narrow))
+
+
+def test_a_head_of_one_output_is_taken_where_the_configuration_is_silent(tmp_path):
+    folder = saved_classifier(tmp_path / "one")
+    expected = Classifier(classifier(folder), ["a"]).score([PROMPT], ["x"])
+    edit_config(folder, id2label=None, label2id=None, num_labels=None)
+    assert Classifier(classifier(folder), ["a"]).score([PROMPT], ["x"]) == expected
+    two = saved_classifier(tmp_path / "two", num_labels=2)
+    with pytest.raises(InputError, match="2 outputs"):
+        checked_classifier(classifier(two))
+
+
+def test_token_ids_beyond_the_embedding_are_refused(tmp_path):
+    tokenizer = byte_tokenizer()
+    folder = saved_classifier(tmp_path, tokenizer=tokenizer)
+    tokenizer.add_tokens(["<new>", "<newer>"])
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(InputError, match=r"embedding has 258 rows, and 2 ids of the tokenizer, up to 259, lie beyond"):
+        checked_classifier(classifier(folder))
+
+
+def test_a_row_that_the_template_refuses_is_dropped_with_the_reason_and_no_other(tmp_path):
+    folder = saved_classifier(tmp_path, NO_SYSTEM)
+    system = [{"role": "system", "content": "s"}, *PROMPT]
+    table = pa.Table.from_pylist([{"prompt": prompt, "a": "x", "b": "y"} for prompt in (PROMPT, system)])
+    scored = Classifier(classifier(folder), ["a", "b"])(table).to_pylist()
+    reason = "reward rm: chat template refuses the conversation: System role not supported"
+    assert [row["dropped"] for row in scored] == [None, reason]
+    assert math.isfinite(scored[0]["b_scores"]["rm"])
+
+
+def test_a_system_message_that_the_template_refuses_in_every_prompt_is_said_before_the_work(tmp_path):
+    folder = saved_classifier(tmp_path, NO_SYSTEM)
+    checked_classifier(classifier(folder))
+    checked_classifier(classifier(folder, answer_only=True), "Be kind.")
+    with pytest.raises(InputError, match=r"System role not supported; every prompt has .* prompts.system"):
+        checked_classifier(classifier(folder), "Be kind.")
+
+
+@pytest.mark.parametrize(("kind", "table"), [(Bert, 64), (Roberta, 66)])
+def test_a_text_beyond_the_positions_is_read_by_its_last_tokens(tmp_path, tokenizer, kind, table):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    settings = {"vocab_size": len(tokenizer), "max_position_embeddings": table, "num_labels": 1, "pad_token_id": 1}
+    folder = save_model(tmp_path, kind(kind.config_class(**sizes, **settings)), tokenizer)
+    actor = Classifier(classifier(folder, answer_only=True), ["a"])
+    assert actor.max_length == 64
+    scores = actor.score([PROMPT] * 3, ["short", "long " * 60, ("long " * 60)[-64:]])
+    assert all(map(math.isfinite, scores))
+    assert scores[1] == pytest.approx(scores[2], abs=1e-6)
 
 
 def score_table(name, prompts):

@@ -14,7 +14,15 @@ from rdpo.cluster.pools import Pool, engine_pool
 from rdpo.config import Job, JudgeReward, Sampling
 from rdpo.modeling.chat import load_chat
 from rdpo.modeling.weights import fingerprint, local_model
-from rdpo.preference.ratings import check_rubric, expected_rating, rating_value, rating_values, written_rating
+from rdpo.preference.ratings import (
+    LEAST_SHARE,
+    check_rubric,
+    expected_rating,
+    rating_share,
+    rating_value,
+    rating_values,
+    written_rating,
+)
 from rdpo.preference.rewards.kind import RewardKind
 from rdpo.preference.scores import record_scores
 from rdpo.records import ID_COLUMN, Row, draw_seed, drop, table_of, text_of
@@ -132,7 +140,11 @@ class Judge:
         ids = list(self.values)
         one = Sampling(temperature=0.0, top_p=1.0, max_tokens=1)
         reply = await self._reply(asked, row, role, one, (), logprobs=len(ids), logprob_token_ids=ids)
-        return expected_rating(self.values, reply.logprobs or {})
+        logprobs = reply.logprobs or {}
+        share = rating_share(self.values, logprobs)
+        if share < LEAST_SHARE:
+            raise ValueError(f"the judge's ratings have {share:.2g} of its next token's probability together")
+        return expected_rating(self.values, logprobs)
 
     async def _written(self, asked: dict[str, Any], row: Row, role: str) -> float:
         reply = await self._reply(asked, row, role, self.reward.sampling, self.chat.stop_ids)
