@@ -70,13 +70,18 @@ class RunReader:
 
     def table(self, stage: str, columns: list[str] | None = None, dropped: bool = False) -> pa.Table:
         """The rows of a stage in the order of their ids, as far as they are made; or those that it dropped."""
-        table = self.folder(stage).table("dropped" if dropped else "", columns)
-        return table.sort_by(ID_COLUMN) if ID_COLUMN in table.column_names else table
+        return table_of_stage(self.dir, stage, columns, dropped)
 
     @property
     def metrics(self) -> list[dict[str, float]]:
         """The metrics of every optimizer step so far, in order."""
         return self.folder("training").read_lines(METRICS)
+
+
+def table_of_stage(run_dir: str, stage: str, columns: list[str] | None = None, dropped: bool = False) -> pa.Table:
+    """The rows of a stage as `RunReader.table` gives them, of a directory that need not hold the run's job."""
+    table = StageFolder(run_dir, stage).table("dropped" if dropped else "", columns)
+    return table.sort_by(ID_COLUMN) if ID_COLUMN in table.column_names else table
 
 
 def job_of_run(run_dir: str) -> Job:

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rdpo.errors import InputError
-from rdpo.execution.reader import RunReader
+from rdpo.execution.reader import RunReader, table_of_stage
 from rdpo.inspection.token_logps import TokenLogps, TokenReader
 from rdpo.modeling.chat import load_chat
 from rdpo.records import ID_COLUMN, Row, shown
@@ -30,8 +30,8 @@ def show_rows(run_dir: str, stage: str, row_id: str | None, limit: int, dropped:
     Raises:
         InputError: there is no such row, or it has no tokens whose log-probs could be shown.
     """
-    run = RunReader(run_dir)
-    table = run.table(stage, dropped=dropped)
+    # Only tokens need the run's job: rows of a folder without it are shown too.
+    table = table_of_stage(run_dir, stage, dropped=dropped)
     if not table.num_rows:
         raise InputError(f"{run_dir}: the {stage} stage holds no {'dropped ' if dropped else ''}rows")
     rows = table.to_pylist()
@@ -42,8 +42,8 @@ def show_rows(run_dir: str, stage: str, row_id: str | None, limit: int, dropped:
     if logps and "prompt_ids" not in rows[0]:
         raise InputError("--logps: only rows of the reference stage have the tokens that training sees; show those")
     console = Console()
-    decode = _decoder(run, rows[0])
-    reader = TokenReader(run) if logps else None
+    decode = _decoder(run_dir, rows[0])
+    reader = TokenReader(RunReader(run_dir)) if logps else None
     for row in rows[:limit]:
         console.print(_panel(row, decode))
         for side, values in (reader.read(row) if reader else {}).items():
@@ -51,10 +51,10 @@ def show_rows(run_dir: str, stage: str, row_id: str | None, limit: int, dropped:
     console.print(f"{min(limit, len(rows))} of {len(rows)} rows")
 
 
-def _decoder(run: RunReader, row: Row) -> Any:
+def _decoder(run_dir: str, row: Row) -> Any:
     if "prompt_ids" not in row:
         return None
-    student = run.job.student
+    student = RunReader(run_dir).job.student
     return load_chat(student.model, student.revision, student.trust_remote_code).tokenizer.decode
 
 

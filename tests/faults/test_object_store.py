@@ -369,7 +369,7 @@ def test_a_claim_that_is_not_renewed_is_passed_over_and_said(bucket, monkeypatch
 
 def test_a_holder_that_died_on_this_machine_is_passed_over_at_once(bucket):
     run_dir, said = f"s3://{bucket}/run", []
-    code = f"from rdpo.lock import Claim; Claim({run_dir!r}).take(print)"
+    code = f"from rdpo.execution.lock import Claim; Claim({run_dir!r}).take(print)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
     assert len(Folder(run_dir).files()) == 1
     with lock.held(run_dir, said.append):
