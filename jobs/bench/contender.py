@@ -26,10 +26,11 @@ from rdpo.cluster.hardware import allocator_environment, peak_flops, peak_memory
 from rdpo.config import Job
 from rdpo.modeling.chat import load_chat
 from rdpo.modeling.flops import Arithmetic, matmul_rate
-from rdpo.modeling.model import Policy, load_policy
+from rdpo.modeling.model import Policy
 from rdpo.modeling.packing import PairSize, batch_tokens, micro_batches
-from rdpo.modeling.weights import local_model
-from rdpo.preference.reference import Reference, student_dtype, tokenize_pair
+from rdpo.modeling.student import student_forward
+from rdpo.modeling.weights import ModelRef
+from rdpo.preference.reference import Reference, tokenize_pair
 from rdpo.records import alive
 from rdpo.training.loop import PairTable, Trainer, step_pairs
 
@@ -101,7 +102,7 @@ def reference_rows(job: Job, path: str, limit: int) -> PairTable:
     """The workload's pairs with ids and reference log-probs, as the reference stage leaves them."""
     import pyarrow as pa
 
-    chat = load_chat(job.student.model)
+    chat = load_chat(ModelRef.student(job))
     with open(path, encoding="utf-8") as file:
         candidates = (bench_row(index, json.loads(line)) for index, line in enumerate(file))
         fitting = (row for row in candidates if alive(tokenize_pair(row, chat, job.reference.max_length)))
@@ -187,16 +188,8 @@ def run_trl(job: Job, data: PairTable, batches: list[list[int]], micro: int) -> 
         def _get_train_sampler(self, *_, **__):
             return torch.utils.data.SequentialSampler(self.train_dataset)
 
-    training, folder = job.training, local_model(job.student.model)
-    policy = load_policy(
-        folder,
-        student_dtype(job),
-        training.logprob_chunk,
-        training.lora,
-        training.gradient_checkpointing,
-        seed=job.seed,
-        layout="padded",
-    )
+    training = job.training.model_copy(update={"layout": "padded"})
+    policy = student_forward(job.model_copy(update={"training": training}), to_train=True)
     columns = ("prompt_ids", "chosen_ids", "rejected_ids")
     rows = data.rows(tuple(pair for batch in batches for pair in batch))
     with tempfile.TemporaryDirectory() as directory:
@@ -226,7 +219,7 @@ def run_trl(job: Job, data: PairTable, batches: list[list[int]], micro: int) -> 
             model=policy.model,
             args=arguments,
             train_dataset=Dataset.from_dict({name: rows[name] for name in columns}),
-            processing_class=load_chat(job.student.model).tokenizer,
+            processing_class=load_chat(ModelRef.student(job)).tokenizer,
             callbacks=[clock],
         )
         trainer.train()

@@ -24,7 +24,7 @@ from rdpo.cluster.connection import start_ray
 from rdpo.config import Job, load_job
 from rdpo.config.task import Task, Turn
 from rdpo.modeling.chat import Chat, load_chat
-from rdpo.modeling.weights import local_model
+from rdpo.modeling.weights import ModelRef, local_model
 from rdpo.records import Messages, Row, draw_seed, prompt_id
 from rdpo.synthesis.engine import Engine, engine_arguments, engine_environment
 from rdpo.synthesis.instructions import check_prefills, load_task, template_values, turn_messages
@@ -131,7 +131,7 @@ def speak_raw(job: Job, task: Task, rows: list[Row]) -> Spoken:
     from vllm.sampling_params import RequestOutputKind
 
     model = teacher_model(job)
-    chat, llm = load_chat(model), LLM(**arguments_of(job))
+    chat, llm = load_chat(ModelRef(model)), LLM(**arguments_of(job))
 
     def say(turn: Turn, spoken: list[Row], conversations: list[Messages]) -> None:
         prompts = [TokensPrompt(prompt_token_ids=chat.prompt_ids(messages)) for messages in conversations]
@@ -156,7 +156,7 @@ def speak_barriers(job: Job, task: Task, rows: list[Row]) -> Spoken:
 
 async def _speak_barriers(job: Job, task: Task, rows: list[Row]) -> Spoken:
     model = teacher_model(job)
-    chat, engine = load_chat(model), Engine(str(local_model(model)), job.synthesis.engine, job.seed)
+    chat, engine = load_chat(ModelRef(model)), Engine(str(local_model(model)), job.synthesis.engine, job.seed)
 
     async def say(turn: Turn, row: Row, messages: Messages) -> None:
         seed = draw_seed(job.seed, row["prompt_id"], turn.name)
@@ -202,7 +202,7 @@ def turn_processor(job: Job, task: Task, turn: Turn) -> Callable[["ray.data.Data
     from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 
     model, settings = teacher_model(job), job.synthesis.engine
-    chat = load_chat(model)
+    chat = load_chat(ModelRef(model))
 
     def ask(data: Row) -> Row:
         row = json.loads(data["row"])

@@ -24,7 +24,8 @@ class Student(Section):
     else float32. The published weights keep the model's own."""
     quantization: Literal["none", "nf4"] = "none"
     """`nf4`: the frozen weights under a LoRA adapter in 4 bits (QLoRA, arXiv 2305.14314), in training and reference;
-    the adapter is merged into the unquantised weights. Needs `training.lora`, ZeRO stage 2 or lower, bitsandbytes."""
+    the adapter is merged into the unquantised weights. KL compares those with the quantised reference, so that it is
+    not 0 even without training. Needs `training.lora`, ZeRO stage 2 or lower, bitsandbytes."""
     trust_remote_code: bool = False
     """Run Python code that ships with the model. Off unless the job file says so."""
 

@@ -2,7 +2,8 @@
 
 For a column NAME adds the answer, `NAME_finish_reason` and `NAME_tokens`; `kl` is the log-ratio
 log pi(y|x) - log ref(y|x) of the trained model's own answer, in nats, whose mean estimates the KL
-divergence of the policy from the reference, and `kl_length` the answer's tokens.
+divergence of the policy from the reference, and `kl_length` the answer's tokens. Where the reference is in four bits,
+`kl` holds what they rounded away too (see `rdpo.modeling.student`).
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from rdpo.config import Job, Sampling
 from rdpo.config.task import Turn
 from rdpo.modeling.chat import load_chat
 from rdpo.modeling.ratios import Ratios
-from rdpo.modeling.weights import local_model
-from rdpo.preference.reference import reference_pool, student_dtype
+from rdpo.modeling.student import student_forward
+from rdpo.modeling.weights import ModelRef, local_model
+from rdpo.preference.reference import reference_pool
 from rdpo.records import ID_COLUMN, Messages, Row, alive, draw_seed, drop, table_of
 from rdpo.synthesis.crashes import CrashGuard, open_crash_counts
 from rdpo.synthesis.engine import Engine, EngineError, Generation
@@ -98,7 +100,7 @@ class Answerer:
     def __init__(self, job: Job, models: dict[str, str], crash_counts: Any):
         self.job, self.crash_guard = job, CrashGuard(crash_counts)
         self.models = {column: str(local_model(name)) for column, name in models.items()}
-        self.chat = load_chat(job.student.model, job.student.revision, job.student.trust_remote_code)
+        self.chat = load_chat(ModelRef.student(job))
         self.engine = Engine(next(iter(self.models.values())), job.evaluation.engine, job.seed)
 
     async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
@@ -159,23 +161,10 @@ class Divergence:
     """A Ray Data actor that holds the start model and the trained one."""
 
     def __init__(self, job: Job, trained: str, column: str):
-        from rdpo.modeling.model import load_policy
-
-        settings, student = job.reference, job.student
+        settings, chat = job.reference, load_chat(ModelRef.student(job))
         device = take_device(settings.gpus, settings.cpus)
-        after, before = (
-            load_policy(
-                folder,
-                student_dtype(job),
-                job.training.logprob_chunk,
-                trust_remote_code=student.trust_remote_code,
-                layout=job.training.layout,
-            )
-            .eval()
-            .to(device)
-            for folder in (local_model(trained), local_model(student.model, student.revision))
-        )
-        chat = load_chat(student.model, student.revision, student.trust_remote_code)
+        after = student_forward(job, merged=local_model(trained)).eval().to(device)
+        before = student_forward(job).eval().to(device)
         self.column, self.ratios = column, Ratios(chat, after, before, device, settings.tokens_per_batch)
 
     def __call__(self, batch: pa.Table) -> pa.Table:

@@ -21,7 +21,7 @@ from rdpo.config import Job, Sampling
 from rdpo.errors import InputError, did_you_mean
 from rdpo.execution.reader import RunReader
 from rdpo.modeling.chat import Chat, load_chat
-from rdpo.modeling.weights import ADAPTER_CONFIG, local_model
+from rdpo.modeling.weights import ADAPTER_CONFIG, ModelRef
 from rdpo.records import Messages, clean, draw_seed, shown
 
 COMMANDS = {"/reset": "forget the conversation", "/seed N": "draw with another seed", "/quit": "end"}
@@ -172,12 +172,11 @@ def load_speakers(run: RunReader) -> list[Speaker]:
     from transformers.utils import logging
 
     run.require("model")
-    job, folder, student = run.job, run.folder("model"), run.job.student
+    job, folder, student = run.job, run.folder("model"), ModelRef.student(run.job)
     logging.disable_progress_bar()
     gpu = torch.cuda.is_available()
     device, dtype = take_device(gpu), getattr(torch, compute_dtype(job.evaluation.engine.dtype, gpu))
-    chat = load_chat(student.model, student.revision, student.trust_remote_code)
-    base = local_model(student.model, student.revision)
+    chat, base = load_chat(student), student.folder()
     models = {"start": _load(base, dtype, job), "trained": _published(Path(folder.local()), base, dtype, job)}
     return [
         Speaker(name, model.eval().to(device), chat, job.evaluation.sampling, job.prompts.system)

@@ -14,6 +14,7 @@ from rdpo.errors import InputError
 from rdpo.execution.reader import RunReader, table_of_stage
 from rdpo.inspection.token_logps import TokenLogps, TokenReader
 from rdpo.modeling.chat import load_chat
+from rdpo.modeling.weights import ModelRef
 from rdpo.records import ID_COLUMN, Row, shown
 
 TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
@@ -54,8 +55,7 @@ def show_rows(run_dir: str, stage: str, row_id: str | None, limit: int, dropped:
 def _decoder(run_dir: str, row: Row) -> Any:
     if "prompt_ids" not in row:
         return None
-    student = RunReader(run_dir).job.student
-    return load_chat(student.model, student.revision, student.trust_remote_code).tokenizer.decode
+    return load_chat(ModelRef.student(RunReader(run_dir).job)).tokenizer.decode
 
 
 def _panel(row: Row, decode: Any) -> Panel:

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rdpo.cluster.hardware import compute_dtype, take_device
-from rdpo.config import Job
+from rdpo.cluster.hardware import take_device
 from rdpo.execution.reader import RunReader
 from rdpo.files.stage_folder import StageFolder
-from rdpo.modeling.weights import local_model
+from rdpo.modeling.student import student_forward
 from rdpo.records import SIDES, Row
 
 if TYPE_CHECKING:
@@ -35,14 +34,14 @@ class TokenReader:
         """Load both models.
 
         Raises:
-            InputError: the start model cannot be had.
+            InputError: the start model cannot be had, or not as the run read it (bitsandbytes is missing).
         """
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-        job = run.job
-        self.reference = _load(local_model(job.student.model, job.student.revision), job)
-        self.policy = _load(_merged(run.folder("policy")), job) if run.manifest("policy") else None
+        self.reference = _on_device(student_forward(run.job))
+        trained = _merged(run.folder("policy")) if run.manifest("policy") else None
+        self.policy = _on_device(student_forward(run.job, merged=trained)) if trained else None
 
     def read(self, row: Row) -> dict[str, TokenLogps]:
         """Of a row with `prompt_ids`, `chosen_ids` and `rejected_ids`: each side's log-probs by its name."""
@@ -56,20 +55,11 @@ def _merged(folder: StageFolder) -> Path:
     return Path(folder.local(MERGED))
 
 
-def _load(folder: Path, job: Job) -> Policy:
+def _on_device(policy: Policy) -> Policy:
+    """The policy in evaluation mode, on the GPU if there is one."""
     import torch
 
-    from rdpo.modeling.model import load_policy
-
-    gpu = torch.cuda.is_available()
-    policy = load_policy(
-        folder,
-        compute_dtype(job.student.dtype, gpu),
-        job.training.logprob_chunk,
-        trust_remote_code=job.student.trust_remote_code,
-        layout=job.training.layout,
-    )
-    return policy.eval().to(take_device(gpu))
+    return policy.eval().to(take_device(torch.cuda.is_available()))
 
 
 def _by_side(policy: Policy, row: Mapping[str, Any]) -> dict[str, list[float]]:

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rdpo.errors import InputError
 from rdpo.records import Messages
+
+if TYPE_CHECKING:
+    from rdpo.modeling.weights import ModelRef
 
 PROBE = "x"
 
@@ -87,15 +89,12 @@ def make_chat(tokenizer: Any, stop_ids: list[int], name: str) -> Chat:
 
 
 @lru_cache(maxsize=8)
-def load_chat(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Chat:
-    """The chat of a model, named as in the job file; loaded once in a process."""
+def load_chat(model: ModelRef) -> Chat:
+    """The chat of a model; loaded once in a process."""
     from transformers import GenerationConfig
 
-    from rdpo.modeling.weights import load_tokenizer, local_model
-
-    folder = local_model(name, revision)
-    tokenizer = load_tokenizer(name, revision, trust_remote_code)
-    has_generation = (Path(folder) / "generation_config.json").is_file()
+    folder, tokenizer = model.folder(), model.tokenizer()
+    has_generation = (folder / "generation_config.json").is_file()
     stops = GenerationConfig.from_pretrained(folder).eos_token_id if has_generation else None
     stop_ids = [stops] if isinstance(stops, int) else list(stops or [])
-    return make_chat(tokenizer, stop_ids, name)
+    return make_chat(tokenizer, stop_ids, model.name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,31 @@ from rdpo.errors import InputError
 from rdpo.modeling import attention
 from rdpo.modeling.layout import Batch, Tokens, packed_batch, padded_batch
 from rdpo.modeling.logprobs import CompletionHead, sum_by_sequence
+
+
+@dataclass(frozen=True)
+class ForwardSettings:
+    """How a model's weights are held and read."""
+
+    dtype: str
+    """Precision, by torch's name for it."""
+    chunk: int
+    """Completion tokens whose logits are made at once."""
+    layout: Layout = "auto"
+    quantization: str = "none"
+    """`nf4`: weights in four bits, computed with in `dtype`."""
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What is added to a model so that it can be trained; nothing by default."""
+
+    lora: Lora | None = None
+    """A fresh adapter, over weights that are frozen; without one, all weights are trained."""
+    gradient_checkpointing: bool = False
+    seed: int = 0
+    """Of the adapter's first weights."""
 
 
 class Policy(nn.Module):
@@ -82,43 +108,33 @@ def _logit_scale(config: Any) -> float:
     return float(getattr(config, "logit_scale", None) or 1.0)
 
 
-def load_policy(
-    folder: str | Path,
-    dtype: str,
-    chunk: int,
-    lora: Lora | None = None,
-    gradient_checkpointing: bool = False,
-    trust_remote_code: bool = False,
-    seed: int = 0,
-    layout: Layout = "auto",
-    quantization: str = "none",
-) -> Policy:
-    """Load a policy; with `lora`, frozen and with a fresh adapter (its start equals the base model).
+def load_policy(folder: str | Path, settings: ForwardSettings, tuning: Tuning | None = None) -> Policy:
+    """Load a policy; a fresh adapter leaves it equal to the base model.
 
     Raises:
-        InputError: `layout` is "packed" and the architecture cannot read it, or `quantization` is asked for
+        InputError: the layout is "packed" and the architecture cannot read it, or `quantization` is asked for
             and bitsandbytes is not installed.
     """
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(
         folder,
-        dtype=getattr(torch, dtype),
+        dtype=getattr(torch, settings.dtype),
         use_safetensors=True,
-        trust_remote_code=trust_remote_code,
-        quantization_config=_four_bits(dtype) if quantization == "nf4" else None,
+        trust_remote_code=settings.trust_remote_code,
+        quantization_config=_four_bits(settings.dtype) if settings.quantization == "nf4" else None,
     )
-    return as_policy(model, chunk, lora, gradient_checkpointing, seed, layout)
+    return as_policy(model, settings, tuning)
 
 
-def as_policy(
-    model: Any, chunk: int, lora: Lora | None, gradient_checkpointing: bool, seed: int, layout: Layout
-) -> Policy:
+def as_policy(model: Any, settings: ForwardSettings, tuning: Tuning | None = None) -> Policy:
     """A causal language model of transformers as a policy, see `load_policy`."""
-    packed = _choose_layout(model, layout)
-    if gradient_checkpointing:
+    packed = _choose_layout(model, settings.layout)
+    tuning = tuning or Tuning()
+    if tuning.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    return Policy(_with_adapter(model, lora, seed) if lora else model, chunk, packed)
+    adapted = _with_adapter(model, tuning.lora, tuning.seed) if tuning.lora else model
+    return Policy(adapted, settings.chunk, packed)
 
 
 def _four_bits(dtype: str) -> Any:

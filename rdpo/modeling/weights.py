@@ -13,16 +13,65 @@ import os
 import shutil
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from filelock import FileLock
 
 from rdpo.errors import InputError
 from rdpo.files.stores import cache_dir, fetched, is_remote
 
+if TYPE_CHECKING:
+    from rdpo.config import Job
+
 CONFIG = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"
 WEIGHTS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
+
+
+class ModelRef(NamedTuple):
+    """A model as a job names it, and whether Python code that ships with it may run."""
+
+    name: str
+    revision: str | None = None
+    trust: bool = False
+
+    @classmethod
+    def of(cls, job: Job, name: str | None) -> ModelRef:
+        """The model of that name, whose own code may not run; or the job's student, where there is none."""
+        return cls(*job.model_or_student(name))
+
+    @classmethod
+    def student(cls, job: Job) -> ModelRef:
+        """The job's student."""
+        return cls.of(job, None)
+
+    def folder(self) -> Path:
+        """Its folder on this machine; downloads or converts it if need be.
+
+        Raises:
+            InputError: there is no such model, or it has no safetensors weights.
+        """
+        return local_model(self.name, self.revision)
+
+    def fingerprint(self) -> str:
+        """A hash of its weights, configuration and tokenizer."""
+        return fingerprint(self.name, self.revision)
+
+    def config(self) -> Any:
+        """Its configuration.
+
+        Raises:
+            InputError: there is no such model, or it cannot be read without running code that ships with it.
+        """
+        return model_config(*self)
+
+    def tokenizer(self) -> Any:
+        """Its tokenizer.
+
+        Raises:
+            InputError: there is no such model, or its tokenizer cannot be read without running code that ships with it.
+        """
+        return load_tokenizer(*self)
 
 
 def local_model(name: str, revision: str | None = None, weights: bool = True) -> Path:

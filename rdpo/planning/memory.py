@@ -24,8 +24,8 @@ from rdpo.modeling.attention import flash_by_sequence, sequences
 from rdpo.modeling.flops import Arithmetic
 from rdpo.modeling.model import Policy, as_policy
 from rdpo.modeling.packing import PairSize, batch_tokens, epoch_steps, plan_step
-from rdpo.modeling.weights import local_model
-from rdpo.preference.reference import student_dtype
+from rdpo.modeling.student import forward_settings, student_dtype, tuning_of
+from rdpo.modeling.weights import ModelRef
 from rdpo.training.backend import Weights, shipped_backend
 from rdpo.training.loop import step_pairs
 
@@ -66,24 +66,18 @@ def rehearse(job: Job, sizes: Sequence[PairSize] = ()) -> Rehearsal:
         sizes: of its pairs, where they are known; else all are taken to be as long as the job admits.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
-    from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+    from transformers import AttentionInterface, AutoModelForCausalLM
 
-    student, training = job.student, job.training
-    config = AutoConfig.from_pretrained(
-        local_model(student.model, student.revision), trust_remote_code=student.trust_remote_code
-    )
+    student = ModelRef.student(job)
+    config, dtype = student.config(), getattr(torch, student_dtype(job))
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=getattr(torch, student_dtype(job)), trust_remote_code=student.trust_remote_code
-        )
-        policy = as_policy(
-            model, training.logprob_chunk, training.lora, training.gradient_checkpointing, job.seed, training.layout
-        )
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=student.trust)
+        policy = as_policy(model, forward_settings(job), tuning_of(job))
     for weight in policy.parameters():
         # peft leaves adapters on the meta device in float32; those of a model that is loaded have its precision.
         if weight.requires_grad:
             weight.data = weight.data.to(model.dtype)
-    if training.gpus_per_worker and policy.packed:
+    if job.training.gpus_per_worker and policy.packed:
         AttentionInterface.register(FOOTPRINT, _footprint)
         model.set_attn_implementation(FOOTPRINT)
     with FakeTensorMode():

@@ -18,9 +18,9 @@ from rdpo.config import Job, smallest
 from rdpo.errors import InputError
 from rdpo.modeling.flops import matmul_rate
 from rdpo.modeling.packing import PairSize
+from rdpo.modeling.student import student_dtype
 from rdpo.planning.communication import bytes_sent, sent
 from rdpo.planning.memory import GIB, Rehearsal, rehearse, typical_pair, worker_memory
-from rdpo.preference.reference import student_dtype
 from rdpo.training.backend import shipped_backend
 
 ASSUMED_MFU = 0.4

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from rdpo.cluster.hardware import allocator_environment, compute_dtype, take_device
+from rdpo.cluster.hardware import allocator_environment, take_device
 from rdpo.cluster.pools import Pool
 from rdpo.config import Job
 from rdpo.modeling.chat import Chat, load_chat
 from rdpo.modeling.packing import MicroBatch, PairSize, micro_batches
-from rdpo.modeling.weights import local_model
+from rdpo.modeling.student import student_forward
+from rdpo.modeling.weights import ModelRef
 from rdpo.preference.known_logps import KnownLogps, recalled
 from rdpo.records import SIDES, Row, alive, drop
 
@@ -62,11 +63,6 @@ def pair_size(row: Row) -> PairSize:
     return PairSize(len(row["prompt_ids"]), len(row["chosen_ids"]), len(row["rejected_ids"]))
 
 
-def student_dtype(job: Job) -> str:
-    """Precision in which training runs the student, and so its reference too."""
-    return compute_dtype(job.student.dtype, job.training.gpus_per_worker > 0)
-
-
 class Reference:
     """A Ray Data actor that holds the reference model, once there is a pair whose log-probs are not known.
 
@@ -79,23 +75,12 @@ class Reference:
         self.job, self.settings = job, job.reference
         self.known: KnownLogps = ray.get(known) if known else {}
         self.device = take_device(self.settings.gpus, self.settings.cpus)
-        self.chat = load_chat(job.student.model, job.student.revision, job.student.trust_remote_code)
+        self.chat = load_chat(ModelRef.student(job))
 
     @cached_property
     def policy(self) -> Policy:
         """The reference model."""
-        from rdpo.modeling.model import load_policy
-
-        student, training = self.job.student, self.job.training
-        policy = load_policy(
-            local_model(student.model, student.revision),
-            student_dtype(self.job),
-            training.logprob_chunk,
-            trust_remote_code=student.trust_remote_code,
-            layout=training.layout,
-            quantization=student.quantization,
-        )
-        return policy.eval().to(self.device)
+        return student_forward(self.job).eval().to(self.device)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Tokenize a block of pairs and add their log-probs."""

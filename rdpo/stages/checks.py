@@ -19,14 +19,15 @@ def prepare(job: Job, say: Say) -> bool:
     from rdpo.cluster.installed import check_cpu_engines, check_installed
     from rdpo.cluster.placement import Nodes, check_room, fit_side_by_side
     from rdpo.modeling.chat import load_chat
-    from rdpo.modeling.weights import model_config
+    from rdpo.modeling.weights import ModelRef
     from rdpo.preference.rewards import check_rewards
     from rdpo.stages.pools import pools_of
     from rdpo.synthesis.prompts import check_templates
 
     check_templates(job.prompts)
-    model_config(job.student.model, job.student.revision, job.student.trust_remote_code)
-    load_chat(job.student.model, job.student.revision, job.student.trust_remote_code)
+    student = ModelRef.student(job)
+    student.config()
+    load_chat(student)
     pools = pools_of(job)
     check_cpu_engines(pools)
     _check_teacher(job)
@@ -56,7 +57,7 @@ def check_named(job: Job) -> None:
 
 
 def _check_teacher(job: Job) -> None:
-    from rdpo.modeling.weights import local_adapter, local_model
+    from rdpo.modeling.weights import ModelRef, local_adapter
     from rdpo.preference.pairs import scored_answers
     from rdpo.synthesis.endpoint import check_endpoint
     from rdpo.synthesis.instructions import beginning, check_prefills, load_task
@@ -69,7 +70,7 @@ def _check_teacher(job: Job) -> None:
     if job.evaluation.refine and job.pairs.chosen not in answers:
         raise InputError(f"evaluation.refine: pairs.chosen = {job.pairs.chosen!r} is no turn; name one of {answers}")
     if not job.synthesis.endpoint:
-        local_model(*job.model_or_student(job.synthesis.teacher)[:2])
+        ModelRef.of(job, job.synthesis.teacher).folder()
         if job.synthesis.adapter:
             local_adapter(job.synthesis.adapter)
     elif job.synthesis.task:

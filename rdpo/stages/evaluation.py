@@ -56,14 +56,14 @@ def evaluate(rows: ray.data.Dataset, run: Run) -> ray.data.Dataset:
 
     from rdpo.evaluation.generate import START, TRAINED, add_divergence, answer_prompts
     from rdpo.files.stores import is_remote
-    from rdpo.modeling.weights import local_model
+    from rdpo.modeling.weights import ModelRef
     from rdpo.preference.rewards import score_answers
     from rdpo.training.checkpoint import MERGED
 
     job = run.job
-    student = job.student
+    student = ModelRef.student(job)
     # A store's name holds on every machine of a cluster; the place of this machine's copy does not.
-    start = student.model if is_remote(student.model) else str(local_model(student.model, student.revision))
+    start = student.name if is_remote(student.name) else str(student.folder())
     trained = run.folder("policy").address(MERGED)
     known = {START: _start_answers(run)}
     answered = answer_prompts(rows.take_all(), job, {START: start, TRAINED: trained}, known)

@@ -26,12 +26,12 @@ def complete_policy(run: Run, folder: StageFolder, meter: Meter) -> dict[str, An
 
     Where nothing was trained it is the start model.
     """
-    from rdpo.modeling.weights import local_model
+    from rdpo.modeling.weights import ModelRef
     from rdpo.training.checkpoint import EXPORT, MERGED, finish_policy
     from rdpo.training.extrapolation import extrapolate
 
-    student, alpha = run.job.student, run.job.training.extrapolation
-    base, trained = local_model(student.model, student.revision), exported(run, "training")
+    student, alpha = ModelRef.student(run.job), run.job.training.extrapolation
+    base, trained = student.folder(), exported(run, "training")
     meter.advance(1)
     if trained is None:
         folder.put(base, MERGED)
@@ -41,7 +41,7 @@ def complete_policy(run: Run, folder: StageFolder, meter: Meter) -> dict[str, An
         with folder.made(EXPORT, keep=True) as moved:
             extrapolate(moved, base, alpha)
     with folder.made(MERGED) as merged:
-        finish_policy(exported(run, "policy") or trained, base, merged, student.trust_remote_code)
+        finish_policy(exported(run, "policy") or trained, base, merged, student.trust)
     return {"extrapolation": alpha}
 
 

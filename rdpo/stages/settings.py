@@ -11,10 +11,10 @@ if TYPE_CHECKING:
 def student_settings(job: Job) -> dict[str, Any]:
     """The student, the precision that it is computed in, and a fingerprint of its weights."""
     from rdpo.cluster.hardware import compute_dtype
-    from rdpo.modeling.weights import fingerprint
+    from rdpo.modeling.weights import ModelRef
 
     dtype = compute_dtype(job.student.dtype, job.training.gpus_per_worker > 0)
-    return {**job.student.model_dump(), "dtype": dtype, "weights": fingerprint(job.student.model, job.student.revision)}
+    return {**job.student.model_dump(), "dtype": dtype, "weights": ModelRef.student(job).fingerprint()}
 
 
 def tokenizer_settings(job: Job) -> dict[str, Any]:

@@ -20,13 +20,13 @@ PROMPT_LENGTH = "_prompt_length"
 
 def settings(job: Job) -> dict[str, Any]:
     """Settings of the synthesis stage, with the task's wording and the teacher's weights."""
-    from rdpo.modeling.weights import adapter_fingerprint, fingerprint
+    from rdpo.modeling.weights import ModelRef, adapter_fingerprint
     from rdpo.synthesis.instructions import load_task
 
     if job.synthesis.task is None:
         return {"split": job.synthesis.split, "limit": job.synthesis.limit}
     task = load_task(job.synthesis.task).model_dump()
-    weights = None if job.synthesis.endpoint else fingerprint(*job.model_or_student(job.synthesis.teacher)[:2])
+    weights = None if job.synthesis.endpoint else ModelRef.of(job, job.synthesis.teacher).fingerprint()
     found = {**job.synthesis.model_dump(), "turns": task, "weights": weights, "seed": job.seed}
     if job.synthesis.adapter:
         found["adapter_weights"] = adapter_fingerprint(job.synthesis.adapter)

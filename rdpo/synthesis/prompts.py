@@ -18,6 +18,7 @@ from rdpo.config import Prompts as Settings
 from rdpo.errors import InputError
 from rdpo.files.stage_folder import StageFolder
 from rdpo.modeling.chat import load_chat
+from rdpo.modeling.weights import ModelRef
 from rdpo.records import HELDOUT, ID_COLUMN, Messages, Row, alive, clean, draw_seed, drop, prompt_id, unit_draw
 from rdpo.synthesis.conversation import Unusable, check_columns, derive_pair, read_prompt
 from rdpo.synthesis.given import pair_id
@@ -172,7 +173,7 @@ def _split(value: Any, row_id: str, job: Job) -> str:
 def _measure(row: Row, job: Job) -> Row:
     if not alive(row):
         return row
-    chat = load_chat(job.student.model, job.student.revision, job.student.trust_remote_code)
+    chat = load_chat(ModelRef.student(job))
     try:
         row["prompt_length"] = len(chat.prompt_ids(row["prompt"]))
     except ValueError as error:

@@ -23,7 +23,7 @@ from rdpo.config import Engine as EngineSettings
 from rdpo.config import Job, Sampling
 from rdpo.config.task import Task, Turn
 from rdpo.modeling.chat import load_chat
-from rdpo.modeling.weights import local_adapter, local_model
+from rdpo.modeling.weights import ModelRef, local_adapter
 from rdpo.records import ID_COLUMN, Messages, Row, clean, draw_seed, drop, table_of
 from rdpo.synthesis.crashes import CrashGuard, open_crash_counts
 from rdpo.synthesis.endpoint import Endpoint, endpoint_key
@@ -77,10 +77,10 @@ class EngineSpeaker:
     """A vLLM engine of this process."""
 
     def __init__(self, job: Job):
-        model, revision, trust = job.model_or_student(job.synthesis.teacher)
-        self.chat = load_chat(model, revision, trust)
+        model = ModelRef.of(job, job.synthesis.teacher)
+        self.chat = load_chat(model)
         worn = str(local_adapter(job.synthesis.adapter)) if job.synthesis.adapter else None
-        self.engine = Engine(str(local_model(model, revision)), job.synthesis.engine, job.seed, worn)
+        self.engine = Engine(str(model.folder()), job.synthesis.engine, job.seed, worn)
 
     async def say(self, messages: Messages, turn: Turn, sampling: Sampling, seed: int) -> Generation:
         """The answer by the engine."""

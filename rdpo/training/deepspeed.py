@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rdpo.config import Job, Training, smallest
-from rdpo.modeling.model import Policy, load_policy
-from rdpo.modeling.weights import local_model
-from rdpo.preference.reference import student_dtype
+from rdpo.modeling.model import Policy
+from rdpo.modeling.student import student_dtype, student_forward
 
 if TYPE_CHECKING:
     from rdpo.modeling.layout import Batch
@@ -55,7 +54,7 @@ class DeepSpeedBackend:
 
         # transformers looks for such an object while it loads weights: they are partitioned only as long as it lives.
         partitioned_load = HfDeepSpeedConfig(config) if partitioned else None
-        policy = _student(job)
+        policy = student_forward(job, to_train=True)
         del partitioned_load
 
         policy.train()
@@ -178,22 +177,6 @@ class DeepSpeedBackend:
         }
         offloaded = _offloaded(job.training, stage)
         return {name: amount for name, amount in parts.items() if name not in offloaded}
-
-
-def _student(job: Job) -> Policy:
-    """The job's student as it is trained."""
-    training, student = job.training, job.student
-    return load_policy(
-        local_model(student.model, student.revision),
-        student_dtype(job),
-        training.logprob_chunk,
-        training.lora,
-        training.gradient_checkpointing,
-        student.trust_remote_code,
-        job.seed,
-        training.layout,
-        student.quantization,
-    )
 
 
 def _offloaded(training: Training, stage: int) -> set[str]:

@@ -33,8 +33,8 @@ from rdpo.experiments.comparison import load_comparison
 from rdpo.files.stage_folder import Manifest, StageFolder
 from rdpo.inspection.show import show_rows
 from rdpo.modeling.chat import load_chat
-from rdpo.modeling.model import load_policy
-from rdpo.modeling.weights import _model_of_name, local_adapter, local_model, model_config
+from rdpo.modeling.model import ForwardSettings, load_policy
+from rdpo.modeling.weights import ModelRef, _model_of_name, local_adapter, local_model, model_config
 from rdpo.preference.rewards.classifier import checked_classifier
 from rdpo.preference.rewards.function import load_function
 from rdpo.report.report import write_report
@@ -89,7 +89,7 @@ def test_pickled_weights_are_not_loaded_even_beside_others(model, sprung, name):
     (model / "decoy.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
     _model_of_name.cache_clear()
     with pytest.raises(OSError):
-        load_policy(local_model(str(model)), "float32", 16)
+        load_policy(local_model(str(model)), ForwardSettings("float32", 16))
     assert not sprung.exists()
 
 
@@ -132,13 +132,13 @@ def test_code_that_ships_with_a_model_is_neither_run_nor_asked_about(model, spru
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     for attempt in (
         lambda: model_config(name),
-        lambda: load_chat(name),
+        lambda: load_chat(ModelRef(name)),
         lambda: checked_classifier(ClassifierReward(kind="classifier", name="r", model=name)),
     ):
         with pytest.raises(InputError, match=r"needs Python code that ships with it; student\.trust_remote_code"):
             attempt()
     with pytest.raises(ValueError, match="trust_remote_code"):
-        load_policy(name, "float32", 16)
+        load_policy(name, ForwardSettings("float32", 16))
     assert not sprung.exists()
 
 
@@ -159,8 +159,8 @@ def test_no_module_of_ours_leaves_the_question_of_trust_to_transformers():
 def test_trust_and_revision_are_the_students_alone(job_table):
     job_table["student"] |= {"trust_remote_code": True, "revision": "abc"}
     job = Job.model_validate(job_table)
-    assert job.model_or_student(None) == (job.student.model, "abc", True)
-    assert job.model_or_student("other/model") == ("other/model", None, False)
+    assert job.model_or_student(None) == ModelRef.student(job) == (job.student.model, "abc", True)
+    assert job.model_or_student("other/model") == ModelRef.of(job, "other/model") == ("other/model", None, False)
     assert Student(model="x").trust_remote_code is False
 
 
@@ -215,7 +215,7 @@ def test_no_chat_template_of_a_model_leaves_the_sandbox(model, template):
     (model / "chat_template.jinja").write_text(template.replace("prompt", "messages[0]['content']"))
     edit(model / "tokenizer_config.json", chat_template=template)
     try:
-        chat = load_chat(str(model))
+        chat = load_chat(ModelRef(str(model)))
     except InputError as refusal:
         assert "its chat template fails" in str(refusal)
     else:

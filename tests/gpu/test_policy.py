@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rdpo.config import Lora
-from rdpo.modeling.model import as_policy
+from rdpo.modeling.model import ForwardSettings, Tuning, as_policy
 from tests.support.models import tiny_config
 
 pytestmark = pytest.mark.gpu
@@ -30,7 +30,7 @@ def batches(seed=0, pairs=12):
 
 
 def log_probs(model, dtype, device, layout, columns):
-    policy = as_policy(model.to(dtype), 256, None, False, 0, layout).to(device).eval()
+    policy = as_policy(model.to(dtype), ForwardSettings("float32", 256, layout)).to(device).eval()
     with torch.no_grad():
         return policy(policy.batch(*columns).to(device)).cpu()
 
@@ -55,7 +55,9 @@ def test_bfloat16_packed_is_as_near_to_float32_as_padded(tokenizer):
 
 
 def test_adapters_have_the_models_precision_and_train(tokenizer):
-    policy = as_policy(model_of(tokenizer).to(torch.bfloat16), 256, Lora(rank=4), True, 0, "packed").to("cuda")
+    policy = as_policy(
+        model_of(tokenizer).to(torch.bfloat16), ForwardSettings("bfloat16", 256, "packed"), Tuning(Lora(rank=4), True)
+    ).to("cuda")
     adapters = [weight for weight in policy.parameters() if weight.requires_grad]
     assert {weight.dtype for weight in adapters} == {torch.bfloat16}
     policy(policy.batch(*batches()).to("cuda")).sum().backward()

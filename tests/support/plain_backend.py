@@ -4,8 +4,7 @@ import math
 
 import torch
 
-from rdpo.modeling.model import load_policy
-from rdpo.preference.reference import student_dtype
+from rdpo.modeling.student import student_forward
 
 
 class PlainBackend:
@@ -18,10 +17,7 @@ class PlainBackend:
 
     @classmethod
     def build(cls, job, device, converted=False):
-        training, dtype = job.training, student_dtype(job)
-        lora, lean = training.lora, training.gradient_checkpointing
-        policy = load_policy(job.student.model, dtype, training.logprob_chunk, lora, lean, seed=job.seed)
-        return cls(policy.to(device).train(), training)
+        return cls(student_forward(job, to_train=True).to(device).train(), job.training)
 
     def forward(self, batch):
         return self.policy(batch)

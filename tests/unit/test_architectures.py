@@ -7,9 +7,10 @@ from rdpo.config import Lora
 from rdpo.errors import InputError
 from rdpo.modeling.attention import attend_by_span, flex_by_block
 from rdpo.modeling.layout import packed_batch, padded_batch
-from rdpo.modeling.model import load_policy
+from rdpo.modeling.model import ForwardSettings, Tuning, load_policy
 from tests.support.models import save_model
 
+SETTINGS = ForwardSettings("float32", 8)
 PROMPTS = [[5, 6, 7, 8, 40, 41, 42], [9, 10], [20]]
 CHOSEN = [[11, 12, 13], [14, 15, 16, 17, 1], [21, 22, 23, 24]]
 REJECTED = [[30, 31, 32, 33, 34, 35, 36], [14], [37, 38]]
@@ -79,7 +80,7 @@ def test_values_and_gradients_equal_plain_transformers(folder, layout, checkpoin
     expected = naive_pairs(model)
     weights = torch.linspace(-1, 1, len(expected))
     (expected * weights).sum().backward()
-    policy = load_policy(folder, "float32", 3, layout=layout, gradient_checkpointing=checkpointing)
+    policy = load_policy(folder, ForwardSettings("float32", 3, layout), Tuning(gradient_checkpointing=checkpointing))
     policy.train(checkpointing)
     actual = policy(policy.batch(PROMPTS, CHOSEN, REJECTED))
     (actual * weights).sum().backward()
@@ -91,7 +92,7 @@ def test_values_and_gradients_equal_plain_transformers(folder, layout, checkpoin
 
 
 def test_a_pair_does_not_see_its_neighbours(folder):
-    policy = load_policy(folder, "float32", 8).eval()
+    policy = load_policy(folder, SETTINGS).eval()
     together = policy(policy.batch(PROMPTS, CHOSEN, REJECTED)).view(2, 3)
     for index in range(3):
         alone = policy(policy.batch(PROMPTS[index : index + 1], CHOSEN[index : index + 1], REJECTED[index : index + 1]))
@@ -99,7 +100,8 @@ def test_a_pair_does_not_see_its_neighbours(folder):
 
 
 def test_adapter_off_is_the_base_model(folder):
-    policy, adapted = load_policy(folder, "float32", 8).eval(), load_policy(folder, "float32", 8, Lora(rank=4)).eval()
+    policy = load_policy(folder, SETTINGS).eval()
+    adapted = load_policy(folder, SETTINGS, Tuning(Lora(rank=4))).eval()
     batch = policy.batch(PROMPTS, CHOSEN, REJECTED)
     torch.testing.assert_close(adapted(batch), policy(batch))
     with torch.no_grad():
@@ -128,8 +130,8 @@ def test_an_architecture_that_cannot_pack_is_padded(tmp_path, tokenizer):
 
     config = MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, state_size=4, pad_token_id=0)
     folder = save_model(tmp_path, MambaForCausalLM(config), tokenizer)
-    policy = load_policy(folder, "float32", 8).eval()
+    policy = load_policy(folder, SETTINGS).eval()
     assert not policy.packed
     torch.testing.assert_close(policy(padded_batch(PROMPTS, [CHOSEN, REJECTED])), naive_pairs(policy.model))
     with pytest.raises(InputError, match="cannot read packed rows"):
-        load_policy(folder, "float32", 8, layout="packed")
+        load_policy(folder, ForwardSettings("float32", 8, "packed"))

@@ -14,7 +14,16 @@ from rdpo.training.loop import NonFiniteStep
 from tests.support.pairs import PAIRS, changed, pairs, trainer_of, weights
 from tests.support.plain_backend import PlainBackend
 
-pytestmark = pytest.mark.usefixtures("process_group")
+pytestmark = pytest.mark.usefixtures("process_group", "one_thread")
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Threads that wait for each other take longer than what they compute of so small a model."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def plain(model, place, data=None, **settings):

@@ -8,7 +8,7 @@ from rdpo.cluster.gpus import GPUS, Gpu, gpu_of
 from rdpo.config import Job, Lora
 from rdpo.errors import InputError
 from rdpo.modeling.flops import Arithmetic
-from rdpo.modeling.model import as_policy, load_policy
+from rdpo.modeling.model import ForwardSettings, Tuning, as_policy, load_policy
 from rdpo.modeling.packing import PairSize
 from rdpo.planning.communication import bytes_sent, sent
 from rdpo.planning.memory import Memory, heaviest, rehearse, worker_memory
@@ -40,7 +40,7 @@ def test_rehearsal_on_fake_tensors_takes_as_much_as_the_real_step(tiny_model, tm
     job = job_of(tiny_model, tmp_path, lora=lora)
     job = job.model_copy(update={"student": job.student.model_copy(update={"dtype": dtype})})
     rehearsal = rehearse(job)
-    real = load_policy(tiny_model, dtype, job.training.logprob_chunk, lora)
+    real = load_policy(tiny_model, ForwardSettings(dtype, job.training.logprob_chunk), Tuning(lora))
     assert rehearsal.weights == sum(weight.numel() for weight in real.parameters())
     assert rehearsal.trained == sum(weight.numel() for weight in real.parameters() if weight.requires_grad)
     peak = _step_peak(real, heaviest(job, [typical_pair(job)] * 4, packed=True))
@@ -93,7 +93,7 @@ def test_weights_in_four_bits_are_counted_so(tiny_model, tmp_path):
 def test_arithmetic_by_hand(tiny_model):
     """Hidden 64, inner 128, two layers of two heads of 32 with one key head, 258 words."""
     layers = 2 * (64 * 64 * 2 + 64 * 32 * 2 + 64 * 128 * 3)
-    whole = Arithmetic.of(load_policy(tiny_model, "float32", 64))
+    whole = Arithmetic.of(load_policy(tiny_model, ForwardSettings("float32", 64)))
     assert (whole.layers, whole.head, whole.attention, whole.frozen) == (layers, 258 * 64, 2 * 2 * 32, False)
     pair = PairSize(10, 4, 6)
     seen = 50 + 4 * 12 + 6 * 13
@@ -103,11 +103,11 @@ def test_arithmetic_by_hand(tiny_model):
 
 def test_adapters_make_no_gradients_of_the_weights_under_them(tiny_model):
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
-    adapted = Arithmetic.of(as_policy(model, 64, Lora(rank=2), False, 0, "auto"))
+    adapted = Arithmetic.of(as_policy(model, ForwardSettings("float32", 64), Tuning(Lora(rank=2))))
     assert adapted.frozen
-    assert adapted.flops([PairSize(10, 4, 6)], True) < Arithmetic.of(load_policy(tiny_model, "float32", 64)).flops(
-        [PairSize(10, 4, 6)], True
-    )
+    assert adapted.flops([PairSize(10, 4, 6)], True) < Arithmetic.of(
+        load_policy(tiny_model, ForwardSettings("float32", 64))
+    ).flops([PairSize(10, 4, 6)], True)
 
 
 def test_plan_says_what_does_not_fit(tiny_model, tmp_path, monkeypatch):

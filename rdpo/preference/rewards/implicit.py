@@ -17,13 +17,15 @@ from rdpo.config import ImplicitReward, Job
 from rdpo.errors import InputError
 from rdpo.modeling.chat import Chat, load_chat
 from rdpo.modeling.ratios import Ratios
-from rdpo.modeling.weights import fingerprint, local_model
+from rdpo.modeling.weights import ModelRef
 from rdpo.preference.rewards.kind import RewardKind
 from rdpo.preference.scores import record_scores
 from rdpo.records import Row, table_of
 
 if TYPE_CHECKING:
     import ray.data
+
+    from rdpo.modeling.model import Policy
 
 CHUNK = 1024
 PROBE = "Ein Satz, 3 numbers: 12, 345; naïve 日本 <|end|>"
@@ -43,7 +45,7 @@ class ImplicitKind(RewardKind[ImplicitReward]):
     def settings(self, job: Job) -> dict[str, Any]:
         """Its fields, and the weights of both models."""
         trained, reference = trained_of(self.reward, job), reference_of(self.reward, job)
-        weights = {"weights": fingerprint(*trained[:2]), "reference": fingerprint(*reference[:2])}
+        weights = {"weights": trained.fingerprint(), "reference": reference.fingerprint()}
         return {**self.reward.model_dump(), **weights}
 
     def pools(self, job: Job) -> list[Pool]:
@@ -67,15 +69,10 @@ class Implicit:
     """A Ray Data actor that holds the trained model and its reference."""
 
     def __init__(self, reward: ImplicitReward, answers: list[str], job: Job):
-        from rdpo.modeling.model import load_policy
-
         self.reward, self.answers = reward, answers
         chat, device = checked_implicit(reward, job), take_device(reward.gpus)
-        dtype = compute_dtype(reward.dtype, reward.gpus > 0)
-        trained, start = (
-            load_policy(local_model(name, revision), dtype, CHUNK, trust_remote_code=trust).eval().to(device)
-            for name, revision, trust in (trained_of(reward, job), reference_of(reward, job))
-        )
+        trained = _load(trained_of(reward, job), reward).to(device)
+        start = _load(reference_of(reward, job), reward).to(device)
         self.ratios = Ratios(chat, trained, start, device, reward.tokens_per_batch)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -92,14 +89,22 @@ class Implicit:
         return [self.reward.beta * ratio.nats / (max(ratio.tokens, 1) if mean else 1) for ratio in ratios]
 
 
-def trained_of(reward: ImplicitReward, job: Job) -> tuple[str, str | None, bool]:
-    """Name, revision and trust of the trained model: the reward's own, or the student."""
-    return job.model_or_student(reward.model)
+def _load(model: ModelRef, reward: ImplicitReward) -> Policy:
+    """One of the two models, in the reward's own precision and never quantised: neither is this run's reference."""
+    from rdpo.modeling.model import ForwardSettings, load_policy
+
+    dtype = compute_dtype(reward.dtype, reward.gpus > 0)
+    return load_policy(model.folder(), ForwardSettings(dtype, CHUNK, trust_remote_code=model.trust)).eval()
 
 
-def reference_of(reward: ImplicitReward, job: Job) -> tuple[str, str | None, bool]:
-    """Name, revision and trust of the reference model: the reward's own, or the student."""
-    return job.model_or_student(reward.reference)
+def trained_of(reward: ImplicitReward, job: Job) -> ModelRef:
+    """The trained model: the reward's own, or the student."""
+    return ModelRef.of(job, reward.model)
+
+
+def reference_of(reward: ImplicitReward, job: Job) -> ModelRef:
+    """The reference model: the reward's own, or the student."""
+    return ModelRef.of(job, reward.reference)
 
 
 def checked_implicit(reward: ImplicitReward, job: Job) -> Chat:
@@ -109,8 +114,8 @@ def checked_implicit(reward: ImplicitReward, job: Job) -> Chat:
         InputError: they do not.
     """
     trained, reference = trained_of(reward, job), reference_of(reward, job)
-    chat, other = load_chat(*trained), load_chat(*reference)
+    chat, other = load_chat(trained), load_chat(reference)
     probe = [{"role": "user", "content": PROBE}]
     if chat.prompt_ids(probe) != other.prompt_ids(probe):
-        raise InputError(f"rewards.{reward.name}: {trained[0]} and {reference[0]} have different tokenizers")
+        raise InputError(f"rewards.{reward.name}: {trained.name} and {reference.name} have different tokenizers")
     return chat

@@ -13,7 +13,7 @@ import pyarrow as pa
 from rdpo.cluster.pools import Pool, engine_pool
 from rdpo.config import Job, JudgeReward, Sampling
 from rdpo.modeling.chat import load_chat
-from rdpo.modeling.weights import fingerprint, local_model
+from rdpo.modeling.weights import ModelRef
 from rdpo.preference.ratings import (
     LEAST_SHARE,
     check_rubric,
@@ -55,13 +55,13 @@ class JudgeKind(RewardKind[JudgeReward]):
         Raises:
             InputError: the model has no chat, or a rating is not one token.
         """
-        chat = load_chat(*job.model_or_student(self.reward.model))
+        chat = load_chat(ModelRef.of(job, self.reward.model))
         if self.reward.score == "expected":
             rating_values(chat, self.reward)
 
     def settings(self, job: Job) -> dict[str, Any]:
         """Its fields, and the judge's weights."""
-        weights = fingerprint(*job.model_or_student(self.reward.model)[:2])
+        weights = ModelRef.of(job, self.reward.model).fingerprint()
         return {**self.reward.model_dump(), "weights": weights}
 
     def pools(self, job: Job) -> list[Pool]:
@@ -92,10 +92,10 @@ class Judge:
 
     def __init__(self, reward: JudgeReward, answers: list[str], job: Job, crash_counts: Any):
         self.reward, self.answers, self.job, self.crash_guard = reward, answers, job, CrashGuard(crash_counts)
-        model, revision, trust = job.model_or_student(reward.model)
-        self.chat = load_chat(model, revision, trust)
+        model = ModelRef.of(job, reward.model)
+        self.chat = load_chat(model)
         self.values = {} if reward.score == "written" else rating_values(self.chat, reward)
-        self.engine = Engine(str(local_model(model, revision)), reward.engine, job.seed)
+        self.engine = Engine(str(model.folder()), reward.engine, job.seed)
 
     async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
         """Judge a block of rows."""
