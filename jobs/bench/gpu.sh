@@ -27,7 +27,11 @@ step() { # NAME SECONDS COMMAND…
 
 keep() {
     cp "$run/report.html" "$out/" 2>/dev/null
-    tar -C "$logs" --exclude=model --exclude=policy --exclude=checkpoints --exclude='*.safetensors' -czf "$out/logs.tgz" . 2>/dev/null
+    # Steps may run side by side: each writes an archive of its own, and the last one stays.
+    local partial
+    partial=$(mktemp -p "$out")
+    tar -C "$logs" --exclude=model --exclude=policy --exclude=checkpoints --exclude='*.safetensors' -czf "$partial" . 2>/dev/null
+    mv "$partial" "$out/logs.tgz"
 }
 
 model() { # a folder with the small model's tokenizer
@@ -67,6 +71,7 @@ for name in "$@"; do
             --set synthesis.engine.options.kv_cache_memory_bytes=8000000000 \
             --set evaluation.engine.options.kv_cache_memory_bytes=8000000000 &
         wait
+        keep
         grep -hE '(PASSED|FAILED|ERROR)' "$logs"/test_*.log | sort -u
         tail -n 30 "$logs/run.log"
         ;;

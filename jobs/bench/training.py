@@ -95,11 +95,17 @@ def table(report: dict) -> str:
     return "\n".join(lines)
 
 
+def any_failed(report: dict) -> bool:
+    """Whether a contender has no figures."""
+    return any("failed" in results.get(trainer, {}) for results in report.values() for trainer in TRAINERS)
+
+
 def main() -> None:
     """Run all four, print the table and the JSON."""
     report = compare(Path(sys.argv[1]), sys.argv[2:])
     print(table(report))
     print(json.dumps(report))
+    sys.exit(any_failed(report))
 
 
 if __name__ == "__main__":

@@ -21,9 +21,10 @@ def take_directory(folder: Folder, fresh: bool, say: Say) -> None:
         InputError: it holds other things, or a run of a newer rdpo.
     """
     _check_directory(folder)
+    # First, so that a directory in which only other things are left, after an interruption, is still a run's.
+    folder.write_json(MARKER, {"format": RUN_FORMAT, "rdpo": versions()["rdpo"]})
     if fresh:
         _start_over(folder, say)
-    folder.write_json(MARKER, {"format": RUN_FORMAT, "rdpo": versions()["rdpo"]})
 
 
 def _check_directory(folder: Folder) -> None:
@@ -54,7 +55,7 @@ def _start_over(folder: Folder, say: Say) -> None:
     others = {name for name in entries if not (_passing(name) or _is_own(folder, name))}
     for name in sorted(others):
         say(f"{folder.path}/{name} is not rdpo's and stays")
-    folder.empty(keep={*others, *filter(_passing, entries)})
+    folder.empty(keep={MARKER, *others, *filter(_passing, entries)})
 
 
 def _is_own(folder: Folder, name: str) -> bool:

@@ -75,6 +75,19 @@ def test_starting_over_removes_what_rdpo_made_and_nothing_else(job, run_dir):
     assert load_job(run_dir / JOB_FILE) == job
 
 
+def test_a_run_whose_start_over_was_interrupted_is_still_one(job, run_dir, monkeypatch):
+    with locked(job, str(run_dir)):
+        pass
+    (run_dir / "notes.txt").write_text("mine")
+    monkeypatch.setattr("rdpo.execution.pipeline.to_toml", lambda job: 1 / 0)
+    with pytest.raises(ZeroDivisionError), locked(job, str(run_dir), fresh=True):
+        pass
+    assert names(run_dir) == ["notes.txt", MARKER]
+    monkeypatch.undo()
+    with locked(job, str(run_dir)):
+        assert names(run_dir) == [JOB_FILE, "notes.txt", MARKER]
+
+
 @pytest.mark.parametrize(
     ("marker", "said"),
     [
