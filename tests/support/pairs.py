@@ -3,11 +3,12 @@
 import math
 
 import pyarrow as pa
+import pytest
 import torch
 
 from rdpo.config import Job
 from rdpo.modeling.packing import PairSize
-from rdpo.training.loop import PairTable, Trainer
+from rdpo.training.loop import NonFiniteStep, PairTable, Trainer
 from tests.support.jobs import valid_job
 
 PAIRS = 4
@@ -48,3 +49,21 @@ def weights(trainer):
 def changed(before, after):
     """How many of the weights are not the same."""
     return sum(not torch.equal(before[name], after[name]) for name in before)
+
+
+def check_steps_that_are_not_finite(trainer):
+    """One such step, of a trainer that may leave out one and whose pair 2 is poisoned, changes nothing; a second ends it."""
+    start = weights(trainer)
+    skipped = trainer.step(0, 9, [0, 2])
+    assert (skipped["skipped"], trainer.skipped) == (1.0, 1)
+    assert not math.isfinite(skipped["loss"])
+    assert changed(start, weights(trainer)) == 0
+    taken = trainer.step(1, 9, [0, 1])
+    assert taken["skipped"] == 0
+    assert 0 < taken["grad_norm"] < math.inf
+    assert taken["tflops_per_worker"] > 0 and "mfu" not in taken
+    after = weights(trainer)
+    assert changed(start, after) > 5
+    with pytest.raises(NonFiniteStep, match="rows of the batch: p3, p2"):
+        trainer.step(2, 9, [3, 2])
+    assert changed(after, weights(trainer)) == 0

@@ -1,13 +1,11 @@
 """DeepSpeed as the loop's engine in this process: ZeRO stages, four bits, and plain torch beside it."""
 
-import math
-
 import pytest
 import torch
 
 from rdpo.modeling.packing import PairSize
-from rdpo.training.loop import NonFiniteStep, PairTable
-from tests.support.pairs import PAIRS, changed, pairs, trainer_of, weights
+from rdpo.training.loop import PairTable
+from tests.support.pairs import PAIRS, check_steps_that_are_not_finite, pairs, trainer_of
 from tests.support.plain_backend import PlainBackend
 
 pytestmark = pytest.mark.usefixtures("process_group")
@@ -26,20 +24,7 @@ def all_partitioned(monkeypatch):
 def test_a_step_that_is_not_finite_is_left_out_and_the_next_one_taken(tiny_model, tmp_path, stage, dtype):
     data = pairs(poisoned=[2])
     trainer = trainer_of(tiny_model, tmp_path, data, dtype=dtype, zero_stage=stage, max_skipped_steps=1)
-    start = weights(trainer)
-    skipped = trainer.step(0, 9, [0, 2])
-    assert (skipped["skipped"], trainer.skipped) == (1.0, 1)
-    assert not math.isfinite(skipped["loss"])
-    assert changed(start, weights(trainer)) == 0
-    taken = trainer.step(1, 9, [0, 1])
-    assert taken["skipped"] == 0
-    assert 0 < taken["grad_norm"] < math.inf
-    assert taken["tflops_per_worker"] > 0 and "mfu" not in taken
-    after = weights(trainer)
-    assert changed(start, after) > 5
-    with pytest.raises(NonFiniteStep, match="rows of the batch: p3, p2"):
-        trainer.step(2, 9, [3, 2])
-    assert changed(after, weights(trainer)) == 0
+    check_steps_that_are_not_finite(trainer)
 
 
 def test_a_skipped_step_leaves_no_trace_in_the_next(tiny_model, tmp_path):

@@ -1,7 +1,6 @@
 """The training loop on an engine of plain torch: what a step does, whatever engine takes it. No DeepSpeed."""
 
 import json
-import math
 from dataclasses import replace
 
 import pytest
@@ -10,8 +9,7 @@ from safetensors.torch import load_file
 
 from rdpo.modeling.packing import PairSize
 from rdpo.training.checkpoint import Saved, export_policy, is_whole, restore_checkpoint, write_checksums
-from rdpo.training.loop import NonFiniteStep
-from tests.support.pairs import PAIRS, changed, pairs, trainer_of, weights
+from tests.support.pairs import PAIRS, check_steps_that_are_not_finite, pairs, trainer_of, weights
 from tests.support.plain_backend import PlainBackend
 
 pytestmark = pytest.mark.usefixtures("process_group", "one_thread")
@@ -37,20 +35,7 @@ def losses(trainer, indices):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_step_that_is_not_finite_is_left_out_and_the_next_one_taken(tiny_model, tmp_path, dtype):
     trainer = plain(tiny_model, tmp_path, pairs(poisoned=[2]), dtype=dtype, max_skipped_steps=1)
-    start = weights(trainer)
-    skipped = trainer.step(0, 9, [0, 2])
-    assert (skipped["skipped"], trainer.skipped) == (1.0, 1)
-    assert not math.isfinite(skipped["loss"])
-    assert changed(start, weights(trainer)) == 0
-    taken = trainer.step(1, 9, [0, 1])
-    assert taken["skipped"] == 0
-    assert 0 < taken["grad_norm"] < math.inf
-    assert taken["tflops_per_worker"] > 0 and "mfu" not in taken
-    after = weights(trainer)
-    assert changed(start, after) > 5
-    with pytest.raises(NonFiniteStep, match="rows of the batch: p3, p2"):
-        trainer.step(2, 9, [3, 2])
-    assert changed(after, weights(trainer)) == 0
+    check_steps_that_are_not_finite(trainer)
 
 
 def test_a_skipped_step_leaves_no_trace_in_the_next(tiny_model, tmp_path):
