@@ -52,7 +52,7 @@ def changed(before, after):
 
 
 def check_steps_that_are_not_finite(trainer):
-    """One such step, of a trainer that may leave out one and whose pair 2 is poisoned, changes nothing; a second ends it."""
+    """Of a trainer whose pair 2 is poisoned: one such step is left out and changes nothing, a second ends training."""
     start = weights(trainer)
     skipped = trainer.step(0, 9, [0, 2])
     assert (skipped["skipped"], trainer.skipped) == (1.0, 1)
