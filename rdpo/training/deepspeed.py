@@ -50,6 +50,9 @@ class DeepSpeedBackend:
 
         config = zero_config(job.training, student_dtype(job), converted)
         partitioned = job.training.zero_stage == 3
+        if device.type == "cpu":
+            # Else DeepSpeed compiles, for minutes, a sum over shared memory which only its inference uses.
+            deepspeed.ops.__compatible_ops__ = {}
         deepspeed.init_distributed(auto_mpi_discovery=False)
 
         # transformers looks for such an object while it loads weights: they are partitioned only as long as it lives.
