@@ -59,7 +59,7 @@ def told(run: Published) -> str:
     """A measured utilisation beside the range that the model gives."""
     gpu, best = GPUS[run.gpu], UNHINDERED[run.gpu]
     flops = (8 if run.again else 6) * run.weights * run.tokens
-    cost = sent(flops, int(run.weights), int(run.weights), run.workers, gpu, best * gpu.flops)
+    cost = sent(flops, 3 * int(run.weights), run.workers, gpu, best * gpu.flops)
     high, low = (flops / seconds / gpu.flops for seconds in cost.range)
     beyond = max(low - run.measured, run.measured - high, 0.0)
     verdict = "inside" if not beyond else f"{beyond:.3f} outside"
@@ -72,7 +72,7 @@ def told(run: Published) -> str:
 def kept(gpu: str, tokens: int, workers: int, lora: bool) -> str:
     """The share of its unhindered speed that a worker keeps, if nothing is sent while products run, and if all is."""
     flops, trained = (4 if lora else 6) * WEIGHTS * tokens, 0 if lora else int(WEIGHTS)
-    cost = sent(flops, int(WEIGHTS), trained, workers, GPUS[gpu], UNHINDERED[gpu] * GPUS[gpu].flops)
+    cost = sent(flops, 2 * int(WEIGHTS) + trained, workers, GPUS[gpu], UNHINDERED[gpu] * GPUS[gpu].flops)
     best, worst = (cost.products / seconds for seconds in cost.range)
     return f"{worst:.2f} to {best:.2f}"
 

@@ -1,10 +1,9 @@
-"""What ZeRO-3 sends, beside what there is to compute: how far a number of workers is worth its price.
+"""What training sends, beside what there is to compute: how far a number of workers is worth its price.
 
-A micro-batch gathers every layer's weights for the forward and again for the backward, and scatters the gradients of
-those that are trained, all in two bytes (arXiv 1910.02054, section 7.2: three times the weights where all are trained).
-That does not depend on the number of workers, but the work between two such rounds does: a step's pairs are
-shared among them. How much is sent while products run is not foretold; the step lies between all of it and none.
-`jobs/bench/scale.py` holds this against published figures.
+A micro-batch gathers weights and scatters gradients, all in two bytes; how many, the training's engine says
+(`Backend.elements_sent`). That does not depend on the number of workers, but the work between two such rounds does: a
+step's pairs are shared among them. How much is sent while products run is not foretold; the step lies between all of
+it and none. `jobs/bench/scale.py` holds this against published figures.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rdpo.cluster.gpus import Gpu
-from rdpo.training.deepspeed import LIVE
 
 BYTES = 2
 REACHED = 0.8
@@ -32,16 +30,15 @@ class Sent:
         return max(self.products, self.messages), self.products + self.messages
 
 
-def bytes_sent(weights: int, trained: int, workers: int) -> float:
-    """Bytes that each of the workers takes in for one micro-batch, of a model with so many weights."""
-    gathered = weights if weights <= LIVE else 2 * weights
-    return BYTES * (gathered + trained) * (workers - 1) / workers
+def bytes_sent(elements: int, workers: int) -> float:
+    """Bytes that each of the workers takes in for one micro-batch in which so many elements are sent."""
+    return BYTES * elements * (workers - 1) / workers
 
 
-def sent(flops: float, weights: int, trained: int, workers: int, gpu: Gpu, reached_flops: float) -> Sent:
-    """A micro-batch of `flops` on each of so many workers.
+def sent(flops: float, elements: int, workers: int, gpu: Gpu, reached_flops: float) -> Sent:
+    """A micro-batch of `flops` on each of so many workers, which sends `elements` of weights and gradients.
 
     `reached_flops` is the FLOP/s of products that wait for nothing.
     """
-    messages = bytes_sent(weights, trained, workers) / (REACHED * gpu.arriving(workers))
+    messages = bytes_sent(elements, workers) / (REACHED * gpu.arriving(workers))
     return Sent(flops / reached_flops, messages)

@@ -26,7 +26,7 @@ from rdpo.modeling.model import Policy, as_policy
 from rdpo.modeling.packing import PairSize, batch_tokens, epoch_steps, plan_step
 from rdpo.modeling.student import forward_settings, student_dtype, tuning_of
 from rdpo.modeling.weights import ModelRef
-from rdpo.training.backend import Weights, shipped_backend
+from rdpo.training.backend import Weights, backend_of
 from rdpo.training.loop import step_pairs
 
 GIB = 1 << 30
@@ -197,7 +197,7 @@ def worker_memory(job: Job, rehearsal: Rehearsal) -> dict[str, int]:
     weights = Weights(rehearsal.weights, rehearsal.trained, _weight_bytes(job, rehearsal, dtype))
     return {
         "process": GPU_PROCESS if gpu else CPU_PROCESS,
-        **shipped_backend().memory_parts(job, weights),
+        **backend_of(job).memory_parts(job, weights),
         "activations and head": rehearsal.activations,
         "allocator": 0 if gpu else int(rehearsal.activations * CPU_SLACK),
     }

@@ -21,7 +21,7 @@ from rdpo.modeling.packing import PairSize
 from rdpo.modeling.student import student_dtype
 from rdpo.planning.communication import bytes_sent, sent
 from rdpo.planning.memory import GIB, Rehearsal, rehearse, typical_pair, worker_memory
-from rdpo.training.backend import shipped_backend
+from rdpo.training.backend import backend_of
 
 ASSUMED_MFU = 0.4
 
@@ -49,12 +49,13 @@ def plan(job: Job, gpu: str | None, workers: int | None, sizes: Sequence[PairSiz
     yield from _memory(parts, GPUS[gpu].memory_gib if gpu else None)
     if (gpu and student_dtype(job) == "bfloat16") or not job.training.gpus_per_worker:
         yield from _speed(job, rehearsal, gpu, sizes or [typical_pair(job)])
-    if gpu and workers > 1 and shipped_backend().partitions_weights(job):
-        yield _messages(job, rehearsal, GPUS[gpu], sizes or [typical_pair(job)])
+    elements = backend_of(job).elements_sent(job, rehearsal.weights, rehearsal.trained)
+    if gpu and workers > 1 and elements:
+        yield _messages(job, rehearsal, GPUS[gpu], sizes or [typical_pair(job)], elements)
 
 
 def _headline(job: Job, rehearsal: Rehearsal, gpu: str | None) -> str:
-    training, method = job.training, shipped_backend().name_of(job)
+    training, method = job.training, backend_of(job).name_of(job)
     device = gpu or ("GPU" if training.gpus_per_worker else f"{worker_cores(training)}-core CPU")
     return (
         f"{job.student.model}: {rehearsal.weights / 1e6:,.1f} M weights, {rehearsal.trained / 1e6:,.1f} M trained, "
@@ -87,19 +88,20 @@ def _speed(job: Job, rehearsal: Rehearsal, gpu: str | None, sizes: Sequence[Pair
     yield f"1,000 pairs of {tokens / len(sizes):,.0f} tokens in about {1000 * seconds / len(sizes) / 60:,.1f} min"
 
 
-def _messages(job: Job, rehearsal: Rehearsal, gpu: Gpu, sizes: Sequence[PairSize]) -> str:
-    """What ZeRO-3 sends in a step, beside its products."""
+def _messages(job: Job, rehearsal: Rehearsal, gpu: Gpu, sizes: Sequence[PairSize], elements: int) -> str:
+    """What a step sends, so many elements in a micro-batch, beside its products."""
     training, workers = job.training, smallest(job.training.num_workers)
     share = training.batch_size / workers / len(sizes)
     tokens = share * sum(size.packed if rehearsal.packed else size.tokens for size in sizes)
     micros = max(1, math.ceil(tokens / training.tokens_per_batch))
     flops = share * rehearsal.arithmetic.flops(sizes, rehearsal.packed)
-    cost = sent(flops / micros, rehearsal.weights, rehearsal.trained, workers, gpu, ASSUMED_MFU * gpu.flops)
-    amount = micros * bytes_sent(rehearsal.weights, rehearsal.trained, workers) / GIB
+    cost = sent(flops / micros, elements, workers, gpu, ASSUMED_MFU * gpu.flops)
+    amount = micros * bytes_sent(elements, workers) / GIB
     best, worst = (cost.products / seconds for seconds in cost.range)
+    in_all = f"{backend_of(job).name_of(job)} sends each worker {amount:,.1f} GiB a step"
     return (
-        f"ZeRO-3 sends each worker {amount:,.1f} GiB a step, in {micros * cost.messages:.2f} s beside "
-        f"{micros * cost.products:.2f} s of products: {worst:.0%} to {best:.0%} of that rate are left"
+        f"{in_all}, in {micros * cost.messages:.2f} s beside {micros * cost.products:.2f} s of products: "
+        f"{worst:.0%} to {best:.0%} of that rate are left"
     )
 
 

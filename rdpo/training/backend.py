@@ -104,8 +104,16 @@ class Backend(Protocol):
         ...
 
     @staticmethod
-    def partitions_weights(job: Job) -> bool:
-        """Whether the weights are spread over the workers, and gathered for every micro-batch."""
+    def elements_sent(job: Job, weights: int, trained: int) -> int:
+        """Elements of weights and gradients that cross between all workers in one micro-batch.
+
+        0 where they meet only at the end of a step.
+
+        Args:
+            job: its `training` says what is spread over the workers.
+            weights: elements of the model.
+            trained: those of them that are trained.
+        """
         ...
 
     @staticmethod
@@ -114,8 +122,8 @@ class Backend(Protocol):
         ...
 
 
-def shipped_backend() -> type[Backend]:
-    """The engine that jobs train on. Loads nothing heavy before it is built."""
+def backend_of(job: Job) -> type[Backend]:
+    """The class of the engine that a job trains on; one ships. Loads nothing heavy before it is built."""
     from rdpo.training.deepspeed import DeepSpeedBackend
 
     return DeepSpeedBackend

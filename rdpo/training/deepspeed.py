@@ -156,9 +156,15 @@ class DeepSpeedBackend:
         return f"ZeRO-{stage_of(job.training, student_dtype(job))}"
 
     @staticmethod
-    def partitions_weights(job: Job) -> bool:
-        """Whether it is stage 3."""
-        return stage_of(job.training, student_dtype(job)) == 3
+    def elements_sent(job: Job, weights: int, trained: int) -> int:
+        """Stage 3 gathers every layer for the forward and again for the backward, and scatters the gradients.
+
+        Three times the weights where all are trained (arXiv 1910.02054, section 7.2).
+        """
+        if stage_of(job.training, student_dtype(job)) < 3:
+            return 0
+        gathered = weights if weights <= LIVE else 2 * weights
+        return gathered + trained
 
     @staticmethod
     def memory_parts(job: Job, weights: Weights) -> dict[str, int]:

@@ -25,7 +25,7 @@ from rdpo.files.stage_folder import StageFolder
 from rdpo.modeling.flops import Arithmetic
 from rdpo.modeling.packing import MicroBatch, PairSize, epoch_order, epoch_steps, plan_step
 from rdpo.records import HELDOUT, ID_COLUMN, SIDES
-from rdpo.training.backend import Backend, shipped_backend
+from rdpo.training.backend import Backend, backend_of
 from rdpo.training.gaps import GapScale
 from rdpo.training.losses import PairLogps, implicit_rewards, preference_loss, reward_terms
 from rdpo.training.metrics import MetricSums, PairOutcome
@@ -112,7 +112,7 @@ class Trainer:
         self.workers = torch.distributed.get_world_size()
         # Before the student is loaded: adapters, and dropout from the first step on, draw from here.
         torch.manual_seed(job.seed)
-        self.engine = (backend or shipped_backend()).build(job, device, converted)
+        self.engine = (backend or backend_of(job)).build(job, device, converted)
         self.policy = self.engine.policy
         gaps = data.table["reward_gap"].to_pylist()
         self.scale = GapScale.fitted(gaps, job.training.reward_norm)

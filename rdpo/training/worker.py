@@ -11,7 +11,7 @@ import torch
 from ray.train.torch import get_device
 
 from rdpo.config import Job
-from rdpo.training.backend import shipped_backend
+from rdpo.training.backend import backend_of
 from rdpo.training.checkpoint import last_checkpoint, restore_checkpoint, save_checkpoint
 from rdpo.training.heldout import HeldoutPairs, best_step
 from rdpo.training.loop import NonFiniteStep, PairTable, Trainer, step_pairs
@@ -31,7 +31,7 @@ def train_worker(config: dict[str, Any]) -> None:
     if not job.training.gpus_per_worker:
         torch.set_num_threads(config["cores"])
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    data, backend = PairTable.load(config["run_dir"]), shipped_backend()
+    data, backend = PairTable.load(config["run_dir"]), backend_of(job)
     with last_checkpoint(backend) as saved:
         trainer = Trainer(job, data, get_device(), saved is not None and saved.converted, backend)
         history = restore_checkpoint(trainer.engine, saved)

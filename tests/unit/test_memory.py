@@ -1,5 +1,7 @@
 """Memory and arithmetic of a step, foretold: rehearsed on tensors without storage, counted by hand."""
 
+from functools import partial
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -13,6 +15,7 @@ from rdpo.modeling.packing import PairSize
 from rdpo.planning.communication import bytes_sent, sent
 from rdpo.planning.memory import Memory, heaviest, rehearse, worker_memory
 from rdpo.planning.plan import plan
+from rdpo.training.backend import backend_of
 from tests.support.jobs import valid_job
 
 
@@ -132,17 +135,25 @@ def test_a_gpu_is_known_by_the_name_its_driver_gives_it():
     assert gpu_of("NVIDIA GeForce GTX 1080") is None
 
 
-def test_zero_3_sends_three_times_the_weights_where_all_are_trained():
-    billion = 10**9
-    assert bytes_sent(8 * billion, 8 * billion, 8) == 2 * 24 * billion * 7 / 8
-    assert bytes_sent(8 * billion, 0, 8) == 2 * 16 * billion * 7 / 8
+def test_zero_3_sends_three_times_the_weights_where_all_are_trained(tiny_model, tmp_path):
+    billion, job = 10**9, job_of(tiny_model, tmp_path, zero_stage=3)
+    elements = partial(backend_of(job).elements_sent, job)
+    assert elements(8 * billion, 8 * billion) == 24 * billion
+    assert elements(8 * billion, 0) == 16 * billion
     # A model that may stay gathered from forward to backward is sent once.
-    assert bytes_sent(billion, 0, 2) == billion
+    assert elements(billion, 0) == billion
+    assert bytes_sent(24 * billion, 8) == 2 * 24 * billion * 7 / 8
+
+
+def test_stages_below_3_send_nothing_in_a_micro_batch(tiny_model, tmp_path):
+    for stage in (0, 1, 2):
+        job = job_of(tiny_model, tmp_path, zero_stage=stage)
+        assert backend_of(job).elements_sent(job, 10**9, 10**9) == 0
 
 
 def test_messages_take_what_the_slowest_link_lets_through():
     h100 = GPUS["H100"]
-    within, beyond = (sent(1e15, 10**10, 0, workers, h100, 5e14) for workers in (8, 16))
+    within, beyond = (sent(1e15, 2 * 10**10, workers, h100, 5e14) for workers in (8, 16))
     assert within.products == beyond.products == 2.0
     assert within.messages == pytest.approx(4e10 * 7 / 8 / (0.8 * 450e9))
     assert beyond.messages == pytest.approx(4e10 * 15 / 16 / (0.8 * 400e9))
