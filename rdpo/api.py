@@ -117,11 +117,15 @@ def execute(
     """
     stages = stages_of(job)
     last = names_of(job).index(until or only or names_of(job)[-1])
-    with locked(job, run_dir, fresh, _aside), run_console(run_dir, console_class) as console, ray_stopped_after():
+    with (
+        locked(job, run_dir, fresh, _aside) as check,
+        run_console(run_dir, console_class) as console,
+        ray_stopped_after(),
+    ):
         if job.rounds.count > 1:
-            run_rounds(job, absolute(run_dir), console)
+            run_rounds(job, absolute(run_dir), console, check)
             return
-        run = Run(job, absolute(run_dir), console, prepare, on_stage=ReportSoFar(), stages=stages)
+        run = Run(job, absolute(run_dir), console, prepare, on_stage=ReportSoFar(), stages=stages, check=check)
         run_stages(run, stages[last if only else 0 : last + 1])
         if only or until:
             write_report(run.dir)

@@ -11,6 +11,7 @@ os.environ.setdefault("RAY_worker_niceness", "0")
 
 import pytest
 
+from tests.support import stores
 from tests.support.jobs import valid_job
 from tests.support.models import byte_tokenizer, save_model, tiny_config
 
@@ -38,6 +39,39 @@ def pytest_terminal_summary(terminalreporter):
     for fault in dict.fromkeys(fault for fault, _ in table):
         cells = (table.get((fault, stage), "") for stage in stages)
         terminalreporter.write_line(f"| {fault} | " + " | ".join(cells) + " |")
+
+
+@pytest.fixture(scope="session")
+def port():
+    """Port of an S3 server on loopback."""
+    pytest.importorskip("moto", reason="the S3 server of the tests is not installed")
+    with stores.server() as port:
+        yield port
+
+
+@pytest.fixture(scope="session")
+def endpoint(port):
+    return f"http://127.0.0.1:{port}"
+
+
+@pytest.fixture
+def reached(monkeypatch):
+    """Makes an endpoint the environment's."""
+
+    def reach(endpoint):
+        for name, value in stores.environment(endpoint).items():
+            monkeypatch.setenv(name, value)
+
+    return reach
+
+
+@pytest.fixture
+def bucket(endpoint, reached, request):
+    """A new bucket, with the environment to reach it."""
+    reached(endpoint)
+    name = f"bucket-{abs(hash(request.node.nodeid))}"
+    stores.client(endpoint).create_bucket(Bucket=name)
+    return name
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rdpo.cluster.installed import versions
 from rdpo.config import load_job
 from rdpo.errors import InputError
-from rdpo.execution.lock import LOCK, TAKEN, Say
+from rdpo.execution.lock import LOCK, Say
 from rdpo.execution.reader import JOB_FILE, MARKER, RUN_FORMAT, check_format
 from rdpo.files.folder import TEMPORARY, Folder
 from rdpo.files.stage_folder import IN_PROGRESS, MANIFEST
@@ -64,4 +64,4 @@ def _is_own(folder: Folder, name: str) -> bool:
 
 def _passing(name: str) -> bool:
     """Whether it is a lock, or a file that is being written."""
-    return name.startswith(LOCK) or name.endswith((TAKEN, TEMPORARY))
+    return name.startswith(LOCK) or name.endswith(TEMPORARY)

@@ -14,15 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from rdpo.cluster.installed import versions
-from rdpo.config import Job, to_toml
+from rdpo.config import Job, to_table, to_toml
 from rdpo.errors import InputError
 from rdpo.execution.keys import stage_key
-from rdpo.execution.lock import Say, held
+from rdpo.execution.lock import Check, Say, held
 from rdpo.execution.marker import take_directory
 from rdpo.execution.reader import JOB_FILE
 from rdpo.execution.run import Run
 from rdpo.execution.stage import Stage
 from rdpo.execution.streaming import stream_rows
+from rdpo.files.duplicates import remove_duplicates
 from rdpo.files.folder import Folder
 from rdpo.files.stage_folder import TOKENS, Manifest, StageFolder
 from rdpo.tracking.console import Meter
@@ -74,14 +75,20 @@ def _up_to_date(run: Run, stage: Stage) -> bool:
     for folder in (own, *(StageFolder(sibling, stage.name) for sibling in run.siblings)):
         manifest = folder.manifest()
         if manifest and manifest.key == key:
-            if folder is not own:
-                own.take_over(folder)
+            if folder is not own and not _taken(run, own, folder):
+                continue
             run.manifests[stage.name] = manifest
             where = "up to date" if folder is own else f"as in {Path(folder.path).parent.name}"
             run.console.say(f"{stage.name:<12}{where}")
             run.console.tell("stage_end", stage=stage.name, state=where, **_counts(manifest))
             return True
     return False
+
+
+def _taken(run: Run, own: StageFolder, folder: StageFolder) -> bool:
+    """Whether a sibling's stage was taken over: not if its own driver has begun it again meanwhile."""
+    run.check()
+    return own.take_over(folder, to_table(run.job))
 
 
 def _reopened(run: Run, stage: Stage, stages: Sequence[Stage]) -> list[Stage]:
@@ -103,6 +110,7 @@ def _reopened(run: Run, stage: Stage, stages: Sequence[Stage]) -> list[Stage]:
         if maker is None:
             raise InputError(f"{folder.path}/{what}: not as it was written; `rdpo run` makes it again")
         run.console.warn(f"{name} is not as it was written, made again: {what}")
+        run.check()
         folder.reopen(damaged)
         run.manifests.pop(name, None)
         repair.append(maker)
@@ -123,6 +131,7 @@ def _make(run: Run, chain: Sequence[Stage]) -> None:
     settings = [stage.settings(run.job) for stage in chain]
     for stage, folder, own in zip(chain, folders, settings, strict=True):
         attempts = {name: run.folder(name).attempt_id for name in stage.inputs}
+        run.check()
         folder.begin(stage_key(stage.name, own, attempts))
         run.console.tell("stage_begin", stage=stage.name)
     with run.console.stage("+".join(stage.name for stage in chain), None, chain[0].unit) as meter:
@@ -145,11 +154,14 @@ def _work(run: Run, chain: Sequence[Stage], folders: Sequence[StageFolder], mete
 
 def _commit(run: Run, stage: Stage, folder: StageFolder, manifest: Manifest) -> None:
     if stage.rows:
+        if stage.id_column and (removed := remove_duplicates(folder, stage.id_column)):
+            run.console.warn(f"{stage.name}: {removed} rows were stored twice, by tasks done again; one of each stays")
         manifest.summary = {"rows_in": stage.rows.source(run).count, **stage.rows.summarize(run, folder)}
         manifest.tokens = folder.total(TOKENS) if stage.rows.generates else 0
     expected = manifest.summary.pop("rows_in", None)
     manifest.seed, manifest.versions = run.job.seed, versions()
-    run.manifests[stage.name] = folder.commit(manifest, stage.id_column, expected)
+    manifest.job = to_table(run.job)
+    run.manifests[stage.name] = folder.commit(manifest, stage.id_column, expected, run.check)
     run.made.add(stage.name)
     run.console.made(manifest)
     run.console.tell("stage_end", stage=stage.name, state="made", **_counts(manifest))
@@ -203,14 +215,16 @@ def planned(job: Job, run_dir: str, stages: Sequence[Stage]) -> dict[str, str]:
 
 
 @contextmanager
-def locked(job: Job, run_dir: str, fresh: bool = False, say: Say = print) -> Iterator[None]:
+def locked(job: Job, run_dir: str, fresh: bool = False, say: Say = print) -> Iterator[Check]:
     """Hold a run directory: one driver at a time; with `fresh`, what a run made in it is removed. Writes the job.
+
+    What it yields asks whether the run is still this driver's (`lock.held`).
 
     Raises:
         InputError: it cannot be written, another driver holds it, or it holds something else than a run.
     """
-    with held(run_dir, say):
+    with held(run_dir, say) as check:
         folder = Folder(run_dir)
         take_directory(folder, fresh, say)
         folder.write_bytes(JOB_FILE, to_toml(job).encode())
-        yield
+        yield check

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from rdpo.config import Job
-from rdpo.execution.lock import Say
+from rdpo.execution.lock import Check, Say
 from rdpo.execution.reader import RunReader
 from rdpo.execution.stage import Stage
 from rdpo.files.stage_folder import Manifest, StageFolder
@@ -29,6 +29,7 @@ class Run(RunReader):
         siblings: Sequence[str] = (),
         on_stage: Callable[[Run], None] | None = None,
         stages: Sequence[Stage] = (),
+        check: Check = lambda: None,
     ):
         """Begin nothing yet.
 
@@ -40,10 +41,12 @@ class Run(RunReader):
             siblings: run directories whose stages it may take over.
             on_stage: called when a stage is made and others are to come.
             stages: all stages of the job, in order.
+            check: asks whether this process still holds the run directory, before anything in it is begun, removed or
+                committed; an InputError if not.
         """
         super().__init__(run_dir, job)
         self.console, self.prepare, self.siblings = console, prepare, tuple(siblings)
-        self.on_stage, self.stages = on_stage, tuple(stages)
+        self.on_stage, self.stages, self.check = on_stage, tuple(stages), check
         self.prepared = self.streams = False
         self.manifests: dict[str, Manifest] = {}
         self.made: set[str] = set()

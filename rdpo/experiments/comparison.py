@@ -98,8 +98,9 @@ def run_arms(
             console.say(f"\n{arm}, seed {seed}")
             folder = folders[arm, seed]
             siblings = tuple(other for other in folders.values() if other != folder)
-            with locked(job, folder, say=console.say):
-                run_stages(Run(job, folder, console, prepare, siblings), list(_stages(job, comparison.until)))
+            with locked(job, folder, say=console.say) as check:
+                run = Run(job, folder, console, prepare, siblings, check=check)
+                run_stages(run, list(_stages(job, comparison.until)))
 
 
 def compare_arms(comparison: Comparison, jobs: Jobs, run_dir: str, console: Console) -> None:

@@ -11,8 +11,9 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from rdpo.config import Job
+from rdpo.config import Job, to_table
 from rdpo.errors import InputError
+from rdpo.execution.lock import Check
 from rdpo.execution.pipeline import locked, run_stages
 from rdpo.execution.reader import round_dir
 from rdpo.execution.run import Run
@@ -25,8 +26,11 @@ from rdpo.tracking.console import Console
 MODEL = "model"
 
 
-def run_rounds(job: Job, run_dir: str, console: Console) -> None:
-    """Bring every round up to date, until one does not raise the watched reward."""
+def run_rounds(job: Job, run_dir: str, console: Console, check: Check = lambda: None) -> None:
+    """Bring every round up to date, until one does not raise the watched reward.
+
+    `check` asks whether the run directory is still this driver's.
+    """
     from rdpo.report.report import ReportSoFar, headline, write_report
 
     starts, shown = [job.student.model], []
@@ -34,9 +38,9 @@ def run_rounds(job: Job, run_dir: str, console: Console) -> None:
         console.say(f"\nround {number}, from {starts[-1]}")
         console.tell("round_begin", round=number, start=starts[-1])
         folder, of_round = round_dir(run_dir, number), job_of_round(job, number, starts)
-        with locked(of_round, folder, say=console.say):
+        with locked(of_round, folder, say=console.say) as check_round:
             stages = stages_of(of_round)
-            run = Run(of_round, folder, console, prepare, on_stage=ReportSoFar(), stages=stages)
+            run = Run(of_round, folder, console, prepare, on_stage=ReportSoFar(), stages=stages, check=check_round)
             run_stages(run, stages)
             path = write_report(folder)
         for line in [*headline(folder), f"report      {path}"]:
@@ -50,20 +54,32 @@ def run_rounds(job: Job, run_dir: str, console: Console) -> None:
         starts.append(os.path.join(folder, MODEL))
     for line in table(shown):
         console.conclude(line)
-    _take(run_dir, len(starts) - 1, console)
+    check()
+    _take(job, run_dir, len(starts) - 1, console)
 
 
-def _take(run_dir: str, number: int, console: Console) -> None:
-    """Make a round's model the model of the whole."""
+def _take(job: Job, run_dir: str, number: int, console: Console) -> None:
+    """Make a round's model the model of the whole, unless it is that already."""
     taken = StageFolder(run_dir, MODEL)
     if not number:
         taken.clear()
         console.conclude("\nno round raised the watched reward: the start model stays")
         console.tell("result", model=None, round=0)
         return
-    taken.take_over(StageFolder(round_dir(run_dir, number), MODEL))
+    of_round = StageFolder(round_dir(run_dir, number), MODEL)
+    if not _same(taken, of_round):
+        # Copied, as whoever publishes a model edits files in it: the next repetition goes by the round's own.
+        taken.take_over(of_round, to_table(job), share=False)
     console.conclude(f"\nmodel       {taken.address()}, of round {number}")
     console.tell("result", model=taken.address(), round=number)
+
+
+def _same(taken: StageFolder, of_round: StageFolder) -> bool:
+    """Whether a folder holds just what was taken from the round, and all of it."""
+    own, theirs = taken.manifest(), of_round.manifest()
+    if own is None or theirs is None or own.digest != theirs.digest:
+        return False
+    return set(own.files) <= set(taken.files())
 
 
 def job_of_round(job: Job, number: int, starts: Sequence[str]) -> Job:

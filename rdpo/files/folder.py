@@ -104,7 +104,7 @@ class Folder:
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a value as indented JSON, whole or not at all."""
-        self.write_bytes(name, json.dumps(value, indent=2, ensure_ascii=False, default=str).encode())
+        self.write_bytes(name, json_bytes(value))
 
     def names(self, suffix: str, below: str = "") -> list[str]:
         """Names, relative to this folder, of the files in `below` that end in `suffix`; sorted."""
@@ -134,6 +134,11 @@ class Folder:
     def files(self) -> list[str]:
         """Names of all files in this folder and below it; sorted."""
         return sorted(path[len(self.root) + 1 :] for path in self.fs.find(self.root))
+
+
+def json_bytes(value: Any) -> bytes:
+    """A value as indented JSON."""
+    return json.dumps(value, indent=2, ensure_ascii=False, default=str).encode()
 
 
 def checksum(file: IO[bytes]) -> str:

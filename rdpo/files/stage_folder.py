@@ -14,18 +14,19 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
-from rdpo.errors import ConservationError
-from rdpo.files.folder import TEMPORARY, Folder, checksum, temporary
+from rdpo.errors import ConservationError, InputError
+from rdpo.files.conditional import Changed, ConditionalObject
+from rdpo.files.duplicates import duplicates
+from rdpo.files.folder import TEMPORARY, Folder, checksum, json_bytes, temporary
+from rdpo.files.manifest import Manifest
 from rdpo.records import digest
 
 if TYPE_CHECKING:
@@ -36,30 +37,9 @@ IN_PROGRESS = "in_progress.json"
 METRICS = "metrics.jsonl"
 """In the folder of training, a line for each optimizer step."""
 TOKENS = "_tokens"
+PART = ".parquet"
 OPEN_AT_ONCE = 16
 PART_ROWS = 4096
-
-
-@dataclass
-class Manifest:
-    """What a committed stage folder holds and what it was made from."""
-
-    stage: str
-    key: str
-    settings: dict[str, Any]
-    inputs: dict[str, str]
-    rows_in: int = 0
-    rows_out: int = 0
-    dropped: dict[str, int] = field(default_factory=dict)
-    tokens: int = 0
-    seconds: float = 0.0
-    together: list[str] = field(default_factory=list)
-    seed: int = 0
-    versions: dict[str, str] = field(default_factory=dict)
-    files: dict[str, str] = field(default_factory=dict)
-    summary: dict[str, Any] = field(default_factory=dict)
-    digest: str = ""
-    created: str = ""
 
 
 @dataclass(frozen=True)
@@ -88,15 +68,18 @@ class StageFolder(Folder):
         in_progress = self.read_json(IN_PROGRESS) or {}
         if self.exists(MANIFEST) or in_progress.get("key") != key:
             self.clear()
-            self.write_json(IN_PROGRESS, {"key": key, "attempt_id": uuid.uuid4().hex, "began": time.time()})
+            self._write_attempt(key)
         for below in ("", "dropped"):
-            for name in self.names(".parquet", below):
+            for name in self.names(PART, below):
                 if not self._is_readable(name):
                     self.fs.rm(self._at(name))
 
+    def _write_attempt(self, key: str) -> None:
+        self.write_json(IN_PROGRESS, {"key": key, "attempt_id": uuid.uuid4().hex, "began": time.time()})
+
     @property
     def attempt_id(self) -> str:
-        """Name of this making of the folder: a part that is there is never made again with other content."""
+        """Name of this making of the folder: within it a part is never made again with other content."""
         begun = self.read_json(IN_PROGRESS) or {}
         # Folders begun by earlier versions call it `birth`.
         return begun.get("attempt_id") or begun.get("birth", "")
@@ -119,35 +102,67 @@ class StageFolder(Folder):
         return [name for name, sum in written.items() if not self.exists(name) or self._checksum(name) != sum]
 
     def reopen(self, damaged: list[str]) -> None:
-        """Make a committed folder an unfinished one that lacks the damaged files, so that they alone are made again."""
+        """Make a committed folder an unfinished one that lacks the damaged files, so that they alone are made again.
+
+        It is another attempt from here on: what is made again may differ, so stages that are half made of what was
+        there before are made anew. Parts that the manifest does not name go too, as nobody has counted their rows.
+        """
+        manifest = self.manifest()
+        assert manifest
+        begun = self.read_json(IN_PROGRESS) or {}
+        self._write_attempt(begun.get("key", manifest.key))
         self.fs.rm(self._at(MANIFEST))
-        for name in damaged:
+
+        uncounted = [name for name in self._all_files() if name.endswith(PART) and name not in manifest.files]
+        for name in [*damaged, *uncounted]:
             if self.exists(name):
                 self.fs.rm(self._at(name))
 
-    def take_over(self, other: StageFolder) -> None:
-        """Hold what another committed folder holds; on a local disk the files are shared, not copied."""
-        self.clear()
-        if not self.on_disk:
-            self._copy(other)
-            return
-        begun = [IN_PROGRESS] if other.exists(IN_PROGRESS) else []
-        for name in [*begun, *other._all_files(), MANIFEST]:
-            self._take(other._at(name), self._at(name))
+    def take_over(self, other: StageFolder, job: dict[str, Any] | None = None, share: bool = True) -> bool:
+        """Hold what another committed folder holds; on a local disk the files are shared, not copied.
 
-    def _take(self, source: str, target: str) -> None:
+        Args:
+            other: the folder; other drivers may work in it at the same time.
+            job: tables of the job in whose run it is taken, where that is another one.
+            share: False: the files are copied on a local disk too, so that an edit here does not reach the other.
+
+        Returns:
+            Whether it was taken. It was not if the other was begun again meanwhile, and then this folder is empty.
+        """
+        self.clear()
+        before = other._state()
+        manifest = other.manifest()
+        if manifest is None:
+            return False
+        begun = [IN_PROGRESS] if other.exists(IN_PROGRESS) else []
+        try:
+            with ThreadPoolExecutor(OPEN_AT_ONCE) as takers:
+                list(takers.map(lambda name: self._take(other, name, share), [*begun, *manifest.files]))
+            whole = other._state() == before
+        except OSError as error:
+            whole = False
+            if not isinstance(error, FileNotFoundError) and other._state() == before:
+                raise
+        if not whole:
+            self.clear()
+            return False
+        self.write_json(MANIFEST, asdict(replace(manifest, job=job or manifest.job)))
+        return True
+
+    def _state(self) -> tuple[str, Manifest | None]:
+        """What changes whenever a committed folder is begun again, reopened or committed anew."""
+        return self.attempt_id, self.manifest()
+
+    def _take(self, other: StageFolder, name: str, share: bool) -> None:
+        source, target = other._at(name), self._at(name)
+        if not self.on_disk:
+            self.fs.cp_file(source, target)
+            return
         # Files are only ever put in another's place, so a change here does not reach the other folder.
         partial = temporary(target)
         Path(target).parent.mkdir(parents=True, exist_ok=True)
-        _linked(source, partial)
+        _linked(source, partial) if share else shutil.copy2(source, partial)
         self.fs.mv(partial, target)
-
-    def _copy(self, other: StageFolder) -> None:
-        """Copy all files, the manifest last: it says that the others are there."""
-        names = sorted(other.files(), key=lambda name: name == MANIFEST)
-        with ThreadPoolExecutor(OPEN_AT_ONCE) as copiers:
-            list(copiers.map(lambda name: self.fs.cp_file(other._at(name), self._at(name)), names[:-1]))
-        self.fs.cp_file(other._at(names[-1]), self._at(names[-1]))
 
     def write_parts(self, table: pa.Table, id_column: str) -> WriteProgress:
         """Write one block: kept rows to `part-*`, rows with a reason in `dropped` to `dropped/part-*`.
@@ -160,28 +175,47 @@ class StageFolder(Folder):
         else:
             kept = table.filter(pc.is_null(reasons)).drop_columns(["dropped"])
             lost = table.filter(pc.is_valid(reasons))
-        for below, rows in (("", kept), ("dropped/", lost)):
-            for start in range(0, rows.num_rows, PART_ROWS):
-                self._write_part(rows.slice(start, PART_ROWS), id_column, below)
+        for below, rows in (("", kept), ("dropped", lost)):
+            self.write_rows_below(rows, id_column, below)
         return WriteProgress(kept.num_rows, lost.num_rows, _sum_ending_in(TOKENS, kept))
 
-    def _write_part(self, table: pa.Table, id_column: str, below: str) -> None:
+    def write_rows_below(self, rows: pa.Table, id_column: str, below: str) -> list[str]:
+        """Write rows that are all kept, or all dropped; names of their parts."""
+        slices = (rows.slice(start, PART_ROWS) for start in range(0, rows.num_rows, PART_ROWS))
+        return [self._write_part(part, id_column, below) for part in slices]
+
+    def _write_part(self, table: pa.Table, id_column: str, below: str) -> str:
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, write_page_checksum=True)
-        name = f"{below}part-{digest(sorted(table[id_column].to_pylist()))[:16]}.parquet"
+        name = f"part-{digest(sorted(table[id_column].to_pylist()))[:16]}{PART}"
+        name = f"{below}/{name}" if below else name
         self.write_bytes(name, sink.getvalue().to_pybytes())
+        return name
 
-    def parts(self) -> list[str]:
-        """Names of the kept parts."""
-        return self.names(".parquet")
+    def parts(self, below: str = "") -> list[str]:
+        """Names of the kept (or dropped) parts; of a committed folder those that its manifest names, and no others."""
+        manifest = self.manifest()
+        if manifest is None or not manifest.files:
+            return self.names(PART, below)
+        return sorted(name for name in manifest.files if name.endswith(PART) and name.rpartition("/")[0] == below)
 
     def tables(self, below: str = "", columns: list[str] | None = None) -> Iterator[pa.Table]:
         """The kept rows (or, with `below="dropped"`, the dropped ones) part by part."""
-        for name in self.names(".parquet", below):
+        for name in self.parts(below):
             yield self.part(name, columns)
 
     def part(self, name: str, columns: list[str] | None = None) -> pa.Table:
-        """The rows of one part."""
+        """The rows of one part.
+
+        Raises:
+            InputError: it is no longer there.
+        """
+        try:
+            return self._read_part(name, columns)
+        except FileNotFoundError:
+            raise InputError(f"{self.path}/{name}: is missing; `rdpo run` makes it again") from None
+
+    def _read_part(self, name: str, columns: list[str] | None) -> pa.Table:
         with self.fs.open(self._at(name), "rb") as file:
             return pq.read_table(file, columns=columns, page_checksum_verification=True)
 
@@ -200,7 +234,7 @@ class StageFolder(Folder):
     def total(self, ending: str, below: str = "") -> int:
         """Sum of all columns of the kept (or dropped) rows whose names end so."""
         total = 0
-        for part in self.names(".parquet", below):
+        for part in self.parts(below):
             columns = [name for name in self._schema(part).names if name.endswith(ending)]
             total += _sum_ending_in(ending, self.part(part, columns)) if columns else 0
         return total
@@ -225,23 +259,7 @@ class StageFolder(Folder):
     def count(self, below: str = "") -> int:
         """Number of kept (or dropped) rows."""
         with ThreadPoolExecutor(OPEN_AT_ONCE) as openers:
-            return sum(openers.map(self._length, self.names(".parquet", below)))
-
-    def duplicates(self, id_column: str) -> pa.ChunkedArray:
-        """Ids of more than one row, kept or dropped."""
-        # A million ids are large, their hashes are not; only ids whose hashes meet are compared.
-        hashes = np.sort(np.concatenate([np.empty(0, np.int64), *map(_hashes, self._id_chunks(id_column))]))
-        meeting = np.unique(hashes[1:][hashes[1:] == hashes[:-1]])
-        if not len(meeting):
-            return pa.chunked_array([], pa.string())
-        suspects = [chunk.filter(np.isin(_hashes(chunk), meeting)) for chunk in self._id_chunks(id_column)]
-        counts = pc.value_counts(pa.chunked_array(suspects, pa.string()))
-        return pa.chunked_array([counts.filter(pc.greater(counts.field("counts"), 1)).field("values")])
-
-    def _id_chunks(self, id_column: str) -> Iterator[pa.Array]:
-        for below in ("", "dropped"):
-            for table in self.tables(below, [id_column]):
-                yield from table[id_column].chunks
+            return sum(openers.map(self._length, self.parts(below)))
 
     def dataset(self) -> ray.data.Dataset:
         """The kept rows as a Ray Dataset, whatever the types of empty columns in single parts."""
@@ -269,8 +287,20 @@ class StageFolder(Folder):
         with self.fs.open(self._at(name), "rb") as file:
             return pq.read_schema(file).remove_metadata()
 
-    def commit(self, manifest: Manifest, id_column: str | None = None, expected: int | None = None) -> Manifest:
+    def commit(
+        self,
+        manifest: Manifest,
+        id_column: str | None = None,
+        expected: int | None = None,
+        check: Callable[[], None] = lambda: None,
+    ) -> Manifest:
         """Check that every row is accounted for, then write the manifest.
+
+        Args:
+            manifest: what is known of the stage so far.
+            id_column: the column with the rows' ids, where the folder holds rows.
+            expected: how many rows entered the stage; by default as many as the folder holds.
+            check: fails if the run is no longer this driver's.
 
         Raises:
             ConservationError: ids in, out and dropped do not add up, or two rows have the same id.
@@ -280,8 +310,22 @@ class StageFolder(Folder):
         manifest.files = {name: self._checksum(name) for name in self._all_files()}
         manifest.digest = digest(manifest.key, sorted(manifest.files.items()))
         manifest.created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        self.write_json(MANIFEST, asdict(manifest))
+        check()
+        if self.in_store:
+            self._create_manifest(json_bytes(asdict(manifest)), check)
+        else:
+            self.write_json(MANIFEST, asdict(manifest))
         return manifest
+
+    def _create_manifest(self, content: bytes, check: Callable[[], None]) -> None:
+        """Put the manifest where there is none: a driver that hung after its check does not overwrite another's."""
+        target = ConditionalObject(self.address(MANIFEST))
+        try:
+            target.create(content)
+        except Changed:
+            # Either this driver is the one that hung, or it is the other, which meets what the first has left.
+            check()
+            self.write_bytes(MANIFEST, content)
 
     def _count(self, manifest: Manifest, id_column: str, expected: int | None) -> None:
         kept, lost = self.count(), self.count("dropped")
@@ -301,7 +345,7 @@ class StageFolder(Folder):
         return counted
 
     def _check_unique(self, id_column: str) -> None:
-        if len(twice := self.duplicates(id_column)):
+        if len(twice := duplicates(self, id_column)):
             raise ConservationError(f"{self.name}: {len(twice)} duplicate ids, the first is {twice[0]}")
 
     def _all_files(self) -> list[str]:
@@ -317,10 +361,6 @@ def _read_parts(names: pa.Table, path: str, schema: pa.Schema) -> Iterator[pa.Ta
     folder = StageFolder(*path.rsplit("/", 1))
     for name in names["name"].to_pylist():
         yield pa.concat_tables([schema.empty_table(), folder.part(name)], promote_options="permissive")
-
-
-def _hashes(ids: pa.Array) -> NDArray[np.int64]:
-    return np.fromiter(map(hash, ids.to_pylist()), np.int64, len(ids))
 
 
 def _linked(source: str, target: str) -> None:

@@ -40,7 +40,7 @@ AT_ONCE = 16
 LARGEST_COPY = 5 << 30
 # What pyarrow says when the store's refusal is longer than the range that was asked for.
 REFUSED_READ = "AWS Error INTERNAL_FAILURE"
-STORE_ERROR = re.compile(r"AWS Error [^\n]*|google::cloud::Status[^\n]*")
+STORE_ERROR = re.compile(r"(?:AWS|Store) Error [^\n]*|google::cloud::Status[^\n]*")
 REMEDIES = {
     "NO_SUCH_BUCKET": "create the bucket, or correct its name",
     "ACCESS_DENIED": "give credentials that may read and write it (AWS_ACCESS_KEY_ID, AWS_PROFILE, …)",
@@ -192,8 +192,12 @@ class _S3(pyarrow.fs.S3FileSystem):
 
 def _s3() -> ObjectStore:
     named = os.environ.get
-    endpoint = named("AWS_ENDPOINT_URL_S3") or named("AWS_ENDPOINT_URL")
-    return _s3_at(endpoint, named("AWS_REGION") or named("AWS_DEFAULT_REGION"))
+    return _s3_at(s3_endpoint(), named("AWS_REGION") or named("AWS_DEFAULT_REGION"))
+
+
+def s3_endpoint() -> str | None:
+    """The URL of the S3 store; None for Amazon's own."""
+    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
 
 
 @lru_cache(maxsize=8)

@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 from rdpo.config import Job
 from rdpo.config import Prompts as Settings
 from rdpo.errors import InputError
+from rdpo.files.duplicates import duplicates
 from rdpo.files.stage_folder import StageFolder
 from rdpo.modeling.chat import load_chat
 from rdpo.modeling.weights import ModelRef
@@ -185,7 +186,7 @@ def _measure(row: Row, job: Job) -> Row:
 
 def drop_duplicates(folder: StageFolder) -> None:
     """Keep the first row of each prompt (by source and line) in the parts of an unfinished folder; drop later ones."""
-    several = folder.duplicates(ID_COLUMN)
+    several = duplicates(folder, ID_COLUMN)
     if not len(several):
         return
     meeting = [

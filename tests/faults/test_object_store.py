@@ -1,12 +1,10 @@
 """Run directories and inputs in an object store: an S3 server on loopback, also one that fails, and real kills."""
 
 import csv
-import logging
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,8 +22,6 @@ from rdpo.files.stage_folder import Manifest, StageFolder
 from tests.support.jobs import ALL_STAGES, valid_job, write_job, write_jsonl
 from tests.support.stores import SECRET, FlakyProxy, client, environment, keys
 
-pytest.importorskip("moto", reason="the S3 server of the tests is not installed")
-
 ROOT = Path(__file__).parents[2]
 PATIENCE = 1200
 CLOSED = "http://127.0.0.1:9"
@@ -34,42 +30,6 @@ ROWS = [
     {"prompt_id": "b", "x_tokens": 4, "dropped": "too long"},
     {"prompt_id": "c", "x_tokens": 5, "dropped": None},
 ]
-
-
-@pytest.fixture(scope="module")
-def port():
-    from moto.server import ThreadedMotoServer
-
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    yield server.get_host_and_port()[1]
-    server.stop()
-
-
-@pytest.fixture(scope="module")
-def endpoint(port):
-    return f"http://127.0.0.1:{port}"
-
-
-@pytest.fixture
-def reached(monkeypatch):
-    """Makes an endpoint the environment's."""
-
-    def reach(endpoint):
-        for name, value in environment(endpoint).items():
-            monkeypatch.setenv(name, value)
-
-    return reach
-
-
-@pytest.fixture
-def bucket(endpoint, reached, request):
-    """A new bucket, with the environment to reach it."""
-    reached(endpoint)
-    name = f"bucket-{abs(hash(request.node.name))}"
-    client(endpoint).create_bucket(Bucket=name)
-    return name
 
 
 @pytest.fixture(params=["disk", "s3"])
@@ -321,99 +281,6 @@ def test_a_store_that_goes_away_in_the_middle_is_one_message(
     assert "Traceback" not in said
 
 
-def test_a_second_driver_is_refused_while_the_first_holds_the_run(bucket):
-    run_dir = f"s3://{bucket}/run"
-    with lock.held(run_dir):
-        with pytest.raises(InputError, match=f"another rdpo command works in this run \\(process {os.getpid()} on"):
-            lock.held(run_dir).__enter__()
-        assert len(Folder(run_dir).files()) == 1
-        assert str(lock.holder(run_dir)).startswith(f"process {os.getpid()} on ")
-    assert Folder(run_dir).files() == []
-    assert lock.holder(run_dir) is None
-    with lock.held(run_dir):
-        pass
-
-
-def test_of_two_that_begin_at_once_never_both_are_let_in(bucket):
-    first, second = lock.Claim(f"s3://{bucket}/run"), lock.Claim(f"s3://{bucket}/run")
-    first._put()
-    second._put()
-    with pytest.raises(InputError):
-        first.take(print)
-    second.take(print)
-    with pytest.raises(InputError):
-        first.take(print)
-
-
-def claim_of_another_machine(run_dir, monkeypatch):
-    with monkeypatch.context() as elsewhere:
-        elsewhere.setattr(lock, "_machine", lambda: "elsewhere")
-        claim = lock.Claim(run_dir)
-        claim.take(print)
-    return claim
-
-
-def test_a_claim_that_is_not_renewed_is_passed_over_and_said(bucket, monkeypatch):
-    run_dir, said = f"s3://{bucket}/run", []
-    silent = claim_of_another_machine(run_dir, monkeypatch)
-    with pytest.raises(InputError, match="no longer counts after 60 s"):
-        lock.held(run_dir, said.append).__enter__()
-    assert lock.holder(run_dir)
-    monkeypatch.setattr(lock, "STALE_S", -1.0)
-    assert lock.holder(run_dir) is None
-    with lock.held(run_dir, said.append):
-        assert not silent.folder.exists(silent.name)
-    (line,) = said
-    assert line.startswith(f"took over from process {os.getpid()} on ")
-
-
-def test_a_holder_that_died_on_this_machine_is_passed_over_at_once(bucket):
-    run_dir, said = f"s3://{bucket}/run", []
-    code = f"from rdpo.execution.lock import Claim; Claim({run_dir!r}).take(print)"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
-    assert len(Folder(run_dir).files()) == 1
-    with lock.held(run_dir, said.append):
-        assert len(said) == 1
-
-
-def test_a_holder_whose_claim_was_taken_stops(bucket, monkeypatch):
-    monkeypatch.setattr(lock, "RENEW_S", 0.05)
-    run_dir = f"s3://{bucket}/run"
-    other = lock.Claim(run_dir)
-    with pytest.raises(InputError, match="another rdpo command took over this run"), lock.held(run_dir):
-        monkeypatch.setattr(lock, "STALE_S", -1.0)
-        # The holder may hear of it, and be interrupted, before this returns.
-        other.take(print)
-        threading.Event().wait(60)
-    assert Folder(run_dir).files() == [f"{lock.LOCK}/{other.name}"]
-
-
-def test_a_renewal_under_way_does_not_win_back_a_claim_that_was_taken(bucket, monkeypatch):
-    run_dir = f"s3://{bucket}/run"
-    silent = lock.Claim(run_dir)
-    silent.take(print)
-    with monkeypatch.context() as later:
-        later.setattr(lock, "STALE_S", -1.0)
-        other = claim_of_another_machine(run_dir, monkeypatch)
-    silent._put()
-    with pytest.raises(InputError, match="another rdpo command works in this run"):
-        lock.held(run_dir).__enter__()
-    other.release()
-    with lock.held(run_dir):
-        pass
-
-
-def test_a_held_claim_is_renewed(bucket, endpoint, monkeypatch):
-    monkeypatch.setattr(lock, "RENEW_S", 0.05)
-    run_dir = f"s3://{bucket}/run"
-    with lock.held(run_dir):
-        (name,) = Folder(run_dir).files()
-        first = Folder(run_dir).read_json(name)
-        while (now := Folder(run_dir).read_json(name))["renewed"] == first["renewed"]:
-            pass
-        assert {**now, "renewed": 0} == {**first, "renewed": 0}
-
-
 def command(job_path, run_dir, *more):
     return [sys.executable, "-m", "rdpo", "run", job_path, "--run-dir", run_dir, *more]
 
@@ -445,7 +312,7 @@ def test_prompts_go_through_ray_and_a_store_that_fails_now_and_then(bucket, endp
         assert proxy.refused > 5
     folder = StageFolder(f"s3://{bucket}/run", "prompts")
     assert (folder.manifest().rows_in, folder.manifest().rows_out) == (12, 12)
-    assert not [key for key in keys(endpoint, bucket, "run/.lock/") if key.endswith(".json")]
+    assert lock.holder(f"s3://{bucket}/run") is None
 
 
 @pytest.fixture

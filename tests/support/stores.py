@@ -1,7 +1,9 @@
 """A real S3 protocol server on loopback, and a proxy in front of it that fails now and then."""
 
 import http.client
+import logging
 import threading
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 SECRET = "the-secret-key-of-the-test"
@@ -10,6 +12,29 @@ SLOW_DOWN = (
 )
 REQUEST_ONLY = ("transfer-encoding", "expect", "content-length", "connection")
 OWN_HEADERS = ("connection", "transfer-encoding", "server", "date", "content-length")
+
+
+@contextmanager
+def server():
+    """The port of an S3 server. Like a real store, it looks at a condition and writes in one step."""
+    from moto.s3.responses import S3Response
+    from moto.server import ThreadedMotoServer
+
+    put, one_at_a_time = S3Response.put_object, threading.Lock()
+
+    def put_object(self):
+        with one_at_a_time:
+            return put(self)
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    S3Response.put_object = put_object
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    try:
+        yield server.get_host_and_port()[1]
+    finally:
+        server.stop()
+        S3Response.put_object = put
 
 
 def environment(endpoint):
@@ -60,6 +85,12 @@ class FlakyProxy:
         self.server.shutdown()
         self.server.server_close()
 
+    def before_passing(self, handler):
+        """What happens to a request before it is passed on; tests put their own in its place."""
+
+    def after_passing(self, handler):
+        """What happens before its answer is passed back."""
+
     def fate(self):
         """Whether this request is refused; late, if that is its fate."""
         with self.count:
@@ -80,11 +111,13 @@ class _Handler(BaseHTTPRequestHandler):
         if self.proxy.fate():
             self._answer(503, {}, SLOW_DOWN)
             return
+        self.proxy.before_passing(self)
         upstream = http.client.HTTPConnection("127.0.0.1", self.proxy.port)
         passed = {name: value for name, value in self.headers.items() if name.lower() not in REQUEST_ONLY}
         upstream.request(self.command, self.path, body, passed)
         answer = upstream.getresponse()
         content, headers = answer.read(), dict(answer.getheaders())
+        self.proxy.after_passing(self)
         self._answer(answer.status, headers, content, headers.get("Content-Length"))
         upstream.close()
 

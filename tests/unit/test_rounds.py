@@ -98,7 +98,16 @@ def test_rounds_end_where_the_watched_reward_no_longer_rises(job_table, tmp_path
     run_rounds(job, str(tmp_path / "run"), Console(said))
     assert starts == [job.student.model, str(tmp_path / "run/rounds/1/model")]
     assert "round 2 moved optimised by -0.100: the last one" in said.getvalue()
-    assert (tmp_path / "run" / "model" / "weights").read_text() == "1"
+    published = tmp_path / "run" / "model" / "weights"
+    assert published.read_text() == "1"
+    before = published.stat()
+    run_rounds(job, str(tmp_path / "run"), Console(said))
+    assert (published.stat().st_ino, published.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    published.write_text("edited")
+    assert (tmp_path / "run" / "rounds" / "1" / "model" / "weights").read_text() == "1"
+    published.unlink()
+    run_rounds(job, str(tmp_path / "run"), Console(said))
+    assert published.read_text() == "1"
     gains[1] = 0.0
     run_rounds(job, str(tmp_path / "run"), Console(said))
     assert "no round raised the watched reward" in said.getvalue()

@@ -1,11 +1,13 @@
 """Stage folders: counted, checked, whole or not at all."""
 
 import json
+from dataclasses import replace
 
 import pyarrow as pa
 import pytest
 
 from rdpo.errors import ConservationError, InputError
+from rdpo.files.duplicates import duplicates, remove_duplicates
 from rdpo.files.stage_folder import Manifest, StageFolder
 
 ROWS = [
@@ -62,9 +64,9 @@ def test_a_large_block_becomes_several_parts(folder, monkeypatch):
 
 def test_duplicates_are_found_among_kept_and_dropped_rows(folder):
     write(folder)
-    assert len(folder.duplicates("prompt_id")) == 0
+    assert len(duplicates(folder, "prompt_id")) == 0
     write(folder, [{**ROWS[1], "dropped": None}, {**ROWS[0], "prompt_id": "d"}])
-    assert folder.duplicates("prompt_id").to_pylist() == ["b"]
+    assert duplicates(folder, "prompt_id").to_pylist() == ["b"]
     assert (folder.count(), folder.count("dropped")) == (4, 1)
 
 
@@ -166,3 +168,116 @@ def test_a_manifest_that_is_not_whole_is_none(folder, tmp_path):
     folder.commit(manifest(), "prompt_id")
     (tmp_path / "stage" / "manifest.json").write_text('{"stage": "sta')
     assert folder.manifest() is None
+
+
+def test_a_reopened_folder_is_another_attempt(folder):
+    kept, broken = two_parts(folder)
+    folder.commit(manifest(), "prompt_id")
+    before = folder.attempt_id
+    folder.reopen([broken])
+    assert folder.attempt_id not in ("", before)
+    reopened = folder.attempt_id
+    folder.begin("k")
+    assert (folder.attempt_id, folder.parts()) == (reopened, [kept])
+
+
+@pytest.mark.parametrize("below", ["", "dropped"])
+def test_a_part_that_the_manifest_does_not_name_is_not_read_and_goes_when_reopened(folder, tmp_path, below):
+    write(folder)
+    committed = folder.commit(manifest(), "prompt_id", expected=3)
+    stray = StageFolder(str(tmp_path / "other"), "stage")
+    stray.begin("k")
+    write(stray, [{**ROWS[1 if below else 0], "prompt_id": "stray"}])
+    (name,) = stray.parts(below)
+    folder.write_bytes(name, stray.read_bytes(name))
+    assert folder.damaged() == []
+    assert (folder.count(), folder.count("dropped"), folder.total("_tokens")) == (2, 1, 8)
+    assert sorted(folder.done_ids("prompt_id").to_pylist()) == ["a", "b", "c"]
+    assert folder.reasons() == committed.dropped
+    folder.reopen([])
+    folder.begin("k")
+    assert folder.commit(manifest(), "prompt_id", expected=3).digest == committed.digest
+
+
+def test_a_committed_part_that_is_missing_is_named_and_not_left_out(folder, tmp_path):
+    write(folder)
+    folder.commit(manifest(), "prompt_id")
+    (tmp_path / "stage" / folder.parts()[0]).unlink()
+    with pytest.raises(InputError, match=r"part-.*parquet: is missing; `rdpo run` makes it again"):
+        folder.table()
+
+
+@pytest.mark.parametrize(
+    "blocks",
+    [
+        ["ab", "ac"],
+        ["ab", "ac", "c"],
+        ["c", "ac", "ab"],
+        ["ab", "bc", "ca"],
+        ["ab", "B"],
+        ["aB", "b", "c"],
+        ["aa", "b"],
+    ],
+)
+def test_of_rows_that_were_stored_twice_one_of_each_id_stays(folder, blocks):
+    """Capitals are dropped rows of the same ids."""
+    for block in blocks:
+        reasons = [("reason" if name.isupper() else None) for name in block]
+        rows = [{"prompt_id": name.lower(), "dropped": why} for name, why in zip(block, reasons, strict=True)]
+        write(folder, rows)
+    kept = {name for block in blocks for name in block if name.islower()}
+    ids = {name.lower() for block in blocks for name in block}
+    before = folder.count() + folder.count("dropped")
+    assert remove_duplicates(folder, "prompt_id") == before - len(ids)
+    assert set(folder.ids("prompt_id").to_pylist()) == kept
+    assert sorted(folder.done_ids("prompt_id").to_pylist()) == sorted(ids)
+    assert remove_duplicates(folder, "prompt_id") == 0
+    folder.commit(manifest(), "prompt_id", expected=len(ids))
+
+
+def taken_from(folder, tmp_path, **how):
+    taken = StageFolder(str(tmp_path / "taker"), "stage")
+    return taken, taken.take_over(folder, **how)
+
+
+def test_what_is_taken_over_knows_the_job_in_whose_run_it_lies(folder, tmp_path):
+    write(folder)
+    committed = folder.commit(manifest(), "prompt_id")
+    taken, whole = taken_from(folder, tmp_path, job={"name": "another"})
+    assert whole
+    assert taken.manifest() == replace(committed, job={"name": "another"})
+    assert folder.manifest() == committed
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_an_edit_of_what_was_copied_does_not_reach_the_other(folder, tmp_path, share):
+    folder.write_bytes("weights", b"some")
+    folder.commit(manifest())
+    taken, _ = taken_from(folder, tmp_path, share=share)
+    with open(taken.address("weights"), "r+b") as file:
+        file.write(b"edit")
+    assert bool(folder.damaged()) == share
+
+
+@pytest.mark.parametrize("meanwhile", ["begun", "made again", "reopened", "cleared"])
+def test_what_its_own_driver_begins_again_meanwhile_is_not_taken(folder, tmp_path, monkeypatch, meanwhile):
+    two_parts(folder)
+    folder.commit(manifest(), "prompt_id")
+    take = StageFolder._take
+
+    def take_late(self, other, name, share):
+        take(self, other, name, share)
+        if folder.manifest() and name.endswith(".parquet"):
+            if meanwhile == "cleared":
+                folder.clear()
+            elif meanwhile == "reopened":
+                folder.reopen([])
+            else:
+                folder.begin("k")
+            if meanwhile == "made again":
+                two_parts(folder)
+                folder.commit(manifest(), "prompt_id")
+
+    monkeypatch.setattr(StageFolder, "_take", take_late)
+    taken, whole = taken_from(folder, tmp_path)
+    assert (whole, taken.files()) == (False, [])

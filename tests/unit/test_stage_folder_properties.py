@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rdpo.errors import ConservationError
+from rdpo.files.duplicates import duplicates
 from rdpo.files.stage_folder import Manifest, StageFolder
 from rdpo.records import table_of
 
@@ -77,7 +78,7 @@ def test_duplicates_are_exactly_the_ids_of_several_rows(data, ids):
             folder.write_parts(table, "prompt_id")
         held = Counter([*folder.ids("prompt_id").to_pylist(), *folder.ids("prompt_id", "dropped").to_pylist()])
         several = {name for name, count in held.items() if count > 1}
-        assert set(folder.duplicates("prompt_id").to_pylist()) == several
+        assert set(duplicates(folder, "prompt_id").to_pylist()) == several
         if several:
             with pytest.raises(ConservationError, match="duplicate ids"):
                 folder.commit(Manifest("stage", "k", {}, {}), "prompt_id")

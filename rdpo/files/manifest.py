@@ -1,0 +1,29 @@
+"""The manifest of a committed stage folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class Manifest:
+    """What a committed stage folder holds and what it was made from; `job` are the tables of the job that made it."""
+
+    stage: str
+    key: str
+    settings: dict[str, Any]
+    inputs: dict[str, str]
+    rows_in: int = 0
+    rows_out: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+    tokens: int = 0
+    seconds: float = 0.0
+    together: list[str] = field(default_factory=list)
+    seed: int = 0
+    versions: dict[str, str] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+    summary: dict[str, Any] = field(default_factory=dict)
+    digest: str = ""
+    created: str = ""
+    job: dict[str, Any] = field(default_factory=dict)
