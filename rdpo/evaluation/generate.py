@@ -25,7 +25,7 @@ from rdpo.modeling.weights import ModelRef, local_model
 from rdpo.preference.reference import reference_pool
 from rdpo.records import ID_COLUMN, Messages, Row, alive, draw_seed, drop, table_of
 from rdpo.synthesis.crashes import CrashGuard, open_crash_counts
-from rdpo.synthesis.engine import Engine, EngineError, Generation
+from rdpo.synthesis.engine import Engine, Generation
 from rdpo.synthesis.instructions import beginning, load_task, question_of
 from rdpo.synthesis.teacher import Conversation
 
@@ -100,7 +100,7 @@ class Answerer:
     def __init__(self, job: Job, models: dict[str, str], crash_counts: Any):
         self.job, self.crash_guard = job, CrashGuard(crash_counts)
         self.models = {column: str(local_model(name)) for column, name in models.items()}
-        self.chat = load_chat(ModelRef.student(job))
+        self.chat = load_chat(ModelRef.student(job), job.date)
         self.engine = Engine(next(iter(self.models.values())), job.evaluation.engine, job.seed)
 
     async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
@@ -119,7 +119,8 @@ class Answerer:
                 if column == TRAINED and self.job.evaluation.refine:
                     return await self._refined(row)
                 generation = await self._say(row["prompt"], self.job.evaluation.sampling, self._seed(row))
-        except EngineError as error:
+        except ValueError as error:
+            # The engine refuses the request, or the chat template the conversation.
             return drop(row, str(error))
         row[column] = generation.text.strip()
         row[f"{column}_finish_reason"] = generation.finish_reason
@@ -161,7 +162,7 @@ class Divergence:
     """A Ray Data actor that holds the start model and the trained one."""
 
     def __init__(self, job: Job, trained: str, column: str):
-        settings, chat = job.reference, load_chat(ModelRef.student(job))
+        settings, chat = job.reference, load_chat(ModelRef.student(job), job.date)
         device = take_device(settings.gpus, settings.cpus)
         after = student_forward(job, merged=local_model(trained)).eval().to(device)
         before = student_forward(job).eval().to(device)

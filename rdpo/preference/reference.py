@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
     from rdpo.modeling.model import Policy
 
+ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+REASON_CHARS = 200
+
 
 def add_reference(rows: ray.data.Dataset, job: Job, known: KnownLogps | None = None) -> ray.data.Dataset:
     """Add token ids and the reference's log-probs to the rows of pairs; those `known` are not computed again."""
@@ -44,10 +47,13 @@ def reference_pool(job: Job) -> Pool:
 
 def tokenize_pair(row: Row, chat: Chat, max_length: int) -> Row:
     """The row with the ids of prompt and both completions, or dropped with the reason."""
-    ids: dict[str, Any] = {"prompt_ids": chat.prompt_ids(row["prompt"])}
-    for side in SIDES:
-        answer = row[side][0]["content"]
-        ids[f"{side}_ids"] = chat.completion_ids(answer, row[f"{side}_finished"])
+    answers = {side: (row[side][0]["content"], row[f"{side}_finished"]) for side in SIDES}
+    try:
+        found = chat.pair_ids(row["prompt"], answers)
+    except ValueError as error:
+        without: dict[str, Any] = {name: [] for name in ID_COLUMNS}
+        return drop({**row, **without, "dropped": None}, f"chat template refuses the pair: {str(error)[:REASON_CHARS]}")
+    ids = {f"{name}_ids": tokens for name, tokens in found.items()}
     row = {**row, **ids, "dropped": None}
     if not (ids["chosen_ids"] and ids["rejected_ids"]):
         return drop(row, "a completion has no tokens")
@@ -75,7 +81,7 @@ class Reference:
         self.job, self.settings = job, job.reference
         self.known: KnownLogps = ray.get(known) if known else {}
         self.device = take_device(self.settings.gpus, self.settings.cpus)
-        self.chat = load_chat(ModelRef.student(job))
+        self.chat = load_chat(ModelRef.student(job), job.date)
 
     @cached_property
     def policy(self) -> Policy:
@@ -100,7 +106,7 @@ class Reference:
         import torch
 
         pairs = [rows[index] for index in micro.pairs]
-        columns = ([pair[name] for pair in pairs] for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
+        columns = ([pair[name] for pair in pairs] for name in ID_COLUMNS)
         with torch.inference_mode():
             logps = self.policy(self.policy.batch(*columns).to(self.device)).cpu()
         for pair, chosen, rejected in zip(pairs, *logps.view(2, len(pairs)).tolist(), strict=True):
@@ -108,7 +114,7 @@ class Reference:
 
 
 def _schema(pairs: pa.Schema) -> pa.Schema:
-    ids = [pa.field(name, pa.list_(pa.int32())) for name in ("prompt_ids", "chosen_ids", "rejected_ids")]
+    ids = [pa.field(name, pa.list_(pa.int32())) for name in ID_COLUMNS]
     logps = [pa.field(f"reference_{side}_logps", pa.float64()) for side in SIDES]
     kept = [field for field in pairs if field.name != "dropped"]
     return pa.schema([*kept, *ids, *logps, pa.field("dropped", pa.string())])

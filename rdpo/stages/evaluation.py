@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from rdpo.execution.stage import RowWork, Source, Stage
 from rdpo.records import HELDOUT, ID_COLUMN, Row, digest, table_of
 from rdpo.stages.prompts import split_source
-from rdpo.stages.settings import question_settings, student_settings
+from rdpo.stages.settings import prefill_settings, question_settings, rendering_of_student, student_settings
 
 if TYPE_CHECKING:
     import ray.data
@@ -29,6 +29,7 @@ def settings(job: Job) -> dict[str, Any]:
         **final,
         **job.evaluation.model_dump(exclude={"samples"}),
         **asked,
+        **(prefill_settings(job) if job.evaluation.refine else {}),
         **start,
         "rewards": reward_settings(job),
         "seed": job.seed,
@@ -41,6 +42,7 @@ def start_settings(job: Job) -> dict[str, Any]:
         **job.evaluation.model_dump(include={"sampling", "engine"}),
         **question_settings(job, job.evaluation.condition),
         "student": student_settings(job),
+        **rendering_of_student(job),
         "seed": job.seed,
     }
 

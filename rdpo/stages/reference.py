@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rdpo.errors import InputError
 from rdpo.execution.stage import RowWork, Source, Stage
 from rdpo.records import digest
-from rdpo.stages.settings import student_settings
+from rdpo.stages.settings import rendering_of_student, student_settings
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def settings(job: Job) -> dict[str, Any]:
     """Settings of the reference stage, with the student's weights."""
-    return {**job.reference.model_dump(), "student": student_settings(job)}
+    return {**job.reference.model_dump(), "student": student_settings(job), **rendering_of_student(job)}
 
 
 def _drawn_pairs(run: RunReader) -> Source:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from rdpo.execution.stage import Stage
 from rdpo.records import HELDOUT, ID_COLUMN
 from rdpo.stages.prompts import split_ids
+from rdpo.stages.settings import rendering_of_student
 
 if TYPE_CHECKING:
     from rdpo.config import Job
@@ -21,7 +22,8 @@ def settings(job: Job) -> dict[str, Any]:
 
     if job.replay is None:
         return {}
-    system = {"system": job.prompts.system, "max_prompt_tokens": job.prompts.max_prompt_tokens}
+    system: dict[str, Any] = {"system": job.prompts.system, "max_prompt_tokens": job.prompts.max_prompt_tokens}
+    system |= rendering_of_student(job)
     return {**job.replay.model_dump(), **system, "content": content_hash(job.replay.source), "seed": job.seed}
 
 

@@ -123,8 +123,10 @@ def check_fields(task: Task, row: Row, words: Mapping[str, str]) -> None:
 def _check_different(task: Task, row: Row, words: Mapping[str, str]) -> None:
     asked: dict[str, str] = {}
     for turn in task.turns:
-        if turn.after is None and not check_template(turn.user or "", turn.name) & set(task.answers):
-            question = str((question_of(turn, row, words), turn.prefill, turn.temperature, turn.top_p))
+        used = check_template((turn.user or "") + turn.prefill, turn.name)
+        if turn.after is None and not used & set(task.answers):
+            prefill = rendered_prefill(turn, template_values(row, words))
+            question = str((question_of(turn, row, words), prefill, turn.temperature, turn.top_p))
             if question in asked:
                 raise InputError(
                     f"synthesis.task: turns `{asked[question]}` and `{turn.name}` ask the same; give them different "
@@ -166,6 +168,16 @@ def render(template: str, values: Mapping[str, Any]) -> str:
     except Exception as error:
         # A template can call any method of a string, so any error can come of it.
         raise ValueError(f"template: {error}") from None
+
+
+def rendered_prefill(turn: Turn, values: Mapping[str, Any]) -> str:
+    """The words that a turn's answer begins with.
+
+    Raises:
+        ValueError: a name is missing or the template does what the sandbox forbids.
+    """
+    # Jinja takes one line break from the end of a template; here it may be what an answer is to go on from.
+    return render(turn.prefill, values) + ("\n" if turn.prefill.endswith("\n") else "")
 
 
 def template_values(row: Row, words: Mapping[str, str]) -> dict[str, Any]:

@@ -173,7 +173,7 @@ def _split(value: Any, row_id: str, job: Job) -> str:
 def _measure(row: Row, job: Job) -> Row:
     if not alive(row):
         return row
-    chat = load_chat(ModelRef.student(job))
+    chat = load_chat(ModelRef.student(job), job.date)
     try:
         row["prompt_length"] = len(chat.prompt_ids(row["prompt"]))
     except ValueError as error:

@@ -15,7 +15,7 @@ from rdpo.cluster.hardware import compute_dtype, take_device
 from rdpo.cluster.pools import Pool
 from rdpo.config import ImplicitReward, Job
 from rdpo.errors import InputError
-from rdpo.modeling.chat import Chat, load_chat
+from rdpo.modeling.chat import Chat, load_chat, rendering_settings
 from rdpo.modeling.ratios import Ratios
 from rdpo.modeling.weights import ModelRef
 from rdpo.preference.rewards.kind import RewardKind
@@ -46,7 +46,7 @@ class ImplicitKind(RewardKind[ImplicitReward]):
         """Its fields, and the weights of both models."""
         trained, reference = trained_of(self.reward, job), reference_of(self.reward, job)
         weights = {"weights": trained.fingerprint(), "reference": reference.fingerprint()}
-        return {**self.reward.model_dump(), **weights}
+        return {**self.reward.model_dump(), **weights, **rendering_settings(trained, job.date)}
 
     def pools(self, job: Job) -> list[Pool]:
         """One pool."""
@@ -114,7 +114,7 @@ def checked_implicit(reward: ImplicitReward, job: Job) -> Chat:
         InputError: they do not.
     """
     trained, reference = trained_of(reward, job), reference_of(reward, job)
-    chat, other = load_chat(trained), load_chat(reference)
+    chat, other = load_chat(trained, job.date), load_chat(reference, job.date)
     probe = [{"role": "user", "content": PROBE}]
     if chat.prompt_ids(probe) != other.prompt_ids(probe):
         raise InputError(f"rewards.{reward.name}: {trained.name} and {reference.name} have different tokenizers")

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from rdpo.cluster.pools import Pool, engine_pool
 from rdpo.config import Job, JudgeReward, Sampling
-from rdpo.modeling.chat import load_chat
+from rdpo.modeling.chat import Chat, load_chat, rendering_settings
 from rdpo.modeling.weights import ModelRef
 from rdpo.preference.ratings import (
     LEAST_SHARE,
@@ -55,14 +55,15 @@ class JudgeKind(RewardKind[JudgeReward]):
         Raises:
             InputError: the model has no chat, or a rating is not one token.
         """
-        chat = load_chat(ModelRef.of(job, self.reward.model))
+        chat = judge_chat(self.reward, job)
         if self.reward.score == "expected":
             rating_values(chat, self.reward)
 
     def settings(self, job: Job) -> dict[str, Any]:
         """Its fields, and the judge's weights."""
-        weights = ModelRef.of(job, self.reward.model).fingerprint()
-        return {**self.reward.model_dump(), "weights": weights}
+        model = ModelRef.of(job, self.reward.model)
+        rendering = rendering_settings(model, job.date, reasons_first(self.reward))
+        return {**self.reward.model_dump(), "weights": model.fingerprint(), **rendering}
 
     def pools(self, job: Job) -> list[Pool]:
         """One pool of engines."""
@@ -92,10 +93,9 @@ class Judge:
 
     def __init__(self, reward: JudgeReward, answers: list[str], job: Job, crash_counts: Any):
         self.reward, self.answers, self.job, self.crash_guard = reward, answers, job, CrashGuard(crash_counts)
-        model = ModelRef.of(job, reward.model)
-        self.chat = load_chat(model)
+        self.chat = judge_chat(reward, job)
         self.values = {} if reward.score == "written" else rating_values(self.chat, reward)
-        self.engine = Engine(str(model.folder()), reward.engine, job.seed)
+        self.engine = Engine(str(ModelRef.of(job, reward.model).folder()), reward.engine, job.seed)
 
     async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
         """Judge a block of rows."""
@@ -156,9 +156,26 @@ class Judge:
     ) -> Any:
         question = [{"role": "user", "content": render(self.reward.rubric, asked)}]
         seed = draw_seed(self.job.seed, row[ID_COLUMN], f"{self.reward.name}:{role}")
-        prompt_ids = self.chat.prompt_ids(question, self.reward.prefill)
+        if reasons_first(self.reward):
+            prompt_ids = self.chat.asking_ids(question)
+        else:
+            prompt_ids = self.chat.prompt_ids(question, self.reward.prefill)
         return await self.engine.generate(prompt_ids, sampling, seed, stop_ids, **extra)
 
     def __del__(self) -> None:
         if hasattr(self, "engine"):
             self.engine.shutdown()
+
+
+def reasons_first(reward: JudgeReward) -> bool:
+    """Whether the judge is asked so that it may think, as its chat template has it, before it writes the rating."""
+    return reward.score == "written" and not reward.prefill
+
+
+def judge_chat(reward: JudgeReward, job: Job) -> Chat:
+    """The judge's chat.
+
+    Raises:
+        InputError: the model has none that the judge can be asked with.
+    """
+    return load_chat(ModelRef.of(job, reward.model), job.date, reasons_first(reward))
