@@ -97,7 +97,8 @@ def text_of(messages: Messages) -> str:
 
 def extra_of(row: Row) -> dict[str, Any]:
     """The source's other columns, kept as JSON text so that any source fits one schema."""
-    return json.loads(row.get("extra") or "{}")
+    extra: dict[str, Any] = json.loads(row.get("extra") or "{}")
+    return extra
 
 
 def table_of(rows: list[Row]) -> pa.Table:

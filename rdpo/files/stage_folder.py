@@ -99,7 +99,7 @@ class StageFolder(Folder):
         """Name of this making of the folder: a part that is there is never made again with other content."""
         begun = self.read_json(IN_PROGRESS) or {}
         # Folders begun by earlier versions call it `birth`.
-        return begun.get("attempt_id") or begun.get("birth", "")
+        return str(begun.get("attempt_id") or begun.get("birth", ""))
 
     def clear_parts(self) -> None:
         """Remove what the folder holds, but not that it was begun."""
@@ -263,7 +263,7 @@ class StageFolder(Folder):
 
     def _length(self, name: str) -> int:
         with self.fs.open(self._at(name), "rb") as file:
-            return pq.read_metadata(file).num_rows
+            return int(pq.read_metadata(file).num_rows)
 
     def _schema(self, name: str) -> pa.Schema:
         with self.fs.open(self._at(name), "rb") as file:

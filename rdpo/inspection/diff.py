@@ -54,7 +54,8 @@ def _evaluated(side: Side) -> list[dict[str, Any]]:
     folder = side.folder("evaluation")
     if "evaluation" not in side.manifests or not folder.parts():
         return []
-    return folder.table().sort_by(ID_COLUMN).to_pylist()
+    rows: list[dict[str, Any]] = folder.table().sort_by(ID_COLUMN).to_pylist()
+    return rows
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:

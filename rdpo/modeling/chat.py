@@ -44,7 +44,8 @@ class Chat:
 
     def text_ids(self, text: str) -> list[int]:
         """Token ids of plain text, without special tokens; text that looks like one stays text."""
-        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return ids
 
 
 def _render(tokenizer: Any, messages: Messages, asks: bool = True) -> list[int]:

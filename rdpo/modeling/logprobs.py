@@ -31,7 +31,7 @@ class CompletionHead(nn.Module):
 
     def forward(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Log-probs (C,) in fp32 of `labels` (C,) given hidden states (C, H)."""
-        logps: Tensor = _ChunkedLogps.apply(
+        logps: Tensor = _ChunkedLogps.apply(  # type: ignore[no-untyped-call]
             hidden, self.weight, self.bias, labels, self.chunk, self.scale, self.softcap
         )
         return logps

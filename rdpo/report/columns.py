@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from rdpo.evaluation.compare import Values
 from rdpo.files.stage_folder import StageFolder
@@ -163,4 +164,5 @@ def _chars(table: pa.Table, side: str) -> Values:
     if not table.num_rows:
         return np.zeros(0)
     answers = pc.struct_field(pc.list_element(table[side], 0), "content")
-    return pc.utf8_length(answers).to_numpy().astype(float)
+    lengths: NDArray[np.float64] = pc.utf8_length(answers).to_numpy().astype(float)
+    return lengths

@@ -168,7 +168,7 @@ def _is_engine(process: Any) -> bool:
     import psutil
 
     try:
-        return process.name().startswith(ENGINE_PROCESS)
+        return str(process.name()).startswith(ENGINE_PROCESS)
     except psutil.Error:
         return False
 

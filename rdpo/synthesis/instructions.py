@@ -162,7 +162,7 @@ def render(template: str, values: Mapping[str, Any]) -> str:
         ValueError: a name is missing or the template does what the sandbox forbids.
     """
     try:
-        return _compiled(template).render(values)
+        return str(_compiled(template).render(values))
     except Exception as error:
         # A template can call any method of a string, so any error can come of it.
         raise ValueError(f"template: {error}") from None

@@ -238,7 +238,7 @@ def _outline(where: str, folder: str, config: Any) -> tuple[Any, Any]:
 
     logging.disable_progress_bar()
     try:
-        return AutoModelForSequenceClassification.from_pretrained(
+        loaded: tuple[Any, Any] = AutoModelForSequenceClassification.from_pretrained(
             folder,
             config=config,
             device_map="meta",
@@ -249,6 +249,7 @@ def _outline(where: str, folder: str, config: Any) -> tuple[Any, Any]:
         )
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise InputError(f"{where} cannot be loaded: {str(error).strip().splitlines()[0][:200]}") from None
+    return loaded
 
 
 def _says_labels(folder: str) -> bool:
