@@ -20,7 +20,7 @@ from rdpo.config import Job, Sampling
 from rdpo.config.task import Turn
 from rdpo.modeling.chat import load_chat
 from rdpo.modeling.ratios import Ratios
-from rdpo.modeling.student import student_forward
+from rdpo.modeling.student import student_reader
 from rdpo.modeling.weights import ModelRef, local_model
 from rdpo.preference.reference import reference_pool
 from rdpo.records import ID_COLUMN, Messages, Row, alive, draw_seed, drop, table_of
@@ -163,8 +163,8 @@ class Divergence:
     def __init__(self, job: Job, trained: str, column: str):
         settings, chat = job.reference, load_chat(ModelRef.student(job))
         device = take_device(settings.gpus, settings.cpus)
-        after = student_forward(job, merged=local_model(trained)).eval().to(device)
-        before = student_forward(job).eval().to(device)
+        after, _ = student_reader(job, device, merged=local_model(trained))
+        before, _ = student_reader(job, device)
         self.column, self.ratios = column, Ratios(chat, after, before, device, settings.tokens_per_batch)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
