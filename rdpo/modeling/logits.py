@@ -38,9 +38,20 @@ def logit_transform(model: Any) -> LogitTransform:
     Where its forward cannot be asked, what its configuration says; `rdpo.modeling.probe` tells whether that is true.
     """
     products = torch.tensor(TRIED, device="cpu")
-    logits = _asked(model, products)
-    found = None if logits is None else _fitted(products, logits)
-    return found or _configured(model.config.get_text_config())
+    asked = _asked(model, products)
+    found = _fitted(products, asked.logits) if asked else None
+    if not asked or not found:
+        return _configured(model.config.get_text_config())
+
+    # A factor of the hidden states is one of the product, unless the output layer adds something to it.
+    return found._replace(scale=found.scale * asked.hidden_scale)
+
+
+class _Asked(NamedTuple):
+    """What a forward made of its output layer's product, and before that of hidden states that are all 1."""
+
+    logits: Tensor
+    hidden_scale: float
 
 
 def _fitted(products: Tensor, logits: Tensor) -> LogitTransform | None:
@@ -66,19 +77,19 @@ def _configured(config: Any) -> LogitTransform:
     return LogitTransform(float(getattr(config, "logit_scale", None) or 1.0), cap)
 
 
-def _asked(model: Any, products: Tensor) -> Tensor | None:
-    """The logits that the model's own forward makes of an output layer's product; None if it does not run like that."""
+def _asked(model: Any, products: Tensor) -> _Asked | None:
+    """What the model's own forward makes of an output layer's product; None if it does not run like that."""
     output = model.get_output_embeddings()
     names = [name for name, module in model.named_modules() if module is output]
     base = getattr(model, "base_model_prefix", "")
     if not names or base not in model._modules:
         return None
 
+    head = _Output(output, products)
     try:
-        stand_ins: dict[str, nn.Module] = {base: _Layers(model._modules[base]), names[0]: _Output(output, products)}
-        with _in_place_of(model, stand_ins), torch.no_grad():
-            asked: Tensor = model(input_ids=torch.zeros(1, 1, dtype=torch.long, device="cpu"), use_cache=False).logits
-            return asked.reshape(-1).float()
+        with _in_place_of(model, {base: _Layers(model._modules[base]), names[0]: head}), torch.no_grad():
+            found = model(input_ids=torch.zeros(1, 1, dtype=torch.long, device="cpu"), use_cache=False)
+        return _Asked(found.logits.reshape(-1).float(), float(head.hidden))
     except Exception:
         # An architecture's forward may want anything of its layers.
         return None
@@ -111,7 +122,7 @@ class _StandIn(nn.Module):
 
 
 class _Layers(_StandIn):
-    """In place of all layers below the output layer: hidden states of no interest."""
+    """In place of all layers below the output layer: one hidden state, which is 1."""
 
     def forward(self, *_: Any, **__: Any) -> Any:
         """What architectures read of their layers' output; whatever else they ask for is None."""
@@ -122,7 +133,7 @@ class _Layers(_StandIn):
                 if name.startswith("__"):
                     raise AttributeError(name)
 
-        return Output(last_hidden_state=torch.zeros(1, 1, 1, device="cpu"))
+        return Output(last_hidden_state=torch.ones(1, 1, 1, device="cpu"))
 
 
 class _Output(_StandIn):
@@ -133,7 +144,9 @@ class _Output(_StandIn):
         self.__dict__["products"] = products
         # Some forwards ask it for a precision or a device.
         self.__dict__["weight"] = torch.zeros(1, 1, device="cpu")
+        self.__dict__["hidden"] = None
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """The product, whatever the hidden states."""
+        """The product, whatever the hidden states, which are kept."""
+        self.__dict__["hidden"] = hidden
         return self.products.reshape(1, 1, -1).clone()

@@ -168,12 +168,13 @@ def model_config(name: str, revision: str | None = None, trust_remote_code: bool
     Raises:
         InputError: there is no such model, or it cannot be read without running code that ships with it.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     folder = local_model(name, revision, code=trust_remote_code)
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, StrictDataclassError) as error:
         raise InputError(f"model {name}: {_unreadable(error, CONFIG)}") from None
 
 

@@ -77,15 +77,8 @@ def small_model(model_type):
                 with torch.no_grad():
                     model(input_ids=torch.tensor([[5, 6, 7]]), use_cache=False)
             return model
-        except (
-            ArithmeticError,
-            AttributeError,
-            ImportError,
-            LookupError,
-            RuntimeError,
-            TypeError,
-            ValueError,
-        ) as error:
+        except Exception as error:
+            # A configuration may refuse by any error.
             fault = fault or error
     raise ValueError(f"{type(fault).__name__}: {' '.join(str(fault).split())[:100]}")
 

@@ -185,3 +185,11 @@ def test_settings_of_generation_that_cannot_be_read_are_refused(tmp_path, tokeni
     with pytest.raises(InputError, match=r"generation_config\.json cannot be read"):
         load_chat(ModelRef(model))
     assert json.loads((Path(model) / "config.json").read_text())["model_type"] == "llama"
+
+
+def test_a_configuration_of_wrong_types_is_refused(tmp_path, tokenizer):
+    model = llama(tmp_path / "model", tokenizer)
+    file = Path(model) / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"hidden_size": "wide"}))
+    with pytest.raises(InputError, match=r"its config\.json cannot be read: .*hidden_size"):
+        ModelRef(model).config()

@@ -17,6 +17,7 @@ KNOWN = {
     "HyperCLOVAXConfig": ({"logits_scaling": 4.0}, (4.0, None)),
     "FalconH1Config": ({"lm_head_multiplier": 0.125}, (0.125, None)),
     "Gemma2Config": ({"final_logit_softcapping": 30.0}, (1.0, 30.0)),
+    "MiniCPM3Config": ({"dim_model_base": 8}, (0.25, None)),
     "RecurrentGemmaConfig": ({"logits_soft_cap": 2.0}, (1.0, 2.0)),
 }
 
