@@ -8,6 +8,7 @@ divergence of the policy from the reference, and `kl_length` the answer's tokens
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 FORWARD_ROWS = 8
 START, TRAINED = "start", "trained"
+UNREADABLE = "no tokens, one beyond the model's embedding, or more than the model has positions for"
 
 
 def answer_columns(name: str) -> tuple[str, str, str]:
@@ -170,9 +172,11 @@ class Divergence:
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Measure a block of rows."""
         rows = batch.to_pylist()
-        answered = [row for row in rows if alive(row) and row[self.column]]
-        for row in rows:
-            row["kl"] = row["kl_length"] = None
-        for row, ratio in zip(answered, self.ratios(answered, self.column), strict=True):
-            row["kl"], row["kl_length"] = ratio.nats, ratio.tokens
+        answered = [index for index, row in enumerate(rows) if alive(row) and row[self.column]]
+        rows = [{**row, "kl": None, "kl_length": None} for row in rows]
+        for index, ratio in zip(answered, self.ratios([rows[index] for index in answered], self.column), strict=True):
+            if math.isnan(ratio.nats):
+                rows[index] = drop(rows[index], UNREADABLE)
+            else:
+                rows[index] |= {"kl": ratio.nats, "kl_length": ratio.tokens}
         return table_of(rows)

@@ -7,8 +7,9 @@ forward reads each sequence alone, by transformers' plain attention.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import TYPE_CHECKING, Any, Literal
@@ -35,8 +36,9 @@ WINDOWS = ("sliding_window", "attention_window_size", "attention_window", "windo
 SHORT_WINDOW = 6
 TOLERANCE = {torch.float32: 1e-3}
 """Nats of one token, root of the mean square."""
-HALF_TOLERANCE = 0.2
-"""In 16 bits the last places of hidden states and logits depend on the kernels, and experts may be chosen otherwise."""
+HALF_TOLERANCE, NOISES = 0.2, 3
+"""In 16 bits the last places of hidden states and logits depend on the kernels, and experts may be chosen otherwise:
+the least tolerance there, and how many times the distance between two ways of transformers' own."""
 
 
 @dataclass(frozen=True)
@@ -75,9 +77,11 @@ def settle_layout(policy: Policy, where: str, layout: Layout = "auto") -> ReadAs
     Raises:
         InputError: no layout gives the log-probs of the model's own logits, or not the one that is asked for.
     """
-    texts, within = probe_texts(policy.causal), TOLERANCE.get(policy.dtype, HALF_TOLERANCE)
+    texts = probe_texts(policy.causal)
+    policy.read_as(packed=False)
     with _or_refused(where):
         own = own_logps(policy.causal, texts)
+        within = _tolerance(policy, texts, own)
 
     packable, why = attention.can_pack(policy.causal), ""
     if packable:
@@ -99,6 +103,16 @@ def settle_layout(policy: Policy, where: str, layout: Layout = "auto") -> ReadAs
             "use a model of another architecture"
         )
     return ReadAs("padded", within, packable, why)
+
+
+def _tolerance(policy: Policy, texts: Texts, own: Tensor) -> float:
+    if policy.dtype in TOLERANCE:
+        return TOLERANCE[policy.dtype]
+    labels = own.argmax(-1, keepdim=True)
+    otherwise = own_logps(policy.causal, texts, plain=False)
+    noise = float((otherwise - own).gather(1, labels).square().mean().sqrt())
+    # In steps, so that what is noted of it is the same the next time.
+    return max(HALF_TOLERANCE, math.ceil(10 * NOISES * noise) / 10)
 
 
 def _packed_fault(policy: Policy, texts: Texts, own: Tensor, within: float) -> str:
@@ -148,14 +162,14 @@ def probe_texts(model: Any) -> Texts:
     )
 
 
-def own_logps(model: Any, texts: Texts) -> Tensor:
+def own_logps(model: Any, texts: Texts, plain: bool = True) -> Tensor:
     """Log-probs (C, vocabulary) in fp32 of all tokens, where answers are predicted: by the model's own forward.
 
-    Each sequence is read alone, without padding, by the attention that transformers writes out.
+    Each sequence is read alone, without padding; `plain`: by the attention that transformers writes out.
     """
     device = next(model.parameters()).device
     found = []
-    with torch.inference_mode(), _plain_attention(model):
+    with torch.inference_mode(), _plain_attention(model) if plain else nullcontext():
         for prompt, answer in texts.sequences():
             ids = torch.tensor([[*prompt, *answer]], device=device)
             logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
