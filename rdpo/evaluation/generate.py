@@ -8,6 +8,7 @@ divergence of the policy from the reference, and `kl_length` the answer's tokens
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ from rdpo.config import Job, Sampling
 from rdpo.config.task import Turn
 from rdpo.modeling.chat import load_chat
 from rdpo.modeling.ratios import Ratios
-from rdpo.modeling.student import student_forward
+from rdpo.modeling.student import student_reader
 from rdpo.modeling.weights import ModelRef, local_model
 from rdpo.preference.reference import reference_pool
 from rdpo.records import ID_COLUMN, Messages, Row, alive, draw_seed, drop, table_of
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 FORWARD_ROWS = 8
 START, TRAINED = "start", "trained"
+UNREADABLE = "no tokens, one beyond the model's embedding, or more than the model has positions for"
 
 
 def answer_columns(name: str) -> tuple[str, str, str]:
@@ -163,16 +165,18 @@ class Divergence:
     def __init__(self, job: Job, trained: str, column: str):
         settings, chat = job.reference, load_chat(ModelRef.student(job))
         device = take_device(settings.gpus, settings.cpus)
-        after = student_forward(job, merged=local_model(trained)).eval().to(device)
-        before = student_forward(job).eval().to(device)
+        after, _ = student_reader(job, device, merged=local_model(trained))
+        before, _ = student_reader(job, device)
         self.column, self.ratios = column, Ratios(chat, after, before, device, settings.tokens_per_batch)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Measure a block of rows."""
         rows = batch.to_pylist()
-        answered = [row for row in rows if alive(row) and row[self.column]]
-        for row in rows:
-            row["kl"] = row["kl_length"] = None
-        for row, ratio in zip(answered, self.ratios(answered, self.column), strict=True):
-            row["kl"], row["kl_length"] = ratio.nats, ratio.tokens
+        answered = [index for index, row in enumerate(rows) if alive(row) and row[self.column]]
+        rows = [{**row, "kl": None, "kl_length": None} for row in rows]
+        for index, ratio in zip(answered, self.ratios([rows[index] for index in answered], self.column), strict=True):
+            if math.isnan(ratio.nats):
+                rows[index] = drop(rows[index], UNREADABLE)
+            else:
+                rows[index] |= {"kl": ratio.nats, "kl_length": ratio.tokens}
         return table_of(rows)

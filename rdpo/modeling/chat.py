@@ -91,11 +91,19 @@ def make_chat(tokenizer: Any, stop_ids: list[int], name: str) -> Chat:
 
 @lru_cache(maxsize=8)
 def load_chat(model: ModelRef) -> Chat:
-    """The chat of a model; loaded once in a process."""
+    """The chat of a model; loaded once in a process.
+
+    Raises:
+        InputError: there is none that works, or the model's settings of generation cannot be read.
+    """
     from transformers import GenerationConfig
 
     folder, tokenizer = model.folder(), model.tokenizer()
     has_generation = (folder / "generation_config.json").is_file()
-    stops = GenerationConfig.from_pretrained(folder).eos_token_id if has_generation else None
+    try:
+        stops = GenerationConfig.from_pretrained(folder).eos_token_id if has_generation else None
+    except (OSError, ValueError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        raise InputError(f"model {model.name}: its generation_config.json cannot be read: {reason}") from None
     stop_ids = [stops] if isinstance(stops, int) else list(stops or [])
     return make_chat(tokenizer, stop_ids, model.name)

@@ -26,7 +26,8 @@ class CompletionHead(nn.Module):
         super().__init__()
         if type(output) is not nn.Linear and getattr(output, "weight", None) is None:
             raise TypeError(f"the output layer {type(output).__name__} has no weight of its own to multiply with")
-        self.weight, self.bias = output.weight, getattr(output, "bias", None)
+        self.weight: Tensor = getattr(output, "weight")  # noqa: B009
+        self.bias: Tensor | None = getattr(output, "bias", None)
         self.chunk, self.scale, self.softcap = chunk, scale, softcap
 
     def forward(self, hidden: Tensor, labels: Tensor) -> Tensor:
@@ -35,6 +36,10 @@ class CompletionHead(nn.Module):
             hidden, self.weight, self.bias, labels, self.chunk, self.scale, self.softcap
         )
         return logps
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """All logits (C, vocabulary) in fp32: for a few positions only."""
+        return _logits(hidden, self.weight, self.bias, self.scale, self.softcap)
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Tensor:

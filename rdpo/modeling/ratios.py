@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rdpo.modeling.chat import Chat
+from rdpo.modeling.loading import learned_positions
 from rdpo.modeling.packing import PairSize, micro_batches
 from rdpo.records import Row
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LogRatio:
-    """log pi(y|x) - log ref(y|x) of one answer in nats, and its tokens; NaN where it has none."""
+    """log pi(y|x) - log ref(y|x) of one answer in nats, and its tokens; NaN where the models cannot read it."""
 
     nats: float = math.nan
     tokens: int = 0
@@ -38,7 +39,13 @@ class Ratios:
         prompts = [self._prompt_ids(row) for row in rows]
         answers = [self.chat.completion_ids(row[column], row[f"{column}_finish_reason"] == "stop") for row in rows]
         sizes = [PairSize(len(prompt), len(answer), 0) for prompt, answer in zip(prompts, answers, strict=True)]
-        whole = [index for index, size in enumerate(sizes) if size.prompt and size.chosen]
+        vocabulary, limit = self.trained.config.vocab_size, learned_positions(self.trained.causal)
+        whole = [
+            index
+            for index, size in enumerate(sizes)
+            if size.prompt and size.chosen and (limit is None or size.longest <= limit)
+            if max(*prompts[index], *answers[index]) < vocabulary
+        ]
         ratios = [LogRatio()] * len(rows)
         for micro in micro_batches(whole, sizes, self.budget, self.trained.packed):
             own = ([ids[index] for index in micro.pairs] for ids in (prompts, answers))

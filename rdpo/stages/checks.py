@@ -19,15 +19,14 @@ def prepare(job: Job, say: Say) -> bool:
     from rdpo.cluster.installed import check_cpu_engines, check_installed
     from rdpo.cluster.placement import Nodes, check_room, fit_side_by_side
     from rdpo.modeling.chat import load_chat
+    from rdpo.modeling.student import check_student
     from rdpo.modeling.weights import ModelRef
     from rdpo.preference.rewards import check_rewards
     from rdpo.stages.pools import pools_of
     from rdpo.synthesis.prompts import check_templates
 
     check_templates(job.prompts)
-    student = ModelRef.student(job)
-    student.config()
-    load_chat(student)
+    check_student(job, load_chat(ModelRef.student(job)))
     pools = pools_of(job)
     check_cpu_engines(pools)
     _check_teacher(job)

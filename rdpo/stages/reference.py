@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rdpo.config import Job
     from rdpo.execution.reader import RunReader
     from rdpo.execution.run import Run
+    from rdpo.files.stage_folder import StageFolder
 
 
 def settings(job: Job) -> dict[str, Any]:
@@ -66,18 +67,34 @@ def pairs_source(run: RunReader) -> Source:
 def refer(rows: ray.data.Dataset, run: Run) -> ray.data.Dataset:
     """Token ids and the reference's log-probs of pairs; those that a sibling has made are taken from there."""
     from rdpo.preference.known_logps import COLUMNS, known_logps
-    from rdpo.preference.reference import add_reference
+    from rdpo.preference.reference import FORWARD, add_reference
 
     own = digest(settings(run.job))
     same = [folder for folder, theirs in run.made_by_siblings("reference") if digest(theirs) == own]
+    for folder in same:
+        # Where all log-probs are known the model is not even loaded.
+        if forward := folder.read_json(FORWARD):
+            run.folder("reference").write_json(FORWARD, forward)
     tables = chain.from_iterable(folder.tables(columns=COLUMNS) for folder in same)
-    return add_reference(rows, run.job, known_logps(tables))
+    return add_reference(rows, run.job, known_logps(tables), run.dir)
+
+
+def summarize(run: Run, folder: StageFolder) -> dict[str, Any]:
+    """How the reference was read; says so where packed rows would not have been exact."""
+    from rdpo.preference.reference import FORWARD
+
+    forward = folder.read_json(FORWARD)
+    if not forward:
+        return {}
+    if forward["why"]:
+        run.console.say(f"{'':<12}log-probs are read in padded rows; packed ones: {forward['why']}")
+    return {"forward": forward}
 
 
 STAGE = Stage(
     "reference",
     inputs=("pairs", "replay"),
     settings=settings,
-    rows=RowWork(pairs_source, refer),
+    rows=RowWork(pairs_source, refer, summarize),
     command="reference",
 )

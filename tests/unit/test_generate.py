@@ -5,8 +5,10 @@ from contextlib import asynccontextmanager
 
 from rdpo.cluster.pools import Pool
 from rdpo.config import Job
-from rdpo.evaluation.generate import START, TRAINED, Answerer, answer_prompts, side_by_side
+from rdpo.evaluation.generate import START, TRAINED, UNREADABLE, Answerer, Divergence, answer_prompts, side_by_side
 from rdpo.synthesis.engine import Generation
+from tests.support.jobs import valid_job
+from tests.support.models import byte_tokenizer, save_model
 
 
 def answered(name, contender, answer, dropped=None):
@@ -101,3 +103,19 @@ def test_only_the_trained_models_answer_goes_through_the_turns_of_the_task(job_t
     assert (row["start"], row["trained"]) == ("old heard 1", "new heard 5")
     assert (row["trained_tokens"], row["trained_finish_reason"]) == (5, "stop")
     del answerer.engine
+
+
+def test_what_the_model_cannot_read_is_dropped_with_the_reason(tmp_path):
+    import pyarrow as pa
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    tokenizer = byte_tokenizer()
+    config = GPT2Config(vocab_size=len(tokenizer), n_positions=48, n_embd=16, n_layer=1, n_head=2)
+    folder = save_model(tmp_path / "model", GPT2LMHeadModel(config), tokenizer)
+    rows = [
+        {"prompt": [{"role": "user", "content": "x"}], "answer": answer, "answer_finish_reason": "stop"}
+        for answer in ("short", "long " * 20)
+    ]
+    table = pa.Table.from_pylist([{**row, "dropped": None} for row in rows])
+    found = Divergence(Job.model_validate(valid_job(folder, tmp_path)), folder, "answer")(table).to_pylist()
+    assert [(row["kl"], row["dropped"]) for row in found] == [(0.0, None), (None, UNREADABLE)]

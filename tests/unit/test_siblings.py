@@ -49,7 +49,7 @@ def test_siblings_with_other_weights_or_settings_are_not_asked(job_table, tmp_pa
         folder.commit(Manifest("reference", "k", {**settings, **changes}, {}), "prompt_id", 1)
     siblings = tuple(str(tmp_path / name) for name in ("same", "other", "not-begun"))
     run = Run(job, str(tmp_path / "own"), Console(io.StringIO()), lambda *_: False, siblings)
-    monkeypatch.setattr("rdpo.preference.reference.add_reference", lambda rows, job, known: known)
+    monkeypatch.setattr("rdpo.preference.reference.add_reference", lambda rows, job, known, run_dir: known)
     known = refer(None, run)
     assert known == {answer_key([1, 2], [3]): -1.5, answer_key([1, 2], [4, 5]): -2.5}
 
