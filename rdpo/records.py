@@ -27,6 +27,14 @@ SIDES = ("chosen", "rejected")
 """The two answers of a preference pair, in the names of its columns."""
 SHOWN_CHARS = 4000
 ROLES = ("system", "user", "assistant", "tool")
+TRAIN = "train"
+SPLITS = {
+    **dict.fromkeys((HELDOUT, "test", "validation", "val", "valid", "dev", "eval", "held-out", "held_out"), HELDOUT),
+    # UltraFeedback's names, which others took over.
+    **dict.fromkeys(("test_prefs", "test_sft", "test_gen"), HELDOUT),
+    **dict.fromkeys((TRAIN, "train_prefs", "train_sft", "train_gen", "training"), TRAIN),
+}
+"""What splits are called elsewhere, in small letters."""
 # What moves a terminal's cursor, turns the direction of writing, or cannot be seen or encoded; line breaks and tabs are
 # none of these, nor are the joiners that scripts and emoji need.
 UNSEEN = re.compile(
@@ -44,6 +52,11 @@ def digest(*parts: Any) -> str:
 def prompt_id(messages: Messages) -> str:
     """Identity of a prompt: a hash of its messages' roles and contents."""
     return digest([[message["role"], message["content"]] for message in messages])
+
+
+def split_name(name: str) -> str:
+    """The name that a split has here, by one that it has elsewhere."""
+    return SPLITS.get(name.strip().lower(), name)
 
 
 def draw_seed(seed: int, row_id: str, role: str) -> int:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Annotated
+
+from pydantic import AfterValidator, Field
 
 from rdpo.config.models import Endpoint, Engine, Sampling
 from rdpo.config.section import Section, Source
+from rdpo.records import HELDOUT, TRAIN, split_name
 
 
 class Prompts(Section):
@@ -35,6 +38,13 @@ class Prompts(Section):
     """Longer prompts (student's tokenizer, chat template included) are dropped, never cut."""
 
 
+def _trained_on(split: str) -> str:
+    name = split_name(split)
+    if name == HELDOUT:
+        raise ValueError("these prompts are held out for evaluation; name a split to train on")
+    return name
+
+
 class Synthesis(Section):
     """Who answers, critiques and revises, and in which words."""
 
@@ -44,8 +54,9 @@ class Synthesis(Section):
     and `rejected`, perhaps `score_chosen` and `score_rejected`."""
     values: dict[str, str] = Field(default_factory=dict)
     """Words that the task's templates use by name, the style of a counterfactual task for example."""
-    split: str = "train"
-    """Which split of the prompts is trained on: `train`, or one that the source's `split` column names."""
+    split: Annotated[str, AfterValidator(_trained_on)] = TRAIN
+    """Which split of the prompts is trained on: `train`, or one that the source's `split` column names. Those that are
+    held out for evaluation are refused."""
     limit: int | None = Field(default=None, ge=1)
     """At most so many prompts, the first by id; by default all."""
     teacher: str | None = None

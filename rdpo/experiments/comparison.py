@@ -47,17 +47,34 @@ def load_comparison(path: str | Path, part: Part | None = None) -> tuple[Compari
         comparison = comparison.of(part)
     base = path.parent / comparison.job
     table = read_toml(base)
-    jobs = {}
+    jobs: Jobs = {}
     for variant in comparison.variants:
         for seed in comparison.seeds:
-            own = {"seed": seed, "name": f"{str(variant).replace('@', '-')}-{seed}"}
+            own = {"seed": seed, "name": run_name(str(variant), seed)}
             job = job_of({**variant.of(table, comparison), **own}, f"{path}: arm {variant}")
             if job.rounds.count > 1:
                 raise InputError(f"{path}: arm {variant}: several rounds are run by `rdpo run`, not compared")
             jobs[str(variant), seed] = job
+    _check_directories(jobs, str(path))
     if comparison.until == "evaluation":
         _check_rewards(jobs, str(path))
     return comparison, jobs
+
+
+def run_name(arm: str, seed: int) -> str:
+    """Name of the run of one arm and seed, and of its directory."""
+    return f"{arm.replace('@', '-')}-{seed}"
+
+
+def _check_directories(jobs: Jobs, path: str) -> None:
+    """Whether every run has a directory of its own."""
+    owners: dict[str, tuple[str, int]] = {}
+    for run in jobs:
+        name = run_name(*run)
+        if name in owners:
+            arms = f"{owners[name][0]} and {run[0]}"
+            raise InputError(f"{path}: arms {arms} would share the directory arms/{name}; give them other names")
+        owners[name] = run
 
 
 def _check_rewards(jobs: Jobs, path: str) -> None:
@@ -77,7 +94,7 @@ def _measures(job: Job) -> dict[str, dict[str, Any]]:
 
 def arm_dir(run_dir: str, arm: str, seed: int) -> str:
     """Run directory of one arm and seed."""
-    return os.path.join(run_dir, "arms", f"{arm.replace('@', '-')}-{seed}")
+    return os.path.join(run_dir, "arms", run_name(arm, seed))
 
 
 def run_arms(

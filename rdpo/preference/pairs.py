@@ -1,9 +1,9 @@
 """From scored answers to preference pairs: who is chosen, by how much, and which pairs are no use.
 
 Adds `chosen` and `rejected` (one assistant message each, so that the table is a conversational
-preference data set as it stands), `score_chosen`, `score_rejected`, `reward_gap`, for both sides
-whether the answer was finished, `heldout` for those that are not trained on, and the `defects` of the conversation that
-they come from.
+preference data set as it stands), `score_chosen`, `score_rejected`, `reward_gap`, whether the sides were `swapped`
+against what the settings name, for both sides whether the answer was finished, `heldout` for those that are not
+trained on, and the `defects` of the conversation that they come from.
 """
 
 from __future__ import annotations
@@ -132,7 +132,8 @@ def pair_row(row: Row, settings: Settings, sides: Sides | None = None, length_co
     """One row with its pair: sides as named, or by score with `direction = "reward"`."""
     sides = sides or Sides(chosen=settings.chosen, rejected=settings.rejected)
     chosen, rejected = (_turn(row, settings, side, length_coef) for side in (sides.chosen, sides.rejected))
-    if settings.direction == "reward" and row[f"{rejected}_score"] > row[f"{chosen}_score"]:
+    swapped = settings.direction == "reward" and row[f"{rejected}_score"] > row[f"{chosen}_score"]
+    if swapped:
         chosen, rejected = rejected, chosen
     pair = {
         ID_COLUMN: row[ID_COLUMN],
@@ -141,6 +142,7 @@ def pair_row(row: Row, settings: Settings, sides: Sides | None = None, length_co
         "rejected": [{"role": "assistant", "content": row[rejected]}],
         "chosen_from": chosen,
         "rejected_from": rejected,
+        "swapped": swapped,
         "dropped": row.get("dropped"),
     }
     for side, turn in (("chosen", chosen), ("rejected", rejected)):
@@ -190,8 +192,8 @@ def sound(pair: Row, settings: Settings) -> Row:
 def exchanged(pair: Row) -> Row:
     """The pair with its sides in each other's place, scores and all."""
     other = {"chosen": "rejected", "rejected": "chosen"}
-    swapped = {name: pair[re.sub("chosen|rejected", lambda side: other[side[0]], name)] for name in pair}
-    return {**swapped, "reward_gap": -pair["reward_gap"]}
+    other_way = {name: pair[re.sub("chosen|rejected", lambda side: other[side[0]], name)] for name in pair}
+    return {**other_way, "reward_gap": -pair["reward_gap"], "swapped": not pair["swapped"]}
 
 
 def wide_enough(pair: Row, settings: Settings) -> Row:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
@@ -50,8 +51,10 @@ def mix_counts(generated: int, offline: int, share: float) -> tuple[int, int]:
     """How many generated and how many ready pairs are used, of so many."""
     if share in (0.0, 1.0):
         return (generated, 0) if share == 0 else (0, offline)
-    used = min(int(offline * (1 - share)), generated)
-    return used, int(share * used / (1 - share))
+    # The number as it is written: in binary floating point 100 (1 - 0.9) is 9.99…, one pair less.
+    gamma = Fraction(repr(share))
+    used = min(int(offline * (1 - gamma)), generated)
+    return used, int(gamma * used / (1 - gamma))
 
 
 def draw_mix(generated: Keyed, offline: Keyed, heldout: frozenset[str], share: float, seed: int) -> Mix:

@@ -19,7 +19,19 @@ from rdpo.errors import InputError
 from rdpo.files.stage_folder import StageFolder
 from rdpo.modeling.chat import load_chat
 from rdpo.modeling.weights import ModelRef
-from rdpo.records import HELDOUT, ID_COLUMN, Messages, Row, alive, clean, draw_seed, drop, prompt_id, unit_draw
+from rdpo.records import (
+    HELDOUT,
+    ID_COLUMN,
+    Messages,
+    Row,
+    alive,
+    clean,
+    draw_seed,
+    drop,
+    prompt_id,
+    split_name,
+    unit_draw,
+)
 from rdpo.synthesis.conversation import Unusable, check_columns, derive_pair, read_prompt
 from rdpo.synthesis.given import pair_id
 from rdpo.synthesis.instructions import check_template, render
@@ -41,13 +53,6 @@ SCHEMA = pa.schema(
         ("dropped", pa.string()),
     ]
 )
-SPLITS = {
-    **dict.fromkeys(("test", "validation", "val", "valid", "dev", "eval", "held-out", "held_out"), HELDOUT),
-    # UltraFeedback's names, which others took over.
-    **dict.fromkeys(("test_prefs", "test_sft", "test_gen"), HELDOUT),
-    **dict.fromkeys(("train_prefs", "train_sft", "train_gen", "training"), "train"),
-}
-"""What splits are called elsewhere, in small letters."""
 BLOCK_ROWS = 4096
 SHOWN_CHARS = 500
 
@@ -166,7 +171,7 @@ def _as_json(columns: dict[str, Any]) -> str:
 
 def _split(value: Any, row_id: str, job: Job) -> str:
     if isinstance(value, str) and value:
-        return clean(SPLITS.get(value.strip().lower(), value))
+        return clean(split_name(value))
     return HELDOUT if unit_draw(job.seed, row_id, "split") < job.prompts.heldout_fraction else "train"
 
 

@@ -10,7 +10,7 @@ from rdpo.config.comparison import Part, merged
 from rdpo.errors import InputError
 from rdpo.execution.pipeline import run_stages
 from rdpo.execution.run import Run
-from rdpo.experiments.comparison import load_comparison, run_arms
+from rdpo.experiments.comparison import arm_dir, load_comparison, run_arms
 from rdpo.files.stage_folder import StageFolder
 from tests.support.jobs import write_job
 
@@ -48,6 +48,18 @@ def test_each_arm_is_run_in_every_value_of_what_varies(write):
     assert comparison.rivals["dpo@0"] == "dpo@0"
 
 
+def test_values_that_differ_late_in_their_digits_are_arms_of_their_own(write):
+    close = [0.1234567, 0.1234568, 0.5, 1e22, 0.0]
+    comparison, jobs = load_comparison(write(vary={"key": "training.offset_coef", "values": close}))
+    assert len(jobs) == len(close) * len(ARMS) * 2
+    assert len({arm_dir("run", *run) for run in jobs}) == len(jobs)
+    arms = list(dict.fromkeys(arm for arm, _ in jobs))[::2]
+    assert arms == ["dpo@0.1234567", "dpo@0.1234568", "dpo@0.5", "dpo@1e22", "dpo@0"]
+    assert comparison.rivals["rdpo@0.1234567"] == "dpo@0.1234567"
+    with pytest.raises(InputError, match=r"--value 0.1234569: the values are 0.1234567, 0.1234568, 0.5"):
+        comparison.of(Part(values=[0.1234569]))
+
+
 def test_an_entry_of_a_list_can_vary_and_arms_may_weigh_rewards_in_other_ways(write):
     two = {"rewards": [LENGTH, {**LENGTH, "name": "size", "weight": 0.0}]}
     _, jobs = load_comparison(write(all=two, vary={"key": "rewards.1.weight", "values": [0.5, 2.0]}))
@@ -75,6 +87,12 @@ def test_merging_leaves_the_base_as_it_is():
         ({"job": "none.toml"}, "none.toml: no such job file"),
         ({"arm": {}}, "arm: unknown key"),
         ({"vary": {"key": "flip", "values": [0, 1]}}, "vary.key: "),
+        ({"vary": {"key": "pairs.flip", "values": [0.5, 0.25, 0.50]}}, "vary.values: 0.5 is given twice"),
+        ({"vary": {"key": "training.offset_coef", "values": [0.0, -0.0]}}, "vary.values: 0 is given twice"),
+        (
+            {"vary": {"key": "pairs.min_gap", "values": [-1, 1]}, "arms": {"dpo": {}, "dpo-": {}}},
+            "arms dpo@-1 and dpo-@1 would share the directory arms/dpo--1-0",
+        ),
         (
             {"arms": {**ARMS, "other": {"rewards": [{**LENGTH, "name": "size"}]}}},
             "the same reward 'length'.*weight = 0",

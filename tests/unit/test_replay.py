@@ -18,6 +18,10 @@ READY = [(f"o{i}", f"prompt {i + 5}") for i in range(20)]
         (20, 60, 0.5, (20, 20)),
         (100, 61, 0.25, (45, 15)),
         (0, 60, 0.5, (0, 0)),
+        # In binary floating point 100 (1 - 0.9) is below 10, and 3 (0.2 / 0.8) above 0.75.
+        (1000, 100, 0.9, (10, 90)),
+        (1000, 10, 0.7, (3, 7)),
+        (1000, 1000, 0.99, (10, 990)),
     ],
 )
 def test_counts_are_those_of_the_code(generated, offline, share, counts):
