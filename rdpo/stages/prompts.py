@@ -25,6 +25,7 @@ GIVEN = 2
 
 def settings(job: Job) -> dict[str, Any]:
     """Settings of the prompts stage, with the content of its source."""
+    from rdpo.synthesis.prompts import SEED
     from rdpo.synthesis.sources import content_hash
 
     return {
@@ -33,7 +34,8 @@ def settings(job: Job) -> dict[str, Any]:
         # Pairs that are ready are read in another way than prompts.
         "given": job.synthesis.task is None and GIVEN,
         **tokenizer_settings(job),
-        "seed": job.seed,
+        # Splits and templates are drawn alike for every seed of a job.
+        "seed": SEED,
     }
 
 
@@ -44,11 +46,12 @@ def take_prompts(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:
         InputError: no usable prompt is left to train on or to evaluate with.
     """
     from rdpo.files.stage_folder import write_rows
-    from rdpo.synthesis.prompts import drop_duplicates, read_prompts
+    from rdpo.synthesis.prompts import distinguishing, drop_duplicates, drop_heldout_questions, read_prompts
 
     folder.clear_parts()
     write_rows(read_prompts(run.job), folder, ID_COLUMN, lambda block: meter.advance(block.rows + block.dropped))
-    drop_duplicates(folder)
+    drop_duplicates(folder, distinguishing(run.job))
+    drop_heldout_questions(folder)
     splits = _splits(folder)
     for split in (run.job.synthesis.split, HELDOUT):
         if split not in splits:
