@@ -9,6 +9,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from rdpo.execution.stage import RowWork, Source, Stage
+from rdpo.records import QUESTION
 from rdpo.stages.settings import question_settings
 
 if TYPE_CHECKING:
@@ -48,7 +49,17 @@ def pair(rows: ray.data.Dataset, run: Run) -> ray.data.Dataset:
     from rdpo.preference.pairs import make_pairs
 
     shaping = _shaping(run)
-    return make_pairs(rows, run.job, shaping.length_coef if shaping else 0.0)
+    return make_pairs(rows, run.job, shaping.length_coef if shaping else 0.0, _drawn_together(run))
+
+
+def _drawn_together(run: Run) -> dict[str, str]:
+    from rdpo.preference.pairs import drawn_together
+
+    folder, columns = run.folder("prompts"), [QUESTION, "prompt", "source", "line"]
+    # Rows of earlier versions do not name their question.
+    if not run.job.pairs.heldout_fraction or QUESTION not in folder.schema().names:
+        return {}
+    return drawn_together(folder.tables(columns=columns))
 
 
 def _shaping(run: Run) -> Shaping | None:
