@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
@@ -34,6 +34,9 @@ class Prompts(Section):
     """Use only the first so many rows of the source; by default all."""
     heldout_fraction: float = Field(default=0.1, gt=0, lt=1)
     """Share of prompts held out for evaluation, where the source has no `split` column."""
+    near_duplicates: Literal["count", "drop"] = "count"
+    """What is done with training prompts that nearly repeat a held-out one: at least 80% of all runs of five characters
+    that either has are in both, case and white space aside. `drop`: they are not trained on."""
     max_prompt_tokens: int = Field(default=1024, ge=1)
     """Longer prompts (student's tokenizer, chat template included) are dropped, never cut."""
 

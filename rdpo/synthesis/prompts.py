@@ -69,6 +69,7 @@ SEED = 0
 DUPLICATE = "duplicate of an earlier prompt"
 SAME_QUESTION = "duplicate of an earlier prompt but for case, white space or Unicode form"
 HELD_OUT = "its question is held out for evaluation"
+NEARLY_HELD_OUT = "nearly the same as a held-out prompt"
 BARE = "bare"
 """Where `extra` has the prompt before it was put into a template."""
 OWN_ID = re.compile(r"[0-9a-f]{32}")
@@ -335,6 +336,14 @@ def drop_heldout_questions(folder: StageFolder) -> None:
 
     if any(pc.any(lost(part)).as_py() for part in folder.tables(columns=[QUESTION, "split"])):
         folder.rewrite(lambda part: with_dropped(part, lost(part).to_pylist(), HELD_OUT), ID_COLUMN)
+
+
+def drop_near_duplicates(folder: StageFolder, near: Collection[str]) -> None:
+    """Drop the rows of these ids from an unfinished folder, as near-duplicates of held-out prompts."""
+    folder.rewrite(
+        lambda part: with_dropped(part, [name in near for name in part[ID_COLUMN].to_pylist()], NEARLY_HELD_OUT),
+        ID_COLUMN,
+    )
 
 
 def questions_of(folder: StageFolder, split: str) -> list[str]:
