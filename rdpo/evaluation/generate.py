@@ -53,7 +53,7 @@ def answer_prompts(
     """
     import ray.data
 
-    asked = [{**row, "contender": column} for column in models for row in _questions(rows, job)]
+    asked = [{**row, "contender": column} for column in models for row in questions(rows, job)]
     found = [_recalled(row, known or {}) for row in asked]
     new = [row for row, answered in zip(asked, found, strict=True) if answered is None]
     answers = [row for row in found if row]
@@ -75,7 +75,7 @@ def _recalled(row: Row, known: Mapping[str, Mapping[str, Row]]) -> Row | None:
     return {**row, **answer, "dropped": None} if answer else None
 
 
-def _questions(rows: list[Row], job: Job) -> list[Row]:
+def questions(rows: list[Row], job: Job) -> list[Row]:
     """The rows, with the question of the turn that `evaluation.condition` names in place of their prompts."""
     if not (job.evaluation.condition and job.synthesis.task):
         return rows

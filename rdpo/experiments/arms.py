@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -100,6 +100,20 @@ def _wins(ours: Values, theirs: Values) -> Estimate:
 def _mean(values: Iterable[float | None]) -> float:
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else float("nan")
+
+
+def coverage(what: str, measured: Mapping[tuple[str, int], Collection[str]]) -> list[str]:
+    """How many held-out prompts or pairs each run was measured on, and how many of them all runs share, as text.
+
+    `measured` are their ids by arm and seed. Only what is shared stands in the tables.
+    """
+    if not measured:
+        return []
+    sizes = sorted({len(ids) for ids in measured.values()})
+    range_of = str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
+    shared = len(set.intersection(*({*ids} for ids in measured.values())))
+    line = f"held-out {what}: {range_of} evaluated in each of {len(measured)} runs, {shared} in all of them"
+    return ["", line if shared else f"{line}; nothing can be compared"]
 
 
 def table(results: list[ArmResult], baseline: str) -> list[str]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rdpo.errors import InputError
 from rdpo.execution.stage import RowWork, Source, Stage
-from rdpo.records import digest
+from rdpo.records import HELDOUT, ID_COLUMN, digest
 from rdpo.stages.settings import student_settings
 
 if TYPE_CHECKING:
@@ -27,18 +27,22 @@ def settings(job: Job) -> dict[str, Any]:
 
 def _drawn_pairs(run: RunReader) -> Source:
     """The pairs that are trained on: all generated ones, or those of the mix with ready ones."""
-    from rdpo.preference.replay import place, until
+    from rdpo.preference.replay import until
 
     generated = run.source("pairs")
     if run.job.replay is None:
         return generated
     ready, seed = run.source("replay"), run.job.seed
     mix = run.require("replay", "reference").summary
-    last = mix["last"]
+    if "heldout" not in mix:
+        raise InputError("reference: the replay stage was made by an earlier version; `rdpo run` makes it again")
+    # Without `last` all generated pairs were drawn; those that are held out are measured in any case.
+    last, measured = mix["last"], mix["heldout"]
+    count = mix["generated"] + measured
 
     def rows() -> ray.data.Dataset:
-        parts = [generated.rows()] if mix["generated"] else []
-        if last and parts:
+        parts = [generated.rows()] if count else []
+        if last is not None and parts:
             parts[0] = parts[0].map_batches(until, fn_kwargs={"last": last, "seed": seed}, batch_format="pyarrow")
         parts += [ready.rows()] if ready.count else []
         return parts[0].union(*parts[1:])
@@ -46,10 +50,12 @@ def _drawn_pairs(run: RunReader) -> Source:
     def ids() -> pa.ChunkedArray:
         import pyarrow as pa
 
-        drawn = [name for name in generated.ids().to_pylist() if last is None or place(name, seed) <= last]
-        return pa.chunked_array([pa.array(drawn, pa.string()), *ready.ids().chunks])
+        drawn: list[pa.Array] = []
+        for part in run.folder("pairs").tables(columns=[ID_COLUMN, HELDOUT]):
+            drawn += (part if last is None else until(part, last, seed))[ID_COLUMN].chunks
+        return pa.chunked_array([*drawn, *ready.ids().chunks], pa.string())
 
-    return Source(rows, mix["generated"] + ready.count, ids)
+    return Source(rows, count + ready.count, ids)
 
 
 def pairs_source(run: RunReader) -> Source:

@@ -5,7 +5,7 @@ import io
 
 import pytest
 
-from rdpo.experiments.arms import arm_results, table, to_csv
+from rdpo.experiments.arms import arm_results, coverage, table, to_csv
 
 PROMPTS = [f"p{index}" for index in range(20)]
 
@@ -59,6 +59,15 @@ def test_only_prompts_that_every_arm_answered_count():
     found = results({("dpo", 0): everything, ("rdpo", 0): rows(9.0, PROMPTS[:5])})
     assert {(result.prompts, result.kl, result.tokens) for result in found.values()} == {(5, 2.0, 10.0)}
     assert arm_results({("dpo", 0): rows(0.0), ("rdpo", 0): []}, WEIGHTS, held_against("dpo")) == []
+
+
+def test_how_many_were_evaluated_stands_beside_how_many_are_shared():
+    whole, part = PROMPTS, PROMPTS[:5]
+    said = "held-out prompts: 20 evaluated in each of 2 runs, 20 in all of them"
+    assert coverage("prompts", {("dpo", 0): whole, ("rdpo", 0): whole}) == ["", said]
+    assert "5 to 20 evaluated in each of 2 runs, 5 in all" in coverage("pairs", {("a", 0): whole, ("a", 1): part})[1]
+    assert "0 in all of them; nothing can be compared" in coverage("pairs", {("a", 0): ["x"], ("a", 1): ["y"]})[1]
+    assert coverage("pairs", {}) == []
 
 
 def test_a_reward_that_some_arms_optimise_is_named_with_them():
