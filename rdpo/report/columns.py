@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from rdpo.evaluation.compare import Values
+from rdpo.evaluation.intervals import Values
 from rdpo.files.stage_folder import StageFolder
 from rdpo.records import ID_COLUMN, SIDES
 

@@ -11,7 +11,7 @@ import numpy as np
 from markupsafe import Markup
 
 from rdpo.config import Job
-from rdpo.evaluation.compare import Values
+from rdpo.evaluation.intervals import Values
 from rdpo.execution.reader import RunReader
 from rdpo.execution.run import Run
 from rdpo.files.stage_folder import IN_PROGRESS, Manifest

@@ -92,7 +92,7 @@ def summary(run: Run, folder: StageFolder) -> dict[str, Any]:
 
     weights = {reward.name: reward.weight for reward in run.job.rewards}
     evaluated = folder.table().sort_by(ID_COLUMN).to_pylist() if folder.parts() else []
-    return summarize(evaluated, weights, run.job.seed)
+    return summarize(evaluated, weights)
 
 
 STAGE = Stage(
