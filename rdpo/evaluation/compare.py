@@ -22,6 +22,9 @@ KL_ANSWERS = "kl_answers"
 """In the summary of an evaluation: on how many answers its KL was measured, drawn for that at temperature 1. Runs of
 versions that took the log-ratio of the compared answers, however they were drawn, do not have it."""
 
+LOG_RATIO = "log-ratio of the compared answers"
+"""What those versions called KL."""
+
 
 @dataclass(frozen=True)
 class RewardComparison:
