@@ -22,7 +22,7 @@ from rdpo.execution.run import Run
 from rdpo.execution.stage import Stage
 from rdpo.files.folder import Folder
 from rdpo.files.stores import absolute
-from rdpo.records import ID_COLUMN
+from rdpo.records import HELDOUT, ID_COLUMN, prompt_id
 from rdpo.stages.checks import prepare
 from rdpo.stages.evaluation import heldout_prompts
 from rdpo.stages.table import stages_of
@@ -176,10 +176,14 @@ def compare_arms(comparison: Comparison, jobs: Jobs, run_dir: str, console: Cons
     made = {run: reader.finished(stage.name for stage in _stages(reader.job, until)) for run, reader in runs.items()}
     # An arm that trains nothing measures no margins.
     left = {run: heldout_margins(runs[run].folder("training")) for run in runs if "training" in made[run]}
-    measured = heldout.heldout_results({run: of_run for run, of_run in left.items() if of_run}, comparison.rivals)
-    lost = retention.table({run: of["retention"].summary for run, of in made.items() if "retention" in of})
+    margins = {run: of_run for run, of_run in left.items() if of_run}
+    prompts = _prompts_of_pairs(runs[next(iter(margins))]) if margins else {}
+    selected = {arm for (arm, _), job in jobs.items() if job.training.select == "best"}
+    measured = heldout.heldout_results(margins, comparison.rivals, prompts, selected)
+    with_texts = [run for run in runs if "retention" in made[run]]
+    lost = retention.table({run: runs[run].folder("retention").table().to_pylist() for run in with_texts})
     counts = arms.coverage("prompts", {run: [row[ID_COLUMN] for row in rows] for run, rows in evaluated.items()})
-    counts += arms.coverage("pairs", {run: list(of_run) for run, of_run in left.items() if of_run})
+    counts += arms.coverage("pairs", {run: list(of_run) for run, of_run in margins.items()})
     for line in [
         *counts,
         *arms.table(found, comparison.baseline),
@@ -194,6 +198,14 @@ def compare_arms(comparison: Comparison, jobs: Jobs, run_dir: str, console: Cons
         if content:
             Folder(run_dir).write_bytes(f"{name}.csv", content.encode())
     console.say(f"\nreport      {write_comparison(run_dir, comparison, found, measured)}")
+
+
+def _prompts_of_pairs(run: RunReader) -> dict[str, str]:
+    """Which prompt each held-out pair belongs to, by the pair's id."""
+    found: dict[str, str] = {}
+    for part in run.folder("pairs").tables(columns=[ID_COLUMN, "prompt", HELDOUT]):
+        found |= {row[ID_COLUMN]: prompt_id(row["prompt"]) for row in part.to_pylist() if row[HELDOUT]}
+    return found
 
 
 def _stages(job: Job, until: str) -> Iterator[Stage]:

@@ -128,7 +128,7 @@ class _Layers(_StandIn):
         """What architectures read of their layers' output; whatever else they ask for is None."""
         from transformers.modeling_outputs import BaseModelOutputWithPast
 
-        class Output(BaseModelOutputWithPast):
+        class Output(BaseModelOutputWithPast):  # type: ignore[misc]
             def __getattr__(self, name: str) -> None:
                 if name.startswith("__"):
                     raise AttributeError(name)
@@ -149,4 +149,5 @@ class _Output(_StandIn):
     def forward(self, hidden: Tensor) -> Tensor:
         """The product, whatever the hidden states, which are kept."""
         self.__dict__["hidden"] = hidden
-        return self.products.reshape(1, 1, -1).clone()
+        product: Tensor = self.products.reshape(1, 1, -1).clone()
+        return product

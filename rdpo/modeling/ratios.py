@@ -35,9 +35,12 @@ class Ratios:
     budget: int
 
     def __call__(self, rows: Sequence[Row], column: str) -> list[LogRatio]:
-        """The log-ratios of the answers in `column`, which has its `_finish_reason` beside it."""
+        """The log-ratios of the answers in `column`, which has its `_finish_reason` beside it.
+
+        Where the tokens that were drawn are known (`_ids`), these are read: text may be read as other tokens.
+        """
         prompts = [self._prompt_ids(row) for row in rows]
-        answers = [self.chat.completion_ids(row[column], row[f"{column}_finish_reason"] == "stop") for row in rows]
+        answers = [self._answer_ids(row, column) for row in rows]
         sizes = [PairSize(len(prompt), len(answer), 0) for prompt, answer in zip(prompts, answers, strict=True)]
         vocabulary, limit = self.trained.config.vocab_size, learned_positions(self.trained.causal)
         whole = [
@@ -52,6 +55,10 @@ class Ratios:
             for index, nats in zip(micro.pairs, self._forward(*own), strict=True):
                 ratios[index] = LogRatio(nats, sizes[index].chosen)
         return ratios
+
+    def _answer_ids(self, row: Row, column: str) -> list[int]:
+        drawn: list[int] | None = row.get(f"{column}_ids")
+        return drawn or self.chat.completion_ids(row[column], row[f"{column}_finish_reason"] == "stop")
 
     def _prompt_ids(self, row: Row) -> list[int]:
         """Ids of the prompt; none if the template refuses it."""

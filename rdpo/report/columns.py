@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from rdpo.evaluation.compare import Values
+from rdpo.evaluation.intervals import Values
 from rdpo.files.stage_folder import StageFolder
 from rdpo.records import ID_COLUMN, SIDES
 

@@ -21,14 +21,17 @@ if TYPE_CHECKING:
 
 def settings(job: Job) -> dict[str, Any]:
     """Settings of the evaluation stage."""
+    from rdpo.config.evaluation import KL_ANSWERS
     from rdpo.preference.rewards import reward_settings
 
     asked = question_settings(job, job.evaluation.condition or ("refine" if job.evaluation.refine else None))
     final = {"final": job.pairs.chosen} if job.evaluation.refine else {}
     start = {"start": start_settings(job)}
+    # Evaluations that were made before KL had answers of its own are not made again for it.
+    left_out = {"samples", "kl_answers"} if job.evaluation.kl_answers == KL_ANSWERS else {"samples"}
     return {
         **final,
-        **job.evaluation.model_dump(exclude={"samples"}),
+        **job.evaluation.model_dump(exclude=left_out),
         **asked,
         **start,
         "rewards": reward_settings(job),
@@ -58,6 +61,7 @@ def evaluate(rows: ray.data.Dataset, run: Run) -> ray.data.Dataset:
     """Answers of both models, their scores and the divergence."""
     import ray.data
 
+    from rdpo.evaluation.compare import DRAWN
     from rdpo.evaluation.generate import START, TRAINED, add_divergence, answer_prompts, questions
     from rdpo.files.stores import is_remote
     from rdpo.modeling.weights import ModelRef
@@ -74,7 +78,7 @@ def evaluate(rows: ray.data.Dataset, run: Run) -> ray.data.Dataset:
     known = {START: _start_answers(run, asked)}
     answered = answer_prompts(prompts, job, {START: start, TRAINED: trained}, known)
     scored = score_answers(ray.data.from_arrow(table_of(answered)), job, [START, TRAINED]).materialize()
-    return add_divergence(scored, job, trained, TRAINED)
+    return add_divergence(scored, job, trained, DRAWN)
 
 
 def _start_answers(run: Run, asked: Mapping[str, Messages] | None = None) -> dict[str, Row]:
@@ -102,7 +106,7 @@ def summary(run: Run, folder: StageFolder) -> dict[str, Any]:
 
     weights = {reward.name: reward.weight for reward in run.job.rewards}
     evaluated = folder.table().sort_by(ID_COLUMN).to_pylist() if folder.parts() else []
-    return summarize(evaluated, weights, run.job.seed)
+    return summarize(evaluated, weights)
 
 
 STAGE = Stage(

@@ -85,7 +85,8 @@ def _heldout(run: Run, folder: StageFolder) -> dict[str, Any]:
     if not len(margins):
         return {}
     right = float(correct(margins).mean())
-    run.console.say(f"{'':<12}prefers the chosen side of {right:.2f} of {len(margins)} held-out pairs")
+    note = ", which selected the weights, so that this is too high" if run.job.training.select == "best" else ""
+    run.console.say(f"{'':<12}prefers the chosen side of {right:.2f} of {len(margins)} held-out pairs{note}")
     return {"heldout": {"pairs": len(margins), "accuracy": right, "margin": float(margins.mean())}}
 
 

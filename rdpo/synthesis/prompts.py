@@ -272,7 +272,7 @@ def _note_first(first: dict[str, Place], part: pa.Table, names: list[str], sever
 
 def _question_names(part: pa.Table, beside: Sequence[str]) -> list[str]:
     """What rows are the same by: their question, and the values that stand beside it."""
-    questions = part[QUESTION].to_pylist()
+    questions: list[str] = part[QUESTION].to_pylist()
     if not beside:
         return questions
     others = map(json.loads, part["extra"].to_pylist())
@@ -357,7 +357,7 @@ def questions_of(folder: StageFolder, split: str) -> list[str]:
 def question_of(row: Row, settings: Settings) -> str:
     """The question of a stored row of the prompts stage; rows of earlier versions do not name it."""
     if row.get(QUESTION):
-        return row[QUESTION]
+        return str(row[QUESTION])
     messages, bare = row["prompt"], extra_of(row).get(BARE)
     if bare is not None and (settings.templates or settings.heldout_templates):
         messages = [*messages[:-1], {**messages[-1], "content": bare}]
