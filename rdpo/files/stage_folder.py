@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -99,7 +99,7 @@ class StageFolder(Folder):
         """Name of this making of the folder: a part that is there is never made again with other content."""
         begun = self.read_json(IN_PROGRESS) or {}
         # Folders begun by earlier versions call it `birth`.
-        return begun.get("attempt_id") or begun.get("birth", "")
+        return str(begun.get("attempt_id") or begun.get("birth", ""))
 
     def clear_parts(self) -> None:
         """Remove what the folder holds, but not that it was begun."""
@@ -175,10 +175,18 @@ class StageFolder(Folder):
         """Names of the kept parts."""
         return self.names(".parquet")
 
-    def tables(self, below: str = "", columns: list[str] | None = None) -> Iterator[pa.Table]:
-        """The kept rows (or, with `below="dropped"`, the dropped ones) part by part."""
+    def tables(
+        self, below: str = "", columns: list[str] | None = None, optional: Sequence[str] = ()
+    ) -> Iterator[pa.Table]:
+        """The kept rows (or, with `below="dropped"`, the dropped ones) part by part.
+
+        Beside `columns` come those of the `optional` ones that a part has: earlier versions wrote fewer.
+        """
         for name in self.names(".parquet", below):
-            yield self.part(name, columns)
+            held = self._schema(name).names if optional else []
+            yield self.part(
+                name, [*(columns or []), *(one for one in optional if one in held)] if optional else columns
+            )
 
     def part(self, name: str, columns: list[str] | None = None) -> pa.Table:
         """The rows of one part."""
@@ -263,7 +271,7 @@ class StageFolder(Folder):
 
     def _length(self, name: str) -> int:
         with self.fs.open(self._at(name), "rb") as file:
-            return pq.read_metadata(file).num_rows
+            return int(pq.read_metadata(file).num_rows)
 
     def _schema(self, name: str) -> pa.Schema:
         with self.fs.open(self._at(name), "rb") as file:

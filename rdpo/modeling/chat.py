@@ -78,7 +78,8 @@ class Chat:
 
     def text_ids(self, text: str) -> list[int]:
         """Token ids of plain text, without special tokens; text that looks like one stays text."""
-        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return ids
 
     def _answer_ids(self, opening: Opening, prompt: list[int], answer: str, finished: bool) -> list[int]:
         """Token ids of an answer, after a look at the whole conversation.
@@ -173,12 +174,20 @@ def _ending(tokenizer: Any, template: Template, stops: tuple[int, ...]) -> tuple
 
 @lru_cache(maxsize=8)
 def load_chat(model: ModelRef, day: date = TEMPLATE_DATE, only_asks: bool = False) -> Chat:
-    """The chat of a model, see `make_chat`; loaded once in a process."""
+    """The chat of a model, see `make_chat`; loaded once in a process.
+
+    Raises:
+        InputError: there is none that works, or the model's settings of generation cannot be read.
+    """
     from transformers import GenerationConfig
 
     folder, tokenizer = model.folder(), model.tokenizer()
     has_generation = (folder / "generation_config.json").is_file()
-    stops = GenerationConfig.from_pretrained(folder).eos_token_id if has_generation else None
+    try:
+        stops = GenerationConfig.from_pretrained(folder).eos_token_id if has_generation else None
+    except (OSError, ValueError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        raise InputError(f"model {model.name}: its generation_config.json cannot be read: {reason}") from None
     stop_ids = [stops] if isinstance(stops, int) else list(stops or [])
     return make_chat(tokenizer, stop_ids, model.name, day, only_asks)
 

@@ -46,7 +46,7 @@ def measure_retention(run: Run, folder: StageFolder, meter: Meter) -> dict[str, 
     write_rows(
         measured(rows, run.job, trained), folder, ID_COLUMN, lambda block: meter.advance(block.rows + block.dropped)
     )
-    facts = summary(folder.table().sort_by(ID_COLUMN).to_pylist(), run.job.seed)
+    facts = summary(folder.table().sort_by(ID_COLUMN).to_pylist())
     factor = facts["perplexity_factor"]
     interval = f"{factor['low']:.3f} to {factor['high']:.3f}"
     run.console.say(f"{'':<12}perplexity of {facts['texts']} other texts: {factor['mean']:.3f} times ({interval})")

@@ -13,8 +13,10 @@ def student_settings(job: Job) -> dict[str, Any]:
     from rdpo.cluster.hardware import compute_dtype
     from rdpo.modeling.weights import ModelRef
 
-    dtype = compute_dtype(job.student.dtype, job.training.gpus_per_worker > 0)
-    return {**job.student.model_dump(), "dtype": dtype, "weights": ModelRef.student(job).fingerprint()}
+    student, dtype = ModelRef.student(job), compute_dtype(job.student.dtype, job.training.gpus_per_worker > 0)
+    # Code that is not run changes nothing.
+    code = {"code": student.code_fingerprint()} if student.trust else {}
+    return {**job.student.model_dump(), "dtype": dtype, "weights": student.fingerprint(), **code}
 
 
 def tokenizer_settings(job: Job) -> dict[str, Any]:

@@ -83,7 +83,7 @@ def commit(run_dir, stage, rows):
         "retention": {"texts": 3, "perplexity_factor": {"mean": 1.1, "low": 1.0, "high": 1.2}},
     }.get(stage, {})
     if stage == "evaluation":
-        summary = summarize(rows, {"length": 1.0}, 0)
+        summary = summarize(rows, {"length": 1.0})
     id_column = None if stage in ("training", "model") else "prompt_id"
     folder.commit(Manifest(stage, "k", {}, {}, summary=summary, versions={"python": "3"}), id_column)
 

@@ -15,7 +15,7 @@ from rdpo.cluster.hardware import compute_dtype, take_device
 from rdpo.cluster.pools import Pool
 from rdpo.config import TEMPLATE_DATE, ClassifierReward, Job
 from rdpo.errors import InputError
-from rdpo.modeling.loading import check_loaded, check_token_ids, positions_of
+from rdpo.modeling.loading import check_loaded, check_token_ids, outline, positions_of
 from rdpo.modeling.template import date_settings
 from rdpo.modeling.weights import CONFIG, ModelRef, fingerprint, load_tokenizer, local_model, model_config
 from rdpo.preference.rewards.kind import RewardKind
@@ -84,7 +84,7 @@ class Classifier:
             trust_remote_code=False,
             output_loading_info=True,
         )
-        check_loaded(checked.where, model, info)
+        check_loaded(checked.where, model, info, other_head=True)
         self.model = model.eval().to(self.device)
 
         self.by_token = type(model).forward is GenericForSequenceClassification.forward
@@ -216,18 +216,20 @@ def checked_classifier(
         InputError: it has no classification head, more than one output, tensors that do not fit, token ids beyond its
             embedding, or a chat template that refuses every prompt.
     """
+    from transformers import AutoModelForSequenceClassification
+
     folder, config = str(local_model(reward.model)), model_config(reward.model)
     where = f"rewards.{reward.name}: {reward.model}"
     if not any("SequenceClassification" in name for name in config.architectures or []):
         raise InputError(f"{where} has no classification head ({config.architectures}); use kind = 'judge'")
-    model, info = _outline(where, folder, config)
+    model, info = outline(where, AutoModelForSequenceClassification, folder, config=config)
     if not _says_labels(folder) and _stored_outputs(info) == {1}:
         # transformers takes two outputs where a configuration says nothing; the weights know better.
         config.num_labels = 1
-        model, info = _outline(where, folder, config)
+        model, info = outline(where, AutoModelForSequenceClassification, folder, config=config)
     if config.num_labels != 1 and not (info["missing_keys"] or info["mismatched_keys"]):
         raise InputError(f"{where} has {config.num_labels} outputs; a reward model has one")
-    check_loaded(where, model, info)
+    check_loaded(where, model, info, other_head=True)
 
     tokenizer = load_tokenizer(reward.model)
     tokenizer.truncation_side = "left"
@@ -236,26 +238,6 @@ def checked_classifier(
         _check_system(where, tokenizer, system, day)
     most = min(reward.max_length, positions_of(model) or reward.max_length)
     return CheckedClassifier(where, folder, config, tokenizer, most)
-
-
-def _outline(where: str, folder: str, config: Any) -> tuple[Any, Any]:
-    """The model without its numbers, and what of its tensors the checkpoint holds."""
-    from transformers import AutoModelForSequenceClassification
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    try:
-        return AutoModelForSequenceClassification.from_pretrained(
-            folder,
-            config=config,
-            device_map="meta",
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-        )
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
-        raise InputError(f"{where} cannot be loaded: {str(error).strip().splitlines()[0][:200]}") from None
 
 
 def _says_labels(folder: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import AsyncIterator
+from itertools import permutations
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -103,15 +104,19 @@ class Judge:
 
     async def judged(self, row: Row) -> Row:
         """One row with the scores of its answers; a question that cannot be put drops it."""
-        score = self._preferred if self.reward.pairwise else self._rated
         try:
-            scores = await asyncio.gather(*[score(row, answer) for answer in self.answers])
+            scores = await self._scores(row)
         except ValueError as error:
             row = drop(row, f"reward {self.reward.name}: {error}"[:REASON_CHARS])
             scores = [math.nan] * len(self.answers)
         for answer, value in zip(self.answers, scores, strict=True):
             row = record_scores([row], answer, self.reward.name, [value])[0]
         return row
+
+    async def _scores(self, row: Row) -> list[float]:
+        if self.reward.pairwise:
+            return await self._preferences(row)
+        return list(await asyncio.gather(*[self._rated(row, answer) for answer in self.answers]))
 
     async def _rated(self, row: Row, answer: str) -> float:
         asked = {"prompt": text_of(row["prompt"]), "answer": row[answer]}
@@ -121,20 +126,25 @@ class Judge:
         given = [vote for vote in await asyncio.gather(*votes) if math.isfinite(vote)]
         return fmean(given) if given else math.nan
 
-    async def _preferred(self, row: Row, answer: str) -> float:
-        wins = []
-        for other in self.answers:
-            if other != answer:
-                wins.append(self._first_wins(row, answer, other))
-                wins.append(self._second_wins(row, other, answer))
-        return fmean(await asyncio.gather(*wins))
+    async def _preferences(self, row: Row) -> list[float]:
+        """How often each answer is preferred to the others; each pair is shown once in each order."""
+        orders = list(permutations(self.answers, 2))
+        shown = dict(
+            zip(orders, await asyncio.gather(*[self._first_wins(row, *order) for order in orders]), strict=True)
+        )
+        return [
+            fmean(
+                win
+                for other in self.answers
+                if other != answer
+                for win in (shown[answer, other], 1.0 - shown[other, answer])
+            )
+            for answer in self.answers
+        ]
 
     async def _first_wins(self, row: Row, first: str, second: str) -> float:
         asked = {"prompt": text_of(row["prompt"]), "first": row[first], "second": row[second]}
         return await self._expected(asked, row, f"{first}:{second}")
-
-    async def _second_wins(self, row: Row, first: str, second: str) -> float:
-        return 1.0 - await self._first_wins(row, first, second)
 
     async def _expected(self, asked: dict[str, Any], row: Row, role: str) -> float:
         ids = list(self.values)
