@@ -18,7 +18,7 @@ from rdpo.execution.reader import RunReader, round_dir
 from rdpo.execution.run import Run
 from rdpo.experiments.rounds import run_rounds
 from rdpo.files.folder import Folder
-from rdpo.files.stage_folder import Manifest
+from rdpo.files.manifest import Manifest
 from rdpo.files.stores import absolute
 from rdpo.inspection.export import export
 from rdpo.records import visible

@@ -1,7 +1,8 @@
 """Row identity: what makes two rows the same, and which random draws belong to a row.
 
 A row is a plain dictionary. `prompt_id` is a hash of the conversation, so that a rerun, a retry or
-a resumed run meets the same ids; every random draw is a function of (seed, prompt_id, role), so
+a resumed run meets the same ids; `question_id` is one of what the conversation asks, so that one question
+is never both trained on and held out; every random draw is a function of (seed, prompt_id, role), so
 that a row's text does not depend on its neighbours or on the order of arrival. A row that cannot
 go on carries the reason in its `dropped` column and is stored in the stage's dropped table.
 """
@@ -11,6 +12,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import unicodedata
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,18 +24,33 @@ Row = dict[str, Any]
 
 ID_COLUMN = "prompt_id"
 """The column with a row's id."""
+QUESTION = "question_id"
+"""The column with the identity of the question that a row's prompt asks, before any template."""
 HELDOUT = "heldout"
 """The split of prompts that nothing is trained on, and the column of pairs that are held out of training."""
 SIDES = ("chosen", "rejected")
 """The two answers of a preference pair, in the names of its columns."""
 SHOWN_CHARS = 4000
 ROLES = ("system", "user", "assistant", "tool")
+TRAIN = "train"
+SPLITS = {
+    **dict.fromkeys((HELDOUT, "test", "validation", "val", "valid", "dev", "eval", "held-out", "held_out"), HELDOUT),
+    # UltraFeedback's names, which others took over.
+    **dict.fromkeys(("test_prefs", "test_sft", "test_gen"), HELDOUT),
+    **dict.fromkeys((TRAIN, "train_prefs", "train_sft", "train_gen", "training"), TRAIN),
+}
+"""What splits are called elsewhere, in small letters."""
 # What moves a terminal's cursor, turns the direction of writing, or cannot be seen or encoded; line breaks and tabs are
 # none of these, nor are the joiners that scripts and emoji need.
 UNSEEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff"
     "\ud800-\udfff\U000e0000-\U000e007f]"
 )
+
+UNSEEN_INSIDE_WORDS = "\u00ad\u200b\u2060\ufeff"
+"""Places where a line may or may not be broken, and the mark of the order of bytes."""
+SAME_IN_MEANING = {"<compat>", "<wide>", "<narrow>", "<noBreak>", "<initial>", "<medial>", "<final>", "<isolated>"}
+"""Decompositions of Unicode by which only the shape of a character differs."""
 
 
 def digest(*parts: Any) -> str:
@@ -44,6 +62,35 @@ def digest(*parts: Any) -> str:
 def prompt_id(messages: Messages) -> str:
     """Identity of a prompt: a hash of its messages' roles and contents."""
     return digest([[message["role"], message["content"]] for message in messages])
+
+
+def question_id(messages: Messages) -> str:
+    """Identity of the question that a prompt asks: as `prompt_id`, whatever its case, white space and Unicode form."""
+    return digest([[message["role"], plain_text(message["content"])] for message in messages])
+
+
+def plain_text(text: str) -> str:
+    """The text in small letters, with single spaces, and with one form for characters that Unicode writes in several.
+
+    Superscripts, fractions and the like stay: 5² is not 52.
+    """
+    if not text.isascii():
+        text = "".join(map(_plain_form, unicodedata.normalize("NFC", text)))
+    folded = unicodedata.normalize("NFC", text.casefold())
+    return " ".join(folded.split())
+
+
+@lru_cache(maxsize=4096)
+def _plain_form(char: str) -> str:
+    if char in UNSEEN_INSIDE_WORDS:
+        return ""
+    form = unicodedata.decomposition(char).partition(" ")[0]
+    return unicodedata.normalize("NFKC", char) if form in SAME_IN_MEANING else char
+
+
+def split_name(name: str) -> str:
+    """The name that a split has here, by one that it has elsewhere."""
+    return SPLITS.get(name.strip().lower(), name)
 
 
 def draw_seed(seed: int, row_id: str, role: str) -> int:
@@ -97,7 +144,8 @@ def text_of(messages: Messages) -> str:
 
 def extra_of(row: Row) -> dict[str, Any]:
     """The source's other columns, kept as JSON text so that any source fits one schema."""
-    return json.loads(row.get("extra") or "{}")
+    extra: dict[str, Any] = json.loads(row.get("extra") or "{}")
+    return extra
 
 
 def table_of(rows: list[Row]) -> pa.Table:

@@ -102,7 +102,7 @@ def reference_rows(job: Job, path: str, limit: int) -> PairTable:
     """The workload's pairs with ids and reference log-probs, as the reference stage leaves them."""
     import pyarrow as pa
 
-    chat = load_chat(ModelRef.student(job))
+    chat = load_chat(ModelRef.student(job), job.date)
     with open(path, encoding="utf-8") as file:
         candidates = (bench_row(index, json.loads(line)) for index, line in enumerate(file))
         fitting = (row for row in candidates if alive(tokenize_pair(row, chat, job.reference.max_length)))
@@ -219,7 +219,7 @@ def run_trl(job: Job, data: PairTable, batches: list[list[int]], micro: int) -> 
             model=policy.model,
             args=arguments,
             train_dataset=Dataset.from_dict({name: rows[name] for name in columns}),
-            processing_class=load_chat(ModelRef.student(job)).tokenizer,
+            processing_class=load_chat(ModelRef.student(job), job.date).tokenizer,
             callbacks=[clock],
         )
         trainer.train()

@@ -27,7 +27,7 @@ from rdpo.records import alive
 
 def sizes_of(job: Job, path: Path, limit: int) -> list[PairSize]:
     """Tokens of the first pairs that fit."""
-    chat = load_chat(ModelRef.student(job))
+    chat = load_chat(ModelRef.student(job), job.date)
     with path.open(encoding="utf-8") as file:
         rows = (bench_row(index, json.loads(line)) for index, line in enumerate(file))
         fitting = filter(alive, (tokenize_pair(row, chat, job.reference.max_length) for row in rows))

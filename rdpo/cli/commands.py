@@ -92,13 +92,14 @@ def compare(options: argparse.Namespace) -> int:
     """Run the arms of a comparison and hold them against each other."""
     from rdpo.cluster.connection import ray_stopped_after
     from rdpo.config.comparison import Part
-    from rdpo.experiments.comparison import compare_arms, load_comparison, run_arms
+    from rdpo.experiments.comparison import check_heldout, compare_arms, load_comparison, run_arms
     from rdpo.tracking.console import run_console
 
     comparison, jobs = load_comparison(options.comparison, Part(options.arms, options.values, options.until))
     options.run_dir = options.run_dir or os.path.join("runs", comparison.name)
     with run_console(options.run_dir) as console, ray_stopped_after():
         if options.seeds:
+            check_heldout(comparison, jobs, options.run_dir, console, options.seeds)
             run_arms(comparison, jobs, options.run_dir, console, options.seeds)
             console.say("\nthe table: the same command without --seed, once all seeds are done")
         else:

@@ -6,7 +6,7 @@ before any model is loaded.
 
 from rdpo.config.evaluation import Evaluation, Publish, Retention, Rounds
 from rdpo.config.files import check_kind, explained, job_of, load_job, read_toml, to_table, to_toml, with_changes
-from rdpo.config.job import RESOURCES, Cluster, Job, Placement
+from rdpo.config.job import RESOURCES, TEMPLATE_DATE, Cluster, Job, Placement
 from rdpo.config.models import Endpoint, Engine, Sampling, Student
 from rdpo.config.pairs import BEST, WORST, Defect, Pairs, Reference, Replay, Sides
 from rdpo.config.prompts import Prompts, Synthesis
@@ -20,6 +20,7 @@ __all__ = [
     "LOSS_OPTIONS",
     "PLACEMENT",
     "RESOURCES",
+    "TEMPLATE_DATE",
     "WORST",
     "Calibration",
     "ClassifierReward",

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from rdpo.config.files import with_changes
 from rdpo.config.section import Section
@@ -20,6 +20,14 @@ class Vary(Section):
     """The setting, as in `--set`: `pairs.flip`."""
     values: list[float] = Field(min_length=2)
     """Its values, in order."""
+
+    @field_validator("values")
+    @classmethod
+    def _check_values(cls, values: list[float]) -> list[float]:
+        for place, value in enumerate(values):
+            if value in values[:place]:
+                raise ValueError(f"{short(value)} is given twice")
+        return values
 
 
 class Comparison(Section):
@@ -75,8 +83,8 @@ class Comparison(Section):
         known = self.vary.values if self.vary else []
         for value in values:
             if value not in known:
-                choices = f"the values are {', '.join(f'{one:g}' for one in known)}" if known else "nothing varies"
-                raise InputError(f"--value {value:g}: {choices}")
+                choices = f"the values are {', '.join(map(short, known))}" if known else "nothing varies"
+                raise InputError(f"--value {short(value)}: {choices}")
         assert self.vary
         return self.vary.model_copy(update={"values": [value for value in known if value in values]})
 
@@ -100,7 +108,7 @@ class Variant:
     value: float | None = None
 
     def __str__(self) -> str:
-        return self.arm if self.value is None else f"{self.arm}@{self.value:g}"
+        return self.arm if self.value is None else f"{self.arm}@{short(self.value)}"
 
     def of(self, table: dict[str, Any], comparison: Comparison) -> dict[str, Any]:
         """The base job's tables with its changes."""
@@ -118,6 +126,13 @@ class Part:
     """Only these of what varies."""
     until: Literal["training", "evaluation"] | None = None
     """Another last stage than the file's."""
+
+
+def short(value: float) -> str:
+    """A number as the name of an arm has it: in few digits where they are the whole number, else in all."""
+    text = f"{value:g}" if float(f"{value:g}") == value else repr(value)
+    # No run may have a plus in its name; in an exponent it says nothing. Nor does the sign of zero.
+    return text.replace("+", "") if value else "0"
 
 
 def merged(table: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

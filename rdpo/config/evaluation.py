@@ -9,6 +9,8 @@ from pydantic import Field
 from rdpo.config.models import Engine, Sampling
 from rdpo.config.section import Section, Source
 
+KL_ANSWERS = 100
+
 
 class Evaluation(Section):
     """Held-out prompts answered by the start model and the trained one, and compared."""
@@ -24,6 +26,10 @@ class Evaluation(Section):
     """How both models answer."""
     engine: Engine = Engine()
     """The engines of both models."""
+    kl_answers: int = Field(default=KL_ANSWERS, ge=0)
+    """For KL the trained model answers so many held-out prompts, the first by id, once more: at temperature 1 and
+    top_p 1, whatever `sampling` says, because only such answers estimate KL(policy || reference) without bias. 0
+    measures none; nor does `refine`, whose answers have no log-probs."""
     samples: int = Field(default=1000, ge=0)
     """At most so many prompts stand in the report with both answers: of more, those that gained and lost most, and
     others."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
@@ -18,6 +19,10 @@ from rdpo.errors import did_you_mean
 
 RESOURCES = {"CPU", "GPU", "TPU", "memory", "object_store_memory"}
 """What Ray counts on every node; anything else is a custom resource."""
+
+
+TEMPLATE_DATE = datetime.date(2024, 7, 26)
+"""The day that the chat templates of Llama 3.1 and 3.2 write where nobody tells them another."""
 
 
 def _not_a_resource(name: str) -> str:
@@ -65,6 +70,9 @@ class Job(Section):
     """Name of the run; its directory is `runs/NAME` unless `--run-dir` says otherwise."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     """All random draws are functions of this seed and of what they are for."""
+    date: datetime.date = TEMPLATE_DATE
+    """The day that is told to chat templates which write today's date (Llama 3.2, gpt-oss): one for the whole run and
+    all its rounds and arms, on whatever day they are made. Other templates do not depend on it."""
     student: Student
     prompts: Prompts
     synthesis: Synthesis = Synthesis()

@@ -5,6 +5,7 @@ python -m rdpo.config.manual > docs/config.md
 
 from __future__ import annotations
 
+import datetime
 import inspect
 import json
 import re
@@ -37,6 +38,7 @@ WORDS = {
     str: ("text", "texts"),
     int: ("whole number", "whole numbers"),
     float: ("number", "numbers"),
+    datetime.date: ("date", "dates"),
     bool: ("`true` or `false`", "`true` or `false`"),
 }
 BOUNDS = {
@@ -187,7 +189,7 @@ def _default(field: FieldInfo) -> str:
     value = field.get_default(call_default_factory=True)
     if value is None or isinstance(value, Section):
         return ""
-    return f"`{json.dumps(value)}`"
+    return f"`{json.dumps(value, default=str)}`"
 
 
 def _one_line(text: str | None) -> str:

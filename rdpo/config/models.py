@@ -105,6 +105,8 @@ class Endpoint(Section):
     """Requests at the same time."""
     requests_per_minute: float | None = Field(default=None, gt=0)
     """Requests begun per minute at most, repeated ones among them."""
+    token_limit: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    """The name under which it takes the most tokens of an answer; reasoning models refuse the first."""
     timeout_s: float = Field(default=120.0, gt=0)
     """Seconds until a request without an answer counts as failed."""
     retries: int = Field(default=5, ge=0)

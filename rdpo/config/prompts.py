@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field
 
 from rdpo.config.models import Endpoint, Engine, Sampling
 from rdpo.config.section import Section, Source
+from rdpo.records import HELDOUT, TRAIN, split_name
 
 
 class Prompts(Section):
@@ -31,8 +34,18 @@ class Prompts(Section):
     """Use only the first so many rows of the source; by default all."""
     heldout_fraction: float = Field(default=0.1, gt=0, lt=1)
     """Share of prompts held out for evaluation, where the source has no `split` column."""
+    near_duplicates: Literal["count", "drop"] = "count"
+    """What is done with training prompts that nearly repeat a held-out one: at least 80% of all runs of five characters
+    that either has are in both, case and white space aside. `drop`: they are not trained on."""
     max_prompt_tokens: int = Field(default=1024, ge=1)
     """Longer prompts (student's tokenizer, chat template included) are dropped, never cut."""
+
+
+def _trained_on(split: str) -> str:
+    name = split_name(split)
+    if name == HELDOUT:
+        raise ValueError("these prompts are held out for evaluation; name a split to train on")
+    return name
 
 
 class Synthesis(Section):
@@ -44,8 +57,9 @@ class Synthesis(Section):
     and `rejected`, perhaps `score_chosen` and `score_rejected`."""
     values: dict[str, str] = Field(default_factory=dict)
     """Words that the task's templates use by name, the style of a counterfactual task for example."""
-    split: str = "train"
-    """Which split of the prompts is trained on: `train`, or one that the source's `split` column names."""
+    split: Annotated[str, AfterValidator(_trained_on)] = TRAIN
+    """Which split of the prompts is trained on: `train`, or one that the source's `split` column names. Those that are
+    held out for evaluation are refused."""
     limit: int | None = Field(default=None, ge=1)
     """At most so many prompts, the first by id; by default all."""
     teacher: str | None = None

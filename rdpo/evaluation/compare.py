@@ -1,37 +1,34 @@
 """Start model against trained model on the same held-out prompts, with intervals.
 
-Every interval is a 95% percentile interval of a paired bootstrap over prompts.
+Every interval is at 95%, over prompts; that of a difference is paired (see `rdpo.evaluation.intervals`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from rdpo.evaluation.intervals import Estimate, Values, groups_of, mean_interval, share_interval
 from rdpo.records import Row
 
-RESAMPLES = 10_000
-DRAWN_AT_ONCE = 10_000_000
-"""Values, so that memory does not grow with their number."""
-Values = NDArray[np.float64]
+Score = Callable[[Row, str], float]
+SIDES = ("start", "trained")
+DRAWN = "drawn"
+"""The column of the trained model's answer that KL is measured on."""
+KL_ANSWERS = "kl_answers"
+"""In the summary of an evaluation: on how many answers its KL was measured, drawn for that at temperature 1. Runs of
+versions that took the log-ratio of the compared answers, however they were drawn, do not have it."""
 
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean with the ends of its 95% interval."""
-
-    mean: float
-    low: float
-    high: float
+LOG_RATIO = "log-ratio of the compared answers"
+"""What those versions called KL."""
 
 
 @dataclass(frozen=True)
 class RewardComparison:
-    """One reward's verdict over n prompts; a tie counts as half a win."""
+    """One reward's verdict over n rows; a tie counts as half a win."""
 
     reward: str
     weight: float
@@ -44,68 +41,71 @@ class RewardComparison:
     losses: int
 
 
-def bootstrap(values: Values, seed: int) -> Estimate:
-    """Mean of values (n,) with its paired-bootstrap interval."""
-    generator, count = np.random.default_rng(seed), len(values)
-    at_once = max(1, DRAWN_AT_ONCE // count)
-    sizes = [min(at_once, RESAMPLES - done) for done in range(0, RESAMPLES, at_once)]
-    means = [values[generator.integers(0, count, (size, count))].mean(axis=1) for size in sizes]
-    low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
-    return Estimate(float(values.mean()), float(low), float(high))
-
-
-def compare_rewards(name: str, weight: float, start: Values, trained: Values, seed: int) -> RewardComparison:
-    """Compare paired scores (n,) of the two models under one reward."""
+def compare_rewards(
+    name: str, weight: float, start: Values, trained: Values, groups: Sequence[Hashable] | None = None
+) -> RewardComparison:
+    """Compare paired scores (n,) of the two models under one reward; `groups`: the prompt of each row."""
     wins = np.where(trained > start, 1.0, np.where(trained == start, 0.5, 0.0))
     return RewardComparison(
         reward=name,
         weight=weight,
         start_mean=float(start.mean()),
         trained_mean=float(trained.mean()),
-        difference=bootstrap(trained - start, seed),
-        win_rate=bootstrap(wins, seed),
+        difference=mean_interval(trained - start, groups),
+        win_rate=share_interval(wins, groups),
         wins=int((wins == 1).sum()),
         ties=int((wins == 0.5).sum()),
         losses=int((wins == 0).sum()),
     )
 
 
-def summarize(rows: list[Row], weights: dict[str, float], seed: int) -> dict[str, Any]:
+def summarize(rows: list[Row], weights: dict[str, float]) -> dict[str, Any]:
     """The evaluation of a run: each reward's comparison, the combined score's, KL, lengths, stop rates.
 
     Args:
         rows: evaluated rows with `start`, `trained`, their `_scores`, `_score`, `_tokens`,
             `_finish_reason`, and `kl`.
         weights: weight of each reward by name; 0 for those that were only measured.
-        seed: seed of the bootstrap.
     """
     if not rows:
         return {"prompts": 0, "rewards": []}
+    groups = groups_of(rows)
 
     def column(pick: Callable[[Row], float]) -> Values:
         return np.array([pick(row) for row in rows], dtype=float)
 
-    comparisons = [
-        compare_rewards(
-            name,
-            weight,
-            column(lambda row, name=name: row["start_scores"][name]),  # type: ignore[misc]
-            column(lambda row, name=name: row["trained_scores"][name]),  # type: ignore[misc]
-            seed,
-        )
+    def compared(name: str, weight: float, score: Score) -> dict[str, Any]:
+        start, trained = (column(lambda row, side=side: score(row, side)) for side in SIDES)  # type: ignore[misc]
+        return asdict(compare_rewards(name, weight, start, trained, groups))
+
+    rewards = [
+        compared(name, weight, lambda row, side, name=name: row[f"{side}_scores"][name])  # type: ignore[misc]
         for name, weight in weights.items()
     ]
-    start, trained = (column(lambda row, side=side: row[f"{side}_score"]) for side in ("start", "trained"))  # type: ignore[misc]
-    optimised = compare_rewards("optimised", 1.0, start, trained, seed) if any(weights.values()) else None
-    kl = np.array([row["kl"] for row in rows if row.get("kl") is not None], dtype=float)
+    optimised = compared("optimised", 1.0, lambda row, side: row[f"{side}_score"]) if any(weights.values()) else None
     return {
-        "prompts": len(rows),
-        "optimised": asdict(optimised) if optimised else None,
-        "rewards": [asdict(comparison) for comparison in comparisons],
-        "kl": asdict(bootstrap(kl, seed)) if len(kl) else None,
-        "length": {side: asdict(bootstrap(column(_tokens(side)), seed)) for side in ("start", "trained")},
-        "stop_rate": {side: asdict(bootstrap(column(_stopped(side)), seed)) for side in ("start", "trained")},
+        "prompts": len(set(groups)),
+        "rows": len(rows),
+        "optimised": optimised,
+        "rewards": rewards,
+        **divergence(rows),
+        "length": {side: asdict(mean_interval(column(_tokens(side)), groups)) for side in SIDES},
+        "stop_rate": {side: asdict(share_interval(column(_stopped(side)), groups)) for side in SIDES},
     }
+
+
+def measures_kl(row: Row) -> bool:
+    """Whether the row's `kl` is that of an answer drawn for it; in rows of earlier versions it is of another one."""
+    return row.get("kl") is not None and row.get(f"{DRAWN}_tokens") is not None
+
+
+def divergence(rows: Sequence[Row]) -> dict[str, Any]:
+    """KL of the trained model from its start in nats per answer, with its interval, and on how many answers."""
+    drawn = [row for row in rows if measures_kl(row)]
+    if not drawn:
+        return {"kl": None}
+    estimate = mean_interval(np.array([row["kl"] for row in drawn]), groups_of(drawn))
+    return {"kl": asdict(estimate), KL_ANSWERS: len(drawn)}
 
 
 def _tokens(side: str) -> Callable[[Row], float]:
@@ -114,8 +114,3 @@ def _tokens(side: str) -> Callable[[Row], float]:
 
 def _stopped(side: str) -> Callable[[Row], float]:
     return lambda row: float(row[f"{side}_finish_reason"] == "stop")
-
-
-def with_interval(estimate: Estimate, form: str) -> str:
-    """A mean with its interval as text."""
-    return f"{estimate.mean:{form}} ({estimate.low:{form}} to {estimate.high:{form}})"

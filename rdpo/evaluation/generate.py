@@ -1,13 +1,16 @@
 """Held-out prompts answered by a model, and how far the trained model moved from its start.
 
-For a column NAME adds the answer, `NAME_finish_reason` and `NAME_tokens`; `kl` is the log-ratio
-log pi(y|x) - log ref(y|x) of the trained model's own answer, in nats, whose mean estimates the KL
-divergence of the policy from the reference, and `kl_length` the answer's tokens. Where the reference is in four bits,
-`kl` holds what they rounded away too (see `rdpo.modeling.student`).
+For a column NAME adds the answer, `NAME_finish_reason` and `NAME_tokens`. KL(policy || reference) is the mean of
+log pi(y|x) - log ref(y|x) over answers y that are drawn from the policy itself: at temperature 1 and top_p 1, and read
+as the very tokens that were drawn. For it the trained model answers some prompts once more, as `DRAWN`, with the token
+ids in `drawn_ids`. `kl` is the log-ratio of that answer in nats, and `kl_length` its tokens; what
+`evaluation.sampling.max_tokens` cuts off is not counted. Where the reference is in four bits, `kl` holds what they
+rounded away too (see `rdpo.modeling.student`).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -18,14 +21,15 @@ from rdpo.cluster.hardware import take_device
 from rdpo.cluster.pools import Pool, engine_pool
 from rdpo.config import Job, Sampling
 from rdpo.config.task import Turn
+from rdpo.evaluation.compare import DRAWN
 from rdpo.modeling.chat import load_chat
 from rdpo.modeling.ratios import Ratios
-from rdpo.modeling.student import student_forward
+from rdpo.modeling.student import student_reader
 from rdpo.modeling.weights import ModelRef, local_model
 from rdpo.preference.reference import reference_pool
 from rdpo.records import ID_COLUMN, Messages, Row, alive, draw_seed, drop, table_of
 from rdpo.synthesis.crashes import CrashGuard, open_crash_counts
-from rdpo.synthesis.engine import Engine, EngineError, Generation
+from rdpo.synthesis.engine import Engine, Generation
 from rdpo.synthesis.instructions import beginning, load_task, question_of
 from rdpo.synthesis.teacher import Conversation
 
@@ -34,6 +38,8 @@ if TYPE_CHECKING:
 
 FORWARD_ROWS = 8
 START, TRAINED = "start", "trained"
+UNREADABLE = "no tokens, one beyond the model's embedding, or more than the model has positions for"
+UNTEMPERED = {"temperature": 1.0, "top_p": 1.0}
 
 
 def answer_columns(name: str) -> tuple[str, str, str]:
@@ -51,7 +57,12 @@ def answer_prompts(
     """
     import ray.data
 
-    asked = [{**row, "contender": column} for column in models for row in _questions(rows, job)]
+    posed = questions(rows, job)
+    asked = [{**row, "contender": column} for column in models for row in posed]
+    if TRAINED in models and not job.evaluation.refine:
+        models = {**models, DRAWN: models[TRAINED]}
+        first = sorted(posed, key=lambda row: row[ID_COLUMN])[: job.evaluation.kl_answers]
+        asked += [{**row, "contender": DRAWN} for row in first]
     found = [_recalled(row, known or {}) for row in asked]
     new = [row for row, answered in zip(asked, found, strict=True) if answered is None]
     answers = [row for row in found if row]
@@ -73,7 +84,7 @@ def _recalled(row: Row, known: Mapping[str, Mapping[str, Row]]) -> Row | None:
     return {**row, **answer, "dropped": None} if answer else None
 
 
-def _questions(rows: list[Row], job: Job) -> list[Row]:
+def questions(rows: list[Row], job: Job) -> list[Row]:
     """The rows, with the question of the turn that `evaluation.condition` names in place of their prompts."""
     if not (job.evaluation.condition and job.synthesis.task):
         return rows
@@ -100,7 +111,7 @@ class Answerer:
     def __init__(self, job: Job, models: dict[str, str], crash_counts: Any):
         self.job, self.crash_guard = job, CrashGuard(crash_counts)
         self.models = {column: str(local_model(name)) for column, name in models.items()}
-        self.chat = load_chat(ModelRef.student(job))
+        self.chat = load_chat(ModelRef.student(job), job.date)
         self.engine = Engine(next(iter(self.models.values())), job.evaluation.engine, job.seed)
 
     async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
@@ -114,16 +125,23 @@ class Answerer:
         """One row with the answer of the model that it is meant for."""
         column = row["contender"]
         row = {**row, column: "", f"{column}_finish_reason": "length", f"{column}_tokens": 0}
+        sampling, role = self.job.evaluation.sampling, "evaluation"
+        if column == DRAWN:
+            sampling, role = sampling.model_copy(update=UNTEMPERED), "divergence"
         try:
             async with self.engine.holding(self.models[column]):
                 if column == TRAINED and self.job.evaluation.refine:
                     return await self._refined(row)
-                generation = await self._say(row["prompt"], self.job.evaluation.sampling, self._seed(row))
-        except EngineError as error:
+                seed = draw_seed(self.job.seed, row[ID_COLUMN], role)
+                generation = await self._say(row["prompt"], sampling, seed)
+        except ValueError as error:
+            # The engine refuses the request, or the chat template the conversation.
             return drop(row, str(error))
         row[column] = generation.text.strip()
         row[f"{column}_finish_reason"] = generation.finish_reason
         row[f"{column}_tokens"] = generation.tokens
+        if column == DRAWN:
+            row[f"{column}_ids"] = list(generation.token_ids)
         return row
 
     async def _refined(self, row: Row) -> Row:
@@ -142,9 +160,6 @@ class Answerer:
     async def _say(self, messages: Messages, sampling: Sampling, seed: int, prefill: str = "") -> Generation:
         return await self.engine.generate(self.chat.prompt_ids(messages, prefill), sampling, seed, self.chat.stop_ids)
 
-    def _seed(self, row: Row) -> int:
-        return draw_seed(self.job.seed, row[ID_COLUMN], "evaluation")
-
     def __del__(self) -> None:
         if hasattr(self, "engine"):
             self.engine.shutdown()
@@ -161,18 +176,21 @@ class Divergence:
     """A Ray Data actor that holds the start model and the trained one."""
 
     def __init__(self, job: Job, trained: str, column: str):
-        settings, chat = job.reference, load_chat(ModelRef.student(job))
+        settings, chat = job.reference, load_chat(ModelRef.student(job), job.date)
         device = take_device(settings.gpus, settings.cpus)
-        after = student_forward(job, merged=local_model(trained)).eval().to(device)
-        before = student_forward(job).eval().to(device)
+        after, _ = student_reader(job, device, merged=local_model(trained))
+        before, _ = student_reader(job, device)
         self.column, self.ratios = column, Ratios(chat, after, before, device, settings.tokens_per_batch)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Measure a block of rows."""
         rows = batch.to_pylist()
-        answered = [row for row in rows if alive(row) and row[self.column]]
-        for row in rows:
-            row["kl"] = row["kl_length"] = None
-        for row, ratio in zip(answered, self.ratios(answered, self.column), strict=True):
-            row["kl"], row["kl_length"] = ratio.nats, ratio.tokens
+        ids = f"{self.column}_ids"
+        answered = [index for index, row in enumerate(rows) if alive(row) and (row.get(ids) or row.get(self.column))]
+        rows = [{**row, "kl": None, "kl_length": None} for row in rows]
+        for index, ratio in zip(answered, self.ratios([rows[index] for index in answered], self.column), strict=True):
+            if math.isnan(ratio.nats):
+                rows[index] = drop(rows[index], UNREADABLE)
+            else:
+                rows[index] |= {"kl": ratio.nats, "kl_length": ratio.tokens}
         return table_of(rows)

@@ -16,6 +16,7 @@ from jinja2 import Environment, PackageLoader
 
 from rdpo.config import Job
 from rdpo.modeling.chat import make_chat
+from rdpo.modeling.saving import copy_companions, save_model
 from rdpo.records import visible
 
 PROBE = [{"role": "user", "content": "Say hello."}]
@@ -47,6 +48,7 @@ def publish(job: Job, exported: Path | None, merged: Path, target: Path, facts: 
         _save_sharded(merged, target, job)
         if adapter:
             shutil.copytree(adapter, target / "adapter", dirs_exist_ok=True)
+    copy_companions(merged, target, code=job.student.trust_remote_code)
     checks = verify(merged, target, adapter is not None, job.student.trust_remote_code)
     card = target / "README.md"
     card.write_text(model_card(job, facts), encoding="utf-8")
@@ -58,7 +60,7 @@ def publish(job: Job, exported: Path | None, merged: Path, target: Path, facts: 
 
 def _save_sharded(source: Path, target: Path, job: Job) -> None:
     model = _load(source, job.student.trust_remote_code)
-    model.save_pretrained(target, max_shard_size=f"{job.publish.max_shard_gb}GB")
+    save_model(model, target, max_shard_size=f"{job.publish.max_shard_gb}GB")
     _copy_tokenizer(source, target)
 
 
@@ -76,12 +78,14 @@ def verify(trained: Path, published: Path, is_adapter: bool, trust: bool = False
         PublishError: they differ.
     """
     import torch
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, GenerationConfig
 
     chat = make_chat(AutoTokenizer.from_pretrained(published, trust_remote_code=trust), [], str(published))
     ids = torch.tensor([chat.prompt_ids(PROBE)])
     expected, actual = _load(trained, trust), _load_published(published, trust)
     _compare_tensors(expected, actual)
+    # The folder's own settings are for its users: some are such that transformers refuses to answer by them.
+    actual.generation_config = GenerationConfig(eos_token_id=list(chat.stop_ids), pad_token_id=chat.end_id)
     with torch.inference_mode():
         difference = float((expected(ids).logits - actual(ids).logits).abs().max())
         answer = actual.generate(ids, max_new_tokens=PROBE_TOKENS, do_sample=False)[0, ids.shape[1] :]

@@ -7,11 +7,14 @@ perplexity of the trained model is that of the start model times exp(-kl / kl_le
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from rdpo.config import Job, Retention, Synthesis
-from rdpo.evaluation.compare import Estimate, bootstrap
 from rdpo.evaluation.generate import add_divergence
+from rdpo.evaluation.intervals import Estimate, groups_of, mean_interval, with_interval
 from rdpo.records import ID_COLUMN, Row, alive, digest, drop, extra_of, table_of
 from rdpo.synthesis.prompts import beside, read_prompts
 
@@ -54,25 +57,31 @@ def measured(rows: list[Row], job: Job, trained: str) -> ray.data.Dataset:
     return data.union(ray.data.from_arrow(table_of(others))) if others else data
 
 
-def summary(rows: list[Row], seed: int) -> dict[str, Any]:
+def summary(rows: list[Row]) -> dict[str, Any]:
     """Number of conversations, and the geometric mean of their perplexities' factors, with its interval over them."""
-    import numpy as np
-
-    lost = bootstrap(np.array([-row["kl"] / row["kl_length"] for row in rows]), seed)
-    factor = Estimate(*(math.exp(nats) for nats in (lost.mean, lost.low, lost.high)))
-    return {"texts": len(rows), "perplexity_factor": vars(factor)}
+    return {"texts": len(rows), "perplexity_factor": vars(_factor([rows], rows))}
 
 
-def table(summaries: dict[tuple[str, int], dict[str, Any]]) -> list[str]:
-    """What the arms of a comparison have lost, as lines of text; figures are means over the seeds."""
-    measured = {run: one["perplexity_factor"] for run, one in summaries.items()}
+def _factor(runs: Sequence[Sequence[Row]], texts: Sequence[Row]) -> Estimate:
+    """The geometric mean of the texts' factors over runs that measured the same ones, in the same order."""
+    lost = mean_interval(np.array([[-row["kl"] / row["kl_length"] for row in rows] for rows in runs]), groups_of(texts))
+    return Estimate(*(math.exp(nats) for nats in (lost.mean, lost.low, lost.high)))
+
+
+def table(measured: dict[tuple[str, int], list[Row]]) -> list[str]:
+    """What the arms of a comparison have lost, as lines of text: geometric means over texts and seeds.
+
+    Args:
+        measured: the conversations of each arm and seed, with their log-ratios.
+    """
     if not measured:
         return []
+    by_text = {run: {row[ID_COLUMN]: row for row in rows} for run, rows in measured.items()}
+    shared = sorted(set.intersection(*(set(rows) for rows in by_text.values())))
     arms = dict.fromkeys(arm for arm, _ in measured)
     width = max(map(len, arms)) + 2
-    lines = ["", "other texts", f"{'':<{width}}perplexity, times the start model's (95%)"]
-    for arm in arms:
-        factors = [factor for run, factor in measured.items() if run[0] == arm]
-        mean, low, high = (sum(factor[end] for factor in factors) / len(factors) for end in ("mean", "low", "high"))
-        lines.append(f"{arm:<{width}}{mean:.3f} ({low:.3f} to {high:.3f})")
+    lines = ["", f"other texts, {len(shared)}", f"{'':<{width}}perplexity, times the start model's (95%)"]
+    for arm in arms if shared else ():
+        runs = [[rows[text] for text in shared] for run, rows in by_text.items() if run[0] == arm]
+        lines.append(f"{arm:<{width}}{with_interval(_factor(runs, runs[0]), '.3f')}")
     return lines

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rdpo.cluster.installed import versions
-from rdpo.config import Job, to_table, to_toml
+from rdpo.config import Job, to_toml
 from rdpo.errors import InputError
 from rdpo.execution.keys import stage_key
 from rdpo.execution.lock import Check, Say, held
@@ -25,7 +25,8 @@ from rdpo.execution.stage import Stage
 from rdpo.execution.streaming import stream_rows
 from rdpo.files.duplicates import remove_duplicates
 from rdpo.files.folder import Folder
-from rdpo.files.stage_folder import TOKENS, Manifest, StageFolder
+from rdpo.files.manifest import Manifest
+from rdpo.files.stage_folder import TOKENS, StageFolder
 from rdpo.tracking.console import Meter
 from rdpo.tracking.listeners import listening
 
@@ -88,7 +89,7 @@ def _up_to_date(run: Run, stage: Stage) -> bool:
 def _taken(run: Run, own: StageFolder, folder: StageFolder) -> bool:
     """Whether a sibling's stage was taken over: not if its own driver has begun it again meanwhile."""
     run.check()
-    return own.take_over(folder, to_table(run.job))
+    return own.take_over(folder)
 
 
 def _reopened(run: Run, stage: Stage, stages: Sequence[Stage]) -> list[Stage]:
@@ -160,7 +161,6 @@ def _commit(run: Run, stage: Stage, folder: StageFolder, manifest: Manifest) -> 
         manifest.tokens = folder.total(TOKENS) if stage.rows.generates else 0
     expected = manifest.summary.pop("rows_in", None)
     manifest.seed, manifest.versions = run.job.seed, versions()
-    manifest.job = to_table(run.job)
     run.manifests[stage.name] = folder.commit(manifest, stage.id_column, expected, run.check)
     run.made.add(stage.name)
     run.console.made(manifest)

@@ -10,7 +10,8 @@ from rdpo.config import Job, load_job
 from rdpo.errors import InputError
 from rdpo.execution.stage import Source
 from rdpo.files.folder import Folder
-from rdpo.files.stage_folder import METRICS, Manifest, StageFolder
+from rdpo.files.manifest import Manifest
+from rdpo.files.stage_folder import METRICS, StageFolder
 from rdpo.records import ID_COLUMN
 
 if TYPE_CHECKING:

@@ -9,7 +9,8 @@ from rdpo.config import Job
 from rdpo.execution.lock import Check, Say
 from rdpo.execution.reader import RunReader
 from rdpo.execution.stage import Stage
-from rdpo.files.stage_folder import Manifest, StageFolder
+from rdpo.files.manifest import Manifest
+from rdpo.files.stage_folder import StageFolder
 from rdpo.tracking.console import Console
 
 

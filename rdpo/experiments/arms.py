@@ -1,28 +1,31 @@
 """Arms of a comparison on the same held-out prompts: each against the start model and against one of them.
 
-A prompt's figure is its mean over the seeds; every interval is a 95% percentile interval of a paired bootstrap over
-prompts.
+Every interval is at 95% and paired, over prompts and over seeds where there are several (see
+`rdpo.evaluation.intervals`).
 """
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 
 import numpy as np
 
-from rdpo.evaluation.compare import Estimate, Values, bootstrap, with_interval
+from rdpo.evaluation.compare import measures_kl
+from rdpo.evaluation.intervals import Estimate, Values, groups_of, mean_interval, share_interval, with_interval
 from rdpo.records import ID_COLUMN, Row
-
-BOOTSTRAP_SEED = 0
 
 
 @dataclass(frozen=True)
 class ArmResult:
-    """What one reward says of one arm, over the prompts that all arms answered with all seeds."""
+    """What one reward says of one arm, over the prompts that all arms answered with all seeds.
+
+    `kl` is None where it was not measured: by self-refinement, or by a version that did not draw answers for it.
+    """
 
     arm: str
     reward: str
@@ -34,7 +37,7 @@ class ArmResult:
     difference: Estimate
     wins_start: Estimate
     wins_baseline: Estimate
-    kl: float
+    kl: Estimate | None
     tokens: float
 
 
@@ -71,35 +74,62 @@ def _result(
 ) -> ArmResult:
     start, trained = (_scores(runs, prompts, f"{side}_scores", reward) for side in ("start", "trained"))
     rival = _scores(others, prompts, "trained_scores", reward)
+    groups = groups_of([runs[0][prompt] for prompt in prompts])
+    tied = Estimate(0.5, 0.5, 0.5)
     return ArmResult(
         arm=arm,
         reward=reward,
         weight=weight,
-        prompts=len(prompts),
+        prompts=len(set(groups)),
         seeds=len(runs),
         start_mean=float(start.mean()),
         mean=float(trained.mean()),
-        difference=bootstrap((trained - start).mean(axis=0), BOOTSTRAP_SEED),
-        wins_start=_wins(trained, start),
-        wins_baseline=_wins(trained, rival),
-        kl=_mean(run[prompt]["kl"] for run in runs for prompt in prompts),
-        tokens=_mean(run[prompt]["trained_tokens"] for run in runs for prompt in prompts),
+        difference=mean_interval(trained - start, groups),
+        wins_start=share_interval(_wins(trained, start), groups),
+        # An arm against itself is no measurement.
+        wins_baseline=tied if runs is others else share_interval(_wins(trained, rival), groups),
+        kl=_divergence(runs, prompts),
+        tokens=float(_values(runs, prompts, lambda row: row["trained_tokens"]).mean()),
     )
+
+
+def _values(runs: list[dict[str, Row]], prompts: list[str], pick: Callable[[Row], float]) -> Values:
+    """Values (seeds, prompts)."""
+    return np.array([[pick(run[prompt]) for prompt in prompts] for run in runs], dtype=float)
 
 
 def _scores(runs: list[dict[str, Row]], prompts: list[str], column: str, reward: str) -> Values:
     """Scores (seeds, prompts)."""
-    return np.array([[run[prompt][column][reward] for prompt in prompts] for run in runs], dtype=float)
+    return _values(runs, prompts, lambda row: row[column][reward])
 
 
-def _wins(ours: Values, theirs: Values) -> Estimate:
-    """How often ours is above theirs; ties count half."""
-    return bootstrap(((ours > theirs) + 0.5 * (ours == theirs)).mean(axis=0), BOOTSTRAP_SEED)
+def _wins(ours: Values, theirs: Values) -> Values:
+    """1 where ours is above theirs, half for a tie."""
+    won: Values = (ours > theirs) + 0.5 * (ours == theirs)
+    return won
 
 
-def _mean(values: Iterable[float | None]) -> float:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else float("nan")
+def _divergence(runs: list[dict[str, Row]], prompts: list[str]) -> Estimate | None:
+    """KL on the prompts on which it was measured with every seed."""
+    measured = [prompt for prompt in prompts if all(measures_kl(run[prompt]) for run in runs)]
+    if not measured:
+        return None
+    groups = groups_of([runs[0][prompt] for prompt in measured])
+    return mean_interval(_values(runs, measured, lambda row: row["kl"]), groups)
+
+
+def coverage(what: str, measured: Mapping[tuple[str, int], Collection[str]]) -> list[str]:
+    """How many held-out prompts or pairs each run was measured on, and how many of them all runs share, as text.
+
+    `measured` are their ids by arm and seed. Only what is shared stands in the tables.
+    """
+    if not measured:
+        return []
+    sizes = sorted({len(ids) for ids in measured.values()})
+    range_of = str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
+    shared = len(set.intersection(*({*ids} for ids in measured.values())))
+    line = f"held-out {what}: {range_of} evaluated in each of {len(measured)} runs, {shared} in all of them"
+    return ["", line if shared else f"{line}; nothing can be compared"]
 
 
 def table(results: list[ArmResult], baseline: str) -> list[str]:
@@ -110,7 +140,7 @@ def table(results: list[ArmResult], baseline: str) -> list[str]:
         prompts, seeds = of_reward[0].prompts, of_reward[0].seeds
         lines += ["", f"{reward} ({use_of(of_reward)}), {prompts} prompts, {seeds} seeds"]
         head = f"{'':<{width}}{'mean':>8}  {'against start (95%)':<30}{'beats start':<24}"
-        lines.append(f"{head}{'beats ' + baseline:<24}{'KL':>6}{'tokens':>8}")
+        lines.append(f"{head}{'beats ' + baseline:<24}{'KL, nats':<20}{'tokens':>6}")
         lines += [_line(result, width) for result in of_reward]
     return lines
 
@@ -129,22 +159,23 @@ def use_of(results: list[ArmResult]) -> str:
 
 
 def _line(result: ArmResult, width: int) -> str:
+    kl = with_interval(result.kl, ".1f") if result.kl else "-"
     return (
         f"{result.arm:<{width}}{result.mean:>8.3f}  {with_interval(result.difference, '+.3f'):<30}"
         f"{with_interval(result.wins_start, '.2f'):<24}{with_interval(result.wins_baseline, '.2f'):<24}"
-        f"{result.kl:>6.1f}{result.tokens:>8.0f}"
+        f"{kl:<20}{result.tokens:>6.0f}"
     )
 
 
 def to_csv(results: list[ArmResult]) -> str:
     """The results as CSV, one line for each arm and reward."""
-    estimates = ("difference", "wins_start", "wins_baseline")
-    plain = ("arm", "reward", "weight", "prompts", "seeds", "start_mean", "mean", "kl", "tokens")
+    estimates = ("difference", "wins_start", "wins_baseline", "kl")
+    plain = ("arm", "reward", "weight", "prompts", "seeds", "start_mean", "mean", "tokens")
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow([*plain, *(f"{name}{end}" for name in estimates for end in ("", "_low", "_high"))])
     for result in results:
-        ends = [getattr(result, name) for name in estimates]
+        ends = [getattr(result, name) or Estimate(math.nan, math.nan, math.nan) for name in estimates]
         writer.writerow(
             [getattr(result, name) for name in plain]
             + [round(value, 6) for estimate in ends for value in (estimate.mean, estimate.low, estimate.high)]

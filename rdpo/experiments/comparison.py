@@ -7,7 +7,7 @@ inputs is taken over from there, not made again.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,9 @@ from rdpo.execution.run import Run
 from rdpo.execution.stage import Stage
 from rdpo.files.folder import Folder
 from rdpo.files.stores import absolute
+from rdpo.records import HELDOUT, ID_COLUMN, prompt_id
 from rdpo.stages.checks import prepare
+from rdpo.stages.evaluation import heldout_prompts
 from rdpo.stages.table import stages_of
 from rdpo.tracking.console import Console
 
@@ -47,17 +49,34 @@ def load_comparison(path: str | Path, part: Part | None = None) -> tuple[Compari
         comparison = comparison.of(part)
     base = path.parent / comparison.job
     table = read_toml(base)
-    jobs = {}
+    jobs: Jobs = {}
     for variant in comparison.variants:
         for seed in comparison.seeds:
-            own = {"seed": seed, "name": f"{str(variant).replace('@', '-')}-{seed}"}
+            own = {"seed": seed, "name": run_name(str(variant), seed)}
             job = job_of({**variant.of(table, comparison), **own}, f"{path}: arm {variant}")
             if job.rounds.count > 1:
                 raise InputError(f"{path}: arm {variant}: several rounds are run by `rdpo run`, not compared")
             jobs[str(variant), seed] = job
+    _check_directories(jobs, str(path))
     if comparison.until == "evaluation":
         _check_rewards(jobs, str(path))
     return comparison, jobs
+
+
+def run_name(arm: str, seed: int) -> str:
+    """Name of the run of one arm and seed, and of its directory."""
+    return f"{arm.replace('@', '-')}-{seed}"
+
+
+def _check_directories(jobs: Jobs, path: str) -> None:
+    """Whether every run has a directory of its own."""
+    owners: dict[str, tuple[str, int]] = {}
+    for run in jobs:
+        name = run_name(*run)
+        if name in owners:
+            arms = f"{owners[name][0]} and {run[0]}"
+            raise InputError(f"{path}: arms {arms} would share the directory arms/{name}; give them other names")
+        owners[name] = run
 
 
 def _check_rewards(jobs: Jobs, path: str) -> None:
@@ -77,7 +96,7 @@ def _measures(job: Job) -> dict[str, dict[str, Any]]:
 
 def arm_dir(run_dir: str, arm: str, seed: int) -> str:
     """Run directory of one arm and seed."""
-    return os.path.join(run_dir, "arms", f"{arm.replace('@', '-')}-{seed}")
+    return os.path.join(run_dir, "arms", run_name(arm, seed))
 
 
 def run_arms(
@@ -103,6 +122,43 @@ def run_arms(
                 run_stages(run, list(_stages(job, comparison.until)))
 
 
+def check_heldout(
+    comparison: Comparison, jobs: Jobs, run_dir: str, console: Console, seeds: Collection[int] | None = None
+) -> None:
+    """Bring the prompts of every run up to date, and look whether all are evaluated on the same ones.
+
+    Raises:
+        InputError: they are not, so that the runs could not be compared.
+    """
+    if comparison.until != "evaluation":
+        return
+
+    found: dict[tuple[str, int], set[str]] = {}
+    folders = {run: absolute(arm_dir(run_dir, *run)) for run in jobs}
+    for run, job in jobs.items():
+        if seeds is not None and run[1] not in seeds:
+            continue
+        siblings = tuple(other for other in folders.values() if other != folders[run])
+        console.say(f"\nprompts of {run[0]}, seed {run[1]}")
+        with locked(job, folders[run], say=console.say):
+            one = Run(job, folders[run], console, prepare, siblings)
+            run_stages(one, list(_stages(job, "prompts")))
+            found[run] = set(heldout_prompts(one).ids().to_pylist())
+    _check_same(found)
+
+
+def _check_same(heldout: Mapping[tuple[str, int], Collection[str]]) -> None:
+    (first, of_first), *others = ((run, {*ids}) for run, ids in heldout.items())
+    for run, ids in others:
+        if ids != of_first:
+            names = [f"{arm} (seed {seed})" for arm, seed in (first, run)]
+            raise InputError(
+                f"comparison: {names[0]} would be evaluated on {len(of_first)} held-out prompts and {names[1]} on "
+                f"{len(ids)}, of which {len(of_first & ids)} are the same; give all arms the same prompts, templates, "
+                "system message and evaluation.limit, or the source a `split` column"
+            )
+
+
 def compare_arms(comparison: Comparison, jobs: Jobs, run_dir: str, console: Console) -> None:
     """Run all arms; print the tables, write them as CSV and as a report."""
     from rdpo.evaluation import retention
@@ -110,8 +166,9 @@ def compare_arms(comparison: Comparison, jobs: Jobs, run_dir: str, console: Cons
     from rdpo.experiments.comparison_report import write_comparison
     from rdpo.training.trainer import heldout_margins
 
+    check_heldout(comparison, jobs, run_dir, console)
     run_arms(comparison, jobs, run_dir, console)
-    found, until = [], comparison.until
+    found, evaluated, until = [], {}, comparison.until
     runs = {run: RunReader(arm_dir(run_dir, *run), job) for run, job in jobs.items()}
     if until == "evaluation":
         evaluated = {run: reader.folder("evaluation").table().to_pylist() for run, reader in runs.items()}
@@ -120,9 +177,20 @@ def compare_arms(comparison: Comparison, jobs: Jobs, run_dir: str, console: Cons
     made = {run: reader.finished(stage.name for stage in _stages(reader.job, until)) for run, reader in runs.items()}
     # An arm that trains nothing measures no margins.
     left = {run: heldout_margins(runs[run].folder("training")) for run in runs if "training" in made[run]}
-    measured = heldout.heldout_results({run: of_run for run, of_run in left.items() if of_run}, comparison.rivals)
-    lost = retention.table({run: of["retention"].summary for run, of in made.items() if "retention" in of})
-    for line in [*arms.table(found, comparison.baseline), *heldout.table(measured, comparison.baseline), *lost]:
+    margins = {run: of_run for run, of_run in left.items() if of_run}
+    prompts = _prompts_of_pairs(runs[next(iter(margins))]) if margins else {}
+    selected = {arm for (arm, _), job in jobs.items() if job.training.select == "best"}
+    measured = heldout.heldout_results(margins, comparison.rivals, prompts, selected)
+    with_texts = [run for run in runs if "retention" in made[run]]
+    lost = retention.table({run: runs[run].folder("retention").table().to_pylist() for run in with_texts})
+    counts = arms.coverage("prompts", {run: [row[ID_COLUMN] for row in rows] for run, rows in evaluated.items()})
+    counts += arms.coverage("pairs", {run: list(of_run) for run, of_run in margins.items()})
+    for line in [
+        *counts,
+        *arms.table(found, comparison.baseline),
+        *heldout.table(measured, comparison.baseline),
+        *lost,
+    ]:
         console.say(line)
     for name, content in (
         ("comparison", found and arms.to_csv(found)),
@@ -131,6 +199,14 @@ def compare_arms(comparison: Comparison, jobs: Jobs, run_dir: str, console: Cons
         if content:
             Folder(run_dir).write_bytes(f"{name}.csv", content.encode())
     console.say(f"\nreport      {write_comparison(run_dir, comparison, found, measured)}")
+
+
+def _prompts_of_pairs(run: RunReader) -> dict[str, str]:
+    """Which prompt each held-out pair belongs to, by the pair's id."""
+    found: dict[str, str] = {}
+    for part in run.folder("pairs").tables(columns=[ID_COLUMN, "prompt", HELDOUT]):
+        found |= {row[ID_COLUMN]: prompt_id(row["prompt"]) for row in part.to_pylist() if row[HELDOUT]}
+    return found
 
 
 def _stages(job: Job, until: str) -> Iterator[Stage]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from markupsafe import Markup
 
-from rdpo.evaluation.compare import Estimate
+from rdpo.evaluation.intervals import Estimate
 from rdpo.experiments.arms import ArmResult, by_reward, use_of
 from rdpo.experiments.heldout import HeldoutResult
 from rdpo.report import charts

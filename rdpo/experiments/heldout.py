@@ -1,20 +1,22 @@
 """Arms of a comparison on the same held-out preference pairs: how often each prefers the side that should be chosen.
 
-A pair's figure is its mean over the seeds; every interval is a 95% percentile interval of a paired bootstrap over
-pairs.
+Every interval is at 95% and paired, over the prompts of the pairs and over seeds where there are several (see
+`rdpo.evaluation.intervals`).
 """
 
 from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-from rdpo.evaluation.compare import Estimate, Values, bootstrap, with_interval
-from rdpo.experiments.arms import BOOTSTRAP_SEED
+from rdpo.evaluation.intervals import Estimate, Values, mean_interval, share_interval, with_interval
 from rdpo.training.heldout import correct
+
+SELECTED = "selected by these pairs (training.select), so that their figures are too high"
 
 Margins = dict[tuple[str, int], dict[str, float]]
 """Margins of held-out pairs by id, for each arm and seed."""
@@ -25,6 +27,7 @@ class HeldoutResult:
     """One arm on the pairs that all arms were measured on with all seeds; a tie counts as half right.
 
     `margin` is beta * Delta, which still tells arms apart where all of them prefer the right side everywhere.
+    `selected`: the arm's weights are those of the step at which these same pairs were most likely.
     """
 
     arm: str
@@ -34,26 +37,40 @@ class HeldoutResult:
     against: Estimate
     margin: Estimate
     margin_against: Estimate
+    selected: bool = False
 
 
-def heldout_results(margins: Margins, rivals: dict[str, str]) -> list[HeldoutResult]:
-    """Every arm's accuracy, and its difference from that of the arm it is held against (`rivals`)."""
+def heldout_results(
+    margins: Margins,
+    rivals: dict[str, str],
+    prompts: Mapping[str, str] | None = None,
+    selected: Collection[str] = (),
+) -> list[HeldoutResult]:
+    """Every arm's accuracy, and its difference from that of the arm it is held against.
+
+    Args:
+        margins: margins of the held-out pairs.
+        rivals: what each arm is held against.
+        prompts: which prompt a pair belongs to, by the pair's id; by default each has its own.
+        selected: arms whose weights were selected by these pairs.
+    """
     pairs = sorted(set.intersection(*(set(of_run) for of_run in margins.values()))) if margins else []
     if not pairs:
         return []
     arms = dict.fromkeys(arm for arm, _ in margins)
     tables = {arm: _margins([margins[run] for run in margins if run[0] == arm], pairs) for arm in arms}
-    right = {arm: correct(table).mean(axis=0) for arm, table in tables.items()}
-    wide = {arm: table.mean(axis=0) for arm, table in tables.items()}
+    right = {arm: correct(table) for arm, table in tables.items()}
+    groups = [(prompts or {}).get(pair, pair) for pair in pairs]
     return [
         HeldoutResult(
             arm=arm,
             pairs=len(pairs),
             seeds=len(tables[arm]),
-            accuracy=bootstrap(right[arm], BOOTSTRAP_SEED),
-            against=bootstrap(right[arm] - right[rivals[arm]], BOOTSTRAP_SEED),
-            margin=bootstrap(wide[arm], BOOTSTRAP_SEED),
-            margin_against=bootstrap(wide[arm] - wide[rivals[arm]], BOOTSTRAP_SEED),
+            accuracy=share_interval(right[arm], groups),
+            against=mean_interval(right[arm] - right[rivals[arm]], groups),
+            margin=mean_interval(tables[arm], groups),
+            margin_against=mean_interval(tables[arm] - tables[rivals[arm]], groups),
+            selected=arm in selected,
         )
         for arm in arms
         if rivals[arm] in right
@@ -77,6 +94,8 @@ def table(results: list[HeldoutResult], baseline: str) -> list[str]:
         accuracy, better = with_interval(result.accuracy, ".3f"), with_interval(result.against, "+.3f")
         margin, wider = with_interval(result.margin, ".2f"), with_interval(result.margin_against, "+.2f")
         lines.append(f"{result.arm:<{width}}{accuracy:<23}{better:<26}{margin:<22}{wider}")
+    if chosen := [result.arm for result in results if result.selected]:
+        lines.append(f"{SELECTED}: {', '.join(chosen)}")
     return lines
 
 
@@ -85,9 +104,11 @@ def to_csv(results: list[HeldoutResult]) -> str:
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     names = ("accuracy", "against", "margin", "margin_against")
-    writer.writerow(["arm", "pairs", "seeds", *(f"{name}{end}" for name in names for end in ("", "_low", "_high"))])
+    ends = [f"{name}{end}" for name in names for end in ("", "_low", "_high")]
+    writer.writerow(["arm", "pairs", "seeds", *ends, "selected_by_these_pairs"])
     for result in results:
         estimates = [getattr(result, name) for name in names]
         numbers = [value for each in estimates for value in (each.mean, each.low, each.high)]
-        writer.writerow([result.arm, result.pairs, result.seeds, *(round(number, 6) for number in numbers)])
+        figures = [round(number, 6) for number in numbers]
+        writer.writerow([result.arm, result.pairs, result.seeds, *figures, result.selected])
     return buffer.getvalue()

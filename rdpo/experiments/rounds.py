@@ -11,8 +11,10 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from rdpo.config import Job, to_table
+from rdpo.config import Job
 from rdpo.errors import InputError
+from rdpo.evaluation.compare import KL_ANSWERS
+from rdpo.evaluation.intervals import Estimate, with_interval
 from rdpo.execution.lock import Check
 from rdpo.execution.pipeline import locked, run_stages
 from rdpo.execution.reader import round_dir
@@ -54,11 +56,14 @@ def run_rounds(job: Job, run_dir: str, console: Console, check: Check = lambda: 
         starts.append(os.path.join(folder, MODEL))
     for line in table(shown):
         console.conclude(line)
+    console.conclude(
+        f"\nwhich round is taken goes by {job.rounds.watch} on these prompts: its gain is somewhat too high"
+    )
     check()
-    _take(job, run_dir, len(starts) - 1, console)
+    _take(run_dir, len(starts) - 1, console)
 
 
-def _take(job: Job, run_dir: str, number: int, console: Console) -> None:
+def _take(run_dir: str, number: int, console: Console) -> None:
     """Make a round's model the model of the whole, unless it is that already."""
     taken = StageFolder(run_dir, MODEL)
     if not number:
@@ -69,7 +74,7 @@ def _take(job: Job, run_dir: str, number: int, console: Console) -> None:
     of_round = StageFolder(round_dir(run_dir, number), MODEL)
     if not _same(taken, of_round):
         # Copied, as whoever publishes a model edits files in it: the next repetition goes by the round's own.
-        taken.take_over(of_round, to_table(job), share=False)
+        taken.take_over(of_round, share=False)
     console.conclude(f"\nmodel       {taken.address()}, of round {number}")
     console.tell("result", model=taken.address(), round=number)
 
@@ -113,17 +118,18 @@ def table(outcomes: Sequence[Outcome]) -> list[str]:
         kind = "optimised" if reward["weight"] else "independent"
         lines += ["", f"{reward['reward']} ({kind}), {outcomes[0].summary['prompts']} prompts"]
         head = f"{'round':<8}{'pairs':>6}{'start':>9}{'trained':>9}  {'beats its start (95%)':<24}"
-        lines.append(f"{head}{'KL':>6}{'tokens':>8}{'length gap':>12}")
+        lines.append(f"{head}{'KL, nats':<20}{'tokens':>6}{'length gap':>12}")
         lines += [_line(outcome, place) for outcome in outcomes]
     return lines
 
 
 def _line(outcome: Outcome, place: int) -> str:
     reward, summary = outcome.summary["rewards"][place], outcome.summary
-    rate, kl = reward["win_rate"], summary["kl"]["mean"] if summary["kl"] else float("nan")
+    rate, has_kl = reward["win_rate"], summary["kl"] and KL_ANSWERS in summary
+    kl = with_interval(Estimate(**summary["kl"]), ".1f") if has_kl else "-"
     wins = f"{rate['mean']:.2f} ({rate['low']:.2f} to {rate['high']:.2f})"
     gap = outcome.shaping.get("mean_length_gap", float("nan"))
     return (
         f"{outcome.number:<8}{outcome.pairs:>6}{reward['start_mean']:>9.3f}{reward['trained_mean']:>9.3f}  {wins:<24}"
-        f"{kl:>6.1f}{summary['length']['trained']['mean']:>8.0f}{gap:>12.1f}"
+        f"{kl:<20}{summary['length']['trained']['mean']:>6.0f}{gap:>12.1f}"
     )

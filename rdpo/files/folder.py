@@ -34,7 +34,7 @@ class Folder:
 
     def exists(self, name: str) -> bool:
         """Whether a file or folder of this name is there."""
-        return self.fs.exists(self._at(name))
+        return bool(self.fs.exists(self._at(name)))
 
     def address(self, name: str = "") -> str:
         """Where `name` is, for a person or another process: a path, or an address with its scheme."""
@@ -73,7 +73,8 @@ class Folder:
     def read_bytes(self, name: str) -> bytes:
         """Content of a file."""
         with self.fs.open(self._at(name), "rb") as file:
-            return file.read()
+            content: bytes = file.read()
+        return content
 
     def read_json(self, name: str) -> Any:
         """Content of a JSON file, or None if there is none, or none that is whole."""

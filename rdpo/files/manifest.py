@@ -1,4 +1,4 @@
-"""The manifest of a committed stage folder."""
+"""What is counted and noted of a stage folder: its manifest once it is committed, and what a written block held."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass
 class Manifest:
-    """What a committed stage folder holds and what it was made from; `job` are the tables of the job that made it."""
+    """What a committed stage folder holds and what it was made from."""
 
     stage: str
     key: str
@@ -26,4 +26,12 @@ class Manifest:
     summary: dict[str, Any] = field(default_factory=dict)
     digest: str = ""
     created: str = ""
-    job: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class WriteProgress:
+    """Counts of one written block."""
+
+    rows: int
+    dropped: int
+    tokens: int

@@ -12,11 +12,11 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -26,7 +26,7 @@ from rdpo.errors import ConservationError, InputError
 from rdpo.files.conditional import Changed, ConditionalObject
 from rdpo.files.duplicates import duplicates
 from rdpo.files.folder import TEMPORARY, Folder, checksum, json_bytes, temporary
-from rdpo.files.manifest import Manifest
+from rdpo.files.manifest import Manifest, WriteProgress
 from rdpo.records import digest
 
 if TYPE_CHECKING:
@@ -40,15 +40,6 @@ TOKENS = "_tokens"
 PART = ".parquet"
 OPEN_AT_ONCE = 16
 PART_ROWS = 4096
-
-
-@dataclass(frozen=True)
-class WriteProgress:
-    """Counts of one written block."""
-
-    rows: int
-    dropped: int
-    tokens: int
 
 
 class StageFolder(Folder):
@@ -82,7 +73,7 @@ class StageFolder(Folder):
         """Name of this making of the folder: within it a part is never made again with other content."""
         begun = self.read_json(IN_PROGRESS) or {}
         # Folders begun by earlier versions call it `birth`.
-        return begun.get("attempt_id") or begun.get("birth", "")
+        return str(begun.get("attempt_id") or begun.get("birth", ""))
 
     def clear_parts(self) -> None:
         """Remove what the folder holds, but not that it was begun."""
@@ -118,12 +109,11 @@ class StageFolder(Folder):
             if self.exists(name):
                 self.fs.rm(self._at(name))
 
-    def take_over(self, other: StageFolder, job: dict[str, Any] | None = None, share: bool = True) -> bool:
+    def take_over(self, other: StageFolder, share: bool = True) -> bool:
         """Hold what another committed folder holds; on a local disk the files are shared, not copied.
 
         Args:
             other: the folder; other drivers may work in it at the same time.
-            job: tables of the job in whose run it is taken, where that is another one.
             share: False: the files are copied on a local disk too, so that an edit here does not reach the other.
 
         Returns:
@@ -146,7 +136,7 @@ class StageFolder(Folder):
         if not whole:
             self.clear()
             return False
-        self.write_json(MANIFEST, asdict(replace(manifest, job=job or manifest.job)))
+        self.write_json(MANIFEST, asdict(manifest))
         return True
 
     def _state(self) -> tuple[str, Manifest | None]:
@@ -199,10 +189,17 @@ class StageFolder(Folder):
             return self.names(PART, below)
         return sorted(name for name in manifest.files if name.endswith(PART) and name.rpartition("/")[0] == below)
 
-    def tables(self, below: str = "", columns: list[str] | None = None) -> Iterator[pa.Table]:
-        """The kept rows (or, with `below="dropped"`, the dropped ones) part by part."""
+    def tables(
+        self, below: str = "", columns: list[str] | None = None, optional: Sequence[str] = ()
+    ) -> Iterator[pa.Table]:
+        """The kept rows (or, with `below="dropped"`, the dropped ones) part by part.
+
+        Beside `columns` come those of the `optional` ones that a part has: earlier versions wrote fewer.
+        """
         for name in self.parts(below):
-            yield self.part(name, columns)
+            held = self._schema(name).names if optional else []
+            also = [one for one in optional if one in held]
+            yield self.part(name, [*(columns or []), *also] if optional else columns)
 
     def part(self, name: str, columns: list[str] | None = None) -> pa.Table:
         """The rows of one part.
@@ -281,7 +278,7 @@ class StageFolder(Folder):
 
     def _length(self, name: str) -> int:
         with self.fs.open(self._at(name), "rb") as file:
-            return pq.read_metadata(file).num_rows
+            return int(pq.read_metadata(file).num_rows)
 
     def _schema(self, name: str) -> pa.Schema:
         with self.fs.open(self._at(name), "rb") as file:

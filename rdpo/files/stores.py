@@ -96,7 +96,7 @@ def open_file(address: str) -> Any:
     return fs.open(path, "rb")
 
 
-class ObjectStore(ArrowFSWrapper):
+class ObjectStore(ArrowFSWrapper):  # type: ignore[misc]
     """fsspec's view of pyarrow's object store, in which one that fails is never taken for one that is empty."""
 
     def isdir(self, path: str) -> bool:
@@ -170,7 +170,7 @@ class _Reader(io.RawIOBase):
         return len(content)
 
 
-class _S3(pyarrow.fs.S3FileSystem):
+class _S3(pyarrow.fs.S3FileSystem):  # type: ignore[misc]
     """pyarrow's S3, which on another machine is made with the same retries, and with that machine's credentials."""
 
     def __init__(self, endpoint: str | None, region: str | None):

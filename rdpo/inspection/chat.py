@@ -176,7 +176,7 @@ def load_speakers(run: RunReader) -> list[Speaker]:
     logging.disable_progress_bar()
     gpu = torch.cuda.is_available()
     device, dtype = take_device(gpu), getattr(torch, compute_dtype(job.evaluation.engine.dtype, gpu))
-    chat, base = load_chat(student), student.folder()
+    chat, base = load_chat(student, job.date), student.folder()
     models = {"start": _load(base, dtype, job), "trained": _published(Path(folder.local()), base, dtype, job)}
     return [
         Speaker(name, model.eval().to(device), chat, job.evaluation.sampling, job.prompts.system)

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 from rdpo.execution.keys import without_placement
 from rdpo.execution.reader import RunReader
-from rdpo.files.stage_folder import Manifest
+from rdpo.files.manifest import Manifest
 from rdpo.inspection.results import result_lines
 from rdpo.records import ID_COLUMN, SIDES, digest
 from rdpo.stages.table import NAMES, WITHOUT_ROWS, names_of
@@ -40,7 +40,7 @@ def diff_runs(run_dirs: tuple[str, str]) -> list[str]:
         "settings": list(_settings(a, b)),
         "stages": list(_makings(a, b)),
         "rows": list(_rows(a, b)),
-        "results": result_lines(a.manifests, b.manifests, _evaluated(a), _evaluated(b), a.job.seed),
+        "results": result_lines(a.manifests, b.manifests, _evaluated(a), _evaluated(b)),
     }
     lines = [f"A  {run_dirs[0]}", f"B  {run_dirs[1]}"]
     if not any(blocks.values()):
@@ -54,7 +54,8 @@ def _evaluated(side: Side) -> list[dict[str, Any]]:
     folder = side.folder("evaluation")
     if "evaluation" not in side.manifests or not folder.parts():
         return []
-    return folder.table().sort_by(ID_COLUMN).to_pylist()
+    rows: list[dict[str, Any]] = folder.table().sort_by(ID_COLUMN).to_pylist()
+    return rows
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -21,7 +21,8 @@ from rdpo.errors import InputError
 from rdpo.evaluation.publish import rendered_card
 from rdpo.execution.reader import RunReader
 from rdpo.files.folder import Folder
-from rdpo.files.stage_folder import Manifest, StageFolder
+from rdpo.files.manifest import Manifest
+from rdpo.files.stage_folder import StageFolder
 from rdpo.records import HELDOUT, ID_COLUMN, text_of
 
 PAIR_COLUMNS = (

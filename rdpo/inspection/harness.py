@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from rdpo.errors import InputError, did_you_mean
-from rdpo.evaluation.compare import Estimate, bootstrap
+from rdpo.evaluation.intervals import Estimate, mean_interval, with_interval
 from rdpo.execution.reader import RunReader
 from rdpo.inspection.chat import load_speakers
 
@@ -62,7 +62,7 @@ def changes(
         )
         for speaker in load_speakers(run)
     )
-    return list(_compared(start, trained, run.job.seed))
+    return list(_compared(start, trained))
 
 
 def _tasks(names: list[str], include: str | None) -> tuple[Any, list[str]]:
@@ -75,7 +75,7 @@ def _tasks(names: list[str], include: str | None) -> tuple[Any, list[str]]:
     return manager, manager.match_tasks(names)
 
 
-def _compared(start: Results, trained: Results, seed: int) -> Iterator[Change]:
+def _compared(start: Results, trained: Results) -> Iterator[Change]:
     for task, samples in start["samples"].items():
         for metric, kept in sorted({(metric, sample["filter"]) for sample in samples for metric in sample["metrics"]}):
             before, after = (side["results"][task].get(f"{metric},{kept}") for side in (start, trained))
@@ -83,7 +83,7 @@ def _compared(start: Results, trained: Results, seed: int) -> Iterator[Change]:
                 continue
             scores, later = (_scores(side["samples"][task], metric, kept) for side in (start, trained))
             name = metric if kept == "none" else f"{metric} {kept}"
-            yield Change(task, name, len(scores), before, after, _difference(scores, later, seed))
+            yield Change(task, name, len(scores), before, after, _difference(scores, later))
 
 
 def _scores(samples: list[Results], metric: str, filter_name: str) -> dict[int, Any]:
@@ -91,12 +91,12 @@ def _scores(samples: list[Results], metric: str, filter_name: str) -> dict[int, 
     return {sample["doc_id"]: sample[metric] for sample in samples if sample["filter"] == filter_name}
 
 
-def _difference(start: dict[int, Any], trained: dict[int, Any], seed: int) -> Estimate | None:
+def _difference(start: dict[int, Any], trained: dict[int, Any]) -> Estimate | None:
     try:
         gains = np.array([float(trained[document]) - float(score) for document, score in start.items()])
     except (TypeError, ValueError):
         return None
-    return bootstrap(gains, seed)
+    return mean_interval(gains)
 
 
 def table(found: list[Change]) -> list[str]:
@@ -104,7 +104,7 @@ def table(found: list[Change]) -> list[str]:
     lines = [f"{'task':<28}{'metric':<22}{'n':>7}{'start':>9}{'trained':>9}  difference (95% interval)"]
     for change in found:
         gain = change.difference
-        difference = f"{gain.mean:+.3f} ({gain.low:+.3f} to {gain.high:+.3f})" if gain else ""
+        difference = with_interval(gain, "+.3f") if gain else ""
         numbers = f"{change.documents:>7,}{change.start:>9.3f}{change.trained:>9.3f}"
         lines.append(f"{change.task:<28}{change.metric:<22}{numbers}  {difference}".rstrip())
     return lines

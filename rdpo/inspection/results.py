@@ -1,26 +1,29 @@
 """Results of two runs, A and B, side by side.
 
-Every interval is a 95% percentile interval of a bootstrap over prompts; that of a difference is paired, over the
-prompts that both have evaluated.
+Every interval is at 95%, over prompts; that of a difference is paired, over the prompts that both have evaluated.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from rdpo.evaluation.compare import Estimate, bootstrap, with_interval
+from rdpo.evaluation.compare import KL_ANSWERS
+from rdpo.evaluation.intervals import Estimate, groups_of, mean_interval, share_interval, with_interval
 from rdpo.execution.keys import without_placement
-from rdpo.files.stage_folder import Manifest
+from rdpo.files.manifest import Manifest
 from rdpo.records import ID_COLUMN, Row
 
 Pick = Callable[[Row], float | None]
 NAME, COLUMN = 28, 28
+SHARES = ("win rate", "stop rate")
+KL, LOG_RATIO = "KL, nats", "log-ratio, nats"
+"""The second is that of the answers as they were drawn for the comparison."""
 
 
 def result_lines(
-    a: Mapping[str, Manifest], b: Mapping[str, Manifest], rows_a: list[Row], rows_b: list[Row], seed: int
+    a: Mapping[str, Manifest], b: Mapping[str, Manifest], rows_a: list[Row], rows_b: list[Row]
 ) -> list[str]:
     """The results as lines of text; none where both runs have the same, or none.
 
@@ -29,7 +32,6 @@ def result_lines(
         b: those of run B.
         rows_a: evaluated rows of run A, by id.
         rows_b: those of run B.
-        seed: seed of the bootstrap.
     """
     stages = ("training", "retention", "evaluation")
     if all(_digest(a, stage) == _digest(b, stage) for stage in stages):
@@ -41,7 +43,8 @@ def result_lines(
         return [*lines, f"no evaluation in {' and '.join(without)} yet"]
     common = len({row[ID_COLUMN] for row in rows_a} & {row[ID_COLUMN] for row in rows_b})
     lines.append(f"held-out prompts: {len(rows_a)} and {len(rows_b)}, of which both have {common}")
-    lines += [_line(name, pick, rows_a, rows_b, seed) for name, pick in _picks(rows_a[0], rows_b[0]).items()]
+    lines += [_line(name, pick, rows_a, rows_b) for name, pick in _picks(rows_a[0], rows_b[0]).items()]
+    lines += _divergence(a["evaluation"], b["evaluation"], rows_a, rows_b)
     return [*lines, *_warnings(a["evaluation"], b["evaluation"])]
 
 
@@ -78,7 +81,6 @@ def _picks(a: Row, b: Row) -> dict[str, Pick]:
         picks[f"{reward}, start"] = lambda row, reward=reward: row["start_scores"][reward]  # type: ignore[misc]
         picks[f"{reward}, trained"] = lambda row, reward=reward: row["trained_scores"][reward]  # type: ignore[misc]
         picks[f"{reward}, win rate"] = lambda row, reward=reward: _win(row, reward)  # type: ignore[misc]
-    picks["KL, nats"] = lambda row: row["kl"]
     picks["tokens"] = lambda row: row["trained_tokens"]
     picks["stop rate"] = lambda row: float(row["trained_finish_reason"] == "stop")
     return picks
@@ -92,16 +94,30 @@ def _win(row: Row, reward: str) -> float | None:
     return 1.0 if trained > start else 0.5 if trained == start else 0.0
 
 
-def _line(name: str, pick: Pick, rows_a: list[Row], rows_b: list[Row], seed: int) -> str:
-    values = [{row[ID_COLUMN]: pick(row) for row in rows} for rows in (rows_a, rows_b)]
-    known = [{prompt: value for prompt, value in side.items() if value is not None} for side in values]
-    differences = [known[1][prompt] - known[0][prompt] for prompt in known[0] if prompt in known[1]]
-    a, b = (_estimate(list(side.values()), seed, ".3f") for side in known)
-    return f"{name:<{NAME}}{a:<{COLUMN}}{b:<{COLUMN}}{_estimate(differences, seed, '+.3f')}"
+def _line(name: str, pick: Pick, rows_a: list[Row], rows_b: list[Row]) -> str:
+    known = [[row for row in rows if pick(row) is not None] for rows in (rows_a, rows_b)]
+    is_share = name.endswith(SHARES)
+    a, b = (_estimate([pick(row) for row in side], side, ".3f", is_share) for side in known)
+    before = {row[ID_COLUMN]: pick(row) for row in known[0]}
+    common = [row for row in known[1] if row[ID_COLUMN] in before]
+    differences = [pick(row) - before[row[ID_COLUMN]] for row in common]  # type: ignore[operator]
+    return f"{name:<{NAME}}{a:<{COLUMN}}{b:<{COLUMN}}{_estimate(differences, common, '+.3f')}"
 
 
-def _estimate(values: list[float], seed: int, form: str) -> str:
-    return with_interval(bootstrap(np.array(values, dtype=float), seed), form) if values else "-"
+def _estimate(values: Sequence[float | None], rows: list[Row], form: str, is_share: bool = False) -> str:
+    if not values:
+        return "-"
+    interval = share_interval if is_share else mean_interval
+    return with_interval(interval(np.array(values, dtype=float), groups_of(rows)), form)
+
+
+def _divergence(a: Manifest, b: Manifest, rows_a: list[Row], rows_b: list[Row]) -> Iterator[str]:
+    """KL, and what earlier versions measured in its place; each with a line where a run has it."""
+    kinds = [KL if KL_ANSWERS in side.summary else LOG_RATIO for side in (a, b)]
+    for name in (KL, LOG_RATIO):
+        sides = [rows if kind == name else [] for kind, rows in zip(kinds, (rows_a, rows_b), strict=True)]
+        if any(row["kl"] is not None for rows in sides for row in rows):
+            yield _line(name, lambda row: row["kl"], *sides)
 
 
 def _warnings(a: Manifest, b: Manifest) -> Iterator[str]:

@@ -55,7 +55,8 @@ def show_rows(run_dir: str, stage: str, row_id: str | None, limit: int, dropped:
 def _decoder(run_dir: str, row: Row) -> Any:
     if "prompt_ids" not in row:
         return None
-    return load_chat(ModelRef.student(RunReader(run_dir).job)).tokenizer.decode
+    job = RunReader(run_dir).job
+    return load_chat(ModelRef.student(job), job.date).tokenizer.decode
 
 
 def _panel(row: Row, decode: Any) -> Panel:

@@ -19,7 +19,8 @@ from rdpo.execution.lock import holder
 from rdpo.execution.reader import JOB_FILE, RunReader, job_of_run, round_dir
 from rdpo.execution.stage import Stage
 from rdpo.files.folder import Folder
-from rdpo.files.stage_folder import IN_PROGRESS, Manifest
+from rdpo.files.manifest import Manifest
+from rdpo.files.stage_folder import IN_PROGRESS
 from rdpo.records import HELDOUT
 from rdpo.stages.table import stages_of
 from rdpo.training.schedule import total_steps

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rdpo.cluster.hardware import take_device
 from rdpo.execution.reader import RunReader
 from rdpo.files.stage_folder import StageFolder
-from rdpo.modeling.student import student_forward
+from rdpo.modeling.student import student_reader
 from rdpo.records import SIDES, Row
 
 if TYPE_CHECKING:
@@ -36,12 +36,14 @@ class TokenReader:
         Raises:
             InputError: the start model cannot be had, or not as the run read it (bitsandbytes is missing).
         """
+        import torch
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-        self.reference = _on_device(student_forward(run.job))
+        device = take_device(torch.cuda.is_available())
         trained = _merged(run.folder("policy")) if run.manifest("policy") else None
-        self.policy = _on_device(student_forward(run.job, merged=trained)) if trained else None
+        self.reference, _ = student_reader(run.job, device)
+        self.policy = student_reader(run.job, device, merged=trained)[0] if trained else None
 
     def read(self, row: Row) -> dict[str, TokenLogps]:
         """Of a row with `prompt_ids`, `chosen_ids` and `rejected_ids`: each side's log-probs by its name."""
@@ -53,13 +55,6 @@ def _merged(folder: StageFolder) -> Path:
     from rdpo.training.checkpoint import MERGED
 
     return Path(folder.local(MERGED))
-
-
-def _on_device(policy: Policy) -> Policy:
-    """The policy in evaluation mode, on the GPU if there is one."""
-    import torch
-
-    return policy.eval().to(take_device(torch.cuda.is_available()))
 
 
 def _by_side(policy: Policy, row: Mapping[str, Any]) -> dict[str, list[float]]:

@@ -12,6 +12,7 @@ to it. Three ways compute the same:
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -26,6 +27,7 @@ from rdpo.modeling.layout import Span
 
 NAME = "rdpo_packed"
 LAYER_TYPES = {"full_attention", "sliding_attention"}
+ATTENTION_DROPOUT = re.compile(r"att(n|ention)\w*drop")
 FLASH_HEAD_SIZE = 256
 """The widest head that FlashAttention 2 has kernels for."""
 SHAPES_COMPILED = 64
@@ -53,10 +55,12 @@ def packed_attention(
     """Attention (1, T, heads, head size) of a packed row; query (1, heads, T, head size).
 
     Raises:
-        NotPackable: the model did not hand the spans through.
+        NotPackable: the model did not hand the spans through, or wants dropout, which is not made here.
     """
     if not spans:
         raise NotPackable(f"{type(module).__name__}: no spans; set training.layout = 'padded'")
+    if dropout:
+        raise NotPackable(f"{type(module).__name__}: dropout of attention; set training.layout = 'padded'")
     if not query.is_cuda:
         return attend_by_span(query, key, value, spans, scaling, sliding_window, softcap), None
 
@@ -295,12 +299,22 @@ def can_pack(model: Any) -> bool:
     config, base = model.config.get_text_config(), model.base_model
     layers = set(getattr(config, "layer_types", None) or ["full_attention"])
     return (
-        bool(getattr(model, "_supports_attention_backend", False))
+        dropout_of(config) is None
+        and bool(getattr(model, "_supports_attention_backend", False))
         and not config.is_encoder_decoder
         and layers <= LAYER_TYPES
         and "position_ids" in inspect.signature(base.forward).parameters
         and not any("sinks" in name for name, _ in base.named_parameters())
+        # A convolution along a row would run from one sequence into the next.
+        and not any(isinstance(module, torch.nn.Conv1d) for module in base.modules())
     )
+
+
+def dropout_of(config: Any) -> str | None:
+    """The setting by which an architecture drops attention weights in training, if it does."""
+    shares = config.to_dict().items()
+    named = (name for name, share in shares if ATTENTION_DROPOUT.search(name) and isinstance(share, float) and share)
+    return next(named, None)
 
 
 def register() -> None:

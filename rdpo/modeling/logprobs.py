@@ -26,15 +26,20 @@ class CompletionHead(nn.Module):
         super().__init__()
         if type(output) is not nn.Linear and getattr(output, "weight", None) is None:
             raise TypeError(f"the output layer {type(output).__name__} has no weight of its own to multiply with")
-        self.weight, self.bias = output.weight, getattr(output, "bias", None)
+        self.weight: Tensor = getattr(output, "weight")  # noqa: B009
+        self.bias: Tensor | None = getattr(output, "bias", None)
         self.chunk, self.scale, self.softcap = chunk, scale, softcap
 
     def forward(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Log-probs (C,) in fp32 of `labels` (C,) given hidden states (C, H)."""
-        logps: Tensor = _ChunkedLogps.apply(
+        logps: Tensor = _ChunkedLogps.apply(  # type: ignore[no-untyped-call]
             hidden, self.weight, self.bias, labels, self.chunk, self.scale, self.softcap
         )
         return logps
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """All logits (C, vocabulary) in fp32: for a few positions only."""
+        return _logits(hidden, self.weight, self.bias, self.scale, self.softcap)
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Tensor:

@@ -14,7 +14,10 @@ from torch import Tensor, nn
 from rdpo.config import Layout, Lora
 from rdpo.errors import InputError
 from rdpo.modeling import attention
+from rdpo.modeling.adapters import with_adapter
 from rdpo.modeling.layout import Batch, Tokens, packed_batch, padded_batch
+from rdpo.modeling.loading import check_loaded
+from rdpo.modeling.logits import logit_transform
 from rdpo.modeling.logprobs import CompletionHead, sum_by_sequence
 
 
@@ -51,27 +54,48 @@ class Policy(nn.Module):
 
     def __init__(self, model: Any, chunk: int, packed: bool):
         super().__init__()
-        self.model, self.packed = model, packed
-        softcap = getattr(self.config, "final_logit_softcapping", None)
-        output = self._causal().get_output_embeddings()
-        self.head = CompletionHead(output, chunk, _logit_scale(self.config), softcap)
+        self.model = model
+        self.padded_attention = self.causal.config._attn_implementation
+        self.read_as(packed)
+        transform = logit_transform(self.causal)
+        self.head = CompletionHead(self.causal.get_output_embeddings(), chunk, *transform)
+
+    @property
+    def causal(self) -> Any:
+        """The language model itself, an adapter's layers within it."""
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
     @property
     def config(self) -> Any:
         """The language model's configuration."""
-        return self._causal().config.get_text_config()
+        return self.causal.config.get_text_config()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision that the model computes in."""
+        dtype: torch.dtype = self.causal.dtype
+        return dtype
 
     @property
     def adapted(self) -> bool:
         """Whether an adapter is trained over frozen weights."""
         return hasattr(self.model, "peft_config")
 
-    def _causal(self) -> Any:
-        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+    def read_as(self, packed: bool) -> None:
+        """Read in this layout from now on."""
+        self.packed = packed
+        if packed:
+            attention.register()
+            self.causal.set_attn_implementation(attention.NAME)
+        elif getattr(self.config, "attn_logit_softcapping", None):
+            # transformers' sdpa leaves the cap out without a word (Gemma 2).
+            self.causal.set_attn_implementation("eager")
+        elif self.causal.config._attn_implementation == attention.NAME:
+            self.causal.set_attn_implementation(self.padded_attention)
 
     def layer_types(self) -> list[type]:
         """Classes of the architecture's decoder layers."""
-        names = set(self._causal()._no_split_modules or ())
+        names = set(self.causal._no_split_modules or ())
         return list({type(module) for module in self.modules() if type(module).__name__ in names})
 
     def batch(self, prompts: Sequence[Tokens], *answers: Sequence[Tokens]) -> Batch:
@@ -84,15 +108,19 @@ class Policy(nn.Module):
 
     def token_logps(self, batch: Batch) -> Tensor:
         """Log-probs (C,) in fp32 of every completion token."""
+        hidden = self.hidden_states(batch)
+        states = hidden.reshape(-1, hidden.shape[-1])[batch.predict_at]
+        logps: Tensor = self.head(states, batch.labels)
+        return logps
+
+    def hidden_states(self, batch: Batch) -> Tensor:
+        """Last hidden states (rows, T, H) of a batch's tokens."""
         if batch.spans:
             layout: dict[str, Any] = {"position_ids": batch.position_ids, "spans": batch.spans}
         else:
             layout = {"attention_mask": batch.attention_mask}
-        output = self._causal().base_model(input_ids=batch.input_ids, use_cache=False, **layout)
-        hidden = output.last_hidden_state
-        states = hidden.reshape(-1, hidden.shape[-1])[batch.predict_at]
-        logps: Tensor = self.head(states, batch.labels)
-        return logps
+        hidden: Tensor = self.causal.base_model(input_ids=batch.input_ids, use_cache=False, **layout).last_hidden_state
+        return hidden
 
     @contextmanager
     def as_reference(self) -> Iterator[None]:
@@ -101,39 +129,36 @@ class Policy(nn.Module):
             yield
 
 
-def _logit_scale(config: Any) -> float:
-    """What an architecture multiplies its logits with (Cohere), or divides them by (Granite)."""
-    if divisor := getattr(config, "logits_scaling", None):
-        return 1.0 / float(divisor)
-    return float(getattr(config, "logit_scale", None) or 1.0)
-
-
 def load_policy(folder: str | Path, settings: ForwardSettings, tuning: Tuning | None = None) -> Policy:
     """Load a policy; a fresh adapter leaves it equal to the base model.
 
     Raises:
-        InputError: the layout is "packed" and the architecture cannot read it, or `quantization` is asked for
-            and bitsandbytes is not installed.
+        InputError: the weights are not those of the architecture, the layout is "packed" and the architecture cannot
+            read it, the adapter's targets cannot be trained, or `quantization` is asked for and bitsandbytes is not
+            installed.
     """
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(
+    model, info = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=getattr(torch, settings.dtype),
         use_safetensors=True,
         trust_remote_code=settings.trust_remote_code,
         quantization_config=_four_bits(settings.dtype) if settings.quantization == "nf4" else None,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
     )
+    check_loaded(f"model {folder}", model, info)
     return as_policy(model, settings, tuning)
 
 
 def as_policy(model: Any, settings: ForwardSettings, tuning: Tuning | None = None) -> Policy:
     """A causal language model of transformers as a policy, see `load_policy`."""
-    packed = _choose_layout(model, settings.layout)
+    packed = _packs(model, settings.layout)
     tuning = tuning or Tuning()
     if tuning.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    adapted = _with_adapter(model, tuning.lora, tuning.seed) if tuning.lora else model
+    adapted = with_adapter(model, tuning.lora, tuning.seed) if tuning.lora else model
     return Policy(adapted, settings.chunk, packed)
 
 
@@ -153,36 +178,11 @@ def _four_bits(dtype: str) -> Any:
     )
 
 
-def _choose_layout(model: Any, layout: Layout) -> bool:
+def _packs(model: Any, layout: Layout) -> bool:
+    """Whether a model reads packed rows, by what the job asks for and by what is known of the architecture."""
     possible = attention.can_pack(model)
     if layout == "packed" and not possible:
-        raise InputError(f"training.layout: {type(model).__name__} cannot read packed rows; use auto or padded")
-    packed = possible and layout != "padded"
-    if packed:
-        attention.register()
-        model.set_attn_implementation(attention.NAME)
-    elif getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
-        # transformers' sdpa leaves the cap out without a word (Gemma 2).
-        model.set_attn_implementation("eager")
-    return packed
-
-
-def _with_adapter(model: Any, lora: Lora, seed: int) -> Any:
-    from peft import LoraConfig, get_peft_model
-
-    torch.manual_seed(seed)
-    # Else the first layer's input has no gradient, and ZeRO-3 takes its backward for done before it began.
-    model.enable_input_require_grads()
-    # Adapters in the model's own precision, for their products run on large activations; the optimizer keeps fp32
-    # copies of them. peft by itself would make them float32, and cast every activation there and back.
-    return get_peft_model(
-        model,
-        LoraConfig(
-            r=lora.rank,
-            lora_alpha=lora.alpha,
-            lora_dropout=lora.dropout,
-            target_modules=lora.target_modules,
-            task_type="CAUSAL_LM",
-        ),
-        autocast_adapter_dtype=False,
-    )
+        dropout = attention.dropout_of(model.config.get_text_config())
+        why = f", whose {dropout} needs padded ones" if dropout else ""
+        raise InputError(f"training.layout: {type(model).__name__} cannot read packed rows{why}; use auto or padded")
+    return possible and layout != "padded"

@@ -55,7 +55,8 @@ def batch_tokens(sizes: Sequence[PairSize], packed: bool) -> int:
 
 def epoch_order(num_pairs: int, seed: int, epoch: int) -> list[int]:
     """A permutation of the pairs that depends on (seed, epoch) alone."""
-    return np.random.default_rng([seed, epoch]).permutation(num_pairs).tolist()
+    order: list[int] = np.random.default_rng([seed, epoch]).permutation(num_pairs).tolist()
+    return order
 
 
 def epoch_steps(num_pairs: int, batch_size: int) -> int:

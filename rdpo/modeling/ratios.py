@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rdpo.modeling.chat import Chat
+from rdpo.modeling.loading import learned_positions
 from rdpo.modeling.packing import PairSize, micro_batches
 from rdpo.records import Row
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LogRatio:
-    """log pi(y|x) - log ref(y|x) of one answer in nats, and its tokens; NaN where it has none."""
+    """log pi(y|x) - log ref(y|x) of one answer in nats, and its tokens; NaN where the models cannot read it."""
 
     nats: float = math.nan
     tokens: int = 0
@@ -34,17 +35,30 @@ class Ratios:
     budget: int
 
     def __call__(self, rows: Sequence[Row], column: str) -> list[LogRatio]:
-        """The log-ratios of the answers in `column`, which has its `_finish_reason` beside it."""
+        """The log-ratios of the answers in `column`, which has its `_finish_reason` beside it.
+
+        Where the tokens that were drawn are known (`_ids`), these are read: text may be read as other tokens.
+        """
         prompts = [self._prompt_ids(row) for row in rows]
-        answers = [self.chat.completion_ids(row[column], row[f"{column}_finish_reason"] == "stop") for row in rows]
+        answers = [self._answer_ids(row, column) for row in rows]
         sizes = [PairSize(len(prompt), len(answer), 0) for prompt, answer in zip(prompts, answers, strict=True)]
-        whole = [index for index, size in enumerate(sizes) if size.prompt and size.chosen]
+        vocabulary, limit = self.trained.config.vocab_size, learned_positions(self.trained.causal)
+        whole = [
+            index
+            for index, size in enumerate(sizes)
+            if size.prompt and size.chosen and (limit is None or size.longest <= limit)
+            if max(*prompts[index], *answers[index]) < vocabulary
+        ]
         ratios = [LogRatio()] * len(rows)
         for micro in micro_batches(whole, sizes, self.budget, self.trained.packed):
             own = ([ids[index] for index in micro.pairs] for ids in (prompts, answers))
             for index, nats in zip(micro.pairs, self._forward(*own), strict=True):
                 ratios[index] = LogRatio(nats, sizes[index].chosen)
         return ratios
+
+    def _answer_ids(self, row: Row, column: str) -> list[int]:
+        drawn: list[int] | None = row.get(f"{column}_ids")
+        return drawn or self.chat.completion_ids(row[column], row[f"{column}_finish_reason"] == "stop")
 
     def _prompt_ids(self, row: Row) -> list[int]:
         """Ids of the prompt; none if the template refuses it."""

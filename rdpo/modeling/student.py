@@ -2,20 +2,26 @@
 
 Precision, chunk of the head, layout, quantization and trust in the model's code are decided here, once. Training, the
 reference, the divergence of the evaluation and the log-probs of single tokens all take their policy from
-`student_forward`; numbers that are subtracted from each other come from the same arithmetic.
+`student_forward`, or from `student_reader`, which has compared it with the model's own logits; numbers that are
+subtracted from each other come from the same arithmetic.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rdpo.cluster.hardware import compute_dtype
 from rdpo.modeling.weights import ModelRef
 
 if TYPE_CHECKING:
     from rdpo.config import Job
+    from rdpo.modeling.chat import Chat
     from rdpo.modeling.model import ForwardSettings, Policy, Tuning
+    from rdpo.modeling.probe import ReadAs
+
+PROBE = [{"role": "user", "content": "x"}]
 
 
 def student_dtype(job: Job) -> str:
@@ -46,6 +52,86 @@ def student_forward(job: Job, merged: Path | None = None, to_train: bool = False
 
     folder = merged or ModelRef.student(job).folder()
     return load_policy(folder, forward_settings(job, merged is None), tuning_of(job) if to_train else None)
+
+
+def student_reader(job: Job, device: str, merged: Path | None = None) -> tuple[Policy, ReadAs]:
+    """The student on a device, to be read only, and the layout in which its log-probs are those of its own logits.
+
+    Args:
+        job: as for `student_forward`.
+        device: where it is read.
+        merged: as for `student_forward`.
+
+    Raises:
+        InputError: as `student_forward`, or its log-probs are not those of its own logits.
+    """
+    from rdpo.modeling.probe import settle_layout
+
+    policy = student_forward(job, merged).eval().to(device)
+    where = f"student.model {job.student.model}"
+    return policy, settle_layout(policy, where, job.training.layout)
+
+
+def check_student(job: Job, chat: Chat) -> None:
+    """Look at the student's checkpoint without reading its weights: whether it is whole, and can be trained as asked.
+
+    Raises:
+        InputError: tensors are missing, not used or of another shape; token ids lie beyond the embedding; texts may be
+            longer than it reads; it cannot be read in the layout, or not adapted or saved, as the job asks for.
+    """
+    from rdpo.modeling.loading import check_length
+    from rdpo.modeling.model import as_policy
+    from rdpo.modeling.saving import check_config_saves
+
+    where, student = f"student.model {job.student.model}", ModelRef.student(job)
+    model = checked_model(where, student, chat)
+    if model is None:
+        return
+
+    lengths = {
+        "reference.max_length": job.reference.max_length,
+        "evaluation.engine.max_model_len": job.evaluation.engine.max_model_len,
+    }
+    for setting, tokens in lengths.items():
+        check_length(where, model, setting, tokens)
+    check_config_saves(where, model.config)
+    if job.training.max_steps != 0:
+        _check_adapter(as_policy(model, forward_settings(job), tuning_of(job)))
+
+
+def checked_model(where: str, model: ModelRef, chat: Chat) -> Any | None:
+    """A causal language model without its numbers, compared with its checkpoint and its tokenizer.
+
+    None where the checkpoint is quantised: what it holds is not what its architecture has, and loading will tell.
+
+    Raises:
+        InputError: tensors are missing, not used or of another shape, or token ids lie beyond the embedding.
+    """
+    from transformers import AutoModelForCausalLM
+
+    from rdpo.modeling.loading import check_loaded, check_token_ids, outline
+
+    if getattr(model.config(), "quantization_config", None):
+        return None
+    outlined, info = outline(where, AutoModelForCausalLM, model.folder(), model.trust)
+    check_loaded(where, outlined, info)
+    check_token_ids(where, outlined, chat.tokenizer, used={*chat.prompt_ids(PROBE), chat.end_id})
+    return outlined
+
+
+def _check_adapter(policy: Policy) -> None:
+    """Raise if the adapter would not be trained: tried on the device that has no numbers."""
+    from rdpo.modeling.adapters import check_reached
+
+    if not policy.adapted:
+        return
+    batch = replace(policy.batch([[0, 0]], [[0, 0]], [[0]]), attention_mask=None).to("meta")
+    try:
+        hidden = policy.train().hidden_states(batch)
+    except (RuntimeError, NotImplementedError):
+        # A forward that looks at numbers, as where experts are chosen.
+        return
+    check_reached(policy.model, hidden)
 
 
 def forward_settings(job: Job, quantised: bool = True) -> ForwardSettings:

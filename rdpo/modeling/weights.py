@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 CONFIG = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"
 WEIGHTS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
+CODE = "*.py"
+"""Code that ships with a model: fetched, hashed, run and published where the job trusts it, else left where it is."""
 
 
 class ModelRef(NamedTuple):
@@ -51,11 +53,18 @@ class ModelRef(NamedTuple):
         Raises:
             InputError: there is no such model, or it has no safetensors weights.
         """
-        return local_model(self.name, self.revision)
+        return local_model(self.name, self.revision, code=self.trust)
 
     def fingerprint(self) -> str:
         """A hash of its weights, configuration and tokenizer."""
         return fingerprint(self.name, self.revision)
+
+    def code_fingerprint(self) -> str:
+        """A hash of the Python code that ships with it."""
+        total, folder = hashlib.blake2b(digest_size=16), self.folder()
+        for file in sorted(folder.rglob(CODE)):
+            total.update(str(file.relative_to(folder)).encode() + b"\0" + file.read_bytes())
+        return total.hexdigest()
 
     def config(self) -> Any:
         """Its configuration.
@@ -74,8 +83,8 @@ class ModelRef(NamedTuple):
         return load_tokenizer(*self)
 
 
-def local_model(name: str, revision: str | None = None, weights: bool = True) -> Path:
-    """Folder of a model on this machine; downloads or converts it if need be.
+def local_model(name: str, revision: str | None = None, weights: bool = True, code: bool = False) -> Path:
+    """Folder of a model on this machine; downloads or converts it if need be, with the `code` that ships with it.
 
     Raises:
         InputError: there is no such model, or it has no safetensors weights.
@@ -83,7 +92,7 @@ def local_model(name: str, revision: str | None = None, weights: bool = True) ->
     if is_remote(name):
         # What a store holds may have changed since the last call.
         return _checked_folder(fetched(name), weights)
-    return _model_of_name(name, revision, weights)
+    return _model_of_name(name, revision, weights, code)
 
 
 def named_anywhere(name: str) -> str:
@@ -94,10 +103,10 @@ def named_anywhere(name: str) -> str:
 
 
 @lru_cache(maxsize=64)
-def _model_of_name(name: str, revision: str | None, weights: bool) -> Path:
+def _model_of_name(name: str, revision: str | None, weights: bool, code: bool) -> Path:
     path = _place(name)
     if path is None:
-        return _downloaded(name, revision, weights)
+        return _downloaded(name, revision, weights, code)
     return _checked_folder(path, weights) if path.is_dir() else _dequantised(path)
 
 
@@ -159,12 +168,13 @@ def model_config(name: str, revision: str | None = None, trust_remote_code: bool
     Raises:
         InputError: there is no such model, or it cannot be read without running code that ships with it.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
-    folder = local_model(name, revision)
+    folder = local_model(name, revision, code=trust_remote_code)
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, StrictDataclassError) as error:
         raise InputError(f"model {name}: {_unreadable(error, CONFIG)}") from None
 
 
@@ -183,7 +193,7 @@ def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
     """
     from transformers import AutoTokenizer
 
-    folder = local_model(name, revision)
+    folder = local_model(name, revision, code=trust_remote_code)
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
@@ -228,12 +238,12 @@ def _checked_folder(path: Path, weights: bool) -> Path:
     return path.resolve()
 
 
-def _downloaded(name: str, revision: str | None, weights: bool) -> Path:
+def _downloaded(name: str, revision: str | None, weights: bool, code: bool) -> Path:
     from huggingface_hub import snapshot_download
 
-    patterns = WEIGHTS if weights else WEIGHTS[1:]
+    patterns = [*(WEIGHTS if weights else WEIGHTS[1:]), *([CODE] if code else [])]
     try:
-        folder = snapshot_download(name, revision=revision, allow_patterns=list(patterns))
+        folder = snapshot_download(name, revision=revision, allow_patterns=patterns)
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
         raise InputError(

@@ -113,7 +113,7 @@ def _footprint(
     """Packed attention on a GPU, without its arithmetic; as transformers calls it."""
 
     def kernel(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        output: torch.Tensor = _FlashFootprint.apply(queries, keys, values)
+        output: torch.Tensor = _FlashFootprint.apply(queries, keys, values)  # type: ignore[no-untyped-call]
         return output
 
     return flash_by_sequence(query, key, value, sequences(spans, query.device), None, None, kernel), None
@@ -154,7 +154,8 @@ def _step_peak(policy: Policy, pairs: Sequence[PairSize]) -> int:
             weight.register_post_accumulate_grad_hook(_forget_gradient)
     with Memory(held) as memory:
         policy(batch).sum().backward()
-    return memory.peak
+    peak: int = memory.peak
+    return peak
 
 
 def _forget_gradient(weight: torch.Tensor) -> None:
@@ -165,7 +166,7 @@ class Memory(TorchDispatchMode):
     """Bytes of all tensors made in its context, as they are now and at most."""
 
     def __init__(self, held: list[torch.Tensor]):
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self.known = WeakIdKeyDictionary()
         for tensor in held:

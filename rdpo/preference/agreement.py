@@ -12,6 +12,8 @@ import pyarrow as pa
 from rdpo.config import Pairs
 
 COLUMNS = ["chosen_from", "rejected_from", "chosen_scores", "rejected_scores"]
+SWAPPED = "swapped"
+"""The column of pairs whose sides stand the other way round than the settings name them."""
 
 
 @dataclass
@@ -29,8 +31,11 @@ def agreement(parts: Iterable[pa.Table], settings: Pairs) -> dict[str, Agreement
     named = [(settings.chosen, settings.rejected), *((sides.chosen, sides.rejected) for sides in settings.also)]
     sums: dict[str, Tally] = {}
     for part in parts:
-        for pair in part.select(COLUMNS).to_pylist():
-            against = (pair["rejected_from"], pair["chosen_from"]) in named
+        for pair in part.select([*COLUMNS, *({SWAPPED} & {*part.column_names})]).to_pylist():
+            against = pair.get(SWAPPED)
+            if against is None:
+                # Pairs of earlier versions do not say it; of theirs only the names tell.
+                against = (pair["rejected_from"], pair["chosen_from"]) in named
             sides = ("rejected_scores", "chosen_scores") if against else ("chosen_scores", "rejected_scores")
             first, second = (pair[side] or {} for side in sides)
             for name, score in first.items():

@@ -1,15 +1,15 @@
 """From scored answers to preference pairs: who is chosen, by how much, and which pairs are no use.
 
 Adds `chosen` and `rejected` (one assistant message each, so that the table is a conversational
-preference data set as it stands), `score_chosen`, `score_rejected`, `reward_gap`, for both sides
-whether the answer was finished, `heldout` for those that are not trained on, and the `defects` of the conversation that
-they come from.
+preference data set as it stands), `score_chosen`, `score_rejected`, `reward_gap`, whether the sides were `swapped`
+against what the settings name, for both sides whether the answer was finished, `heldout` for those that are not
+trained on, and the `defects` of the conversation that they come from.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
@@ -20,7 +20,7 @@ from rdpo.config import Pairs as Settings
 from rdpo.config.task import Task, Turn
 from rdpo.errors import InputError
 from rdpo.preference.shaping import Shaping, find_length_coef, matrix, mean_length_gap
-from rdpo.records import HELDOUT, ID_COLUMN, SIDES, Row, drop, prompt_id, table_of, unit_draw
+from rdpo.records import HELDOUT, ID_COLUMN, QUESTION, SIDES, Row, drop, prompt_id, table_of, unit_draw
 from rdpo.synthesis.defects import defects
 from rdpo.synthesis.instructions import beginning, load_task, question_of
 
@@ -31,19 +31,45 @@ COPY = "#"
 BATCH_ROWS = 1024
 
 
-def make_pairs(rows: ray.data.Dataset, job: Job, length_coef: float = 0.0) -> ray.data.Dataset:
+def make_pairs(
+    rows: ray.data.Dataset, job: Job, length_coef: float = 0.0, drawn_by: Mapping[str, str] | None = None
+) -> ray.data.Dataset:
     """Turn rows with scores into rows with a preference pair, or drop them with a reason.
 
-    `length_coef` is what a character costs in the choice of best and worst.
+    `length_coef` is what a character costs in the choice of best and worst; `drawn_by` has, by question, the prompt
+    whose draw decides whether pairs are held out, where it is another than their own.
     """
-    arguments = {"job": job, "length_coef": length_coef}
+    arguments = {"job": job, "length_coef": length_coef, "drawn_by": drawn_by}
     return rows.map_batches(pairs_table, fn_kwargs=arguments, batch_format="pyarrow", batch_size=BATCH_ROWS)
 
 
-def pairs_table(table: pa.Table, job: Job, length_coef: float = 0.0) -> pa.Table:
+def pairs_table(
+    table: pa.Table, job: Job, length_coef: float = 0.0, drawn_by: Mapping[str, str] | None = None
+) -> pa.Table:
     """Pairs of one block."""
     task = load_task(job.synthesis.task) if job.synthesis.task else None
-    return table_of([_pair(row, job, task, length_coef) for row in table.to_pylist()])
+    pairs = []
+    for row in table.to_pylist():
+        drawn = (drawn_by or {}).get(row.get(QUESTION)) or prompt_id(row["prompt"])
+        pairs.append(_pair(row, job, task, length_coef, drawn))
+    return table_of(pairs)
+
+
+def drawn_together(prompts: Iterable[pa.Table]) -> dict[str, str]:
+    """For each question that several prompts ask, in other letters or templates, the first of them.
+
+    `prompts` are parts of the prompts stage with `question_id`, `prompt`, `source` and `line`. Held-out pairs are drawn
+    by prompt; by these all pairs of one question are drawn alike.
+    """
+    first: dict[str, tuple[str, int, str]] = {}
+    several: set[str] = set()
+    for row in (row for part in prompts for row in part.to_pylist()):
+        question, found = row[QUESTION], (row["source"], row["line"], prompt_id(row["prompt"]))
+        known = first.setdefault(question, found)
+        if known[2] != found[2]:
+            several.add(question)
+        first[question] = min(known, found)
+    return {question: first[question][2] for question in several}
 
 
 def shaping_of(parts: Iterable[pa.Table], settings: Settings) -> Shaping | None:
@@ -85,10 +111,10 @@ def _sides(row: Row, settings: Settings) -> Sides:
     return settings.also[int(number) - 1] if number else Sides(chosen=settings.chosen, rejected=settings.rejected)
 
 
-def _pair(row: Row, job: Job, task: Task | None, length_coef: float) -> Row:
+def _pair(row: Row, job: Job, task: Task | None, length_coef: float, drawn_by: str) -> Row:
     settings, sides = job.pairs, _sides(row, job.pairs)
     # The same prompts whatever the seed, so that runs with other seeds are measured on the same pairs.
-    heldout = unit_draw(0, prompt_id(row["prompt"]), "heldout pairs") < settings.heldout_fraction
+    heldout = unit_draw(0, drawn_by, "heldout pairs") < settings.heldout_fraction
     flipped = not heldout and unit_draw(job.seed, row[ID_COLUMN], "flip") < settings.flip
     pair = pair_row(row, settings, sides, length_coef) | {HELDOUT: heldout}
     if {sides.chosen, sides.rejected} & {BEST, WORST} and len(_usable(row, settings)) < settings.min_samples:
@@ -132,7 +158,8 @@ def pair_row(row: Row, settings: Settings, sides: Sides | None = None, length_co
     """One row with its pair: sides as named, or by score with `direction = "reward"`."""
     sides = sides or Sides(chosen=settings.chosen, rejected=settings.rejected)
     chosen, rejected = (_turn(row, settings, side, length_coef) for side in (sides.chosen, sides.rejected))
-    if settings.direction == "reward" and row[f"{rejected}_score"] > row[f"{chosen}_score"]:
+    swapped = settings.direction == "reward" and row[f"{rejected}_score"] > row[f"{chosen}_score"]
+    if swapped:
         chosen, rejected = rejected, chosen
     pair = {
         ID_COLUMN: row[ID_COLUMN],
@@ -141,8 +168,11 @@ def pair_row(row: Row, settings: Settings, sides: Sides | None = None, length_co
         "rejected": [{"role": "assistant", "content": row[rejected]}],
         "chosen_from": chosen,
         "rejected_from": rejected,
+        "swapped": swapped,
         "dropped": row.get("dropped"),
     }
+    if row.get(QUESTION):
+        pair[QUESTION] = row[QUESTION]
     for side, turn in (("chosen", chosen), ("rejected", rejected)):
         pair[f"score_{side}"] = row[f"{turn}_score"]
         pair[f"{side}_scores"] = row[f"{turn}_scores"]
@@ -190,8 +220,8 @@ def sound(pair: Row, settings: Settings) -> Row:
 def exchanged(pair: Row) -> Row:
     """The pair with its sides in each other's place, scores and all."""
     other = {"chosen": "rejected", "rejected": "chosen"}
-    swapped = {name: pair[re.sub("chosen|rejected", lambda side: other[side[0]], name)] for name in pair}
-    return {**swapped, "reward_gap": -pair["reward_gap"]}
+    other_way = {name: pair[re.sub("chosen|rejected", lambda side: other[side[0]], name)] for name in pair}
+    return {**other_way, "reward_gap": -pair["reward_gap"], "swapped": not pair["swapped"]}
 
 
 def wide_enough(pair: Row, settings: Settings) -> Row:

@@ -7,6 +7,7 @@ key holds the weights' fingerprint, so a cached value never outlives the weights
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +16,11 @@ import pyarrow as pa
 from rdpo.cluster.hardware import allocator_environment, take_device
 from rdpo.cluster.pools import Pool
 from rdpo.config import Job
+from rdpo.errors import InputError
+from rdpo.files.stage_folder import StageFolder
 from rdpo.modeling.chat import Chat, load_chat
 from rdpo.modeling.packing import MicroBatch, PairSize, micro_batches
-from rdpo.modeling.student import student_forward
+from rdpo.modeling.student import student_reader
 from rdpo.modeling.weights import ModelRef
 from rdpo.preference.known_logps import KnownLogps, recalled
 from rdpo.records import SIDES, Row, alive, drop
@@ -27,12 +30,40 @@ if TYPE_CHECKING:
 
     from rdpo.modeling.model import Policy
 
+ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+REASON_CHARS = 200
 
-def add_reference(rows: ray.data.Dataset, job: Job, known: KnownLogps | None = None) -> ray.data.Dataset:
-    """Add token ids and the reference's log-probs to the rows of pairs; those `known` are not computed again."""
+FORWARD = "forward.json"
+"""In the folder of the reference: the layout in which log-probs are those of the model's own logits."""
+
+
+def add_reference(
+    rows: ray.data.Dataset, job: Job, known: KnownLogps | None = None, run_dir: str | None = None
+) -> ray.data.Dataset:
+    """Add token ids and the reference's log-probs to the rows of pairs; those `known` are not computed again.
+
+    How the model was read is noted in the run's folder of the reference.
+    """
     import ray
 
-    return reference_pool(job).map(rows, Reference, job=job, known=ray.put(known) if known else None)
+    arguments = {"job": job, "known": ray.put(known) if known else None, "run_dir": run_dir}
+    return reference_pool(job).map(rows, Reference, **arguments)
+
+
+def as_referred(job: Job, run_dir: str) -> Job:
+    """The job, its layout made definite by what was found when the reference was read.
+
+    Raises:
+        InputError: it asks for packed rows, and they are not exact.
+    """
+    forward = StageFolder(run_dir, "reference").read_json(FORWARD)
+    if not forward or job.training.layout == "padded":
+        return job
+    if job.training.layout == "packed" and not forward["packable"]:
+        why = f" ({forward['why']})" if forward["why"] else ""
+        raise InputError(f"training.layout: packed rows of {job.student.model} are not exact{why}; use auto or padded")
+    layout = "packed" if forward["packable"] else "padded"
+    return job.model_copy(update={"training": job.training.model_copy(update={"layout": layout})})
 
 
 def reference_pool(job: Job) -> Pool:
@@ -42,12 +73,18 @@ def reference_pool(job: Job) -> Pool:
     return Pool("reference", "reference", settings.concurrency, 1, settings.gpus, nodes, environment=environment)
 
 
-def tokenize_pair(row: Row, chat: Chat, max_length: int) -> Row:
-    """The row with the ids of prompt and both completions, or dropped with the reason."""
-    ids: dict[str, Any] = {"prompt_ids": chat.prompt_ids(row["prompt"])}
-    for side in SIDES:
-        answer = row[side][0]["content"]
-        ids[f"{side}_ids"] = chat.completion_ids(answer, row[f"{side}_finished"])
+def tokenize_pair(row: Row, chat: Chat, max_length: int, vocabulary: int | None = None) -> Row:
+    """The row with the ids of prompt and both completions, or dropped with the reason.
+
+    `vocabulary`: how many ids the model has a row for.
+    """
+    answers = {side: (row[side][0]["content"], row[f"{side}_finished"]) for side in SIDES}
+    try:
+        found = chat.pair_ids(row["prompt"], answers)
+    except ValueError as error:
+        without: dict[str, Any] = {name: [] for name in ID_COLUMNS}
+        return drop({**row, **without, "dropped": None}, f"chat template refuses the pair: {str(error)[:REASON_CHARS]}")
+    ids = {f"{name}_ids": tokens for name, tokens in found.items()}
     row = {**row, **ids, "dropped": None}
     if not (ids["chosen_ids"] and ids["rejected_ids"]):
         return drop(row, "a completion has no tokens")
@@ -55,6 +92,8 @@ def tokenize_pair(row: Row, chat: Chat, max_length: int) -> Row:
         return drop(row, "chosen and rejected have the same tokens")
     if pair_size(row).longest > max_length:
         return drop(row, "pair is longer than reference.max_length")
+    if vocabulary is not None and max(map(max, ids.values())) >= vocabulary:
+        return drop(row, "a token lies beyond the model's embedding")
     return row
 
 
@@ -66,25 +105,34 @@ def pair_size(row: Row) -> PairSize:
 class Reference:
     """A Ray Data actor that holds the reference model, once there is a pair whose log-probs are not known.
 
-    `known`: an object reference to `KnownLogps`.
+    `known`: an object reference to `KnownLogps`. `run_dir`: where it is noted how the model was read.
     """
 
-    def __init__(self, job: Job, known: Any = None):
+    def __init__(self, job: Job, known: Any = None, run_dir: str | None = None):
         import ray
 
-        self.job, self.settings = job, job.reference
+        self.job, self.settings, self.run_dir = job, job.reference, run_dir
         self.known: KnownLogps = ray.get(known) if known else {}
         self.device = take_device(self.settings.gpus, self.settings.cpus)
-        self.chat = load_chat(ModelRef.student(job))
+        student = ModelRef.student(job)
+        self.chat, self.vocabulary = load_chat(student, job.date), student.config().get_text_config().vocab_size
 
     @cached_property
     def policy(self) -> Policy:
-        """The reference model."""
-        return student_forward(self.job).eval().to(self.device)
+        """The reference model, once its log-probs are known to be those of its own logits.
+
+        Raises:
+            InputError: they are not.
+        """
+        policy, read_as = student_reader(self.job, self.device)
+        if self.run_dir:
+            StageFolder(self.run_dir, "reference").write_json(FORWARD, asdict(read_as))
+        return policy
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Tokenize a block of pairs and add their log-probs."""
-        pairs = (tokenize_pair(row, self.chat, self.settings.max_length) for row in batch.to_pylist())
+        longest, vocabulary = self.settings.max_length, self.vocabulary
+        pairs = (tokenize_pair(row, self.chat, longest, vocabulary) for row in batch.to_pylist())
         rows = [recalled(pair, self.known) for pair in pairs]
         missing = [index for index, row in enumerate(rows) if alive(row) and row["reference_chosen_logps"] is None]
         if missing:
@@ -100,7 +148,7 @@ class Reference:
         import torch
 
         pairs = [rows[index] for index in micro.pairs]
-        columns = ([pair[name] for pair in pairs] for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
+        columns = ([pair[name] for pair in pairs] for name in ID_COLUMNS)
         with torch.inference_mode():
             logps = self.policy(self.policy.batch(*columns).to(self.device)).cpu()
         for pair, chosen, rejected in zip(pairs, *logps.view(2, len(pairs)).tolist(), strict=True):
@@ -108,7 +156,7 @@ class Reference:
 
 
 def _schema(pairs: pa.Schema) -> pa.Schema:
-    ids = [pa.field(name, pa.list_(pa.int32())) for name in ("prompt_ids", "chosen_ids", "rejected_ids")]
+    ids = [pa.field(name, pa.list_(pa.int32())) for name in ID_COLUMNS]
     logps = [pa.field(f"reference_{side}_logps", pa.float64()) for side in SIDES]
     kept = [field for field in pairs if field.name != "dropped"]
     return pa.schema([*kept, *ids, *logps, pa.field("dropped", pa.string())])

@@ -1,24 +1,26 @@
 """Experience replay: generated pairs mixed with ready ones, so that a round forgets less (DICE, arXiv 2406.09760).
 
 With N ready pairs and the share gamma, as DICE's code counts: min(int(N (1 - gamma)), all) generated pairs are used,
-and int(gamma n / (1 - gamma)) ready ones beside these n. A prompt is never in both; prompts held out for evaluation
-are in neither. gamma = 0 takes all generated pairs and no ready one; gamma = 1, where the code would divide by zero,
-all ready ones and no generated one.
+and int(gamma n / (1 - gamma)) ready ones beside these n. Pairs that are held out of training do not count. A question
+is never in both; those held out for evaluation are in neither. gamma = 0 takes all generated pairs and no ready one;
+gamma = 1, where the code would divide by zero, all ready ones and no generated one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from rdpo.config import Job, Pairs, Replay, Synthesis
-from rdpo.preference.pairs import make_pairs
+from rdpo.preference.pairs import COPY, make_pairs
 from rdpo.preference.rewards import score_answers
-from rdpo.records import ID_COLUMN, SIDES, alive, digest, prompt_id
+from rdpo.records import HELDOUT, ID_COLUMN, QUESTION, SIDES, alive, digest
 from rdpo.synthesis.given import given_answers
 from rdpo.synthesis.prompts import beside, read_prompts, without_duplicates
 
@@ -28,11 +30,11 @@ if TYPE_CHECKING:
 GENERATED = "its prompt is among the generated pairs"
 HELD_OUT = "its prompt is held out for evaluation"
 LEFT_OVER = "not drawn for the mix"
-COMMON = [ID_COLUMN, "prompt", "dropped"]
+COMMON = [ID_COLUMN, QUESTION, "prompt", "dropped"]
 """The columns of a line that is no pair."""
 
 Keyed = list[tuple[str, str]]
-"""Ids of pairs, each with the identity of its prompt."""
+"""Ids of pairs, each with the identity of its question."""
 
 
 @dataclass(frozen=True)
@@ -50,29 +52,55 @@ def mix_counts(generated: int, offline: int, share: float) -> tuple[int, int]:
     """How many generated and how many ready pairs are used, of so many."""
     if share in (0.0, 1.0):
         return (generated, 0) if share == 0 else (0, offline)
-    used = min(int(offline * (1 - share)), generated)
-    return used, int(share * used / (1 - share))
+    # The number as it is written: in binary floating point 100 (1 - 0.9) is 9.99…, one pair less.
+    used = min(int(offline * (1 - Fraction(repr(share)))), generated)
+    return used, _beside(used, share)
 
 
 def draw_mix(generated: Keyed, offline: Keyed, heldout: frozenset[str], share: float, seed: int) -> Mix:
-    """Draw the pairs of a mix, without replacement; `heldout` are prompts that must not be trained on."""
-    used, wanted = mix_counts(len(generated), len(offline), share)
-    taken = sorted(generated, key=lambda pair: place(pair[0], seed))[:used]
-    prompts = {prompt for _, prompt in taken}
+    """Draw the pairs of a mix, without replacement, from those that may be trained on.
+
+    `heldout` are questions that must not be. Where too few ready pairs are left beside the generated ones, fewer of
+    these are used, so that the share is what was asked for.
+    """
+    most, wanted = mix_counts(len(generated), len(offline), share)
+    ordered = sorted(generated, key=lambda pair: place(pair[0], seed))
+    ready = sorted(offline, key=lambda pair: place(pair[0], seed))
+    used = _most_with_share(ordered[:most], [question for _, question in ready if question not in heldout], share)
+    if used < most:
+        wanted = _beside(used, share)
+
+    questions = {question for _, question in ordered[:used]}
     reasons: dict[str, str] = {}
     drawn = 0
-    for name, prompt in sorted(offline, key=lambda pair: place(pair[0], seed)):
-        if prompt in heldout:
+    for name, question in ready:
+        if question in heldout:
             reasons[name] = HELD_OUT
-        elif prompt in prompts:
+        elif question in questions:
             reasons[name] = GENERATED
         elif drawn == wanted:
             reasons[name] = LEFT_OVER
         else:
             drawn += 1
-    everything = used == len(generated)
-    last = None if everything else place(taken[-1][0], seed) if taken else ""
+    last = None if used == len(generated) else place(ordered[used - 1][0], seed) if used else ""
     return Mix(used, last, drawn, reasons)
+
+
+def _most_with_share(ordered: Keyed, ready: list[str], share: float) -> int:
+    """How many generated pairs, the first in the order, leave enough ready ones of other questions beside them."""
+    first: dict[str, int] = {}
+    for number, (_, question) in enumerate(ordered):
+        first.setdefault(question, number)
+    # A ready pair is left beside n generated ones if the first of its question is not among them.
+    places = sorted(first.get(question, len(ordered)) for question in ready)
+    counts = range(len(ordered), 0, -1)
+    return next((n for n in counts if len(places) - bisect_left(places, n) >= _beside(n, share)), 0)
+
+
+def _beside(used: int, share: float) -> int:
+    """How many ready pairs stand beside so many generated ones."""
+    gamma = Fraction(repr(share))
+    return int(gamma * used / (1 - gamma))
 
 
 def place(pair: str, seed: int) -> str:
@@ -80,14 +108,29 @@ def place(pair: str, seed: int) -> str:
     return digest(seed, pair, "replay")
 
 
-def keyed(parts: Iterable[pa.Table]) -> Keyed:
-    """Ids and prompts of pairs."""
-    return [(row[ID_COLUMN], prompt_id(row["prompt"])) for part in parts for row in part.to_pylist()]
-
-
 def until(batch: pa.Table, last: str, seed: int) -> pa.Table:
-    """The generated pairs that were drawn."""
-    return batch.filter(pa.array([place(name, seed) <= last for name in batch[ID_COLUMN].to_pylist()], pa.bool_()))
+    """The generated pairs that were drawn, and those that are held out of training, on which it is measured."""
+    drawn = pa.array([place(name, seed) <= last for name in batch[ID_COLUMN].to_pylist()], pa.bool_())
+    return batch.filter(pc.or_(drawn, held_out(batch)) if HELDOUT in batch.column_names else drawn)
+
+
+def held_out(pairs: pa.Table) -> pa.ChunkedArray:
+    """Which of the pairs (n,) are held out of training."""
+    return pc.fill_null(pairs[HELDOUT].cast(pa.bool_()), False)
+
+
+def keyed(pairs: Iterable[pa.Table], questions: Mapping[str, str]) -> Keyed:
+    """Generated pairs that are trained on, with the question of their row in `questions`, by its id."""
+    names: list[str] = []
+    for part in pairs:
+        names += part.filter(pc.invert(held_out(part)))[ID_COLUMN].to_pylist()
+    # Further pairs of a row have its id with a number behind it.
+    return [(name, questions[name.partition(COPY)[0]]) for name in names]
+
+
+def keyed_ready(batches: Iterable[pa.Table]) -> Keyed:
+    """Ready pairs with their questions."""
+    return [(row[ID_COLUMN], row[QUESTION]) for batch in batches for row in batch.to_pylist()]
 
 
 def offline_pairs(job: Job, replay: Replay) -> ray.data.Dataset:
@@ -115,5 +158,5 @@ def with_reasons(batch: pa.Table, reasons: dict[str, str], schema: pa.Schema) ->
 
 
 def usable(batch: pa.Table) -> pa.Table:
-    """Id and prompt of the ready pairs that are pairs."""
-    return batch.filter(pc.is_null(batch["dropped"].cast(pa.string()))).select([ID_COLUMN, "prompt"])
+    """Id and question of the ready pairs that are pairs."""
+    return batch.filter(pc.is_null(batch["dropped"].cast(pa.string()))).select([ID_COLUMN, QUESTION])

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from rdpo.evaluation.compare import Estimate, Values
+from rdpo.evaluation.intervals import Estimate, Values
 
 BEFORE, AFTER, OTHER = "#7a808a", "#3d78e0", "#c75a3b"
 PALETTE = (AFTER, OTHER, "#3a8f5c", "#9a5bc4", "#a07a1c", "#2a8c9c", "#c4508a", BEFORE)

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
-from rdpo.evaluation.compare import Values
+from rdpo.evaluation.intervals import Values
 from rdpo.files.stage_folder import StageFolder
 from rdpo.records import ID_COLUMN, SIDES
 
@@ -29,9 +30,15 @@ class PairColumns:
     rejected_chars: Values
 
     def same_side(self) -> dict[tuple[str, str], float]:
-        """For any two rewards the share of pairs on which they prefer the same side; undecided ones count half."""
+        """For any two rewards the share of pairs on which they prefer the same side; undecided ones count half.
+
+        Of pairs that both scored; NaN where there are none.
+        """
         sides = {name: np.sign(self.chosen[name] - self.rejected[name]) for name in self.chosen}
-        return {(one, other): float((1 + sides[one] * sides[other]).mean() / 2) for one in sides for other in sides}
+        agreed = {(one, other): (1 + sides[one] * sides[other]) / 2 for one in sides for other in sides}
+        # Not every row has the data set's own scores.
+        known = {names: shares[np.isfinite(shares)] for names, shares in agreed.items()}
+        return {names: float(shares.mean()) if len(shares) else float("nan") for names, shares in known.items()}
 
     @property
     def chosen_longer(self) -> float:
@@ -163,4 +170,5 @@ def _chars(table: pa.Table, side: str) -> Values:
     if not table.num_rows:
         return np.zeros(0)
     answers = pc.struct_field(pc.list_element(table[side], 0), "content")
-    return pc.utf8_length(answers).to_numpy().astype(float)
+    lengths: NDArray[np.float64] = pc.utf8_length(answers).to_numpy().astype(float)
+    return lengths

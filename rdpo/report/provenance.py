@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from rdpo.files.stage_folder import Manifest
+from rdpo.files.manifest import Manifest
 
 
 @dataclass

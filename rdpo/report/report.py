@@ -11,10 +11,12 @@ import numpy as np
 from markupsafe import Markup
 
 from rdpo.config import Job
-from rdpo.evaluation.compare import Values
+from rdpo.evaluation.compare import KL_ANSWERS, LOG_RATIO
+from rdpo.evaluation.intervals import Estimate, Values, with_interval
 from rdpo.execution.reader import RunReader
 from rdpo.execution.run import Run
-from rdpo.files.stage_folder import IN_PROGRESS, Manifest
+from rdpo.files.manifest import Manifest
+from rdpo.files.stage_folder import IN_PROGRESS
 from rdpo.report import charts
 from rdpo.report.alerts import alerts
 from rdpo.report.columns import PairColumns, PromptColumns, pair_columns, prompt_columns, prompt_lengths
@@ -116,11 +118,11 @@ def headline(run_dir: str) -> list[str]:
             f"win rate    {rate['mean']:.3f} (95% interval {rate['low']:.3f} to {rate['high']:.3f}) of the trained "
             f"model by {reward['reward']}, {kind}; mean {reward['start_mean']:.3f} -> {reward['trained_mean']:.3f}"
         )
-    if summary.get("kl"):
+    if summary.get("length"):
         length = {side: value["mean"] for side, value in summary["length"].items()}
         stop = {side: value["mean"] for side, value in summary["stop_rate"].items()}
         lines.append(
-            f"on {summary['prompts']} held-out prompts: KL {summary['kl']['mean']:.1f} nats, tokens "
+            f"on {summary['prompts']} held-out prompts: {_moved(summary)}tokens "
             f"{length['start']:.0f} -> {length['trained']:.0f}, stop rate {stop['start']:.2f} -> {stop['trained']:.2f}"
         )
     if retention:
@@ -130,6 +132,14 @@ def headline(run_dir: str) -> list[str]:
             f"on {retention['texts']} other texts: perplexity {factor['mean']:.3f} times the start model's ({interval})"
         )
     return lines
+
+
+def _moved(summary: Section) -> str:
+    """How far the trained model is from its start, by the name of what was measured; nothing if nothing was."""
+    if not summary.get("kl"):
+        return ""
+    estimate = with_interval(Estimate(**summary["kl"]), ".1f")
+    return f"{'KL' if KL_ANSWERS in summary else LOG_RATIO} {estimate} nats, "
 
 
 def _seconds(manifests: Manifests) -> float:

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from markupsafe import Markup
 
 from rdpo.config import Job
-from rdpo.evaluation.compare import Values
+from rdpo.evaluation.intervals import Values
 from rdpo.files.stage_folder import StageFolder
 from rdpo.records import ID_COLUMN, Row, text_of
 from rdpo.report.columns import MODELS, PromptColumns

@@ -25,7 +25,7 @@ def settings(job: Job) -> dict[str, Any]:
     tried = tried_rewards(job)
     rewards = reward_settings(job.model_copy(update={"rewards": tried}))
     return {
-        **trial_prompts(job).model_dump(exclude={"source"}),
+        **trial_prompts(job).model_dump(exclude={"source", "near_duplicates"}),
         "content": content_hash(known_pairs(job)),
         **tokenizer_settings(job),
         "seed": job.seed if any(kind_of(reward).seeded for reward in tried) else None,

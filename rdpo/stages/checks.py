@@ -19,6 +19,7 @@ def prepare(job: Job, say: Say) -> bool:
     from rdpo.cluster.installed import check_cpu_engines, check_installed
     from rdpo.cluster.placement import Nodes, check_room, fit_side_by_side
     from rdpo.modeling.chat import load_chat
+    from rdpo.modeling.student import check_student
     from rdpo.modeling.weights import ModelRef
     from rdpo.preference.rewards import check_rewards
     from rdpo.stages.pools import pools_of
@@ -26,8 +27,10 @@ def prepare(job: Job, say: Say) -> bool:
 
     check_templates(job.prompts)
     student = ModelRef.student(job)
-    student.config()
-    load_chat(student)
+    chat = load_chat(student, job.date)
+    check_student(job, chat)
+    if not chat.ending:
+        say(f"{student.name}: its chat template ends an answer without a token that ends generation; no end is trained")
     pools = pools_of(job)
     check_cpu_engines(pools)
     _check_teacher(job)
@@ -57,10 +60,12 @@ def check_named(job: Job) -> None:
 
 
 def _check_teacher(job: Job) -> None:
+    from rdpo.modeling.chat import load_chat
     from rdpo.modeling.weights import ModelRef, local_adapter
     from rdpo.preference.pairs import scored_answers
     from rdpo.synthesis.endpoint import check_endpoint
     from rdpo.synthesis.instructions import beginning, check_prefills, load_task
+    from rdpo.synthesis.teacher import check_conversations
 
     scored_answers(job)
     for section, condition in (("pairs", job.pairs.condition), ("evaluation", job.evaluation.condition)):
@@ -70,7 +75,9 @@ def _check_teacher(job: Job) -> None:
     if job.evaluation.refine and job.pairs.chosen not in answers:
         raise InputError(f"evaluation.refine: pairs.chosen = {job.pairs.chosen!r} is no turn; name one of {answers}")
     if not job.synthesis.endpoint:
-        ModelRef.of(job, job.synthesis.teacher).folder()
+        chat = load_chat(ModelRef.of(job, job.synthesis.teacher), job.date)
+        if job.synthesis.task:
+            check_conversations(load_task(job.synthesis.task), chat, job.prompts.system)
         if job.synthesis.adapter:
             local_adapter(job.synthesis.adapter)
     elif job.synthesis.task:

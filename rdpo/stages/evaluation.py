@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from rdpo.execution.stage import RowWork, Source, Stage
-from rdpo.records import HELDOUT, ID_COLUMN, Row, digest, table_of
+from rdpo.records import HELDOUT, ID_COLUMN, Messages, Row, digest, table_of
 from rdpo.stages.prompts import split_source
-from rdpo.stages.settings import question_settings, student_settings
+from rdpo.stages.settings import prefill_settings, question_settings, rendering_of_student, student_settings
 
 if TYPE_CHECKING:
     import ray.data
@@ -20,15 +21,19 @@ if TYPE_CHECKING:
 
 def settings(job: Job) -> dict[str, Any]:
     """Settings of the evaluation stage."""
+    from rdpo.config.evaluation import KL_ANSWERS
     from rdpo.preference.rewards import reward_settings
 
     asked = question_settings(job, job.evaluation.condition or ("refine" if job.evaluation.refine else None))
     final = {"final": job.pairs.chosen} if job.evaluation.refine else {}
     start = {"start": start_settings(job)}
+    # Evaluations that were made before KL had answers of its own are not made again for it.
+    left_out = {"samples", "kl_answers"} if job.evaluation.kl_answers == KL_ANSWERS else {"samples"}
     return {
         **final,
-        **job.evaluation.model_dump(exclude={"samples"}),
+        **job.evaluation.model_dump(exclude=left_out),
         **asked,
+        **(prefill_settings(job) if job.evaluation.refine else {}),
         **start,
         "rewards": reward_settings(job),
         "seed": job.seed,
@@ -37,10 +42,14 @@ def settings(job: Job) -> dict[str, Any]:
 
 def start_settings(job: Job) -> dict[str, Any]:
     """What the start model's answers to the held-out prompts depend on, beside the prompts."""
+    # Named only where there is one: what was answered without a condition is answered still.
+    condition = {"condition": job.evaluation.condition} if job.evaluation.condition else {}
     return {
         **job.evaluation.model_dump(include={"sampling", "engine"}),
+        **condition,
         **question_settings(job, job.evaluation.condition),
         "student": student_settings(job),
+        **rendering_of_student(job),
         "seed": job.seed,
     }
 
@@ -54,7 +63,8 @@ def evaluate(rows: ray.data.Dataset, run: Run) -> ray.data.Dataset:
     """Answers of both models, their scores and the divergence."""
     import ray.data
 
-    from rdpo.evaluation.generate import START, TRAINED, add_divergence, answer_prompts
+    from rdpo.evaluation.compare import DRAWN
+    from rdpo.evaluation.generate import START, TRAINED, add_divergence, answer_prompts, questions
     from rdpo.files.stores import is_remote
     from rdpo.modeling.weights import ModelRef
     from rdpo.preference.rewards import score_answers
@@ -65,24 +75,30 @@ def evaluate(rows: ray.data.Dataset, run: Run) -> ray.data.Dataset:
     # A store's name holds on every machine of a cluster; the place of this machine's copy does not.
     start = student.name if is_remote(student.name) else str(student.folder())
     trained = run.folder("policy").address(MERGED)
-    known = {START: _start_answers(run)}
-    answered = answer_prompts(rows.take_all(), job, {START: start, TRAINED: trained}, known)
+    prompts = rows.take_all()
+    asked = {row[ID_COLUMN]: row["prompt"] for row in questions(prompts, job)}
+    known = {START: _start_answers(run, asked)}
+    answered = answer_prompts(prompts, job, {START: start, TRAINED: trained}, known)
     scored = score_answers(ray.data.from_arrow(table_of(answered)), job, [START, TRAINED]).materialize()
-    return add_divergence(scored, job, trained, TRAINED)
+    return add_divergence(scored, job, trained, DRAWN)
 
 
-def _start_answers(run: Run) -> dict[str, Row]:
-    """The start model's answers by prompt, as far as a sibling has them."""
+def _start_answers(run: Run, asked: Mapping[str, Messages] | None = None) -> dict[str, Row]:
+    """The start model's answers by prompt, as far as a sibling has them; with `asked`, those to these questions."""
     from rdpo.evaluation.generate import START, answer_columns
 
     own, columns = digest(start_settings(run.job)), [ID_COLUMN, *answer_columns(START)]
+    asked = asked or {}
     known: dict[str, Row] = {}
     for folder, theirs in run.made_by_siblings("evaluation"):
         # What else their evaluation depends on is no matter of the start model.
         if digest(theirs.get("start")) != own or not folder.parts():
             continue
-        for row in folder.table(columns=columns).to_pylist():
-            known[row.pop(ID_COLUMN)] = row
+        for row in (row for part in folder.tables("", columns, ["prompt"]) for row in part.to_pylist()):
+            name, question = row.pop(ID_COLUMN), row.pop("prompt", None)
+            # One prompt is another question where a turn asks it together with other columns of the row.
+            if asked.get(name, question) == question:
+                known[name] = row
     return known
 
 
@@ -92,7 +108,7 @@ def summary(run: Run, folder: StageFolder) -> dict[str, Any]:
 
     weights = {reward.name: reward.weight for reward in run.job.rewards}
     evaluated = folder.table().sort_by(ID_COLUMN).to_pylist() if folder.parts() else []
-    return summarize(evaluated, weights, run.job.seed)
+    return summarize(evaluated, weights)
 
 
 STAGE = Stage(

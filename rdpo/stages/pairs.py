@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from rdpo.execution.stage import RowWork, Source, Stage
+from rdpo.records import QUESTION
 from rdpo.stages.settings import question_settings
 
 if TYPE_CHECKING:
@@ -48,7 +49,17 @@ def pair(rows: ray.data.Dataset, run: Run) -> ray.data.Dataset:
     from rdpo.preference.pairs import make_pairs
 
     shaping = _shaping(run)
-    return make_pairs(rows, run.job, shaping.length_coef if shaping else 0.0)
+    return make_pairs(rows, run.job, shaping.length_coef if shaping else 0.0, _drawn_together(run))
+
+
+def _drawn_together(run: Run) -> dict[str, str]:
+    from rdpo.preference.pairs import drawn_together
+
+    folder, columns = run.folder("prompts"), [QUESTION, "prompt", "source", "line"]
+    # Rows of earlier versions do not name their question.
+    if not run.job.pairs.heldout_fraction or QUESTION not in folder.schema().names:
+        return {}
+    return drawn_together(folder.tables(columns=columns))
 
 
 def _shaping(run: Run) -> Shaping | None:
@@ -59,11 +70,11 @@ def _shaping(run: Run) -> Shaping | None:
 
 def summary(run: Run, folder: StageFolder) -> dict[str, Any]:
     """How far the rewards agree with the teacher, the defects of its turns, and the price of length; says so."""
-    from rdpo.preference.agreement import COLUMNS, agreement, count_defects
+    from rdpo.preference.agreement import COLUMNS, SWAPPED, agreement, count_defects
 
     settings = run.job.pairs
     # Only the columns that count are read: the texts would stay in the driver's memory.
-    agreed = agreement(_all_rows(folder, COLUMNS), settings)
+    agreed = agreement(_all_rows(folder, COLUMNS, [SWAPPED]), settings)
     found = count_defects(_all_rows(folder, ["defects"]))
 
     rows = folder.count() + folder.count("dropped")
@@ -84,9 +95,9 @@ def summary(run: Run, folder: StageFolder) -> dict[str, Any]:
     return {**facts, "defects": found} if run.job.synthesis.task else facts
 
 
-def _all_rows(folder: StageFolder, columns: list[str]) -> Iterator[pa.Table]:
+def _all_rows(folder: StageFolder, columns: list[str], optional: Sequence[str] = ()) -> Iterator[pa.Table]:
     """The kept and the dropped rows, part by part."""
-    return chain(folder.tables("", columns), folder.tables("dropped", columns))
+    return chain(folder.tables("", columns, optional), folder.tables("dropped", columns, optional))
 
 
 STAGE = Stage("pairs", inputs=("rewards",), settings=settings, rows=RowWork(scored, pair, summary), command="pair")

@@ -39,10 +39,10 @@ def complete_policy(run: Run, folder: StageFolder, meter: Meter) -> dict[str, An
     if alpha:
         folder.put(trained, EXPORT)
         with folder.made(EXPORT, keep=True) as moved:
-            extrapolate(moved, base, alpha)
+            extrapolate(moved, base, alpha, student.trust)
     with folder.made(MERGED) as merged:
-        finish_policy(exported(run, "policy") or trained, base, merged, student.trust)
-    return {"extrapolation": alpha}
+        compared = finish_policy(exported(run, "policy") or trained, base, merged, student.trust)
+    return {"extrapolation": alpha, **compared}
 
 
 def exported(run: RunReader, stage: str) -> Path | None:

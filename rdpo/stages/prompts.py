@@ -25,15 +25,19 @@ GIVEN = 2
 
 def settings(job: Job) -> dict[str, Any]:
     """Settings of the prompts stage, with the content of its source."""
+    from rdpo.synthesis.prompts import SEED
     from rdpo.synthesis.sources import content_hash
 
+    # Counting them changes no prompt.
+    counted = {"near_duplicates"} if job.prompts.near_duplicates == "count" else None
     return {
-        **job.prompts.model_dump(),
+        **job.prompts.model_dump(exclude=counted),
         "content": content_hash(job.prompts.source),
         # Pairs that are ready are read in another way than prompts.
         "given": job.synthesis.task is None and GIVEN,
         **tokenizer_settings(job),
-        "seed": job.seed,
+        # Splits and templates are drawn alike for every seed of a job.
+        "seed": SEED,
     }
 
 
@@ -44,18 +48,37 @@ def take_prompts(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:
         InputError: no usable prompt is left to train on or to evaluate with.
     """
     from rdpo.files.stage_folder import write_rows
-    from rdpo.synthesis.prompts import drop_duplicates, read_prompts
+    from rdpo.synthesis.prompts import distinguishing, drop_duplicates, drop_heldout_questions, read_prompts
 
     folder.clear_parts()
     write_rows(read_prompts(run.job), folder, ID_COLUMN, lambda block: meter.advance(block.rows + block.dropped))
-    drop_duplicates(folder)
+    drop_duplicates(folder, distinguishing(run.job))
+    drop_heldout_questions(folder)
+    near = _near_duplicates(run, folder)
     splits = _splits(folder)
     for split in (run.job.synthesis.split, HELDOUT):
         if split not in splits:
             reason = next((table["dropped"][0] for table in folder.tables("dropped")), None)
             why = f"; {reason}" if reason else ""
             raise InputError(f"prompts: no usable prompt in the {split} split of {run.job.prompts.source}{why}")
-    return {"rows_in": meter.done, "splits": splits}
+    return {"rows_in": meter.done, "splits": splits, "near_duplicates": near}
+
+
+def _near_duplicates(run: Run, folder: StageFolder) -> int:
+    """How many training prompts nearly repeat a held-out one; says so, and drops them where the job asks for it."""
+    from rdpo.synthesis.near_duplicates import near_heldout
+    from rdpo.synthesis.prompts import drop_near_duplicates
+
+    settings = run.job.prompts
+    near = near_heldout(folder, bool(settings.templates or settings.heldout_templates))
+    if near and settings.near_duplicates == "drop":
+        drop_near_duplicates(folder, near)
+    elif near:
+        run.console.say(
+            f"{'':<12}{len(near)} training prompts nearly repeat a held-out one; "
+            'prompts.near_duplicates = "drop" leaves them out'
+        )
+    return len(near)
 
 
 def _splits(folder: StageFolder) -> dict[str, int]:

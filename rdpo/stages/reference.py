@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from rdpo.errors import InputError
 from rdpo.execution.stage import RowWork, Source, Stage
-from rdpo.records import digest
-from rdpo.stages.settings import student_settings
+from rdpo.records import HELDOUT, ID_COLUMN, digest
+from rdpo.stages.settings import rendering_of_student, student_settings
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -17,27 +17,32 @@ if TYPE_CHECKING:
     from rdpo.config import Job
     from rdpo.execution.reader import RunReader
     from rdpo.execution.run import Run
+    from rdpo.files.stage_folder import StageFolder
 
 
 def settings(job: Job) -> dict[str, Any]:
     """Settings of the reference stage, with the student's weights."""
-    return {**job.reference.model_dump(), "student": student_settings(job)}
+    return {**job.reference.model_dump(), "student": student_settings(job), **rendering_of_student(job)}
 
 
 def _drawn_pairs(run: RunReader) -> Source:
     """The pairs that are trained on: all generated ones, or those of the mix with ready ones."""
-    from rdpo.preference.replay import place, until
+    from rdpo.preference.replay import until
 
     generated = run.source("pairs")
     if run.job.replay is None:
         return generated
     ready, seed = run.source("replay"), run.job.seed
     mix = run.require("replay", "reference").summary
-    last = mix["last"]
+    if "heldout" not in mix:
+        raise InputError("reference: the replay stage was made by an earlier version; `rdpo run` makes it again")
+    # Without `last` all generated pairs were drawn; those that are held out are measured in any case.
+    last, measured = mix["last"], mix["heldout"]
+    count = mix["generated"] + measured
 
     def rows() -> ray.data.Dataset:
-        parts = [generated.rows()] if mix["generated"] else []
-        if last and parts:
+        parts = [generated.rows()] if count else []
+        if last is not None and parts:
             parts[0] = parts[0].map_batches(until, fn_kwargs={"last": last, "seed": seed}, batch_format="pyarrow")
         parts += [ready.rows()] if ready.count else []
         return parts[0].union(*parts[1:])
@@ -45,10 +50,12 @@ def _drawn_pairs(run: RunReader) -> Source:
     def ids() -> pa.ChunkedArray:
         import pyarrow as pa
 
-        drawn = [name for name in generated.ids().to_pylist() if last is None or place(name, seed) <= last]
-        return pa.chunked_array([pa.array(drawn, pa.string()), *ready.ids().chunks])
+        drawn: list[pa.Array] = []
+        for part in run.folder("pairs").tables(columns=[ID_COLUMN, HELDOUT]):
+            drawn += (part if last is None else until(part, last, seed))[ID_COLUMN].chunks
+        return pa.chunked_array([*drawn, *ready.ids().chunks], pa.string())
 
-    return Source(rows, mix["generated"] + ready.count, ids)
+    return Source(rows, count + ready.count, ids)
 
 
 def pairs_source(run: RunReader) -> Source:
@@ -66,18 +73,34 @@ def pairs_source(run: RunReader) -> Source:
 def refer(rows: ray.data.Dataset, run: Run) -> ray.data.Dataset:
     """Token ids and the reference's log-probs of pairs; those that a sibling has made are taken from there."""
     from rdpo.preference.known_logps import COLUMNS, known_logps
-    from rdpo.preference.reference import add_reference
+    from rdpo.preference.reference import FORWARD, add_reference
 
     own = digest(settings(run.job))
     same = [folder for folder, theirs in run.made_by_siblings("reference") if digest(theirs) == own]
+    for folder in same:
+        # Where all log-probs are known the model is not even loaded.
+        if forward := folder.read_json(FORWARD):
+            run.folder("reference").write_json(FORWARD, forward)
     tables = chain.from_iterable(folder.tables(columns=COLUMNS) for folder in same)
-    return add_reference(rows, run.job, known_logps(tables))
+    return add_reference(rows, run.job, known_logps(tables), run.dir)
+
+
+def summarize(run: Run, folder: StageFolder) -> dict[str, Any]:
+    """How the reference was read; says so where packed rows would not have been exact."""
+    from rdpo.preference.reference import FORWARD
+
+    forward = folder.read_json(FORWARD)
+    if not forward:
+        return {}
+    if forward["why"]:
+        run.console.say(f"{'':<12}log-probs are read in padded rows; packed ones: {forward['why']}")
+    return {"forward": forward}
 
 
 STAGE = Stage(
     "reference",
     inputs=("pairs", "replay"),
     settings=settings,
-    rows=RowWork(pairs_source, refer),
+    rows=RowWork(pairs_source, refer, summarize),
     command="reference",
 )

@@ -5,14 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from rdpo.execution.stage import Stage
-from rdpo.records import HELDOUT, ID_COLUMN
-from rdpo.stages.prompts import split_ids
+from rdpo.records import HELDOUT, ID_COLUMN, QUESTION
+from rdpo.stages.settings import rendering_of_student
 
 if TYPE_CHECKING:
     from rdpo.config import Job
     from rdpo.execution.run import Run
     from rdpo.files.stage_folder import StageFolder
     from rdpo.tracking.console import Meter
+
+DRAWN = 2
+"""How the mix is drawn: it goes up when other pairs come out of the same ones."""
 
 
 def settings(job: Job) -> dict[str, Any]:
@@ -21,27 +24,44 @@ def settings(job: Job) -> dict[str, Any]:
 
     if job.replay is None:
         return {}
-    system = {"system": job.prompts.system, "max_prompt_tokens": job.prompts.max_prompt_tokens}
-    return {**job.replay.model_dump(), **system, "content": content_hash(job.replay.source), "seed": job.seed}
+    system: dict[str, Any] = {"system": job.prompts.system, "max_prompt_tokens": job.prompts.max_prompt_tokens}
+    system |= rendering_of_student(job)
+    content = content_hash(job.replay.source)
+    return {**job.replay.model_dump(), **system, "content": content, "drawn": DRAWN, "seed": job.seed}
 
 
 def draw_replay(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:
     """The ready pairs that are trained on beside the generated ones; all others are dropped with the reason."""
     from rdpo.files.stage_folder import write_rows
-    from rdpo.preference.replay import draw_mix, keyed, offline_pairs, usable, with_reasons
+    from rdpo.preference.replay import draw_mix, keyed, keyed_ready, offline_pairs, usable, with_reasons
 
     assert run.job.replay is not None
     folder.clear_parts()
-    pairs, heldout = run.folder("pairs"), split_ids(run.folder("prompts"), HELDOUT).to_pylist()
+    pairs, (questions, heldout) = run.folder("pairs"), _questions(run)
     ready = offline_pairs(run.job, run.job.replay).materialize()
-    offline = keyed(ready.map_batches(usable, batch_format="pyarrow").iter_batches(batch_format="pyarrow"))
-    generated = keyed(pairs.tables(columns=[ID_COLUMN, "prompt"]))
-    mix = draw_mix(generated, offline, frozenset(heldout), run.job.replay.share, run.job.seed)
-    schema = pairs.schema() if generated else ready.schema().base_schema
+    offline = keyed_ready(ready.map_batches(usable, batch_format="pyarrow").iter_batches(batch_format="pyarrow"))
+    generated = keyed(pairs.tables(columns=[ID_COLUMN, HELDOUT]), questions)
+    mix = draw_mix(generated, offline, heldout, run.job.replay.share, run.job.seed)
+    schema = pairs.schema() if pairs.count() else ready.schema().base_schema
     rows = ready.map_batches(with_reasons, fn_kwargs={"reasons": mix.reasons, "schema": schema}, batch_format="pyarrow")
     write_rows(rows, folder, ID_COLUMN, lambda block: meter.advance(block.rows + block.dropped))
     run.console.say(f"{'':<12}{mix.generated} generated pairs and {mix.offline} ready ones")
-    return {"rows_in": ready.count(), "generated": mix.generated, "last": mix.last}
+    measured = pairs.count() - len(generated)
+    return {"rows_in": ready.count(), "generated": mix.generated, "heldout": measured, "last": mix.last}
+
+
+def _questions(run: Run) -> tuple[dict[str, str], frozenset[str]]:
+    """The question of each prompt, by its id, and the questions that are held out for evaluation."""
+    from rdpo.synthesis.prompts import question_of
+
+    questions: dict[str, str] = {}
+    heldout: set[str] = set()
+    for part in run.folder("prompts").tables("", [ID_COLUMN, "split", "prompt", "extra"], [QUESTION]):
+        for row in part.to_pylist():
+            questions[row[ID_COLUMN]] = question = question_of(row, run.job.prompts)
+            if row["split"] == HELDOUT:
+                heldout.add(question)
+    return questions, frozenset(heldout)
 
 
 STAGE = Stage(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from rdpo.errors import InputError
 from rdpo.execution.stage import Stage
 from rdpo.records import ID_COLUMN, alive
+from rdpo.stages.settings import rendering_of_student
 
 if TYPE_CHECKING:
     from rdpo.config import Job
@@ -21,7 +22,8 @@ def settings(job: Job) -> dict[str, Any]:
 
     if job.retention is None:
         return {}
-    system = {"system": job.prompts.system, "max_prompt_tokens": job.prompts.max_prompt_tokens}
+    system: dict[str, Any] = {"system": job.prompts.system, "max_prompt_tokens": job.prompts.max_prompt_tokens}
+    system |= rendering_of_student(job)
     return {**job.retention.model_dump(), **system, "content": content_hash(job.retention.source)}
 
 
@@ -44,7 +46,7 @@ def measure_retention(run: Run, folder: StageFolder, meter: Meter) -> dict[str, 
     write_rows(
         measured(rows, run.job, trained), folder, ID_COLUMN, lambda block: meter.advance(block.rows + block.dropped)
     )
-    facts = summary(folder.table().sort_by(ID_COLUMN).to_pylist(), run.job.seed)
+    facts = summary(folder.table().sort_by(ID_COLUMN).to_pylist())
     factor = facts["perplexity_factor"]
     interval = f"{factor['low']:.3f} to {factor['high']:.3f}"
     run.console.say(f"{'':<12}perplexity of {facts['texts']} other texts: {factor['mean']:.3f} times ({interval})")

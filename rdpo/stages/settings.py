@@ -13,13 +13,23 @@ def student_settings(job: Job) -> dict[str, Any]:
     from rdpo.cluster.hardware import compute_dtype
     from rdpo.modeling.weights import ModelRef
 
-    dtype = compute_dtype(job.student.dtype, job.training.gpus_per_worker > 0)
-    return {**job.student.model_dump(), "dtype": dtype, "weights": ModelRef.student(job).fingerprint()}
+    student, dtype = ModelRef.student(job), compute_dtype(job.student.dtype, job.training.gpus_per_worker > 0)
+    # Code that is not run changes nothing.
+    code = {"code": student.code_fingerprint()} if student.trust else {}
+    return {**job.student.model_dump(), "dtype": dtype, "weights": student.fingerprint(), **code}
 
 
 def tokenizer_settings(job: Job) -> dict[str, Any]:
     """The model by whose tokenizer prompts are measured."""
-    return {"student": job.student.model, "revision": job.student.revision}
+    return {"student": job.student.model, "revision": job.student.revision, **rendering_of_student(job)}
+
+
+def rendering_of_student(job: Job) -> dict[str, Any]:
+    """What the student's chat template makes a stage depend on beside the model's files; nothing for most templates."""
+    from rdpo.modeling.chat import rendering_settings
+    from rdpo.modeling.weights import ModelRef
+
+    return rendering_settings(ModelRef.student(job), job.date)
 
 
 def question_settings(job: Job, condition: str | None) -> dict[str, Any]:
@@ -29,3 +39,11 @@ def question_settings(job: Job, condition: str | None) -> dict[str, Any]:
     if not (condition and job.synthesis.task):
         return {}
     return {"turns": load_task(job.synthesis.task).model_dump(), "words": job.synthesis.values}
+
+
+def prefill_settings(job: Job) -> dict[str, Any]:
+    """A mark, where words that answers begin with are a template: they were once taken as they stand."""
+    from rdpo.synthesis.instructions import load_task
+
+    turns = load_task(job.synthesis.task).turns if job.synthesis.task else []
+    return {"prefill": "rendered"} if any("{" in turn.prefill for turn in turns) else {}

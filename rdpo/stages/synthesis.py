@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from rdpo.execution.stage import RowWork, Source, Stage
 from rdpo.stages.prompts import split_source
+from rdpo.stages.settings import prefill_settings
 
 if TYPE_CHECKING:
     import ray.data
@@ -20,14 +21,19 @@ PROMPT_LENGTH = "_prompt_length"
 
 def settings(job: Job) -> dict[str, Any]:
     """Settings of the synthesis stage, with the task's wording and the teacher's weights."""
+    from rdpo.modeling.chat import rendering_settings
     from rdpo.modeling.weights import ModelRef, adapter_fingerprint
     from rdpo.synthesis.instructions import load_task
 
     if job.synthesis.task is None:
         return {"split": job.synthesis.split, "limit": job.synthesis.limit}
     task = load_task(job.synthesis.task).model_dump()
-    weights = None if job.synthesis.endpoint else ModelRef.of(job, job.synthesis.teacher).fingerprint()
+    teacher = None if job.synthesis.endpoint else ModelRef.of(job, job.synthesis.teacher)
+    weights = teacher.fingerprint() if teacher else None
     found = {**job.synthesis.model_dump(), "turns": task, "weights": weights, "seed": job.seed}
+    found |= prefill_settings(job)
+    if teacher:
+        found |= rendering_settings(teacher, job.date)
     if job.synthesis.adapter:
         found["adapter_weights"] = adapter_fingerprint(job.synthesis.adapter)
     if endpoint := job.synthesis.endpoint:

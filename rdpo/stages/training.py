@@ -31,6 +31,7 @@ def train_policy(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:
         InputError: there is no step to take, or none had a finite gradient.
     """
     from rdpo.files.stage_folder import METRICS
+    from rdpo.preference.reference import as_referred
     from rdpo.training.gaps import GapScale, advice
     from rdpo.training.loop import PairTable
     from rdpo.training.schedule import total_steps
@@ -46,7 +47,7 @@ def train_policy(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:
     gaps = data.table["reward_gap"].to_pylist()
     if warning := advice(gaps, GapScale.fitted(gaps, job.training.reward_norm), job.training):
         run.console.warn(warning)
-    history = train(job, run.dir, folder, lambda metrics: _step(meter, metrics), run.console.warn)
+    history = train(as_referred(job, run.dir), run.dir, folder, lambda metrics: _step(meter, metrics), run.console.warn)
     taken = [step for step in history if not step["skipped"]]
     if not taken:
         raise InputError("training: every step had a loss or gradient that is not finite; lower training.learning_rate")
@@ -84,7 +85,8 @@ def _heldout(run: Run, folder: StageFolder) -> dict[str, Any]:
     if not len(margins):
         return {}
     right = float(correct(margins).mean())
-    run.console.say(f"{'':<12}prefers the chosen side of {right:.2f} of {len(margins)} held-out pairs")
+    note = ", which selected the weights, so that this is too high" if run.job.training.select == "best" else ""
+    run.console.say(f"{'':<12}prefers the chosen side of {right:.2f} of {len(margins)} held-out pairs{note}")
     return {"heldout": {"pairs": len(margins), "accuracy": right, "margin": float(margins.mean())}}
 
 

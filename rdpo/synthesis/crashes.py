@@ -48,7 +48,7 @@ def open_crash_counts() -> Any:
 
 
 def _id(row: Row) -> str:
-    return row[ID_COLUMN]
+    return str(row[ID_COLUMN])
 
 
 class CrashGuard:

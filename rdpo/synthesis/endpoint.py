@@ -1,9 +1,11 @@
 """The teacher behind an OpenAI-compatible server: requests at the same time, at a rate, again where they failed.
 
-What the server will not answer drops its row: a request it refuses, an answer it withholds. What it cannot answer
-now is asked again: 429, 5xx, timeouts, cut connections, bodies that are not the protocol's. If that does not help
-and nothing else is answered either, the server is gone: the run ends, no row is lost, and the same command goes
-on. A refused key or an unknown model ends the run too.
+What the server will not answer drops its row: a request it refuses, an answer it withholds. Whether a refusal is the
+row's fault is found out by a harmless question, asked in the same way: if that is refused too, it is the account or the
+way of asking, and the run ends without the row being lost. What the server cannot answer now is asked again: 429, 5xx,
+timeouts, cut connections, bodies that are not the protocol's. If that does not help and the harmless question is not
+answered either, the server is gone: the run ends, and the same command goes on. A refused key, an unknown model or a
+quota that is used up end the run too. Until something has been answered, one request is made at a time.
 """
 
 from __future__ import annotations
@@ -27,10 +29,14 @@ if TYPE_CHECKING:
 NO_KEY = "none"
 HIDDEN = "[key]"
 LATER = (408, 409, 425, 429)
+QUOTA = 429
 NO_ACCESS = (401, 402)
 UNKNOWN_MODEL = 404
 SERVER_ERROR = 500
 LONGEST_PAUSE_S = 600.0
+USED_UP = ("insufficient_quota", "billing_hard_limit_reached", "billing_not_active")
+"""Codes of 429 that no waiting helps against."""
+HARMLESS: Messages = [{"role": "user", "content": "Say hello."}]
 
 
 class EndpointDown(RuntimeError):
@@ -39,6 +45,10 @@ class EndpointDown(RuntimeError):
 
 class Unanswered(ValueError):
     """One request that the server will not answer."""
+
+
+class Refused(ValueError):
+    """One request that the server refuses, for the row's sake or for that of all."""
 
 
 class Failed(RuntimeError):
@@ -89,6 +99,8 @@ class Endpoint:
         self.places = asyncio.Semaphore(settings.concurrency)
         self.next_start = 0.0
         self.answered = 0
+        self.first, self.checking = asyncio.Lock(), asyncio.Lock()
+        self.ended: InputError | EndpointDown | None = None
 
     async def say(self, messages: Messages, sampling: Sampling, seed: int) -> Generation:
         """One answer to a conversation.
@@ -99,32 +111,96 @@ class Endpoint:
             EndpointDown: it cannot be answered, nor can anything else.
         """
         async with self.places:
-            before, attempt = self.answered, 0
-            while True:
-                await self._wait_for_turn()
-                try:
-                    generation = await self._ask(messages, sampling, seed)
-                except Failed as failure:
-                    if attempt == self.settings.retries:
-                        raise self._given_up(failure, before) from None
-                    await asyncio.sleep(max(failure.pause, self.settings.pause_s * 2**attempt))
-                    attempt += 1
-                else:
-                    self.answered += 1
-                    return generation
+            if not self.answered:
+                async with self.first:
+                    # By the time that its turn has come, another may have been answered.
+                    if not self.answered:
+                        return await self._answer(messages, sampling, seed)
+            return await self._answer(messages, sampling, seed)
+
+    async def _answer(self, messages: Messages, sampling: Sampling, seed: int) -> Generation:
+        if self.ended:
+            raise self.ended
+        try:
+            generation = await self._insist(messages, sampling, seed)
+        except Refused as refusal:
+            await self._check_others(sampling, refusal)
+            raise Unanswered(f"the endpoint refuses it {refusal}") from None
+        except Failed as failure:
+            if not (self.answered and failure.broken):
+                await self._check_others(sampling, failure)
+            raise Unanswered(f"the endpoint failed each time, the last with {failure}") from None
+        except (InputError, EndpointDown) as end:
+            self.ended = end
+            raise
+        self.answered += 1
+        return generation
+
+    async def _insist(self, messages: Messages, sampling: Sampling, seed: int) -> Generation:
+        """The answer, asked for again while the server fails."""
+        attempt = 0
+        while True:
+            await self._wait_for_turn()
+            try:
+                return await self._ask(messages, sampling, seed)
+            except Failed as failure:
+                if attempt == self.settings.retries:
+                    raise
+                await asyncio.sleep(max(failure.pause, self.settings.pause_s * 2**attempt))
+                attempt += 1
+
+    async def _check_others(self, sampling: Sampling, fault: Exception) -> None:
+        """Find out by a harmless question whether the server answers at all.
+
+        Raises:
+            InputError: it refuses that too.
+            EndpointDown: it does not answer that either.
+        """
+        async with self.checking:
+            if self.ended:
+                raise self.ended
+            try:
+                await self._insist(HARMLESS, sampling, 0)
+            except Refused as refusal:
+                self.ended = self._refuses_all(refusal)
+            except Failed as failure:
+                self.ended = self._down(failure)
+            except (InputError, EndpointDown) as end:
+                self.ended = end
+            except Unanswered:
+                # A server that withholds an answer has at least read the question.
+                return
+            if self.ended:
+                raise self.ended from fault
+
+    def _refuses_all(self, refusal: Refused) -> InputError:
+        advice = ""
+        if self.settings.token_limit == "max_tokens" and "max_completion_tokens" in str(refusal):
+            advice = '; give synthesis.endpoint.token_limit = "max_completion_tokens"'
+        return InputError(
+            f"synthesis.endpoint: {self.settings.url} refuses every request, a harmless one too {refusal}{advice}; "
+            "the rows stay to be done, and the same command resumes when it does not"
+        )
+
+    def _down(self, failure: Failed) -> EndpointDown:
+        return EndpointDown(
+            f"{self.settings.url} answers nothing any more, {self.settings.retries + 1} attempts ended with {failure}; "
+            f"the same command resumes when it does"
+        )
 
     async def _ask(self, messages: Messages, sampling: Sampling, seed: int) -> Generation:
         from openai import APIConnectionError, APIResponseValidationError, APIStatusError
 
+        request: dict[str, Any] = {
+            "model": self.settings.model,
+            "messages": messages,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "seed": seed,
+            self.settings.token_limit: sampling.max_tokens,
+        }
         try:
-            response = await self.client.chat.completions.create(
-                model=self.settings.model,
-                messages=messages,  # type: ignore[arg-type]
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                max_tokens=sampling.max_tokens,
-                seed=seed,
-            )
+            response = await self.client.chat.completions.create(**request)
         except APIStatusError as error:
             raise self._status(error) from None
         except APIConnectionError as error:
@@ -149,28 +225,21 @@ class Endpoint:
     def _status(self, error: Any) -> Exception:
         """What an HTTP error means for the request or the run."""
         status, said = error.status_code, f"({error.status_code}): {self._keyless(str(error.message))[:200]}"
+        if status == QUOTA and error.code in USED_UP:
+            return InputError(
+                f"synthesis.endpoint: the quota at {self.settings.url} is used up {said}; the rows stay to be done"
+            )
         if status >= SERVER_ERROR or status in LATER:
             return Failed(said, _asked_pause(error.response.headers), broken=status == SERVER_ERROR)
-        if self.answered and status not in NO_ACCESS:
-            return Unanswered(f"the endpoint refuses it {said}")
         if status in NO_ACCESS:
             where = self.settings.key_variable or "key_variable, which names none"
             return InputError(f"synthesis.endpoint: {self.settings.url} refuses the key in {where} {said}")
-        if status == UNKNOWN_MODEL:
+        if status == UNKNOWN_MODEL and not self.answered:
             return InputError(
                 f"synthesis.endpoint: {self.settings.url} does not know {self.settings.model!r} {said}; "
                 f"correct `model`, or `url`, which mostly ends with /v1"
             )
-        return Unanswered(f"the endpoint refuses it {said}")
-
-    def _given_up(self, failure: Failed, before: int) -> Exception:
-        """The row's fault, if others were answered meanwhile, or if a server that has answered breaks on this one."""
-        if self.answered > before or (self.answered and failure.broken):
-            return Unanswered(f"the endpoint failed each time, the last with {failure}")
-        return EndpointDown(
-            f"{self.settings.url} answers nothing any more, {self.settings.retries + 1} attempts ended with {failure}; "
-            f"the same command resumes when it does"
-        )
+        return Refused(said)
 
 
 def _asked_pause(headers: Any) -> float:

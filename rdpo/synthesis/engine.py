@@ -43,6 +43,8 @@ class Generation:
     logprobs: dict[int, float] | None = None
     prompt_tokens: int = 0
     cached_tokens: int = 0
+    token_ids: tuple[int, ...] = ()
+    """The tokens as they were drawn, with the one that ended the answer."""
 
 
 class EngineError(ValueError):
@@ -134,6 +136,7 @@ class Engine:
             {token: entry.logprob for token, entry in logprobs.items()} if logprobs else None,
             len(prompt_ids),
             final.num_cached_tokens or 0,
+            tuple(answer.token_ids),
         )
 
     async def _final(self, prompt_ids: list[int], parameters: Any) -> Any:
@@ -168,7 +171,7 @@ def _is_engine(process: Any) -> bool:
     import psutil
 
     try:
-        return process.name().startswith(ENGINE_PROCESS)
+        return str(process.name()).startswith(ENGINE_PROCESS)
     except psutil.Error:
         return False
 

@@ -24,6 +24,8 @@ from rdpo.config.task import Task, Turn
 from rdpo.errors import InputError, did_you_mean
 from rdpo.records import Messages, Row, extra_of, text_of
 
+COLUMNS = {"source", "line", "prompt", "prompt_id", "prompt_length", "split", "extra", "dropped", "heldout"}
+"""Columns that rows have before the first turn, or get for the pairs; a turn of that name would overwrite one."""
 SHIPPED = files("rdpo.synthesis") / "tasks"
 _SANDBOX = ImmutableSandboxedEnvironment(undefined=StrictUndefined, autoescape=False)
 
@@ -62,6 +64,8 @@ def _check_turns(task: Task, source: str) -> None:
     earlier: list[str] = []
     for turn in task.turns:
         where = f"synthesis.task: {source}: turn `{turn.name}`"
+        if taken := set(turn.names) & COLUMNS:
+            raise InputError(f"{where}: `{min(taken)}` is a column of rdpo's own; give the turn another name")
         if set(turn.names) & set(earlier):
             raise InputError(f"{where} has the name of an earlier one; give each turn its own name")
         if turn.after is not None and turn.after not in earlier:
@@ -123,8 +127,10 @@ def check_fields(task: Task, row: Row, words: Mapping[str, str]) -> None:
 def _check_different(task: Task, row: Row, words: Mapping[str, str]) -> None:
     asked: dict[str, str] = {}
     for turn in task.turns:
-        if turn.after is None and not check_template(turn.user or "", turn.name) & set(task.answers):
-            question = str((question_of(turn, row, words), turn.prefill, turn.temperature, turn.top_p))
+        used = check_template((turn.user or "") + turn.prefill, turn.name)
+        if turn.after is None and not used & set(task.answers):
+            prefill = rendered_prefill(turn, template_values(row, words))
+            question = str((question_of(turn, row, words), prefill, turn.temperature, turn.top_p))
             if question in asked:
                 raise InputError(
                     f"synthesis.task: turns `{asked[question]}` and `{turn.name}` ask the same; give them different "
@@ -162,10 +168,20 @@ def render(template: str, values: Mapping[str, Any]) -> str:
         ValueError: a name is missing or the template does what the sandbox forbids.
     """
     try:
-        return _compiled(template).render(values)
+        return str(_compiled(template).render(values))
     except Exception as error:
         # A template can call any method of a string, so any error can come of it.
         raise ValueError(f"template: {error}") from None
+
+
+def rendered_prefill(turn: Turn, values: Mapping[str, Any]) -> str:
+    """The words that a turn's answer begins with.
+
+    Raises:
+        ValueError: a name is missing or the template does what the sandbox forbids.
+    """
+    # Jinja takes one line break from the end of a template; here it may be what an answer is to go on from.
+    return render(turn.prefill, values) + ("\n" if turn.prefill.endswith("\n") else "")
 
 
 def template_values(row: Row, words: Mapping[str, str]) -> dict[str, Any]:

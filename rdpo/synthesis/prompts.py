@@ -1,6 +1,6 @@
 """Prompts: raw rows of the source become rows with an id and a split.
 
-In: files or a data set. Out: `prompt_id`, `prompt` (messages), `split`, `source`, `line`, and the
+In: files or a data set. Out: `prompt_id`, `question_id`, `prompt` (messages), `split`, `source`, `line`, and the
 source's other columns as JSON in `extra`. A line that cannot be used becomes a dropped row with
 its file, line and reason; a source that cannot be used at all is an `InputError`.
 """
@@ -8,19 +8,40 @@ its file, line and reason; a source that cannot be used at all is an `InputError
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from rdpo.config import Job
 from rdpo.config import Prompts as Settings
 from rdpo.errors import InputError
-from rdpo.files.duplicates import duplicates
 from rdpo.files.stage_folder import StageFolder
 from rdpo.modeling.chat import load_chat
 from rdpo.modeling.weights import ModelRef
-from rdpo.records import HELDOUT, ID_COLUMN, Messages, Row, alive, clean, draw_seed, drop, prompt_id, unit_draw
+from rdpo.records import (
+    HELDOUT,
+    ID_COLUMN,
+    QUESTION,
+    SIDES,
+    TRAIN,
+    Messages,
+    Row,
+    alive,
+    clean,
+    digest,
+    draw_seed,
+    drop,
+    extra_of,
+    prompt_id,
+    question_id,
+    split_name,
+    unit_draw,
+)
 from rdpo.synthesis.conversation import Unusable, check_columns, derive_pair, read_prompt
 from rdpo.synthesis.given import pair_id
 from rdpo.synthesis.instructions import check_template, render
@@ -35,6 +56,7 @@ SCHEMA = pa.schema(
         ("source", pa.string()),
         ("line", pa.int64()),
         (ID_COLUMN, pa.string()),
+        (QUESTION, pa.string()),
         ("prompt", MESSAGES),
         ("prompt_length", pa.int64()),
         ("split", pa.string()),
@@ -42,13 +64,18 @@ SCHEMA = pa.schema(
         ("dropped", pa.string()),
     ]
 )
-SPLITS = {
-    **dict.fromkeys(("test", "validation", "val", "valid", "dev", "eval", "held-out", "held_out"), HELDOUT),
-    # UltraFeedback's names, which others took over.
-    **dict.fromkeys(("test_prefs", "test_sft", "test_gen"), HELDOUT),
-    **dict.fromkeys(("train_prefs", "train_sft", "train_gen", "training"), "train"),
-}
-"""What splits are called elsewhere, in small letters."""
+SEED = 0
+"""Of splits and templates: runs with other seeds are trained and measured on the same prompts."""
+DUPLICATE = "duplicate of an earlier prompt"
+SAME_QUESTION = "duplicate of an earlier prompt but for case, white space or Unicode form"
+HELD_OUT = "its question is held out for evaluation"
+NEARLY_HELD_OUT = "nearly the same as a held-out prompt"
+BARE = "bare"
+"""Where `extra` has the prompt before it was put into a template."""
+OWN_ID = re.compile(r"[0-9a-f]{32}")
+Names = Callable[[pa.Table], list[str]]
+Place = tuple[str, int]
+"""Source and line."""
 BLOCK_ROWS = 4096
 SHOWN_CHARS = 500
 
@@ -98,14 +125,25 @@ def _parsed(row: Row, raw: dict[str, Any], job: Job) -> Row:
         return drop({**row, "extra": _as_json(others)}, str(error))
     others |= answers
 
-    split, reason = _split(raw.get("split"), prompt_id(messages), job), None
+    row[QUESTION] = _question(raw, messages, settings.system)
+    split, reason = _split(raw.get("split"), prompt_id(messages), settings), None
     if templates := _templates(settings, split):
-        others["bare"] = messages[-1]["content"]
-        messages, reason = _wrapped(messages, templates, others, job.seed)
+        others[BARE] = messages[-1]["content"]
+        messages, reason = _wrapped(messages, templates, others)
 
     name = pair_id(messages, answers) if given else prompt_id(messages)
     row = {**row, "extra": _as_json(others), "split": split, "prompt": messages, ID_COLUMN: name}
     return drop(row, reason) if reason else row
+
+
+def _question(raw: Mapping[str, Any], messages: Messages, system: str | None) -> str:
+    """The question of a row, without what the job puts around each prompt."""
+    stated = raw.get(QUESTION)
+    # Pairs of another run have their prompts in its templates; they say what was asked before.
+    if isinstance(stated, str) and OWN_ID.fullmatch(stated) and {"chosen_from", "rejected_from"} <= raw.keys():
+        return stated
+    given = messages[0]["role"] == "system" and messages[0]["content"] == system
+    return question_id(messages[1:] if given else messages)
 
 
 def _conversation(raw: dict[str, Any], settings: Settings, given: bool) -> tuple[Messages, dict[str, str]]:
@@ -149,11 +187,9 @@ def _templates(settings: Settings, split: str) -> list[str]:
     return settings.heldout_templates or settings.templates if split == HELDOUT else settings.templates
 
 
-def _wrapped(
-    messages: Messages, templates: list[str], others: dict[str, Any], seed: int
-) -> tuple[Messages, str | None]:
+def _wrapped(messages: Messages, templates: list[str], others: dict[str, Any]) -> tuple[Messages, str | None]:
     """The messages with the last one put into one of the templates; with the reason if that cannot be done."""
-    template = templates[draw_seed(seed, prompt_id(messages), "template") % len(templates)]
+    template = templates[draw_seed(SEED, prompt_id(messages), "template") % len(templates)]
     try:
         content = render(template, {**others, "prompt": messages[-1]["content"]})
     except ValueError as error:
@@ -165,16 +201,16 @@ def _as_json(columns: dict[str, Any]) -> str:
     return clean(json.dumps(columns, ensure_ascii=False, default=str))
 
 
-def _split(value: Any, row_id: str, job: Job) -> str:
+def _split(value: Any, row_id: str, settings: Settings) -> str:
     if isinstance(value, str) and value:
-        return clean(SPLITS.get(value.strip().lower(), value))
-    return HELDOUT if unit_draw(job.seed, row_id, "split") < job.prompts.heldout_fraction else "train"
+        return clean(split_name(value))
+    return HELDOUT if unit_draw(SEED, row_id, "split") < settings.heldout_fraction else TRAIN
 
 
 def _measure(row: Row, job: Job) -> Row:
     if not alive(row):
         return row
-    chat = load_chat(ModelRef.student(job))
+    chat = load_chat(ModelRef.student(job), job.date)
     try:
         row["prompt_length"] = len(chat.prompt_ids(row["prompt"]))
     except ValueError as error:
@@ -184,45 +220,145 @@ def _measure(row: Row, job: Job) -> Row:
     return row
 
 
-def drop_duplicates(folder: StageFolder) -> None:
-    """Keep the first row of each prompt (by source and line) in the parts of an unfinished folder; drop later ones."""
-    several = duplicates(folder, ID_COLUMN)
-    if not len(several):
+def distinguishing(job: Job) -> tuple[str, ...]:
+    """Columns of the source in which rows of one question differ and are rows of their own.
+
+    These are both answers of ready pairs, and what the templates put around the prompt.
+    """
+    given = SIDES if job.synthesis.task is None else ()
+    templates = [*job.prompts.templates, *job.prompts.heldout_templates]
+    used = {name for template in templates for name in check_template(template, "prompts.templates")}
+    return tuple(sorted({*given, *used} - {"prompt", BARE}))
+
+
+def drop_duplicates(folder: StageFolder, beside: Sequence[str] = ()) -> None:
+    """Keep the first row of each prompt (by source and line) in the parts of an unfinished folder; drop later ones.
+
+    Rows are the same if they have one id, or one question and the same values in the columns `beside` it.
+    """
+    _drop_repeated(folder, [ID_COLUMN], lambda part: part[ID_COLUMN].to_pylist(), DUPLICATE)
+    columns = [QUESTION, "extra"] if beside else [QUESTION]
+    _drop_repeated(folder, columns, lambda part: _question_names(part, beside), SAME_QUESTION)
+
+
+def _drop_repeated(folder: StageFolder, columns: list[str], names_of: Names, reason: str) -> None:
+    several = _several(lambda: map(names_of, folder.tables(columns=columns)))
+    if not several:
         return
-    meeting = [
-        part.filter(pc.is_in(part[ID_COLUMN], several)) for part in folder.tables(columns=[ID_COLUMN, "source", "line"])
+
+    first: dict[str, Place] = {}
+    for part in folder.tables(columns=[*columns, "source", "line"]):
+        _note_first(first, part, names_of(part), several)
+    folder.rewrite(lambda part: _without_later(part, names_of(part), first, reason), ID_COLUMN)
+
+
+def _several(parts: Callable[[], Iterable[list[str]]]) -> set[str]:
+    """Names that stand in more than one place; `parts` gives them twice."""
+    # A million names are large, their hashes are not; only names whose hashes meet are counted.
+    found = [np.fromiter(map(hash, names), np.int64, len(names)) for names in parts()]
+    hashes = np.sort(np.concatenate([np.empty(0, np.int64), *found]))
+    meeting = set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
+    if not meeting:
+        return set()
+    counts = Counter(name for names in parts() for name in names if hash(name) in meeting)
+    return {name for name, count in counts.items() if count > 1}
+
+
+def _note_first(first: dict[str, Place], part: pa.Table, names: list[str], several: Collection[str]) -> None:
+    for name, source, line in zip(names, part["source"].to_pylist(), part["line"].to_pylist(), strict=True):
+        if name in several:
+            first[name] = min(first.get(name, (source, line)), (source, line))
+
+
+def _question_names(part: pa.Table, beside: Sequence[str]) -> list[str]:
+    """What rows are the same by: their question, and the values that stand beside it."""
+    questions: list[str] = part[QUESTION].to_pylist()
+    if not beside:
+        return questions
+    others = map(json.loads, part["extra"].to_pylist())
+    return [
+        digest(question, [other.get(name) for name in beside])
+        for question, other in zip(questions, others, strict=True)
     ]
-    ordered = pa.concat_tables(meeting).sort_by([("source", "ascending"), ("line", "ascending")]).to_pylist()
-    first = {row[ID_COLUMN]: (row["source"], row["line"]) for row in reversed(ordered)}
-    folder.rewrite(lambda part: _mark_duplicates(part, first), ID_COLUMN)
 
 
 def without_duplicates(rows: ray.data.Dataset) -> ray.data.Dataset:
-    """Rows that were read, with the later ones of each prompt (or pair) dropped."""
-    first: dict[str, tuple[str, int]] = {}
-    several: set[str] = set()
-    for batch in rows.select_columns([ID_COLUMN, "source", "line"]).iter_batches(batch_format="pyarrow"):
-        for row in batch.to_pylist():
-            name, place = row[ID_COLUMN], (row["source"], row["line"])
-            if name in first:
-                several.add(name)
-            first[name] = min(first.get(name, place), place)
-    kept = {name: first[name] for name in several}
+    """Ready pairs that were read, with the later ones of the same question and answers dropped."""
+
+    def names_of(part: pa.Table) -> list[str]:
+        names = []
+        for row in part.to_pylist():
+            extra = json.loads(row["extra"] or "{}")
+            # Rows that were dropped stay what they are.
+            same = digest(row[QUESTION], [extra.get(side) for side in SIDES])
+            names.append(same if alive(row) else row[ID_COLUMN])
+        return names
+
+    columns = [ID_COLUMN, QUESTION, "extra", "dropped", "source", "line"]
+    parts = list(rows.select_columns(columns).iter_batches(batch_format="pyarrow"))
+    several = _several(lambda: map(names_of, parts))
+    first: dict[str, Place] = {}
+    for part in parts:
+        _note_first(first, part, names_of(part), several)
 
     def marked(part: pa.Table) -> pa.Table:
-        return _mark_duplicates(part, kept) or part
+        found = _without_later(part, names_of(part), first, DUPLICATE)
+        return part if found is None else found
 
-    return rows.map_batches(marked, batch_format="pyarrow") if kept else rows
+    return rows.map_batches(marked, batch_format="pyarrow") if first else rows
 
 
-def _mark_duplicates(part: pa.Table, first: dict[str, tuple[str, int]]) -> pa.Table | None:
-    """The part with later duplicates dropped; None if it has none."""
-    rows = part.to_pylist()
-    marked = [
-        {**row, ID_COLUMN: f"{row['source']}:{row['line']}", "dropped": "duplicate of an earlier prompt"}
-        if first.get(row[ID_COLUMN], (row["source"], row["line"])) != (row["source"], row["line"])
-        else {**row, "dropped": row.get("dropped")}
-        for row in rows
-    ]
-    found = any(row["dropped"] for row in marked)
-    return pa.Table.from_pylist(marked, schema=SCHEMA) if found else None
+def _without_later(part: pa.Table, names: list[str], first: dict[str, Place], reason: str) -> pa.Table | None:
+    """The part with all but the first row of each name dropped; None if it has no other."""
+    places = zip(part["source"].to_pylist(), part["line"].to_pylist(), strict=True)
+    later = [first.get(name, place) != place for name, place in zip(names, places, strict=True)]
+    return with_dropped(part, later, reason)
+
+
+def with_dropped(part: pa.Table, lost: list[bool], reason: str) -> pa.Table | None:
+    """The part with the rows dropped that are marked as `lost`; None if there are none."""
+    if not any(lost):
+        return None
+    rows = [{**row, "dropped": row.get("dropped")} for row in part.to_pylist()]
+    for place, row in enumerate(rows):
+        if lost[place]:
+            # Their place in the source tells rows of one id apart.
+            rows[place] = drop({**row, ID_COLUMN: f"{row['source']}:{row['line']}"}, reason)
+    return pa.Table.from_pylist(rows, schema=SCHEMA)
+
+
+def drop_heldout_questions(folder: StageFolder) -> None:
+    """Drop the rows of an unfinished folder that ask a question which is held out in another row."""
+    heldout = pa.array(questions_of(folder, HELDOUT), pa.string())
+
+    def lost(part: pa.Table) -> pa.ChunkedArray:
+        return pc.and_(pc.is_in(part[QUESTION], heldout), pc.not_equal(part["split"], HELDOUT))
+
+    if any(pc.any(lost(part)).as_py() for part in folder.tables(columns=[QUESTION, "split"])):
+        folder.rewrite(lambda part: with_dropped(part, lost(part).to_pylist(), HELD_OUT), ID_COLUMN)
+
+
+def drop_near_duplicates(folder: StageFolder, near: Collection[str]) -> None:
+    """Drop the rows of these ids from an unfinished folder, as near-duplicates of held-out prompts."""
+    folder.rewrite(
+        lambda part: with_dropped(part, [name in near for name in part[ID_COLUMN].to_pylist()], NEARLY_HELD_OUT),
+        ID_COLUMN,
+    )
+
+
+def questions_of(folder: StageFolder, split: str) -> list[str]:
+    """The questions of one split, each once."""
+    found: dict[str, None] = {}
+    for part in folder.tables(columns=[QUESTION, "split"]):
+        found |= dict.fromkeys(part.filter(pc.equal(part["split"], split))[QUESTION].to_pylist())
+    return list(found)
+
+
+def question_of(row: Row, settings: Settings) -> str:
+    """The question of a stored row of the prompts stage; rows of earlier versions do not name it."""
+    if row.get(QUESTION):
+        return str(row[QUESTION])
+    messages, bare = row["prompt"], extra_of(row).get(BARE)
+    if bare is not None and (settings.templates or settings.heldout_templates):
+        messages = [*messages[:-1], {**messages[-1], "content": bare}]
+    return _question({}, messages, settings.system)

@@ -178,8 +178,11 @@ def read_rows(path: str) -> Iterator[Numbered]:
 def _json_rows(path: str) -> Iterator[Numbered]:
     with open_file(path) as file:
         if _is_array(file, path):
-            yield from _array_rows(file, path)
-            return
+            entries = _array(file, path)
+            if entries is not None:
+                yield from ((number, _checked_object(entry, "entry")) for number, entry in enumerate(entries, start=1))
+                return
+            file.seek(0)
         for number, line in enumerate(_lines(file), start=1):
             if line.strip():
                 yield number, _parse_json(line)
@@ -196,20 +199,26 @@ def _is_array(file: Any, path: str) -> bool:
     return beginning.startswith(b"[") and (path.endswith(".json") or first_line.strip() == b"[")
 
 
-def _array_rows(file: Any, path: str) -> Iterator[Numbered]:
-    """The rows of a file that is one JSON array of objects."""
+def _array(file: Any, path: str) -> list[Any] | None:
+    """The entries of a file that is one JSON array; None where it can only be read line by line, and was meant to be.
+
+    Raises:
+        InputError: a `.json` file holds a broken array, or an array is too large to be read at once.
+    """
     content = file.read(ARRAY_BYTES + 1)
     if len(content) > ARRAY_BYTES:
         raise InputError(
             f"prompts.source: {path} is a JSON array of more than {ARRAY_BYTES >> 20} MiB; write one object a line"
         )
     try:
-        values = json.loads(content.decode("utf-8-sig"))
+        entries: list[Any] = json.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
+        if not path.endswith(".json"):
+            return None
         raise InputError(
             f"prompts.source: {path} begins like a JSON array and is none: {error}; write one object a line"
         ) from None
-    yield from ((number, _checked_object(value, "entry")) for number, value in enumerate(values, start=1))
+    return entries
 
 
 def _lines(file: Any) -> Iterator[bytes]:

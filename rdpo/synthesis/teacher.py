@@ -22,13 +22,14 @@ from rdpo.config import Endpoint as EndpointSettings
 from rdpo.config import Engine as EngineSettings
 from rdpo.config import Job, Sampling
 from rdpo.config.task import Task, Turn
-from rdpo.modeling.chat import load_chat
+from rdpo.errors import InputError
+from rdpo.modeling.chat import Chat, load_chat
 from rdpo.modeling.weights import ModelRef, local_adapter
 from rdpo.records import ID_COLUMN, Messages, Row, clean, draw_seed, drop, table_of
 from rdpo.synthesis.crashes import CrashGuard, open_crash_counts
 from rdpo.synthesis.endpoint import Endpoint, endpoint_key
 from rdpo.synthesis.engine import Engine, Generation
-from rdpo.synthesis.instructions import load_task, template_values, turn_messages
+from rdpo.synthesis.instructions import load_task, rendered_prefill, template_values, turn_messages
 
 if TYPE_CHECKING:
     import ray.data
@@ -67,7 +68,7 @@ class Speaker(Protocol):
     """Who speaks a turn."""
 
     async def say(self, messages: Messages, turn: Turn, sampling: Sampling, seed: int) -> Generation:
-        """The answer to a conversation, without the turn's prefill."""
+        """The answer to a conversation, without the turn's prefill, which is rendered already."""
 
     def shutdown(self) -> None:
         """Give back what it holds."""
@@ -78,7 +79,7 @@ class EngineSpeaker:
 
     def __init__(self, job: Job):
         model = ModelRef.of(job, job.synthesis.teacher)
-        self.chat = load_chat(model)
+        self.chat = load_chat(model, job.date)
         worn = str(local_adapter(job.synthesis.adapter)) if job.synthesis.adapter else None
         self.engine = Engine(str(model.folder()), job.synthesis.engine, job.seed, worn)
 
@@ -159,16 +160,42 @@ class Conversation:
         seed = draw_seed(self.job.seed, row[ID_COLUMN], name)
         try:
             messages = turn_messages(turn, row, values, conversations)
-            generation = await self.say(messages, turn, sampling, seed)
+            prefill = rendered_prefill(turn, values)
+            generation = await self.say(messages, turn.model_copy(update={"prefill": prefill}), sampling, seed)
         except ValueError as error:
             return f"{name}: {error}"[:REASON_CHARS]
-        answer = row[name] = clean(turn.prefill + generation.text).strip()
+        answer = row[name] = clean(prefill + generation.text).strip()
         row[f"{name}_finish_reason"] = generation.finish_reason
         row[f"{name}_tokens"] = generation.tokens
         row[f"{name}_prompt_length"] = generation.prompt_tokens
         row[f"{name}_prompt_cached"] = generation.cached_tokens
         conversations[name] = [*messages, {"role": "assistant", "content": answer}]
         return None if answer else f"{name} is empty"
+
+
+def check_conversations(task: Task, chat: Chat, system: str | None) -> None:
+    """Try the teacher's chat template on the roles of every turn's conversation; `system` stands in all prompts.
+
+    Raises:
+        InputError: it refuses one, or leaves out a part of it.
+    """
+    conversations: dict[str, Messages] = {}
+    for turn in task.turns:
+        if turn.after is not None:
+            messages = [*conversations[turn.after], {"role": "user", "content": "x"}]
+        elif turn.system is not None or (system and turn.user is None):
+            messages = [{"role": "system", "content": "x"}, {"role": "user", "content": "x"}]
+        else:
+            messages = [{"role": "user", "content": "x"}]
+        try:
+            chat.prompt_ids(messages)
+        except ValueError as error:
+            raise InputError(
+                f"synthesis.task: turn `{turn.name}`: the chat template of the teacher does not take its conversation: "
+                f"{error}"
+            ) from None
+        for name in turn.names:
+            conversations[name] = [*messages, {"role": "assistant", "content": "x"}]
 
 
 def turn_sampling(turn: Turn, common: Sampling) -> Sampling:

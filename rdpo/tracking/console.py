@@ -23,7 +23,7 @@ from rdpo.tracking.event_log import FILE as EVENTS
 from rdpo.tracking.event_log import EventLog, event_line
 
 if TYPE_CHECKING:
-    from rdpo.files.stage_folder import Manifest
+    from rdpo.files.manifest import Manifest
 
 PLAIN_EVERY = 15.0
 LAST_WORDS_S = 2.0

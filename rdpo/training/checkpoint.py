@@ -22,9 +22,14 @@ import ray.train
 import torch
 import torch.distributed as dist
 from ray.train import CheckpointUploadMode
+from torch import Tensor
 
+from rdpo.errors import InputError
 from rdpo.files.folder import checksum
-from rdpo.modeling.weights import WEIGHTS
+from rdpo.modeling.loading import check_loaded
+from rdpo.modeling.model import Policy
+from rdpo.modeling.probe import own_logps, policy_logps, probe_texts
+from rdpo.modeling.saving import copy_companions, save_model
 from rdpo.training.backend import Backend
 from rdpo.training.metrics import StepMetrics
 
@@ -33,6 +38,9 @@ MERGED = "merged"
 HELDOUT_MARGINS = "heldout.jsonl"
 
 SUMS = "checksums-{}.json"
+PROBE_CHUNK = 64
+SAME = 1e-3
+"""Nats by which the log-prob of a token may differ between what was trained and what leaves."""
 
 
 @dataclass(frozen=True)
@@ -159,29 +167,90 @@ def export_policy(engine: Backend, folder: Path) -> None:
     state = engine.gathered_state()
     if dist.get_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        engine.policy.model.save_pretrained(folder, state_dict=state)
+        save_model(engine.policy.model, folder, state_dict=state)
     dist.barrier()
 
 
-def finish_policy(exported: Path, base: Path, merged: Path, trust_remote_code: bool = False) -> None:
+def finish_policy(exported: Path, base: Path, merged: Path, trust_remote_code: bool = False) -> dict[str, float]:
     """Make a complete model folder of what training exported, in the precision the base is stored in.
 
-    An adapter is merged, in fp32; the tokenizer's files are added.
+    An adapter is merged, in fp32; tokenizer and generation settings are the base's, and so is its code where it is
+    trusted. Returned is what was compared: how far log-probs of the merged model are from those of the adapted one, and
+    of the model as it is loaded from the folder from those of the one that was saved, in nats a token.
+
+    Raises:
+        InputError: they differ; what training exported is left as it is.
     """
-    from peft import PeftModel
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     shutil.rmtree(merged, ignore_errors=True)
     adapter = (exported / "adapter_config.json").is_file()
-    source = base if adapter else exported
-    model = AutoModelForCausalLM.from_pretrained(
-        source, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code
-    )
+    found: dict[str, float] = {}
+    model = load_whole(base if adapter else exported, torch.float32, trust_remote_code)
     if adapter:
-        model = PeftModel.from_pretrained(model, str(exported)).merge_and_unload()
+        model, found["merge_difference"] = _merged(model, exported)
+
+    _say_whether_tied(model)
     stored = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code).dtype or torch.float32
-    model.to(stored).save_pretrained(merged)
-    for pattern in WEIGHTS[1:]:
-        for file in base.glob(pattern):
-            if not (merged / file.name).exists() and not file.name.endswith(".index.json"):
-                shutil.copy(file, merged / file.name)
+    model.to(stored)
+    texts = probe_texts(model)
+    expected = own_logps(model, texts)
+    save_model(model, merged)
+    copy_companions(base, merged, code=trust_remote_code)
+
+    # Let go of before it is loaded again: two whole models may be more than the machine holds.
+    del model
+    model = load_whole(merged, stored, trust_remote_code)
+    found["reload_difference"] = _check_same(
+        expected, own_logps(model, texts), exported, "as it is stored", "in memory"
+    )
+    return found
+
+
+def load_whole(folder: Path, dtype: torch.dtype | str, trust_remote_code: bool) -> Any:
+    """A causal language model of a folder, in evaluation mode.
+
+    Raises:
+        InputError: the folder's tensors are not those of its architecture.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=dtype,
+        use_safetensors=True,
+        trust_remote_code=trust_remote_code,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+    )
+    check_loaded(f"model {folder}", model, info)
+    return model.eval()
+
+
+def _merged(model: Any, exported: Path) -> tuple[Any, float]:
+    """The model with its adapter merged, and how far its log-probs are from those that training made of the two."""
+    from peft import PeftModel
+
+    texts = probe_texts(model)
+    adapted = PeftModel.from_pretrained(model, str(exported)).eval()
+    trained = policy_logps(Policy(adapted, PROBE_CHUNK, packed=False), texts)
+    whole = adapted.merge_and_unload()
+    return whole, _check_same(trained, own_logps(whole, texts), exported, "merged", "with its adapter")
+
+
+def _say_whether_tied(model: Any) -> None:
+    """Let the configuration say so where the head has weights of its own: engines go by that, not by the tensors."""
+    head, config = model.get_output_embeddings(), model.config.get_text_config()
+    if head is not None and head.weight is not model.get_input_embeddings().weight:
+        config.tie_word_embeddings = model.config.tie_word_embeddings = False
+
+
+def _check_same(expected: Tensor, actual: Tensor, exported: Path, one: str, other: str) -> float:
+    """The largest difference of two tables of log-probs, which must not be one."""
+    difference = float((actual - expected).abs().max())
+    if not difference <= SAME:
+        raise InputError(
+            f"policy: the model {one} has other log-probs than that {other}, by up to {difference:.2g} nats, "
+            f"{SAME:g} is allowed, so it is not what was trained; what training left is kept in {exported}"
+        )
+    return difference

@@ -47,4 +47,5 @@ def best_step(history: list[StepMetrics]) -> int:
 
 def correct(margins: NDArray[np.float64]) -> NDArray[np.float64]:
     """Which margins are on the right side; a tie is half."""
-    return (margins > 0) + 0.5 * (margins == 0)
+    right: NDArray[np.float64] = (margins > 0) + 0.5 * (margins == 0)
+    return right

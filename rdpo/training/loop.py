@@ -71,11 +71,12 @@ class PairTable:
         return cls(table, [PairSize(*parts) for parts in zip(*lengths, strict=True)])
 
     def __len__(self) -> int:
-        return self.table.num_rows
+        return int(self.table.num_rows)
 
     def rows(self, pairs: tuple[int, ...]) -> dict[str, list[Any]]:
         """The columns of some pairs."""
-        return self.table.take(list(pairs)).to_pydict()
+        columns: dict[str, list[Any]] = self.table.take(list(pairs)).to_pydict()
+        return columns
 
 
 def step_pairs(num_pairs: int, job: Job) -> Iterator[list[int]]:

@@ -9,7 +9,8 @@ import pytest
 
 from rdpo.config import Job
 from rdpo.errors import InputError
-from rdpo.files.stage_folder import Manifest, StageFolder, write_rows
+from rdpo.files.manifest import Manifest
+from rdpo.files.stage_folder import StageFolder, write_rows
 from rdpo.synthesis.prompts import SCHEMA, drop_duplicates, prompt_row, read_prompts
 from rdpo.synthesis.sources import _raw_table, read_rows, source_files
 

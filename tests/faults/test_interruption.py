@@ -9,7 +9,8 @@ from fsspec.implementations.local import LocalFileSystem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rdpo.files.stage_folder import MANIFEST, Manifest, StageFolder
+from rdpo.files.manifest import Manifest
+from rdpo.files.stage_folder import MANIFEST, StageFolder
 
 IDS = [f"id-{number}" for number in range(6)]
 BLOCKS = st.lists(st.sampled_from(IDS), unique=True, min_size=1).flatmap(

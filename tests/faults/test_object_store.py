@@ -18,7 +18,8 @@ from rdpo.errors import InputError
 from rdpo.execution import lock
 from rdpo.files import stores
 from rdpo.files.folder import Folder
-from rdpo.files.stage_folder import Manifest, StageFolder
+from rdpo.files.manifest import Manifest
+from rdpo.files.stage_folder import StageFolder
 from tests.support.jobs import ALL_STAGES, valid_job, write_job, write_jsonl
 from tests.support.stores import SECRET, FlakyProxy, client, environment, keys
 

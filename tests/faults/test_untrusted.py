@@ -30,7 +30,8 @@ from rdpo.execution.reader import JOB_FILE
 from rdpo.execution.run import Run
 from rdpo.execution.stage import Stage
 from rdpo.experiments.comparison import load_comparison
-from rdpo.files.stage_folder import Manifest, StageFolder
+from rdpo.files.manifest import Manifest
+from rdpo.files.stage_folder import StageFolder
 from rdpo.inspection.show import show_rows
 from rdpo.modeling.chat import load_chat
 from rdpo.modeling.model import ForwardSettings, load_policy

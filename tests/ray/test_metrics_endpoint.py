@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from rdpo.files.stage_folder import Manifest
+from rdpo.files.manifest import Manifest
 from rdpo.tracking.console import Console
 from rdpo.tracking.listeners.ray_metrics import MEANINGS, RayMetrics
 from rdpo.training.metrics import NAMES

@@ -12,7 +12,8 @@ from ray.train import TrainingFailedError
 from safetensors.torch import load_file
 
 from rdpo.config import Job
-from rdpo.files.stage_folder import Manifest, StageFolder
+from rdpo.files.manifest import Manifest
+from rdpo.files.stage_folder import StageFolder
 from rdpo.training.checkpoint import finish_policy
 from rdpo.training.heldout import LOSS, best_step
 from rdpo.training.loop import NonFiniteStep

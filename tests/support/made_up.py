@@ -6,7 +6,8 @@ from rdpo.config import job_of, to_toml
 from rdpo.evaluation.compare import summarize
 from rdpo.execution.reader import JOB_FILE
 from rdpo.files.folder import Folder
-from rdpo.files.stage_folder import Manifest, StageFolder
+from rdpo.files.manifest import Manifest
+from rdpo.files.stage_folder import StageFolder
 from rdpo.records import prompt_id, table_of
 
 HOSTILE = "<script>alert(1)</script>\u202e"
@@ -40,7 +41,7 @@ def pair(number):
 
 def evaluated(number):
     prompt = message("user", f"held-out question {number}")
-    row = {"prompt_id": prompt_id(prompt), "prompt": prompt, "kl": 2.0}
+    row = {"prompt_id": prompt_id(prompt), "prompt": prompt, "kl": 2.0, "drawn_tokens": 4}
     for side, gain in (("start", 0.0), ("trained", 1.0)):
         score = {"length": number + gain}
         row |= {side: f"{side} answer {number}", f"{side}_scores": score, f"{side}_score": number + gain}
@@ -64,5 +65,5 @@ def made_up_run(run_dir, job_table):
     training.write_bytes("metrics.jsonl", "".join(json.dumps(step) + "\n" for step in steps).encode())
     training.commit(Manifest("training", "key", {}, {}))
     rows = [evaluated(number) for number in range(3)]
-    commit(run_dir, "evaluation", rows, summarize(rows, {"length": 1.0}, seed=0))
+    commit(run_dir, "evaluation", rows, summarize(rows, {"length": 1.0}))
     return str(run_dir)

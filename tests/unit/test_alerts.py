@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from rdpo.files.stage_folder import Manifest
+from rdpo.files.manifest import Manifest
 from rdpo.report.alerts import alerts
 from rdpo.report.columns import PairColumns
 

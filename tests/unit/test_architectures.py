@@ -7,7 +7,9 @@ from rdpo.config import Lora
 from rdpo.errors import InputError
 from rdpo.modeling.attention import attend_by_span, flex_by_block
 from rdpo.modeling.layout import packed_batch, padded_batch
-from rdpo.modeling.model import ForwardSettings, Tuning, load_policy
+from rdpo.modeling.model import ForwardSettings, Tuning, as_policy, load_policy
+from rdpo.modeling.probe import ReadAs, settle_layout
+from tests.support.architectures import causal_types, small_model
 from tests.support.models import save_model
 
 SETTINGS = ForwardSettings("float32", 8)
@@ -58,7 +60,7 @@ def folder(request, tmp_path_factory, tokenizer):
 
 def naive_logps(model, prompt, completion):
     ids = torch.tensor([[*prompt, *completion]])
-    logps = torch.log_softmax(model(input_ids=ids).logits.float(), -1)[0, len(prompt) - 1 : -1]
+    logps = torch.log_softmax(model(input_ids=ids, use_cache=False).logits.float(), -1)[0, len(prompt) - 1 : -1]
     return logps.gather(1, torch.tensor(completion)[:, None]).sum()
 
 
@@ -135,3 +137,115 @@ def test_an_architecture_that_cannot_pack_is_padded(tmp_path, tokenizer):
     torch.testing.assert_close(policy(padded_batch(PROMPTS, [CHOSEN, REJECTED])), naive_pairs(policy.model))
     with pytest.raises(InputError, match="cannot read packed rows"):
         load_policy(folder, ForwardSettings("float32", 8, "packed"))
+
+
+def settled(model_type):
+    """A small model as a policy, and how its probe has it read, by words where it is refused."""
+    model = small_model(model_type)
+    try:
+        policy = as_policy(model, SETTINGS).eval()
+        return model, policy, settle_layout(policy, model_type)
+    except InputError as error:
+        return model, None, str(error)
+
+
+def furthest(model, policy):
+    """How far sums over answers are from those of plain transformers, on other texts than those of the probe."""
+    with torch.inference_mode():
+        actual = policy(policy.batch(PROMPTS, CHOSEN, REJECTED))
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        return float((actual - naive_pairs(model)).abs().max())
+
+
+PROBED = {
+    "hyperclovax": ("packed", ""),
+    "falcon_h1": ("padded", ""),
+    "recurrent_gemma": ("padded", ""),
+    "phimoe": ("padded", "differ by"),
+    "doge": ("padded", "differ by"),
+    "nemotron": ("padded", "NotPackable"),
+    "moshi": ("padded", "NotPackable"),
+    "gemma2": ("packed", ""),
+    "xlstm": ("padded", ""),
+}
+
+
+@pytest.mark.parametrize("model_type", PROBED)
+def test_what_an_architecture_makes_of_its_logits_and_rows_is_found_out(model_type):
+    model, policy, read_as = settled(model_type)
+    assert isinstance(read_as, ReadAs), read_as
+    assert (read_as.layout, policy.packed) == (PROBED[model_type][0], PROBED[model_type][0] == "packed")
+    assert read_as.why.startswith(PROBED[model_type][1]) and bool(read_as.why) == bool(PROBED[model_type][1])
+    assert furthest(model, policy) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("model_type", "says"),
+    {
+        "modernbert-decoder": "differ by .* nats a token .*makes its logits in a way that rdpo does not know",
+        "cpmant": "differ by .* nats a token",
+        "llama4_text": "does not read text alone like a language model",
+    }.items(),
+)
+def test_an_architecture_whose_logits_are_others_is_refused(model_type, says):
+    policy = as_policy(small_model(model_type), SETTINGS).eval()
+    with pytest.raises(InputError, match=f"student.model x: .*{says}"):
+        settle_layout(policy, "student.model x")
+
+
+def test_rows_that_must_be_packed_and_are_not_exact_are_refused():
+    policy = as_policy(small_model("phimoe"), ForwardSettings("float32", 8, "packed")).eval()
+    with pytest.raises(InputError, match=r"training\.layout: x cannot be read in packed rows .*use auto or padded"):
+        settle_layout(policy, "x", "packed")
+
+
+def test_packed_rows_are_tried_where_padded_ones_are_asked_for():
+    policy = as_policy(small_model("llama"), ForwardSettings("float32", 8, "padded")).eval()
+    assert settle_layout(policy, "x", "padded") == ReadAs("padded", 1e-3, packable=True)
+    assert not policy.packed
+
+
+def test_the_widths_of_windows_are_as_they_were_after_the_probe():
+    model = small_model("mistral")
+    model.config.sliding_window = 4096
+    for layer in model.model.layers:
+        layer.self_attn.sliding_window = 4096
+    assert settle_layout(as_policy(model, SETTINGS).eval(), "mistral").layout == "packed"
+    assert {model.config.sliding_window, *(layer.self_attn.sliding_window for layer in model.model.layers)} == {4096}
+
+
+def test_a_wide_window_that_only_the_mask_knows_is_found_too():
+    model = small_model("phimoe")
+    model.config.sliding_window = 4096
+    assert settle_layout(as_policy(model, SETTINGS).eval(), "phimoe").layout == "padded"
+
+
+def test_dropout_of_attention_is_read_in_padded_rows():
+    model = small_model("llama")
+    model.config.attention_dropout = 0.1
+    assert not as_policy(model, SETTINGS).packed
+    with pytest.raises(InputError, match="whose attention_dropout needs padded ones"):
+        as_policy(model, ForwardSettings("float32", 8, "packed"))
+
+
+@pytest.mark.long
+def test_every_architecture_that_can_be_small_is_exact_or_refused(capsys):
+    """RDPO_ARCHITECTURES=llama,mamba names some of them."""
+    counts, wrong = {}, {}
+    for model_type in causal_types():
+        try:
+            model, policy, read_as = settled(model_type)
+        except ValueError as error:
+            kind, words = "not built", str(error)
+        else:
+            kind = f"{read_as.layout}{', fallen back' if read_as.why else ''}" if policy else "refused"
+            words = read_as.why if policy else read_as
+            if policy and not (difference := furthest(model, policy)) < 5e-3:
+                wrong[model_type] = difference
+        counts[kind] = counts.get(kind, 0) + 1
+        with capsys.disabled():
+            print(f"{model_type:<28}{kind:<22}{words[:150]}", flush=True)
+    with capsys.disabled():
+        print(counts, f"wrong: {wrong or 'none'}")
+    assert not wrong

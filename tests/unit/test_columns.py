@@ -5,7 +5,7 @@ import pyarrow as pa
 import pytest
 
 from rdpo.files.stage_folder import StageFolder
-from rdpo.report.columns import PromptColumns, pair_columns, rank_correlation
+from rdpo.report.columns import PairColumns, PromptColumns, pair_columns, rank_correlation
 from rdpo.report.samples import most_telling
 
 
@@ -66,3 +66,12 @@ def test_of_too_many_prompts_the_extremes_are_shown_and_others():
     assert most_telling(gain, 8) == [2, 3, 5, 6, 0, 1, 4, 7]
     assert sorted(most_telling(gain, 1000)) == list(range(10))
     assert most_telling(gain, 0) == []
+
+
+def test_rewards_are_held_against_each_other_on_the_pairs_that_both_scored():
+    nothing = np.zeros(0)
+    chosen = {"rm": np.array([1.0, 1.0, 1.0]), "given": np.array([2.0, np.nan, 0.0])}
+    rejected = {"rm": np.zeros(3), "given": np.array([1.0, np.nan, 1.0])}
+    shares = PairColumns(chosen, rejected, nothing, nothing, nothing, nothing).same_side()
+    assert shares["rm", "given"] == shares["given", "rm"] == 0.5
+    assert shares["rm", "rm"] == shares["given", "given"] == 1.0

@@ -1,8 +1,10 @@
 """Comparison files: every arm is the base job with its changes; what is wrong is said with the arm's name."""
 
 import io
+import json
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import tomli_w
 
@@ -10,8 +12,9 @@ from rdpo.config.comparison import Part, merged
 from rdpo.errors import InputError
 from rdpo.execution.pipeline import run_stages
 from rdpo.execution.run import Run
-from rdpo.experiments.comparison import load_comparison, run_arms
+from rdpo.experiments.comparison import arm_dir, check_heldout, load_comparison, run_arms
 from rdpo.files.stage_folder import StageFolder
+from rdpo.synthesis.prompts import SCHEMA, prompt_row
 from tests.support.jobs import write_job
 
 LENGTH = {"kind": "function", "name": "length", "function": "tests.rewards:length"}
@@ -48,6 +51,18 @@ def test_each_arm_is_run_in_every_value_of_what_varies(write):
     assert comparison.rivals["dpo@0"] == "dpo@0"
 
 
+def test_values_that_differ_late_in_their_digits_are_arms_of_their_own(write):
+    close = [0.1234567, 0.1234568, 0.5, 1e22, 0.0]
+    comparison, jobs = load_comparison(write(vary={"key": "training.offset_coef", "values": close}))
+    assert len(jobs) == len(close) * len(ARMS) * 2
+    assert len({arm_dir("run", *run) for run in jobs}) == len(jobs)
+    arms = list(dict.fromkeys(arm for arm, _ in jobs))[::2]
+    assert arms == ["dpo@0.1234567", "dpo@0.1234568", "dpo@0.5", "dpo@1e22", "dpo@0"]
+    assert comparison.rivals["rdpo@0.1234567"] == "dpo@0.1234567"
+    with pytest.raises(InputError, match=r"--value 0.1234569: the values are 0.1234567, 0.1234568, 0.5"):
+        comparison.of(Part(values=[0.1234569]))
+
+
 def test_an_entry_of_a_list_can_vary_and_arms_may_weigh_rewards_in_other_ways(write):
     two = {"rewards": [LENGTH, {**LENGTH, "name": "size", "weight": 0.0}]}
     _, jobs = load_comparison(write(all=two, vary={"key": "rewards.1.weight", "values": [0.5, 2.0]}))
@@ -75,6 +90,12 @@ def test_merging_leaves_the_base_as_it_is():
         ({"job": "none.toml"}, "none.toml: no such job file"),
         ({"arm": {}}, "arm: unknown key"),
         ({"vary": {"key": "flip", "values": [0, 1]}}, "vary.key: "),
+        ({"vary": {"key": "pairs.flip", "values": [0.5, 0.25, 0.50]}}, "vary.values: 0.5 is given twice"),
+        ({"vary": {"key": "training.offset_coef", "values": [0.0, -0.0]}}, "vary.values: 0 is given twice"),
+        (
+            {"vary": {"key": "pairs.min_gap", "values": [-1, 1]}, "arms": {"dpo": {}, "dpo-": {}}},
+            "arms dpo@-1 and dpo-@1 would share the directory arms/dpo--1-0",
+        ),
         (
             {"arms": {**ARMS, "other": {"rewards": [{**LENGTH, "name": "size"}]}}},
             "the same reward 'length'.*weight = 0",
@@ -89,8 +110,6 @@ def test_what_is_wrong_is_said(write, changes, said):
 
 
 def test_a_stage_of_a_sibling_is_taken_over_and_never_written_to(write, tmp_path):
-    import pyarrow as pa
-
     from rdpo.execution.stage import Stage
     from rdpo.tracking.console import Console
 
@@ -133,6 +152,43 @@ def test_one_value_and_another_last_stage_can_be_wanted(write):
         load_comparison(path, Part(values=[0.3]))
     with pytest.raises(InputError, match="nothing varies"):
         load_comparison(write(), Part(values=[0.3]))
+
+
+def compared_prompts(write, tmp_path, monkeypatch, **changes):
+    """What `check_heldout` does to a comparison over 1,000 prompts, whose prompts stages are made without a Ray."""
+    from rdpo.tracking.console import Console
+
+    lines = "".join(json.dumps({"prompt": f"question {number}"}) + "\n" for number in range(1000))
+    (tmp_path / "prompts.jsonl").write_text(lines)
+    made = []
+
+    def take(run, stages):
+        assert [stage.name for stage in stages] == ["prompts"]
+        rows = [prompt_row("a", line, {"prompt": f"question {line}"}, run.job) for line in range(1000)]
+        folder = run.folder("prompts")
+        folder.begin("k")
+        folder.write_parts(pa.Table.from_pylist(rows, schema=SCHEMA), "prompt_id")
+        made.append({row["prompt_id"] for row in rows if row["split"] == "heldout"})
+
+    monkeypatch.setattr("rdpo.experiments.comparison.run_stages", take)
+    comparison, jobs = load_comparison(write(seeds=[0, 1, 2], **changes))
+    check_heldout(comparison, jobs, str(tmp_path / "run"), Console(io.StringIO()))
+    return made
+
+
+def test_arms_and_seeds_are_evaluated_on_the_same_prompts(write, tmp_path, monkeypatch):
+    templates = {"prompts": {"templates": ["Story: {{ prompt }}", "Tell me: {{ prompt }}"]}}
+    made = compared_prompts(write, tmp_path, monkeypatch, all=templates)
+    assert len(made) == 6
+    assert all(prompts == made[0] for prompts in made)
+    assert 70 < len(made[0]) < 130
+
+
+@pytest.mark.parametrize("change", [{"prompts": {"heldout_fraction": 0.2}}, {"evaluation": {"limit": 7}}])
+def test_arms_with_other_held_out_prompts_are_refused_before_the_first_run(write, tmp_path, monkeypatch, change):
+    with pytest.raises(InputError, match=r"dpo \(seed 0\) would be evaluated on \d+ .* and rdpo \(seed 0\) on \d+, of"):
+        compared_prompts(write, tmp_path, monkeypatch, arms={"dpo": {}, "rdpo": change})
+    assert not compared_prompts(write, tmp_path, monkeypatch, arms={"dpo": {}, "rdpo": change}, until="training")
 
 
 def test_one_seed_alone_is_brought_up_to_date(write, tmp_path, monkeypatch):

@@ -85,6 +85,19 @@ def test_relations_and_overrides(tmp_path, job_table, override, said):
     assert said in explained(tmp_path, job_table, override)
 
 
+@pytest.mark.parametrize("split", ["heldout", " Heldout", "held-out", "test", "validation", "test_prefs"])
+def test_held_out_prompts_are_not_to_be_trained_on(tmp_path, job_table, split):
+    job_table["synthesis"]["split"] = split
+    said = explained(tmp_path, job_table)
+    assert "synthesis.split: these prompts are held out for evaluation; name a split to train on" in said
+
+
+def test_a_split_may_have_the_name_that_others_give_it(job_table):
+    for name, meant in {"train_prefs": "train", " Train": "train", "Mine": "Mine"}.items():
+        job_table["synthesis"]["split"] = name
+        assert Job.model_validate(job_table).synthesis.split == meant
+
+
 def test_override_values_are_toml_or_text(tmp_path, job_table):
     path = write_job(tmp_path / "job.toml", job_table)
     job = load_job(path, ["training.beta=0.2", "name=other", "training.lora.rank=4"])

@@ -5,10 +5,11 @@ import pytest
 
 from rdpo.cli import main
 from rdpo.config import Job, to_toml
-from rdpo.files.stage_folder import Manifest, StageFolder
+from rdpo.files.manifest import Manifest
+from rdpo.files.stage_folder import StageFolder
 
 
-def make_run(folder, table, shift=0.0, chosen="good", ids=("a", "b", "c"), until="evaluation"):
+def make_run(folder, table, shift=0.0, chosen="good", ids=("a", "b", "c"), until="evaluation", drawn=True):
     """A run whose manifests and rows are written by hand; `shift` raises the trained model's scores."""
     folder.mkdir()
     job = Job.model_validate(table)
@@ -30,7 +31,8 @@ def make_run(folder, table, shift=0.0, chosen="good", ids=("a", "b", "c"), until
         dropped = [None] * (len(ids) - 1) + ["too short" if name == "pairs" else None]
         stage.write_parts(pa.table({"prompt_id": list(ids), **columns, "dropped": dropped}), "prompt_id")
         if name == until or until == "evaluation":
-            made = Manifest(name, str(settings[name]), settings[name], {}, versions={"torch": "1"})
+            summary = {"kl_answers": 2} if name == "evaluation" and drawn else {}
+            made = Manifest(name, str(settings[name]), settings[name], {}, versions={"torch": "1"}, summary=summary)
             stage.commit(made, "prompt_id")
     return str(folder)
 
@@ -66,6 +68,13 @@ def test_settings_texts_and_results_that_differ(tmp_path, job_table, diff):
     (trained,) = [line for line in lines if line.startswith("length, trained")]
     assert trained.startswith("length, trained 2.000 (") and trained.endswith(" +0.500 (+0.500 to +0.500)")
     assert any(line.startswith("KL, nats 0.600 (") for line in lines)
+
+
+def test_log_ratios_of_an_earlier_version_are_not_held_against_kl(tmp_path, job_table, diff):
+    told = diff(make_run(tmp_path / "a", job_table, drawn=False), make_run(tmp_path / "b", job_table, shift=0.5))
+    lines = {line[:28].strip(): line[28:].split() for line in told.splitlines()}
+    assert lines["KL, nats"][0] == "-" and lines["KL, nats"][-1] == "-"
+    assert lines["log-ratio, nats"][1:] and lines["log-ratio, nats"][-2:] == ["-", "-"]
 
 
 def test_runs_without_rewards_are_compared_by_their_answers(tmp_path, job_table, diff):

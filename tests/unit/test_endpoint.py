@@ -122,7 +122,46 @@ def test_a_refused_request_is_not_asked_again():
     (error,) = ask(server)
     assert isinstance(error, Unanswered)
     assert "refuses it (400)" in str(error)
-    assert len(server.asked) == 1
+    assert [asked["messages"][0]["content"] for asked in server.asked] == ["hi", "Say hello."]
+
+
+@pytest.mark.parametrize("status", [400, 403, 422])
+def test_a_server_that_refuses_all_ends_the_run_at_once_and_loses_no_row(status):
+    server = Server(*[status] * 40)
+    answers = ask(server, *"abcdefgh", concurrency=4)
+    assert [type(answer) for answer in answers] == [InputError] * 8
+    assert "refuses every request" in str(answers[0]) and "rows stay to be done" in str(answers[0])
+    assert len(server.asked) == 2
+
+
+@pytest.mark.parametrize("concurrency", [1, 4])
+@pytest.mark.parametrize("status", [401, 402, 403, 404])
+def test_an_account_that_ends_in_the_middle_drops_no_row(status, concurrency):
+    server = Server(completion(), completion(), *[status] * 40)
+    answers = ask(server, *"abcdefgh", concurrency=concurrency)
+    assert sum(isinstance(answer, InputError) for answer in answers) == 6
+    assert len(server.asked) <= 2 + concurrency + 1
+
+
+def test_a_quota_that_is_used_up_is_not_waited_for():
+    class UsedUp(Server):
+        async def answer(self, request):
+            if len(self.asked) < 1:
+                return await super().answer(request)
+            self.asked.append(await request.json())
+            body = {"error": {"message": "pay", "code": "insufficient_quota", "type": "insufficient_quota"}}
+            return web.json_response(body, status=429)
+
+    server = UsedUp()
+    answers = ask(server, *"abc", concurrency=1)
+    assert [type(answer) for answer in answers[1:]] == [InputError] * 2
+    assert "the quota" in str(answers[1]) and len(server.asked) == 2
+
+
+def test_reasoning_models_get_their_limit_under_its_other_name():
+    server = Server()
+    ask(server, token_limit="max_completion_tokens")
+    assert server.asked[0]["max_completion_tokens"] == 5 and "max_tokens" not in server.asked[0]
 
 
 @pytest.mark.parametrize("reply", [completion("", "content_filter"), completion(None, "length")])

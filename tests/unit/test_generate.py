@@ -2,11 +2,29 @@
 
 import asyncio
 from contextlib import asynccontextmanager
+from itertools import pairwise
+from types import SimpleNamespace
+
+import pytest
+import torch
 
 from rdpo.cluster.pools import Pool
 from rdpo.config import Job
-from rdpo.evaluation.generate import START, TRAINED, Answerer, answer_prompts, side_by_side
+from rdpo.evaluation.compare import divergence
+from rdpo.evaluation.generate import (
+    DRAWN,
+    START,
+    TRAINED,
+    UNREADABLE,
+    Answerer,
+    Divergence,
+    answer_prompts,
+    side_by_side,
+)
+from rdpo.modeling.ratios import Ratios
 from rdpo.synthesis.engine import Generation
+from tests.support.jobs import valid_job
+from tests.support.models import byte_tokenizer, save_model
 
 
 def answered(name, contender, answer, dropped=None):
@@ -54,6 +72,7 @@ def test_answers_that_are_known_are_not_asked_again(job_table, monkeypatch):
     rows = [{"prompt_id": name, "prompt": [{"role": "user", "content": name}], "extra": "{}"} for name in "ab"]
     models = {START: "old", TRAINED: "better"}
     known = {"start": "told", "start_finish_reason": "stop", "start_tokens": 9}
+    job_table["evaluation"] = {"kl_answers": 0}
     merged = answer_prompts(rows, Job.model_validate(job_table), models, {START: {"a": known}})
     assert {row["prompt_id"]: (row["start"], row["trained"]) for row in merged} == {
         "a": ("told", "new"),
@@ -101,3 +120,132 @@ def test_only_the_trained_models_answer_goes_through_the_turns_of_the_task(job_t
     assert (row["start"], row["trained"]) == ("old heard 1", "new heard 5")
     assert (row["trained_tokens"], row["trained_finish_reason"]) == (5, "stop")
     del answerer.engine
+
+
+def test_what_the_model_cannot_read_is_dropped_with_the_reason(tmp_path):
+    import pyarrow as pa
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    tokenizer = byte_tokenizer()
+    config = GPT2Config(vocab_size=len(tokenizer), n_positions=48, n_embd=16, n_layer=1, n_head=2)
+    folder = save_model(tmp_path / "model", GPT2LMHeadModel(config), tokenizer)
+    rows = [
+        {"prompt": [{"role": "user", "content": "x"}], "answer": answer, "answer_finish_reason": "stop"}
+        for answer in ("short", "long " * 20)
+    ]
+    table = pa.Table.from_pylist([{**row, "dropped": None} for row in rows])
+    found = Divergence(Job.model_validate(valid_job(folder, tmp_path)), folder, "answer")(table).to_pylist()
+    assert [(row["kl"], row["dropped"]) for row in found] == [(0.0, None), (None, UNREADABLE)]
+
+
+class Drawing(Engine):
+    """Keeps what it was asked."""
+
+    def __init__(self):
+        super().__init__()
+        self.asked = []
+
+    async def generate(self, prompt_ids, sampling, seed, stop_ids):
+        self.asked.append((sampling.temperature, sampling.top_p, sampling.max_tokens, seed))
+        return Generation(" text ", "stop", 3, None, 7, 3, (5, 6, 2))
+
+
+def test_the_answer_for_kl_is_drawn_untempered_and_kept_as_tokens(job_table):
+    answerer = object.__new__(Answerer)
+    sampling = {"temperature": 0.2, "top_p": 0.9, "max_tokens": 9}
+    answerer.job = Job.model_validate({**job_table, "evaluation": {"sampling": sampling}})
+    answerer.models, answerer.engine, answerer.chat = {TRAINED: "new", DRAWN: "new"}, Drawing(), Chat()
+    asked = {"prompt_id": "a", "prompt": [{"role": "user", "content": "why?"}], "extra": "{}"}
+    rows = [asyncio.run(answerer.answer({**asked, "contender": column})) for column in (TRAINED, DRAWN)]
+    compared, drawn = answerer.engine.asked
+    assert (compared[:3], drawn[:3]) == ((0.2, 0.9, 9), (1.0, 1.0, 9))
+    assert compared[3] != drawn[3]
+    (row,) = side_by_side(rows, [TRAINED, DRAWN])
+    assert (row["drawn_ids"], row["drawn_tokens"]) == ([5, 6, 2], 3)
+    assert "trained_ids" not in row
+    del answerer.engine
+
+
+@pytest.mark.parametrize(("settings", "drawn"), [({"kl_answers": 1}, ["a"]), ({}, ["a", "b"]), ({"refine": True}, [])])
+def test_prompts_for_kl_are_the_first_and_self_refinement_has_none(job_table, monkeypatch, settings, drawn):
+    asked = []
+
+    def answers(pool, table, *_, **__):
+        asked.extend(table.to_pylist())
+        return SimpleNamespace(take_all=lambda: [{**row, row["contender"]: "x"} for row in asked])
+
+    monkeypatch.setattr(Pool, "map", answers)
+    monkeypatch.setattr("rdpo.evaluation.generate.open_crash_counts", lambda: None)
+    monkeypatch.setattr("ray.data.from_arrow", lambda table: table)
+    rows = [{"prompt_id": name, "prompt": [{"role": "user", "content": name}], "extra": "{}"} for name in "ba"]
+    answer_prompts(rows, Job.model_validate({**job_table, "evaluation": settings}), {START: "old", TRAINED: "new"})
+    assert [row["prompt_id"] for row in asked if row["contender"] == DRAWN] == drawn
+
+
+class Bigram:
+    """A policy over few tokens whose next token depends on the last one alone: its KL can be counted out."""
+
+    packed = False
+    config = SimpleNamespace(vocab_size=10)
+    causal = torch.nn.Module()
+
+    def __init__(self, seed):
+        self.table = 1.5 * torch.randn(VOCABULARY, VOCABULARY, generator=torch.Generator().manual_seed(seed))
+        self.logps = self.table.log_softmax(-1).double()
+
+    def batch(self, prompts, answers):
+        return Pairs(zip(prompts, answers, strict=True))
+
+    def __call__(self, pairs):
+        return torch.stack([sum(self.logps[a, b] for a, b in pairwise([x[-1], *y])) for x, y in pairs])
+
+    def draw(self, begin, length, generator, temperature=1.0):
+        tokens = [begin]
+        for _ in range(length):
+            chances = (self.table[tokens[-1]] / temperature).softmax(-1)
+            tokens.append(int(torch.multinomial(chances, 1, generator=generator)))
+        return tokens[1:]
+
+
+class Pairs(list):
+    def to(self, device):
+        return self
+
+
+VOCABULARY, LENGTH = 5, 3
+
+
+def exact_kl(policy, reference, begin, length):
+    """KL over all answers of so many tokens, by the chain rule."""
+    if not length:
+        return 0.0
+    chances, difference = policy.logps[begin].exp(), policy.logps[begin] - reference.logps[begin]
+    rest = torch.tensor([exact_kl(policy, reference, token, length - 1) for token in range(VOCABULARY)])
+    return float((chances * (difference + rest)).sum())
+
+
+class TextOfOneToken:
+    """Reads any answer as another token than those that were drawn."""
+
+    def prompt_ids(self, messages, prefill=""):
+        return [0]
+
+    def completion_ids(self, answer, finished):
+        return [1]
+
+
+@pytest.mark.parametrize(("temperature", "holds"), [(1.0, True), (0.4, False)])
+def test_kl_is_the_exact_one_and_only_without_temperature(temperature, holds):
+    policy, reference, generator = Bigram(1), Bigram(2), torch.Generator().manual_seed(0)
+    ratios = Ratios(TextOfOneToken(), policy, reference, "cpu", 10_000)
+    rows = [
+        {"prompt": [], "drawn": "text", "drawn_finish_reason": "length", "prompt_id": str(place), "drawn_tokens": 3}
+        | {"drawn_ids": policy.draw(0, LENGTH, generator, temperature)}
+        for place in range(3000)
+    ]
+    measured = [{**row, "kl": ratio.nats} for row, ratio in zip(rows, ratios(rows, DRAWN), strict=True)]
+    kl = divergence(measured)["kl"]
+    assert kl["high"] - kl["low"] < 0.3
+    # Three standard errors where the interval has two.
+    error = abs(kl["mean"] - exact_kl(policy, reference, 0, LENGTH))
+    assert (error < 1.5 * (kl["high"] - kl["mean"])) == holds

@@ -96,7 +96,8 @@ def test_a_job_that_synthesises_needs_a_reward(job_table):
 
 
 def test_the_folder_of_a_pairs_stage_is_a_source_of_pairs(job, tmp_path):
-    from rdpo.files.stage_folder import Manifest, StageFolder
+    from rdpo.files.manifest import Manifest
+    from rdpo.files.stage_folder import StageFolder
     from rdpo.synthesis.sources import read_rows, source_files
 
     (pair,) = paired([from_source({"prompt": "q", "chosen": "good", "rejected": "bad"}, job)], job)

@@ -8,7 +8,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rdpo.cli import main
 from rdpo.config import Job, to_toml
-from rdpo.files.stage_folder import Manifest, StageFolder
+from rdpo.files.manifest import Manifest
+from rdpo.files.stage_folder import StageFolder
 from rdpo.inspection.harness import changes
 
 TASK = """

@@ -10,7 +10,8 @@ from threading import Thread
 
 import pytest
 
-from rdpo.files.stage_folder import Manifest, StageFolder
+from rdpo.files.manifest import Manifest
+from rdpo.files.stage_folder import StageFolder
 from tests.support.made_up import made_up_run
 
 TOKEN = "hf_abcdefghijklmnopqrstuvwxyz"

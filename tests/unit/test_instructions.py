@@ -71,3 +71,11 @@ def test_sandbox_refuses_python_internals():
         render("{{ x.__class__.__mro__[1].__subclasses__() }}", {"x": "a"})
     with pytest.raises(ValueError, match="missing"):
         render("{{ missing }}", {})
+
+
+@pytest.mark.parametrize("name", ["dropped", "prompt", "prompt_id", "extra", "split", "source", "heldout"])
+def test_a_turn_cannot_have_the_name_of_a_column(tmp_path, name):
+    path = tmp_path / "task.toml"
+    path.write_text(f'name = "t"\n[[turns]]\nname = "first"\n[[turns]]\nname = "{name}"\n', encoding="utf-8")
+    with pytest.raises(InputError, match=f"`{name}` is a column"):
+        load_task(str(path))

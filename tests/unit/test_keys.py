@@ -17,6 +17,7 @@ from rdpo.cluster import hardware
 from rdpo.config import load_job, read_toml
 from rdpo.execution.keys import stage_key
 from rdpo.experiments.comparison import load_comparison
+from rdpo.modeling import chat, template
 from rdpo.modeling import weights as models
 from rdpo.preference.rewards import function
 from rdpo.preference.rewards.function import source_hash
@@ -57,7 +58,14 @@ def stand_in(name):
     return of
 
 
+def plain(*arguments):
+    """Of a chat template that reads no date and puts nothing before an answer."""
+    return {}
+
+
 REPLACED = {
+    chat.rendering_settings: plain,
+    template.date_settings: plain,
     models.fingerprint: stand_in("weights"),
     models.adapter_fingerprint: stand_in("adapter"),
     hardware.compute_dtype: stand_in("precision"),

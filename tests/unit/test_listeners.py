@@ -6,7 +6,7 @@ import pytest
 
 from rdpo.config import Job
 from rdpo.errors import InputError
-from rdpo.files.stage_folder import Manifest
+from rdpo.files.manifest import Manifest
 from rdpo.tracking.console import Console, Listener
 from rdpo.tracking.listeners import listening
 from rdpo.tracking.listeners.figures import stage_figures, step_figures

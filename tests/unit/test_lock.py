@@ -14,7 +14,8 @@ from rdpo.errors import InputError
 from rdpo.execution import lock
 from rdpo.files.conditional import Changed, ConditionalObject
 from rdpo.files.folder import Folder
-from rdpo.files.stage_folder import Manifest, StageFolder
+from rdpo.files.manifest import Manifest
+from rdpo.files.stage_folder import StageFolder
 from rdpo.files.stores import store_trouble
 from tests.support.stores import FlakyProxy
 

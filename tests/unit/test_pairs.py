@@ -12,6 +12,7 @@ from rdpo.preference.pairs import (
     answers_of,
     copies,
     copy_names,
+    drawn_together,
     exchanged,
     pair_row,
     pairs_table,
@@ -21,7 +22,7 @@ from rdpo.preference.pairs import (
     wide_enough,
 )
 from rdpo.preference.reference import tokenize_pair
-from rdpo.records import table_of
+from rdpo.records import question_id, table_of
 
 
 def scored(response=1.0, revision=3.0, **changes):
@@ -158,6 +159,23 @@ def test_held_out_pairs_are_never_flipped_and_the_same_for_every_seed(job_table)
         made.append([pair["prompt_id"] for pair in pairs if pair["heldout"]])
     assert made[0] == made[1]
     assert 35 < len(made[0]) < 65
+
+
+def test_all_pairs_of_one_question_are_held_out_or_none(job_table):
+    texts = [f"question {index}" + end for index in range(100) for end in ("", " ", "  ")]
+    rows = []
+    for line, text in enumerate(texts):
+        prompt = [{"role": "user", "content": text}]
+        place = {"prompt": prompt, "question_id": question_id(prompt), "source": "a", "line": line}
+        rows.append({**scored(), **place, "prompt_id": f"p{line}"})
+    pairs = pairs_table(
+        table_of(rows), job_with(job_table, heldout_fraction=0.4), drawn_by=drawn_together([table_of(rows)])
+    ).to_pylist()
+    heldout = [pair["heldout"] for pair in pairs]
+    assert heldout[::3] == heldout[1::3] == heldout[2::3]
+    alone = pairs_table(table_of(rows[::3]), job_with(job_table, heldout_fraction=0.4))
+    assert heldout[::3] == alone["heldout"].to_pylist()
+    assert {pair["question_id"] for pair in pairs} == {row["question_id"] for row in rows}
 
 
 def sampled(scores, **changes):

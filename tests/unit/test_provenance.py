@@ -1,7 +1,7 @@
 """Models and files of a run, by the fingerprints in its manifests."""
 
 from rdpo.config import Job
-from rdpo.files.stage_folder import Manifest
+from rdpo.files.manifest import Manifest
 from rdpo.report.provenance import Source, sources
 from rdpo.stages.table import STAGES
 from tests.support.jobs import write_jsonl

@@ -22,7 +22,8 @@ from rdpo.execution.pipeline import run_stages
 from rdpo.execution.reader import JOB_FILE
 from rdpo.execution.run import Run
 from rdpo.execution.stage import Stage
-from rdpo.files.stage_folder import Manifest, StageFolder
+from rdpo.files.manifest import Manifest
+from rdpo.files.stage_folder import StageFolder
 from rdpo.records import SHOWN_CHARS, shown
 from rdpo.report.page import content_policy, escaped
 from rdpo.report.report import ReportSoFar, headline, write_report
@@ -83,7 +84,7 @@ def commit(run_dir, stage, rows):
         "retention": {"texts": 3, "perplexity_factor": {"mean": 1.1, "low": 1.0, "high": 1.2}},
     }.get(stage, {})
     if stage == "evaluation":
-        summary = summarize(rows, {"length": 1.0}, 0)
+        summary = summarize(rows, {"length": 1.0})
     id_column = None if stage in ("training", "model") else "prompt_id"
     folder.commit(Manifest(stage, "k", {}, {}, summary=summary, versions={"python": "3"}), id_column)
 

@@ -11,7 +11,7 @@ from tests.support.jobs import write_jsonl
 
 def test_perplexity_grows_by_the_nats_lost_per_token():
     rows = [{"kl": -0.2 * tokens, "kl_length": tokens} for tokens in (5, 10, 40)]
-    told = summary(rows, seed=0)
+    told = summary(rows)
     assert told["texts"] == 3
     factor = told["perplexity_factor"]
     assert [factor[end] for end in ("mean", "low", "high")] == pytest.approx([math.exp(0.2)] * 3)
@@ -44,10 +44,24 @@ def test_every_line_is_accounted_for(job_table, tmp_path, ray_cluster):
     ]
 
 
-def test_arms_are_told_by_their_means_over_the_seeds():
-    told = {
-        ("a", seed): {"texts": 2, "perplexity_factor": dict.fromkeys(("mean", "low", "high"), f)}
-        for seed, f in ((0, 1.0), (1, 1.5))
-    }
-    assert table(told)[-1] == "a  1.250 (1.250 to 1.250)"
+def measured(*factors, tokens=10):
+    return [
+        {"prompt_id": f"p{place}", "kl": -math.log(factor) * tokens, "kl_length": tokens}
+        for place, factor in enumerate(factors)
+    ]
+
+
+def test_arms_are_told_by_geometric_means_over_texts_and_seeds():
+    assert table({("a", 0): measured(1.0, 1.0), ("a", 1): measured(1.5, 1.5)})[-1].startswith("a  1.225 (")
+    # Texts that gain and lose the same: one seed's interval holds 1 widely, and so does that of two.
+    seeds = {("a", seed): measured(2.0, 0.5, 2.0, 0.5) for seed in (0, 1)}
+    single = summary(measured(2.0, 0.5, 2.0, 0.5))["perplexity_factor"]
+    low, high = (float(end) for end in table(seeds)[-1].split("(")[1].rstrip(")").split(" to "))
+    assert (low, high) == pytest.approx((single["low"], single["high"]), rel=0.02)
     assert table({}) == []
+
+
+def test_only_texts_that_every_run_measured_count():
+    lines = table({("a", 0): measured(1.0, 1.0, 9.0), ("b", 0): measured(2.0, 2.0)})
+    assert lines[1] == "other texts, 2"
+    assert [line.split()[1] for line in lines[-2:]] == ["1.000", "2.000"]

@@ -7,7 +7,8 @@ import pytest
 from rdpo.config import Job
 from rdpo.errors import InputError
 from rdpo.experiments.rounds import job_of_round, run_rounds
-from rdpo.files.stage_folder import Manifest, StageFolder
+from rdpo.files.manifest import Manifest
+from rdpo.files.stage_folder import StageFolder
 from rdpo.stages.table import STAGES, stages_of
 from rdpo.tracking.console import Console
 

@@ -43,6 +43,12 @@ def test_a_json_array_that_is_broken_is_one_message(tmp_path):
         list(read_rows(str(path)))
 
 
+def test_one_broken_first_line_does_not_make_an_array_of_json_lines(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("[\n" + "\n".join(map(json.dumps, ROWS)))
+    assert list(read_rows(str(path))) == [(1, "line is not JSON"), *enumerate(ROWS, start=2)]
+
+
 def test_dialogues_as_text_are_refused_with_the_form_that_is_needed(tmp_path, job):
     rows = [{side: f"\n\nHuman: q\n\nAssistant: {side}" for side in ("chosen", "rejected")}]
     with pytest.raises(InputError, match="has no column `prompt`, and `chosen` is text; write the prompt in a column"):

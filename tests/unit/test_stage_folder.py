@@ -1,14 +1,14 @@
 """Stage folders: counted, checked, whole or not at all."""
 
 import json
-from dataclasses import replace
 
 import pyarrow as pa
 import pytest
 
 from rdpo.errors import ConservationError, InputError
 from rdpo.files.duplicates import duplicates, remove_duplicates
-from rdpo.files.stage_folder import Manifest, StageFolder
+from rdpo.files.manifest import Manifest
+from rdpo.files.stage_folder import StageFolder
 
 ROWS = [
     {"prompt_id": "a", "x_tokens": 3, "note": None, "dropped": None},
@@ -238,15 +238,6 @@ def test_of_rows_that_were_stored_twice_one_of_each_id_stays(folder, blocks):
 def taken_from(folder, tmp_path, **how):
     taken = StageFolder(str(tmp_path / "taker"), "stage")
     return taken, taken.take_over(folder, **how)
-
-
-def test_what_is_taken_over_knows_the_job_in_whose_run_it_lies(folder, tmp_path):
-    write(folder)
-    committed = folder.commit(manifest(), "prompt_id")
-    taken, whole = taken_from(folder, tmp_path, job={"name": "another"})
-    assert whole
-    assert taken.manifest() == replace(committed, job={"name": "another"})
-    assert folder.manifest() == committed
 
 
 @pytest.mark.parametrize("share", [True, False])

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from rdpo.errors import ConservationError
 from rdpo.files.duplicates import duplicates
-from rdpo.files.stage_folder import Manifest, StageFolder
+from rdpo.files.manifest import Manifest
+from rdpo.files.stage_folder import StageFolder
 from rdpo.records import table_of
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)

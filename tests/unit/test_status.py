@@ -13,7 +13,8 @@ from rdpo.cli import main
 from rdpo.config import Job, to_toml
 from rdpo.errors import InputError
 from rdpo.execution.lock import held, holder
-from rdpo.files.stage_folder import Manifest, StageFolder
+from rdpo.files.manifest import Manifest
+from rdpo.files.stage_folder import StageFolder
 from rdpo.training.loop import PairTable
 
 

@@ -10,7 +10,8 @@ from rdpo.cli import main
 from rdpo.config import Job, to_toml
 from rdpo.errors import InputError
 from rdpo.execution.reader import RunReader
-from rdpo.files.stage_folder import Manifest, StageFolder
+from rdpo.files.manifest import Manifest
+from rdpo.files.stage_folder import StageFolder
 from rdpo.inspection.chat import load_speakers
 
 

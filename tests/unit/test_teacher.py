@@ -6,8 +6,10 @@ import pyarrow as pa
 import pytest
 
 from rdpo.config import Job
+from rdpo.errors import InputError
 from rdpo.synthesis.engine import EngineError, Generation
-from rdpo.synthesis.teacher import Teacher
+from rdpo.synthesis.instructions import check_fields, load_task
+from rdpo.synthesis.teacher import Conversation, Teacher
 
 TASK = """
 name = "sampled"
@@ -104,3 +106,35 @@ def test_a_rows_text_depends_on_neither_order_nor_neighbours(speak):
     together, alone = speak("one", "two", "three"), speak("two")
     assert together["two"] == alone["two"]
     assert speak("three", "two")["two"] == alone["two"]
+
+
+PREFILLED = """
+name = "prefilled"
+
+[[turns]]
+name = "response"
+prefill = "In {{ style }}:\\n"
+
+[[turns]]
+name = "other"
+user = "Again: {{ prompt }}"
+"""
+
+
+def test_words_that_an_answer_begins_with_are_a_template(job_table, tmp_path):
+    heard = []
+
+    async def say(messages, turn, sampling, seed):
+        heard.append(turn.prefill)
+        return Generation("arr", "stop", 1, None, 1, 0)
+
+    (tmp_path / "task.toml").write_text(PREFILLED)
+    job_table["synthesis"] |= {"task": str(tmp_path / "task.toml"), "values": {"style": "rhyme"}}
+    job = Job.model_validate(job_table)
+    row = {"prompt_id": "a", "prompt": [{"role": "user", "content": "why?"}], "extra": "{}"}
+    task = load_task(job.synthesis.task)
+    spoken = asyncio.run(Conversation(job, task, job.synthesis.sampling, say)(row))
+    assert heard == ["In rhyme:\n", ""]
+    assert spoken["response"] == "In rhyme:\narr"
+    with pytest.raises(InputError, match="uses style"):
+        check_fields(task, row, {})

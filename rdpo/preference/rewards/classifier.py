@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +13,11 @@ import pyarrow as pa
 
 from rdpo.cluster.hardware import compute_dtype, take_device
 from rdpo.cluster.pools import Pool
-from rdpo.config import ClassifierReward, Job
+from rdpo.config import TEMPLATE_DATE, ClassifierReward, Job
 from rdpo.errors import InputError
-from rdpo.modeling.loading import check_loaded, check_token_ids, positions_of
-from rdpo.modeling.weights import CONFIG, fingerprint, load_tokenizer, local_model, model_config
+from rdpo.modeling.loading import check_loaded, check_token_ids, outline, positions_of
+from rdpo.modeling.template import date_settings
+from rdpo.modeling.weights import CONFIG, ModelRef, fingerprint, load_tokenizer, local_model, model_config
 from rdpo.preference.rewards.kind import RewardKind
 from rdpo.preference.scores import record_scores
 from rdpo.records import Messages, drop, table_of, text_of
@@ -37,11 +39,12 @@ class ClassifierKind(RewardKind[ClassifierReward]):
         Raises:
             InputError: it cannot be used as a reward.
         """
-        checked_classifier(self.reward, job.prompts.system)
+        checked_classifier(self.reward, job.prompts.system, job.date)
 
     def settings(self, job: Job) -> dict[str, Any]:
         """Its fields, and the model's weights."""
-        return {**self.reward.model_dump(), "weights": fingerprint(*job.model_or_student(self.reward.model)[:2])}
+        weights = fingerprint(*job.model_or_student(self.reward.model)[:2])
+        return {**self.reward.model_dump(), "weights": weights, **date_settings(ModelRef(self.reward.model), job.date)}
 
     def pools(self, job: Job) -> list[Pool]:
         """One pool."""
@@ -49,7 +52,7 @@ class ClassifierKind(RewardKind[ClassifierReward]):
 
     def score(self, rows: ray.data.Dataset, job: Job, answers: list[str]) -> ray.data.Dataset:
         """Score by the model's one output."""
-        return self._pool(job).map(rows, Classifier, reward=self.reward, answers=answers)
+        return self._pool(job).map(rows, Classifier, reward=self.reward, answers=answers, day=job.date)
 
     def _pool(self, job: Job) -> Pool:
         nodes = job.cluster.placement.reward
@@ -64,12 +67,12 @@ class Classifier:
     model called with one conversation and no padding, whatever stands beside it in the batch.
     """
 
-    def __init__(self, reward: ClassifierReward, answers: list[str]):
+    def __init__(self, reward: ClassifierReward, answers: list[str], day: date = TEMPLATE_DATE):
         import torch
         from transformers import AutoModelForSequenceClassification
         from transformers.modeling_layers import GenericForSequenceClassification
 
-        self.reward, self.answers = reward, answers
+        self.reward, self.answers, self.day = reward, answers, day
         checked = checked_classifier(reward)
         self.tokenizer, self.max_length = checked.tokenizer, checked.max_length
         self.device = take_device(reward.gpus)
@@ -81,7 +84,7 @@ class Classifier:
             trust_remote_code=False,
             output_loading_info=True,
         )
-        check_loaded(checked.where, model, info)
+        check_loaded(checked.where, model, info, other_head=True)
         self.model = model.eval().to(self.device)
 
         self.by_token = type(model).forward is GenericForSequenceClassification.forward
@@ -135,7 +138,7 @@ class Classifier:
             return dict(self.tokenizer(answer, **limit))
         if self.tokenizer.chat_template:
             messages = [*prompt, {"role": "assistant", "content": answer}]
-            return _rendered(self.tokenizer, messages, limit)
+            return _rendered(self.tokenizer, messages, self.day, limit)
         return dict(self.tokenizer(text_of(prompt), answer, **limit))
 
     def _forward(self, encoded: list[Encoded]) -> list[float]:
@@ -180,9 +183,11 @@ class Classifier:
         return padded
 
 
-def _rendered(tokenizer: Any, messages: Messages, limit: dict[str, Any]) -> Encoded:
+def _rendered(tokenizer: Any, messages: Messages, day: date, limit: dict[str, Any]) -> Encoded:
     try:
-        encoded = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **limit)
+        encoded = tokenizer.apply_chat_template(
+            messages, tokenize=True, return_dict=True, strftime_now=day.strftime, **limit
+        )
     except Exception as error:
         # A template may raise whatever its author chose.
         raise ValueError(f"chat template refuses the conversation: {error}") from None
@@ -200,55 +205,39 @@ class CheckedClassifier:
     max_length: int
 
 
-def checked_classifier(reward: ClassifierReward, system: str | None = None) -> CheckedClassifier:
+def checked_classifier(
+    reward: ClassifierReward, system: str | None = None, day: date = TEMPLATE_DATE
+) -> CheckedClassifier:
     """A reward model, after a look at its configuration, the names and shapes of its tensors, and its tokenizer.
 
-    No weights are read. `system`: the system message that every prompt will have.
+    No weights are read. `system`: the system message that every prompt will have; `day`: today, for templates that ask.
 
     Raises:
         InputError: it has no classification head, more than one output, tensors that do not fit, token ids beyond its
             embedding, or a chat template that refuses every prompt.
     """
+    from transformers import AutoModelForSequenceClassification
+
     folder, config = str(local_model(reward.model)), model_config(reward.model)
     where = f"rewards.{reward.name}: {reward.model}"
     if not any("SequenceClassification" in name for name in config.architectures or []):
         raise InputError(f"{where} has no classification head ({config.architectures}); use kind = 'judge'")
-    model, info = _outline(where, folder, config)
+    model, info = outline(where, AutoModelForSequenceClassification, folder, config=config)
     if not _says_labels(folder) and _stored_outputs(info) == {1}:
         # transformers takes two outputs where a configuration says nothing; the weights know better.
         config.num_labels = 1
-        model, info = _outline(where, folder, config)
+        model, info = outline(where, AutoModelForSequenceClassification, folder, config=config)
     if config.num_labels != 1 and not (info["missing_keys"] or info["mismatched_keys"]):
         raise InputError(f"{where} has {config.num_labels} outputs; a reward model has one")
-    check_loaded(where, model, info)
+    check_loaded(where, model, info, other_head=True)
 
     tokenizer = load_tokenizer(reward.model)
     tokenizer.truncation_side = "left"
     check_token_ids(where, model, tokenizer)
     if system and tokenizer.chat_template and not reward.answer_only:
-        _check_system(where, tokenizer, system)
+        _check_system(where, tokenizer, system, day)
     most = min(reward.max_length, positions_of(model) or reward.max_length)
     return CheckedClassifier(where, folder, config, tokenizer, most)
-
-
-def _outline(where: str, folder: str, config: Any) -> tuple[Any, Any]:
-    """The model without its numbers, and what of its tensors the checkpoint holds."""
-    from transformers import AutoModelForSequenceClassification
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    try:
-        return AutoModelForSequenceClassification.from_pretrained(
-            folder,
-            config=config,
-            device_map="meta",
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-        )
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
-        raise InputError(f"{where} cannot be loaded: {str(error).strip().splitlines()[0][:200]}") from None
 
 
 def _says_labels(folder: str) -> bool:
@@ -262,9 +251,9 @@ def _stored_outputs(info: Any) -> set[int]:
     return {stored[0] for _, stored, _ in info["mismatched_keys"]}
 
 
-def _check_system(where: str, tokenizer: Any, system: str) -> None:
+def _check_system(where: str, tokenizer: Any, system: str, day: date) -> None:
     turns = (("system", system), ("user", "x"), ("assistant", "x"))
     try:
-        _rendered(tokenizer, [{"role": role, "content": content} for role, content in turns], {})
+        _rendered(tokenizer, [{"role": role, "content": content} for role, content in turns], day, {})
     except ValueError as error:
         raise InputError(f"{where}: its {error}; every prompt has the system message of prompts.system") from None

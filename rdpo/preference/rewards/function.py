@@ -73,7 +73,8 @@ def load_function(name: str, path: str | None = None) -> Callable[..., float]:
         raise InputError(f"reward function {name} is not callable")
     if not _written_in_python(function):
         raise InputError(f"reward function {name} is built in; write a function of your own that calls it")
-    return function
+    found: Callable[..., float] = function
+    return found
 
 
 def source_hash(name: str) -> str:

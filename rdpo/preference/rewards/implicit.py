@@ -15,8 +15,9 @@ from rdpo.cluster.hardware import compute_dtype, take_device
 from rdpo.cluster.pools import Pool
 from rdpo.config import ImplicitReward, Job
 from rdpo.errors import InputError
-from rdpo.modeling.chat import Chat, load_chat
+from rdpo.modeling.chat import Chat, load_chat, rendering_settings
 from rdpo.modeling.ratios import Ratios
+from rdpo.modeling.student import checked_model
 from rdpo.modeling.weights import ModelRef
 from rdpo.preference.rewards.kind import RewardKind
 from rdpo.preference.scores import record_scores
@@ -46,7 +47,7 @@ class ImplicitKind(RewardKind[ImplicitReward]):
         """Its fields, and the weights of both models."""
         trained, reference = trained_of(self.reward, job), reference_of(self.reward, job)
         weights = {"weights": trained.fingerprint(), "reference": reference.fingerprint()}
-        return {**self.reward.model_dump(), **weights}
+        return {**self.reward.model_dump(), **weights, **rendering_settings(trained, job.date)}
 
     def pools(self, job: Job) -> list[Pool]:
         """One pool."""
@@ -71,8 +72,9 @@ class Implicit:
     def __init__(self, reward: ImplicitReward, answers: list[str], job: Job):
         self.reward, self.answers = reward, answers
         chat, device = checked_implicit(reward, job), take_device(reward.gpus)
-        trained = _load(trained_of(reward, job), reward).to(device)
-        start = _load(reference_of(reward, job), reward).to(device)
+        trained, start = (
+            _load(model, reward, device) for model in (trained_of(reward, job), reference_of(reward, job))
+        )
         self.ratios = Ratios(chat, trained, start, device, reward.tokens_per_batch)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -89,12 +91,16 @@ class Implicit:
         return [self.reward.beta * ratio.nats / (max(ratio.tokens, 1) if mean else 1) for ratio in ratios]
 
 
-def _load(model: ModelRef, reward: ImplicitReward) -> Policy:
+def _load(model: ModelRef, reward: ImplicitReward, device: str) -> Policy:
     """One of the two models, in the reward's own precision and never quantised: neither is this run's reference."""
     from rdpo.modeling.model import ForwardSettings, load_policy
+    from rdpo.modeling.probe import settle_layout
 
     dtype = compute_dtype(reward.dtype, reward.gpus > 0)
-    return load_policy(model.folder(), ForwardSettings(dtype, CHUNK, trust_remote_code=model.trust)).eval()
+    policy = load_policy(model.folder(), ForwardSettings(dtype, CHUNK, trust_remote_code=model.trust))
+    policy = policy.eval().to(device)
+    settle_layout(policy, f"rewards.{reward.name}: {model.name}")
+    return policy
 
 
 def trained_of(reward: ImplicitReward, job: Job) -> ModelRef:
@@ -114,8 +120,10 @@ def checked_implicit(reward: ImplicitReward, job: Job) -> Chat:
         InputError: they do not.
     """
     trained, reference = trained_of(reward, job), reference_of(reward, job)
-    chat, other = load_chat(trained), load_chat(reference)
+    chat, other = load_chat(trained, job.date), load_chat(reference, job.date)
     probe = [{"role": "user", "content": PROBE}]
     if chat.prompt_ids(probe) != other.prompt_ids(probe):
         raise InputError(f"rewards.{reward.name}: {trained.name} and {reference.name} have different tokenizers")
+    for model in {trained, reference}:
+        checked_model(f"rewards.{reward.name}: {model.name}", model, chat)
     return chat

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import AsyncIterator
+from itertools import permutations
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ import pyarrow as pa
 
 from rdpo.cluster.pools import Pool, engine_pool
 from rdpo.config import Job, JudgeReward, Sampling
-from rdpo.modeling.chat import load_chat
+from rdpo.modeling.chat import Chat, load_chat, rendering_settings
 from rdpo.modeling.weights import ModelRef
 from rdpo.preference.ratings import (
     LEAST_SHARE,
@@ -55,14 +56,15 @@ class JudgeKind(RewardKind[JudgeReward]):
         Raises:
             InputError: the model has no chat, or a rating is not one token.
         """
-        chat = load_chat(ModelRef.of(job, self.reward.model))
+        chat = judge_chat(self.reward, job)
         if self.reward.score == "expected":
             rating_values(chat, self.reward)
 
     def settings(self, job: Job) -> dict[str, Any]:
         """Its fields, and the judge's weights."""
-        weights = ModelRef.of(job, self.reward.model).fingerprint()
-        return {**self.reward.model_dump(), "weights": weights}
+        model = ModelRef.of(job, self.reward.model)
+        rendering = rendering_settings(model, job.date, reasons_first(self.reward))
+        return {**self.reward.model_dump(), "weights": model.fingerprint(), **rendering}
 
     def pools(self, job: Job) -> list[Pool]:
         """One pool of engines."""
@@ -92,10 +94,9 @@ class Judge:
 
     def __init__(self, reward: JudgeReward, answers: list[str], job: Job, crash_counts: Any):
         self.reward, self.answers, self.job, self.crash_guard = reward, answers, job, CrashGuard(crash_counts)
-        model = ModelRef.of(job, reward.model)
-        self.chat = load_chat(model)
+        self.chat = judge_chat(reward, job)
         self.values = {} if reward.score == "written" else rating_values(self.chat, reward)
-        self.engine = Engine(str(model.folder()), reward.engine, job.seed)
+        self.engine = Engine(str(ModelRef.of(job, reward.model).folder()), reward.engine, job.seed)
 
     async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
         """Judge a block of rows."""
@@ -103,15 +104,19 @@ class Judge:
 
     async def judged(self, row: Row) -> Row:
         """One row with the scores of its answers; a question that cannot be put drops it."""
-        score = self._preferred if self.reward.pairwise else self._rated
         try:
-            scores = await asyncio.gather(*[score(row, answer) for answer in self.answers])
+            scores = await self._scores(row)
         except ValueError as error:
             row = drop(row, f"reward {self.reward.name}: {error}"[:REASON_CHARS])
             scores = [math.nan] * len(self.answers)
         for answer, value in zip(self.answers, scores, strict=True):
             row = record_scores([row], answer, self.reward.name, [value])[0]
         return row
+
+    async def _scores(self, row: Row) -> list[float]:
+        if self.reward.pairwise:
+            return await self._preferences(row)
+        return list(await asyncio.gather(*[self._rated(row, answer) for answer in self.answers]))
 
     async def _rated(self, row: Row, answer: str) -> float:
         asked = {"prompt": text_of(row["prompt"]), "answer": row[answer]}
@@ -121,20 +126,25 @@ class Judge:
         given = [vote for vote in await asyncio.gather(*votes) if math.isfinite(vote)]
         return fmean(given) if given else math.nan
 
-    async def _preferred(self, row: Row, answer: str) -> float:
-        wins = []
-        for other in self.answers:
-            if other != answer:
-                wins.append(self._first_wins(row, answer, other))
-                wins.append(self._second_wins(row, other, answer))
-        return fmean(await asyncio.gather(*wins))
+    async def _preferences(self, row: Row) -> list[float]:
+        """How often each answer is preferred to the others; each pair is shown once in each order."""
+        orders = list(permutations(self.answers, 2))
+        shown = dict(
+            zip(orders, await asyncio.gather(*[self._first_wins(row, *order) for order in orders]), strict=True)
+        )
+        return [
+            fmean(
+                win
+                for other in self.answers
+                if other != answer
+                for win in (shown[answer, other], 1.0 - shown[other, answer])
+            )
+            for answer in self.answers
+        ]
 
     async def _first_wins(self, row: Row, first: str, second: str) -> float:
         asked = {"prompt": text_of(row["prompt"]), "first": row[first], "second": row[second]}
         return await self._expected(asked, row, f"{first}:{second}")
-
-    async def _second_wins(self, row: Row, first: str, second: str) -> float:
-        return 1.0 - await self._first_wins(row, first, second)
 
     async def _expected(self, asked: dict[str, Any], row: Row, role: str) -> float:
         ids = list(self.values)
@@ -156,9 +166,26 @@ class Judge:
     ) -> Any:
         question = [{"role": "user", "content": render(self.reward.rubric, asked)}]
         seed = draw_seed(self.job.seed, row[ID_COLUMN], f"{self.reward.name}:{role}")
-        prompt_ids = self.chat.prompt_ids(question, self.reward.prefill)
+        if reasons_first(self.reward):
+            prompt_ids = self.chat.asking_ids(question)
+        else:
+            prompt_ids = self.chat.prompt_ids(question, self.reward.prefill)
         return await self.engine.generate(prompt_ids, sampling, seed, stop_ids, **extra)
 
     def __del__(self) -> None:
         if hasattr(self, "engine"):
             self.engine.shutdown()
+
+
+def reasons_first(reward: JudgeReward) -> bool:
+    """Whether the judge is asked so that it may think, as its chat template has it, before it writes the rating."""
+    return reward.score == "written" and not reward.prefill
+
+
+def judge_chat(reward: JudgeReward, job: Job) -> Chat:
+    """The judge's chat.
+
+    Raises:
+        InputError: the model has none that the judge can be asked with.
+    """
+    return load_chat(ModelRef.of(job, reward.model), job.date, reasons_first(reward))

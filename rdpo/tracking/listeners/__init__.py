@@ -16,7 +16,7 @@ from rdpo.tracking.listeners.ray_metrics import RayMetrics
 
 if TYPE_CHECKING:
     from rdpo.config.tracking import Tracker
-    from rdpo.files.stage_folder import Manifest
+    from rdpo.files.manifest import Manifest
 
 
 def check_trackers(job: Job) -> None:

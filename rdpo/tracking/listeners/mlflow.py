@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rdpo.config import Job
-from rdpo.files.stage_folder import Manifest
+from rdpo.files.manifest import Manifest
 from rdpo.files.stores import absolute
 from rdpo.tracking.console import Listener
 from rdpo.tracking.listeners.figures import stage_figures, step_figures

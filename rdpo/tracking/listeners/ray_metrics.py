@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from rdpo.files.stage_folder import Manifest
+from rdpo.files.manifest import Manifest
 from rdpo.tracking.console import Listener, Meter
 from rdpo.tracking.listeners.figures import step_figures
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from rdpo.config import Job, to_toml
-from rdpo.files.stage_folder import Manifest
+from rdpo.files.manifest import Manifest
 from rdpo.tracking.console import Listener
 from rdpo.tracking.listeners.figures import stage_figures, step_figures
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from rdpo.config import Job
-from rdpo.files.stage_folder import Manifest
+from rdpo.files.manifest import Manifest
 from rdpo.files.stores import absolute
 from rdpo.records import digest
 from rdpo.tracking.console import Listener

@@ -1,0 +1,111 @@
+"""LoRA adapters on a causal language model: only where training reaches them, and where a merge is what was trained."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from rdpo.config import Lora
+from rdpo.errors import InputError
+
+SETTING = "training.lora.target_modules"
+ALL_LINEAR = "all-linear"
+SHOWN = 3
+
+
+def with_adapter(model: Any, lora: Lora, seed: int) -> Any:
+    """A model with a fresh adapter, over weights that are frozen.
+
+    Raises:
+        InputError: a target is no module of the model, is none that can be adapted, or shares its weights.
+    """
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    # Else the first layer's input has no gradient, and ZeRO-3 takes its backward for done before it began.
+    model.enable_input_require_grads()
+    try:
+        # Adapters in the model's own precision, for their products run on large activations; the optimizer keeps fp32
+        # copies of them. peft by itself would make them float32, and cast every activation there and back.
+        adapted = get_peft_model(
+            model,
+            LoraConfig(
+                r=lora.rank,
+                lora_alpha=lora.alpha,
+                lora_dropout=lora.dropout,
+                target_modules=lora.target_modules,
+                task_type="CAUSAL_LM",
+            ),
+            autocast_adapter_dtype=False,
+        )
+    except (ValueError, re.error) as error:
+        raise InputError(f"{SETTING}: {' '.join(str(error).split())[:300]}") from None
+
+    _check_found(adapted, lora)
+    _check_shared(adapted)
+    return adapted
+
+
+def _check_found(adapted: Any, lora: Lora) -> None:
+    """Raise if a name of a list is that of no module: peft leaves it aside."""
+    if isinstance(lora.target_modules, str):
+        return
+    names = adapted.base_model.targeted_module_names
+    unknown = [target for target in lora.target_modules if not any(_is_called(name, target) for name in names)]
+    if unknown:
+        raise InputError(f"{SETTING}: {type(adapted.get_base_model()).__name__} has no module {', '.join(unknown)}")
+
+
+def _is_called(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")
+
+
+def _check_shared(adapted: Any) -> None:
+    """Raise if the weights under an adapter are used elsewhere: there the adapter is not, but its merge would be."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    model = adapted.get_base_model()
+    head = model.get_output_embeddings()
+    output = getattr(head, "weight", None)
+    holders: dict[int, set[int]] = {}
+    for module in model.modules():
+        for weight in module._parameters.values():
+            holders.setdefault(id(weight), set()).add(id(module))
+
+    for name, module in model.named_modules():
+        if not isinstance(module, BaseTunerLayer):
+            continue
+        weight = getattr(module.get_base_layer(), "weight", None)
+        if module is head:
+            raise InputError(
+                f"{SETTING}: {name} is the output layer, whose weights are read where no adapter is: it would not be "
+                f"trained; leave it out (`{ALL_LINEAR}` does)"
+            )
+        if weight is not None and (weight is output or len(holders[id(weight)]) > 1):
+            raise InputError(
+                f"{SETTING}: {name} shares its weights with another layer (tied embeddings): its merge would change "
+                "that layer too, and the published model would not be the trained one; leave it out"
+            )
+
+
+def check_reached(adapted: Any, hidden: Any) -> None:
+    """Raise if a loss on the hidden states gives no gradient to an adapter.
+
+    Args:
+        adapted: the model with its adapter.
+        hidden: last hidden states that it made of any tokens; on the `meta` device nothing is computed.
+
+    Raises:
+        InputError: an adapter is not reached, with its name.
+    """
+    hidden.float().sum().backward()
+    missed = [name for name, weight in adapted.named_parameters() if weight.requires_grad and weight.grad is None]
+    adapted.zero_grad(set_to_none=True)
+    modules = list(dict.fromkeys(name.partition(".lora_")[0].removeprefix("base_model.model.") for name in missed))
+    if modules:
+        more = f" and {len(modules) - SHOWN} more" if len(modules) > SHOWN else ""
+        raise InputError(
+            f"{SETTING}: no gradient reaches {', '.join(modules[:SHOWN])}{more}, which would not be trained; "
+            "name modules that text passes through"
+        )

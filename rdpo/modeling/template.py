@@ -1,0 +1,198 @@
+"""What a chat template writes, as text: up to where the assistant answers, and of a whole conversation.
+
+A template is told to write a conversation that somebody still has to answer, or one that is answered. The two need not
+begin alike: templates of models that think open a `<think>` block for the first and write an empty one, or none, into
+the second; others name a channel before the answer only. What a model is trained on, and asked with, is here always
+the beginning of the answered conversation.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import date
+from typing import TYPE_CHECKING, Any
+
+from rdpo.config import TEMPLATE_DATE
+from rdpo.records import Messages
+
+if TYPE_CHECKING:
+    from rdpo.modeling.weights import ModelRef
+
+PROBE = "answer5b1f"
+"""Stands for any answer; no template writes this word by itself."""
+NO_THINKING: tuple[dict[str, bool], ...] = ({}, {"enable_thinking": False}, {"thinking": False})
+"""Arguments under which a template may ask for an answer without thoughts: its defaults, and what models call it."""
+COMMENT = re.compile(r"{#.*?#}", re.DOTALL)
+DATE_FUNCTION = re.compile(r"\bstrftime_now\s*\(")
+
+
+class Unfit(ValueError):
+    """The template does not write an answer so that it could be trained on."""
+
+
+@dataclass(frozen=True)
+class Opening:
+    """What a template writes of a conversation before its answer.
+
+    `blanks` are those between `text` and the answer that tokenizers read as part of the answer's first word.
+    """
+
+    messages: Messages
+    text: str
+    blanks: str
+
+
+@dataclass(frozen=True)
+class Template:
+    """A tokenizer's chat template, rendered by transformers in a sandbox; `day` is today for those that ask."""
+
+    tokenizer: Any
+    day: date = TEMPLATE_DATE
+    known_roles: set[tuple[str, ...]] = field(default_factory=set, compare=False, repr=False)
+
+    def asking(self, messages: Messages, **arguments: Any) -> str:
+        """What it writes of a conversation that is to be answered, by its own account.
+
+        Raises:
+            ValueError: it refuses the conversation, or leaves out a part of it.
+        """
+        text = self._text(messages, add_generation_prompt=True, **arguments)
+        self._check_kept(messages, text, lambda probes: self._text(probes, add_generation_prompt=True, **arguments))
+        return text
+
+    def opening(self, messages: Messages) -> Opening:
+        """What it writes of a conversation before the assistant's answer, whatever that is.
+
+        Raises:
+            ValueError: it refuses the conversation, or leaves out a part of it.
+        """
+        before = self._before(messages)
+        self._check_kept(messages, before, self._before)
+        text = before.rstrip(" ")
+        if text == before or before == self._text(messages, add_generation_prompt=True):
+            return Opening(messages, before, "")
+        return Opening(messages, text, before[len(text) :])
+
+    def answered(self, opening: Opening, answer: str) -> str:
+        """What it writes of a conversation with its answer.
+
+        Raises:
+            ValueError: it refuses the answer, or writes it in another way than it stands there.
+        """
+        whole = self._text(_answered(opening.messages, answer))
+        before = opening.text + opening.blanks
+        if whole.startswith(before + answer):
+            return whole
+        if answer.strip() != answer and whole.startswith(before + answer.strip()):
+            raise ValueError("the chat template strips the blanks around an answer, which this one has")
+        raise ValueError("the chat template leaves out or changes a part of the answer")
+
+    def ending(self) -> str:
+        """What it writes behind an answer.
+
+        Raises:
+            ValueError: it does not write the answer.
+        """
+        return self._text(_answered(_probes(("user",)), PROBE)).rpartition(PROBE)[2]
+
+    def fit_opening(self) -> str:
+        """What it writes before an answer, beyond what a model is given when it is asked; often nothing.
+
+        A model that was trained to answer behind it can be asked there: the template asks there itself, or goes on to
+        it from where it asks.
+
+        Raises:
+            Unfit: it writes the answer somewhere else, or not at all.
+        """
+        single, several = _probes(("user",)), _probes(("user", "assistant", "user"))
+        found = self._behind_asking(self.opening(single))
+        try:
+            later = self.opening(several)
+        except ValueError:
+            # Whether it takes several turns is seen with the rows that have some.
+            return found
+        self._behind_asking(later)
+        return found
+
+    def _behind_asking(self, opening: Opening) -> str:
+        """What stands before an answer, less what the template asks with by default."""
+        before = opening.text + opening.blanks
+        asked = [self._text(opening.messages, add_generation_prompt=True, **arguments) for arguments in NO_THINKING]
+        shared = _shared(asked[0], before)
+        if not any(before.startswith(text) for text in asked):
+            raise Unfit(
+                f"asked with it, a model begins its answer behind {asked[0][shared:]!r}; where the answer is given, "
+                f"the template writes {(before[shared:] + PROBE)!r} there"
+            )
+        return before[shared:]
+
+    def _before(self, messages: Messages) -> str:
+        before, found, _ = self._text(_answered(messages, PROBE)).rpartition(PROBE)
+        if not found:
+            raise ValueError("the chat template leaves out the assistant's answer")
+        return before
+
+    def _text(self, messages: Messages, **arguments: Any) -> str:
+        try:
+            text = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, strftime_now=self.day.strftime, **arguments
+            )
+        except Exception as error:
+            # A template may raise whatever its author chose.
+            raise ValueError(str(error) or type(error).__name__) from None
+        return str(text)
+
+    def _check_kept(self, messages: Messages, text: str, render: Callable[[Messages], str]) -> None:
+        """Look for every message in what was written of the conversation.
+
+        Raises:
+            ValueError: one is missing, changed, or not in its place.
+        """
+        roles = tuple(message["role"] for message in messages)
+        if roles not in self.known_roles:
+            # Words that stand nowhere else tell more than a short message does.
+            probes = _probes(roles)
+            _check_in_order(probes, render(probes))
+            self.known_roles.add(roles)
+        _check_in_order(messages, text)
+
+
+def reads_date(tokenizer: Any) -> bool:
+    """Whether a tokenizer's chat template asks for today's date."""
+    return bool(tokenizer.chat_template and DATE_FUNCTION.search(COMMENT.sub("", tokenizer.get_chat_template())))
+
+
+def date_settings(model: ModelRef, day: date) -> dict[str, Any]:
+    """The day, where what a model reads depends on it."""
+    return {"date": day.isoformat()} if reads_date(model.tokenizer()) else {}
+
+
+def _answered(messages: Messages, answer: str) -> Messages:
+    return [*messages, {"role": "assistant", "content": answer}]
+
+
+def _probes(roles: tuple[str, ...]) -> Messages:
+    return [{"role": role, "content": f"message{number}x5b1f"} for number, role in enumerate(roles)]
+
+
+def _check_in_order(messages: Messages, text: str) -> None:
+    place = 0
+    for number, message in enumerate(messages):
+        # Some templates write the first system message into the user's last one; nothing is lost by that.
+        is_first_system = number == 0 and message["role"] == "system"
+        forms = {message["content"].strip()}
+        if message["role"] == "tool":
+            forms.add(json.dumps(message["content"], ensure_ascii=False)[1:-1])
+        ends = [text.find(form, 0 if is_first_system else place) + len(form) for form in forms if form in text[place:]]
+        if not ends:
+            raise ValueError(f"the chat template leaves out or changes a message of the {message['role']}")
+        place = place if is_first_system else min(ends)
+
+
+def _shared(one: str, other: str) -> int:
+    """How many characters two texts begin with in common."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((place for place, (left, right) in pairs if left != right), min(len(one), len(other)))

@@ -1,0 +1,69 @@
+"""The reference is read as it was found exact, says so in its folder, and training takes it up from there."""
+
+import io
+
+import pyarrow as pa
+import pytest
+
+from rdpo.config import Job
+from rdpo.errors import InputError
+from rdpo.execution.run import Run
+from rdpo.files.stage_folder import StageFolder
+from rdpo.preference.reference import FORWARD, Reference, as_referred
+from rdpo.stages import reference
+from rdpo.tracking.console import Console
+from tests.support.architectures import SMALL, small_model
+from tests.support.jobs import valid_job
+from tests.support.models import byte_tokenizer, save_model
+
+PAIR = {
+    "prompt": [{"role": "user", "content": "why?"}],
+    "chosen": [{"role": "assistant", "content": "because"}],
+    "rejected": [{"role": "assistant", "content": "no"}],
+    "chosen_finished": True,
+    "rejected_finished": True,
+}
+
+
+@pytest.fixture
+def masked(tmp_path, monkeypatch):
+    """A job whose student's window is known to its mask alone, so that packed rows would see beyond it."""
+    tokenizer = byte_tokenizer()
+    monkeypatch.setitem(SMALL, "vocab_size", len(tokenizer))
+    folder = save_model(tmp_path / "masked", small_model("phimoe"), tokenizer)
+    table = valid_job(folder, tmp_path)
+    table["reference"]["max_length"] = 64
+    return table
+
+
+def run_of(job, place, stream=None):
+    return Run(job, str(place), Console(stream or io.StringIO()), lambda *_: False)
+
+
+def test_a_fallback_is_noted_said_and_trained_on(masked, tmp_path):
+    job = Job.model_validate(masked)
+    rows = Reference(job, run_dir=str(tmp_path / "run"))(pa.Table.from_pylist([PAIR])).to_pylist()
+    assert rows[0]["dropped"] is None
+    run = run_of(job, tmp_path / "run", stream := io.StringIO())
+    summary = reference.summarize(run, run.folder("reference"))
+    assert summary["forward"]["layout"] == "padded"
+    assert "differ by" in summary["forward"]["why"]
+    assert "log-probs are read in padded rows; packed ones: differ by" in " ".join(stream.getvalue().split())
+    assert as_referred(job, run.dir).training.layout == "padded"
+    insisting = Job.model_validate({**masked, "training": {**masked["training"], "layout": "packed"}})
+    with pytest.raises(InputError, match=r"training\.layout: packed rows of .* are not exact \(differ by"):
+        as_referred(insisting, run.dir)
+
+
+def test_the_usual_model_is_packed_and_nothing_is_said(job_table, tmp_path):
+    job = Job.model_validate(job_table)
+    Reference(job, run_dir=str(tmp_path / "run"))(pa.Table.from_pylist([PAIR]))
+    noted = StageFolder(str(tmp_path / "run"), "reference").read_json(FORWARD)
+    assert noted == {"layout": "packed", "within": 1e-3, "packable": True, "why": ""}
+    assert as_referred(job, str(tmp_path / "run")).training.layout == "packed"
+
+
+def test_without_a_note_the_job_stays_as_it_is(job_table, tmp_path):
+    job = Job.model_validate(job_table)
+    assert as_referred(job, str(tmp_path / "run")) is job
+    assert reference.summarize(run_of(job, tmp_path / "run"), StageFolder(str(tmp_path / "run"), "reference")) == {}
