@@ -13,7 +13,7 @@ import tomli_w
 from rdpo.files.stage_folder import StageFolder
 from tests.support.jobs import valid_job, write_job
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.long]
 
 SHARED = ("prompts", "synthesis", "rewards", "pairs", "reference")
 ROOT = Path(__file__).parents[2]

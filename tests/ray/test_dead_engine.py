@@ -11,7 +11,7 @@ import pytest
 from rdpo.config import Job
 from rdpo.synthesis.teacher import synthesize
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.long]
 
 ROWS = 24
 PATIENCE_S = 240
