@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from rdpo.config.job import Job
-from rdpo.config.section import KEY_IN_ADDRESS, Section
+from rdpo.config.section import Section, may_hold_secret
 from rdpo.errors import InputError, did_you_mean
 from rdpo.records import clean
 
@@ -192,7 +192,7 @@ def _remedy(problem: Any, field: str) -> str:
 def _may_be_secret(field: str, problem: Any) -> bool:
     """Whether a value is better not repeated: that of an endpoint, a whole table, an address with a key."""
     value = problem.get("input")
-    return "endpoint" in field.split(".") or isinstance(value, dict) or bool(KEY_IN_ADDRESS.search(str(value)))
+    return "endpoint" in field.split(".") or isinstance(value, dict) or may_hold_secret(str(value))
 
 
 def _suggestion(field: str) -> str:

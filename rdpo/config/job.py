@@ -12,7 +12,7 @@ from rdpo.config.models import Student
 from rdpo.config.pairs import Pairs, Reference, Replay
 from rdpo.config.prompts import Prompts, Synthesis
 from rdpo.config.rewards import Calibration, Reward
-from rdpo.config.section import Section, largest
+from rdpo.config.section import Address, Section, largest
 from rdpo.config.tracking import Tracking
 from rdpo.config.training import Training
 from rdpo.errors import did_you_mean
@@ -49,7 +49,7 @@ class Placement(Section):
 class Cluster(Section):
     """The Ray cluster the run uses."""
 
-    address: str | None = None
+    address: Address | None = None
     """Address of a running cluster; by default the one in RAY_ADDRESS, else a local one is started.
     `auto` finds the one that `ray start` began on this machine."""
     object_store_gib: float = Field(default=1.0, gt=0)

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, JsonValue, field_validator, model_validator
 
-from rdpo.config.section import PLACEMENT, Concurrency, Dtype, Section
+from rdpo.config.section import PLACEMENT, Address, Concurrency, Dtype, Section
 
 GPU_BATCH_ROWS, CPU_BATCH_ROWS = 64, 16
 
@@ -14,7 +14,7 @@ GPU_BATCH_ROWS, CPU_BATCH_ROWS = 64, 16
 class Student(Section):
     """The model to align. It is also the reference, and its tokenizer renders the training data."""
 
-    model: str
+    model: Address
     """Folder, address of a folder in an object store (`s3://…`), hub id (`owner/name`), `.gguf` file, or
     `package:NAME/FILE` inside an installed package."""
     revision: str | None = None
@@ -96,7 +96,7 @@ class Endpoint(Section):
 
     url: str = Field(pattern=r"^https?://[^@?\s]+$")
     """Base of its API, for example `http://teacher:8000/v1`; a key does not belong here."""
-    model: str
+    model: Address
     """The model's name on that server."""
     key_variable: str | None = Field(default=None, pattern=r"^[A-Z_][A-Z0-9_]*$")
     """Environment variable that holds the key, where the run is started; without one the server gets `none`. Its name

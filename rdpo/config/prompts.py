@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 
 from rdpo.config.models import Endpoint, Engine, Sampling
-from rdpo.config.section import Section, Source
+from rdpo.config.section import Address, Section, Source
 from rdpo.records import HELDOUT, TRAIN, split_name
 
 
@@ -51,7 +51,7 @@ def _trained_on(split: str) -> str:
 class Synthesis(Section):
     """Who answers, critiques and revises, and in which words."""
 
-    task: str | None = None
+    task: Address | None = None
     """Task file with the templates of the turns; a path, or the name of one that ships with rdpo. Without one
     nothing is synthesised: the source of the prompts is a preference data set, with the columns `chosen`
     and `rejected`, perhaps `score_chosen` and `score_rejected`."""
@@ -62,9 +62,9 @@ class Synthesis(Section):
     held out for evaluation are refused."""
     limit: int | None = Field(default=None, ge=1)
     """At most so many prompts, the first by id; by default all."""
-    teacher: str | None = None
+    teacher: Address | None = None
     """The teacher's model, named as in `student.model`; by default the student itself."""
-    adapter: str | None = None
+    adapter: Address | None = None
     """Folder of a LoRA adapter that the teacher wears."""
     endpoint: Endpoint | None = None
     """A server as the teacher (a `[synthesis.endpoint]` table) instead of `teacher` and `engine`."""

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from rdpo.config.models import Engine, Sampling
-from rdpo.config.section import PLACEMENT, Concurrency, Dtype, Section, Source
+from rdpo.config.section import PLACEMENT, Address, Concurrency, Dtype, Section, Source
 
 
 def _module_and_name(function: str) -> str:
@@ -37,7 +37,7 @@ class ClassifierReward(RewardSection):
     """A reward model with a classification head, run through transformers."""
 
     kind: Literal["classifier"]
-    model: str
+    model: Address
     """A sequence-classification model with one output, named as in `student.model`."""
     dtype: Dtype = "auto"
     """Precision of its forward; `auto` as in `student.dtype`."""
@@ -57,7 +57,7 @@ class JudgeReward(RewardSection):
     """A language model that rates an answer by a rubric, or compares two answers."""
 
     kind: Literal["judge"]
-    model: str | None = None
+    model: Address | None = None
     """The judge's model, named as in `student.model`; by default the student."""
     rubric: str
     """Template of the question put to the judge; it may use `prompt` and `answer`, or with `pairwise` `prompt`,
@@ -94,9 +94,9 @@ class ImplicitReward(RewardSection):
     """DPO's implicit reward of a trained model against the model it was trained from (arXiv 2406.09760)."""
 
     kind: Literal["implicit"]
-    model: str | None = None
+    model: Address | None = None
     """The trained model, named as in `student.model`, with its adapter merged; by default the student."""
-    reference: str | None = None
+    reference: Address | None = None
     """The model it was trained from; by default the student. Both have the same tokenizer."""
     beta: float = Field(default=0.1, gt=0)
     """The beta it was trained with."""

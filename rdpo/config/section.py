@@ -25,20 +25,36 @@ Layout = Literal["auto", "packed", "padded"]
 """How token rows reach the model, see `Training.layout`."""
 
 
-KEY_IN_ADDRESS = re.compile(
-    r"https?://[^/\s]*@|://[^/\s:@]*:[^/\s@]*@|[?&]([^=&]*(key|token|secret|signature|password|credential)[^=&]*|sig)=",
-    re.IGNORECASE,
-)
+ADDRESS = re.compile(r"([a-z][a-z0-9+.-]*)://([^/?#\s]*)([^\s]*)", re.IGNORECASE)
+"""Scheme, host (with whoever stands before an `@`), and the rest."""
+SECRET_USERS = {"http", "https", "ftp", "s3", "gs", "gcs"}
+"""Schemes in which the user alone may be a token; HDFS names one openly, and Azure has a container there."""
 
 
-def _keyless(address: str) -> str:
-    if KEY_IN_ADDRESS.search(address):
-        raise ValueError("a job file is no place for a key or password; leave it to the environment")
+def may_hold_secret(text: str) -> bool:
+    """Whether a text has an address in it that names a user, a password or a query."""
+    for scheme, host, rest in ADDRESS.findall(text):
+        user = host.rpartition("@")[0]
+        if user and (":" in user or scheme.lower() in SECRET_USERS):
+            return True
+        if "?" in rest:
+            return True
+    return False
+
+
+def _without_secret(address: str) -> str:
+    if may_hold_secret(address):
+        raise ValueError(
+            "an address stands in the run's files, report and model card: no user, password or ?query may be in it; "
+            "leave keys to environment variables (AWS_…, HF_TOKEN), and download what can only be had by a query"
+        )
     return address
 
 
-Source = Annotated[str, AfterValidator(_keyless)]
-"""Where data is; it stands in the run's files and report, so no key may be in it."""
+Address = Annotated[str, AfterValidator(_without_secret)]
+"""Where data or a model is: a path, a hub id or an address. The run's files and report repeat it."""
+Source = Address
+"""Where data is."""
 
 
 def _ordered(value: int | tuple[int, int]) -> int | tuple[int, int]:

@@ -419,6 +419,12 @@ SECRET = "sk-Geheim0123456789"
         ("replay.source", f"https://host/prompts.jsonl?a=1&api_key={SECRET}"),
         ("retention.source", f"hf://me:{SECRET}@datasets/x"),
         ("calibration.source", f"https://user:{SECRET}@host/x"),
+        ("prompts.source", f"https://host/prompts.jsonl?auth={SECRET}"),
+        ("student.model", f"https://host/model?token={SECRET}"),
+        ("student.model", f"hf://me:{SECRET}@models/x"),
+        ("synthesis.teacher", f"https://{SECRET}@host/model"),
+        ("synthesis.adapter", f"s3://bucket/adapter?key={SECRET}"),
+        ("cluster.address", f"ray://me:{SECRET}@head:10001"),
         ("synthesis.endpoint", f"https://user:{SECRET}@host/v1"),
         ("synthesis.endpoint.key_variable", SECRET),
         ("synthesis.endpoint.key_variable", "hf_Geheim0123456789"),
@@ -437,7 +443,20 @@ def test_a_key_in_a_job_file_is_refused_and_not_repeated(job_table, tmp_path, ca
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("source", ["s3://bucket/a@b/x.jsonl", "hdfs://me@host/x", "runs/a/pairs", "hf:a/b", "x?y=1"])
+@pytest.mark.parametrize("field", ["model", "reference"])
+def test_a_key_in_the_address_of_a_reward_is_refused_and_not_repeated(job_table, tmp_path, capsys, field):
+    job_table["rewards"] = [{"kind": "implicit", "name": "own", field: f"https://host/model?token={SECRET}"}]
+    path = write_job(tmp_path / "job.toml", job_table)
+    assert main(["run", path, "--dry-run", "--run-dir", str(tmp_path / "run")]) == 2
+    told = capsys.readouterr()
+    assert f"rewards.0.implicit.{field}" in told.err
+    assert "Geheim" not in told.err + told.out
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["s3://bucket/a@b/x.jsonl", "abfss://container@account/x", "hdfs://me@host/x", "runs/a/pairs", "hf:a/b", "x?y=1"],
+)
 def test_an_address_without_a_key_is_taken(job_table, source):
     job_table["prompts"]["source"] = source
     assert Job.model_validate(job_table).prompts.source == source
