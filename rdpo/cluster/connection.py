@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import os
+import secrets
 import sys
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
 
 from rdpo.cluster.interruption import heed_sigterm
 from rdpo.cluster.pools import adapt_pools
 from rdpo.config import Job
 
-if TYPE_CHECKING:
-    pass
-
 HEADROOM_CPUS = 2
 MIN_STORE_BYTES = 100 << 20
+OWNER_ONLY, OTHERS = 0o600, 0o077
 
 
 def start_ray(job: Job) -> Any:
@@ -31,6 +32,7 @@ def start_ray(job: Job) -> Any:
     if address:
         ray.init(address=address, log_to_driver=True)
     else:
+        keep_token_private()
         # By default Ray's workers, and the engines in them, give way to every other process of the machine.
         os.environ.setdefault("RAY_worker_niceness", "0")
         ray.init(
@@ -45,6 +47,38 @@ def start_ray(job: Job) -> Any:
     ray.data.DataContext.get_current().enable_progress_bars = False
     adapt_pools()
     return ray
+
+
+def keep_token_private() -> None:
+    """Let nobody but its owner read the token with which Ray lets code run on its clusters.
+
+    Ray writes one for whoever has none, into a file that all users of the machine can read, and its servers listen on
+    all interfaces. A token that is there already stays the same, since a running cluster may rest on it.
+    """
+    if "RAY_AUTH_TOKEN" in os.environ or os.environ.get("RAY_AUTH_MODE", "token").lower() != "token":
+        return
+    named = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    path = Path(named) if named else Path.home() / ".ray" / "auth_token"
+
+    # What cannot be written or read here, Ray itself says next.
+    with suppress(OSError):
+        if not path.exists() and not named:
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _write_token(path)
+        if path.stat().st_mode & OTHERS:
+            path.chmod(OWNER_ONLY)
+
+
+def _write_token(path: Path) -> None:
+    """Write a new token, whole or not at all; another process may be quicker."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent)
+    with os.fdopen(handle, "w") as file:
+        file.write(secrets.token_hex(32))
+    try:
+        with suppress(FileExistsError):
+            os.link(temporary, path)
+    finally:
+        os.unlink(temporary)
 
 
 @contextmanager
