@@ -19,7 +19,8 @@ from tests.support.jobs import ALL_STAGES, whole_job, write_job
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 ROOT = Path(__file__).parents[2]
-PATIENCE = 600
+PATIENCE = 1500
+"""Seconds until a command counts as hanging. It starts some thirty processes, on two cores beside other such tests."""
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +164,7 @@ def kill_when(job_path, run_dir, condition, *more):
 STREAMING = ("--set", "cluster.streaming=on")
 
 
+@pytest.mark.long
 def test_killed_in_synthesis_and_in_training_the_same_command_goes_on(job_path, finished, place):
     """With teacher and rewards at the same time, where the undisturbed run had them one after the other."""
     run_dir = place / "killed"
