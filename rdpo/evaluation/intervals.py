@@ -32,9 +32,6 @@ LEVEL = 0.95
 NORMAL = 1.959964
 """Quantile of the normal distribution for a two-sided interval of `LEVEL`."""
 DRAWS = 20_000
-ANGLES = 20_001
-MOST_FREEDOM = 10_000.0
-"""With more, the quantile is that of the normal distribution to three digits."""
 
 
 @dataclass(frozen=True)
@@ -177,17 +174,11 @@ def _correction(weights: Values) -> tuple[float, float]:
     return total / trace, trace**2 / float(of_square)
 
 
-@lru_cache(maxsize=1024)
 def student(freedom: float) -> float:
-    """Student's t that a two-sided interval of `LEVEL` has with these degrees of freedom, at least one.
+    """Student's t that a two-sided interval of `LEVEL` has with these degrees of freedom, at least one."""
+    from scipy.special import stdtrit
 
-    With t = sqrt(freedom) * tan(angle) the density is cos(angle)^(freedom - 1).
-    """
-    freedom = min(max(freedom, 1.0), MOST_FREEDOM)
-    angles = np.linspace(0, math.pi / 2, ANGLES)
-    density = np.cos(angles) ** (freedom - 1)
-    mass = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
-    return math.sqrt(freedom) * math.tan(float(np.interp(LEVEL * mass[-1], mass, angles)))
+    return float(stdtrit(max(freedom, 1.0), (1 + LEVEL) / 2))
 
 
 def with_interval(estimate: Estimate, form: str) -> str:

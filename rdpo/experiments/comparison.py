@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -115,11 +116,16 @@ def run_arms(
     for (arm, seed), job in jobs.items():
         if seeds is None or seed in seeds:
             console.say(f"\n{arm}, seed {seed}")
-            folder = folders[arm, seed]
-            siblings = tuple(other for other in folders.values() if other != folder)
-            with locked(job, folder, say=console.say) as check:
-                run = Run(job, folder, console, prepare, siblings, check=check)
+            with _driven(job, folders[arm, seed], folders.values(), console) as run:
                 run_stages(run, list(_stages(job, comparison.until)))
+
+
+@contextmanager
+def _driven(job: Job, folder: str, folders: Collection[str], console: Console) -> Iterator[Run]:
+    """One run of the comparison, held by this driver; what the other runs in `folders` have made it may take over."""
+    siblings = tuple(other for other in folders if other != folder)
+    with locked(job, folder, say=console.say) as check:
+        yield Run(job, folder, console, prepare, siblings, check=check)
 
 
 def check_heldout(
@@ -138,10 +144,8 @@ def check_heldout(
     for run, job in jobs.items():
         if seeds is not None and run[1] not in seeds:
             continue
-        siblings = tuple(other for other in folders.values() if other != folders[run])
         console.say(f"\nprompts of {run[0]}, seed {run[1]}")
-        with locked(job, folders[run], say=console.say):
-            one = Run(job, folders[run], console, prepare, siblings)
+        with _driven(job, folders[run], folders.values(), console) as one:
             run_stages(one, list(_stages(job, "prompts")))
             found[run] = set(heldout_prompts(one).ids().to_pylist())
     _check_same(found)

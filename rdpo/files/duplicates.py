@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from rdpo.files.stage_folder import StageFolder
@@ -17,16 +16,24 @@ KINDS = ("", "dropped")
 """Where kept and dropped rows lie."""
 
 
-def duplicates(folder: StageFolder, id_column: str) -> pa.ChunkedArray:
+def repeated(parts: Callable[[], Iterable[Sequence[str]]]) -> set[str]:
+    """Names that stand in more than one place; `parts` gives all of them, twice if need be."""
+    # A million names are large, their hashes are not; only names whose hashes meet are counted.
+    found = [np.fromiter(map(hash, names), np.int64, len(names)) for names in parts()]
+    hashes = np.sort(np.concatenate([np.empty(0, np.int64), *found]))
+    meeting = set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
+    if not meeting:
+        return set()
+
+    counts: Counter[str] = Counter()
+    for names in parts():
+        counts.update(name for name in names if hash(name) in meeting)
+    return {name for name, count in counts.items() if count > 1}
+
+
+def duplicates(folder: StageFolder, id_column: str) -> set[str]:
     """Ids of more than one row, kept or dropped."""
-    # A million ids are large, their hashes are not; only ids whose hashes meet are compared.
-    hashes = np.sort(np.concatenate([np.empty(0, np.int64), *map(_hashes, _id_chunks(folder, id_column))]))
-    meeting = np.unique(hashes[1:][hashes[1:] == hashes[:-1]])
-    if not len(meeting):
-        return pa.chunked_array([], pa.string())
-    suspects = [chunk.filter(np.isin(_hashes(chunk), meeting)) for chunk in _id_chunks(folder, id_column)]
-    counts = pc.value_counts(pa.chunked_array(suspects, pa.string()))
-    return pa.chunked_array([counts.filter(pc.greater(counts.field("counts"), 1)).field("values")])
+    return repeated(lambda: _ids(folder, id_column))
 
 
 def remove_duplicates(folder: StageFolder, id_column: str) -> int:
@@ -34,7 +41,7 @@ def remove_duplicates(folder: StageFolder, id_column: str) -> int:
 
     A task that is done again may cut its rows into other blocks, and store some of them a second time.
     """
-    twice = set(duplicates(folder, id_column).to_pylist())
+    twice = duplicates(folder, id_column)
     if not twice:
         return 0
 
@@ -66,11 +73,7 @@ def _first_of(ids: list[str], twice: set[str], seen: set[str]) -> list[bool]:
     return stay
 
 
-def _id_chunks(folder: StageFolder, id_column: str) -> Iterator[pa.Array]:
+def _ids(folder: StageFolder, id_column: str) -> Iterator[list[str]]:
     for below in KINDS:
         for table in folder.tables(below, [id_column]):
-            yield from table[id_column].chunks
-
-
-def _hashes(ids: pa.Array) -> NDArray[np.int64]:
-    return np.fromiter(map(hash, ids.to_pylist()), np.int64, len(ids))
+            yield table[id_column].to_pylist()

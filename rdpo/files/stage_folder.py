@@ -151,7 +151,8 @@ class StageFolder(Folder):
         # Files are only ever put in another's place, so a change here does not reach the other folder.
         partial = temporary(target)
         Path(target).parent.mkdir(parents=True, exist_ok=True)
-        _linked(source, partial) if share else shutil.copy2(source, partial)
+        put = _linked if share else shutil.copy2
+        put(source, partial)
         self.fs.mv(partial, target)
 
     def write_parts(self, table: pa.Table, id_column: str) -> WriteProgress:
@@ -342,8 +343,8 @@ class StageFolder(Folder):
         return counted
 
     def _check_unique(self, id_column: str) -> None:
-        if len(twice := duplicates(self, id_column)):
-            raise ConservationError(f"{self.name}: {len(twice)} duplicate ids, the first is {twice[0]}")
+        if twice := duplicates(self, id_column):
+            raise ConservationError(f"{self.name}: {len(twice)} duplicate ids, the first is {min(twice)}")
 
     def _all_files(self) -> list[str]:
         names = (name for name in self.files() if name not in (MANIFEST, IN_PROGRESS))

@@ -8,7 +8,7 @@ sums and the head's gradient are in fp32 whatever the model's precision.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ class CompletionHead(nn.Module):
         super().__init__()
         if type(output) is not nn.Linear and getattr(output, "weight", None) is None:
             raise TypeError(f"the output layer {type(output).__name__} has no weight of its own to multiply with")
-        self.weight: Tensor = getattr(output, "weight")  # noqa: B009
+        self.weight = cast(Tensor, output.weight)
         self.bias: Tensor | None = getattr(output, "bias", None)
         self.chunk, self.scale, self.softcap = chunk, scale, softcap
 

@@ -128,8 +128,8 @@ def _check_adapter(policy: Policy) -> None:
     batch = replace(policy.batch([[0, 0]], [[0, 0]], [[0]]), attention_mask=None).to("meta")
     try:
         hidden = policy.train().hidden_states(batch)
-    except (RuntimeError, NotImplementedError):
-        # A forward that looks at numbers, as where experts are chosen.
+    except RuntimeError:
+        # A forward that looks at numbers, as where experts are chosen, cannot run without them.
         return
     check_reached(policy.model, hidden)
 

@@ -75,7 +75,7 @@ def _near_duplicates(run: Run, folder: StageFolder) -> int:
         drop_near_duplicates(folder, near)
     elif near:
         run.console.say(
-            f"{'':<12}{len(near)} training prompts nearly repeat a held-out one; "
+            f"{'':<12}training prompts that nearly repeat a held-out one: {len(near)}; "
             'prompts.near_duplicates = "drop" leaves them out'
         )
     return len(near)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from datasketch import MinHash, MinHashLSH
 
 from rdpo.records import HELDOUT, ID_COLUMN, Row, extra_of, plain_text
+from rdpo.synthesis.prompts import BARE
 
 if TYPE_CHECKING:
     from rdpo.files.stage_folder import StageFolder
@@ -78,5 +79,5 @@ def _asked(row: Row, templates: bool) -> str:
     """The words of a prompt but for its system message."""
     words = [message["content"] for message in row["prompt"] if message["role"] != "system"]
     if templates:
-        words[-1] = extra_of(row).get("bare", words[-1])
+        words[-1] = extra_of(row).get(BARE, words[-1])
     return "\n".join(words)

@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from rdpo.config import Job
 from rdpo.config import Prompts as Settings
 from rdpo.errors import InputError
+from rdpo.files.duplicates import repeated
 from rdpo.files.stage_folder import StageFolder
 from rdpo.modeling.chat import load_chat
 from rdpo.modeling.weights import ModelRef
@@ -242,7 +241,7 @@ def drop_duplicates(folder: StageFolder, beside: Sequence[str] = ()) -> None:
 
 
 def _drop_repeated(folder: StageFolder, columns: list[str], names_of: Names, reason: str) -> None:
-    several = _several(lambda: map(names_of, folder.tables(columns=columns)))
+    several = repeated(lambda: map(names_of, folder.tables(columns=columns)))
     if not several:
         return
 
@@ -250,18 +249,6 @@ def _drop_repeated(folder: StageFolder, columns: list[str], names_of: Names, rea
     for part in folder.tables(columns=[*columns, "source", "line"]):
         _note_first(first, part, names_of(part), several)
     folder.rewrite(lambda part: _without_later(part, names_of(part), first, reason), ID_COLUMN)
-
-
-def _several(parts: Callable[[], Iterable[list[str]]]) -> set[str]:
-    """Names that stand in more than one place; `parts` gives them twice."""
-    # A million names are large, their hashes are not; only names whose hashes meet are counted.
-    found = [np.fromiter(map(hash, names), np.int64, len(names)) for names in parts()]
-    hashes = np.sort(np.concatenate([np.empty(0, np.int64), *found]))
-    meeting = set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
-    if not meeting:
-        return set()
-    counts = Counter(name for names in parts() for name in names if hash(name) in meeting)
-    return {name for name, count in counts.items() if count > 1}
 
 
 def _note_first(first: dict[str, Place], part: pa.Table, names: list[str], several: Collection[str]) -> None:
@@ -296,7 +283,7 @@ def without_duplicates(rows: ray.data.Dataset) -> ray.data.Dataset:
 
     columns = [ID_COLUMN, QUESTION, "extra", "dropped", "source", "line"]
     parts = list(rows.select_columns(columns).iter_batches(batch_format="pyarrow"))
-    several = _several(lambda: map(names_of, parts))
+    several = repeated(lambda: map(names_of, parts))
     first: dict[str, Place] = {}
     for part in parts:
         _note_first(first, part, names_of(part), several)

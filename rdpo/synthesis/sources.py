@@ -200,7 +200,7 @@ def _is_array(file: Any, path: str) -> bool:
 
 
 def _array(file: Any, path: str) -> list[Any] | None:
-    """The entries of a file that is one JSON array; None where it can only be read line by line, and was meant to be.
+    """The entries of a file that is one JSON array; None if it is none, and may be JSON lines with a broken first one.
 
     Raises:
         InputError: a `.json` file holds a broken array, or an array is too large to be read at once.

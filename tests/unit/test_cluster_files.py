@@ -6,11 +6,15 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 
 import kubernetes_validate
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from rdpo.config import Job
 
@@ -96,6 +100,24 @@ def test_no_two_packages_of_the_gpu_lock_hold_the_same_files():
     versions = dict(line.split("==") for line in lock if "==" in line)
     assert int(versions["cuda-python"].split(".")[0]) >= 13
     assert versions["cuda-python"].split(".")[:2] == versions["cuda-bindings"].split(".")[:2]
+
+
+def test_the_gpu_lock_has_all_that_its_packages_need():
+    """It is installed without dependencies, so one that is not named is missing; optional ones aside."""
+    lock = (CLUSTER / "locks" / "gpu.lock").read_text(encoding="utf-8").split()
+    locked = {canonicalize_name(line.split("==")[0].split("[")[0]) for line in lock if "==" in line}
+    missing = set()
+    for name in locked:
+        # What is made for GPUs alone is not installed where this runs.
+        with suppress(PackageNotFoundError):
+            needed = [Requirement(line) for line in requires(name) or []]
+            plain = [one for one in needed if not one.marker or one.marker.evaluate({"extra": ""})]
+            wanted = {canonicalize_name(one.name) for one in plain}
+            missing |= {(name, other) for other in wanted - locked}
+    assert not missing
+    project = tomllib.loads((CLUSTER.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    own = {canonicalize_name(Requirement(line).name) for line in project["dependencies"]}
+    assert own <= locked
 
 
 def is_spot(node):

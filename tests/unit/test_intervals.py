@@ -127,14 +127,14 @@ def bounds(trials, most=WITHIN[1]):
     ],
 )
 def test_intervals_hold_the_truth_about_as_often_as_they_say(seeds, prompts, rows, sd):
-    trials = 300
+    trials = 1500
     low, high = bounds(trials)
     assert low <= coverage(trials, seeds, prompts, rows, sd) <= high
 
 
 @pytest.mark.parametrize(("rows", "rate", "alike"), [(1, 0.5, 0), (1, 0.9, 0), (4, 0.7, 0.6)])
 def test_win_rates_hold_the_truth_about_as_often_as_they_say(rows, rate, alike):
-    trials = 600
+    trials = 1500
     low, high = bounds(trials)
     assert low <= share_coverage(trials, 52, rows, rate, alike) <= high
 

@@ -64,9 +64,9 @@ def test_a_large_block_becomes_several_parts(folder, monkeypatch):
 
 def test_duplicates_are_found_among_kept_and_dropped_rows(folder):
     write(folder)
-    assert len(duplicates(folder, "prompt_id")) == 0
+    assert not duplicates(folder, "prompt_id")
     write(folder, [{**ROWS[1], "dropped": None}, {**ROWS[0], "prompt_id": "d"}])
-    assert duplicates(folder, "prompt_id").to_pylist() == ["b"]
+    assert duplicates(folder, "prompt_id") == {"b"}
     assert (folder.count(), folder.count("dropped")) == (4, 1)
 
 

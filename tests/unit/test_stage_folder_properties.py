@@ -79,7 +79,7 @@ def test_duplicates_are_exactly_the_ids_of_several_rows(data, ids):
             folder.write_parts(table, "prompt_id")
         held = Counter([*folder.ids("prompt_id").to_pylist(), *folder.ids("prompt_id", "dropped").to_pylist()])
         several = {name for name, count in held.items() if count > 1}
-        assert set(duplicates(folder, "prompt_id").to_pylist()) == several
+        assert duplicates(folder, "prompt_id") == several
         if several:
             with pytest.raises(ConservationError, match="duplicate ids"):
                 folder.commit(Manifest("stage", "k", {}, {}), "prompt_id")

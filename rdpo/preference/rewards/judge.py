@@ -132,15 +132,11 @@ class Judge:
         shown = dict(
             zip(orders, await asyncio.gather(*[self._first_wins(row, *order) for order in orders]), strict=True)
         )
-        return [
-            fmean(
-                win
-                for other in self.answers
-                if other != answer
-                for win in (shown[answer, other], 1.0 - shown[other, answer])
-            )
-            for answer in self.answers
-        ]
+        wins: dict[str, list[float]] = {answer: [] for answer in self.answers}
+        for (first, second), first_wins in shown.items():
+            wins[first].append(first_wins)
+            wins[second].append(1.0 - first_wins)
+        return [fmean(wins[answer]) for answer in self.answers]
 
     async def _first_wins(self, row: Row, first: str, second: str) -> float:
         asked = {"prompt": text_of(row["prompt"]), "first": row[first], "second": row[second]}
