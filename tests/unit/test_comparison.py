@@ -2,6 +2,7 @@
 
 import io
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pyarrow as pa
@@ -182,6 +183,20 @@ def test_arms_and_seeds_are_evaluated_on_the_same_prompts(write, tmp_path, monke
     assert len(made) == 6
     assert all(prompts == made[0] for prompts in made)
     assert 70 < len(made[0]) < 130
+
+
+def test_the_look_at_the_prompts_asks_the_lock_too(write, tmp_path, monkeypatch):
+    from rdpo.tracking.console import Console
+
+    def lost():
+        raise InputError("another rdpo command took over this run")
+
+    monkeypatch.setattr("rdpo.experiments.comparison.locked", lambda *_, **__: nullcontext(lost))
+    monkeypatch.setattr("rdpo.experiments.comparison.run_stages", lambda run, stages: run.check())
+    comparison, jobs = load_comparison(write())
+    for brought in (check_heldout, run_arms):
+        with pytest.raises(InputError, match="took over"):
+            brought(comparison, jobs, str(tmp_path / "run"), Console(io.StringIO()))
 
 
 @pytest.mark.parametrize("change", [{"prompts": {"heldout_fraction": 0.2}}, {"evaluation": {"limit": 7}}])
