@@ -71,8 +71,8 @@ class Job(Section):
     seed: int = Field(default=0, ge=0, lt=2**32)
     """All random draws are functions of this seed and of what they are for."""
     date: datetime.date = TEMPLATE_DATE
-    """The day given to chat templates that write today's date (Llama 3.2, gpt-oss). It is the same for the whole run, all
-    its rounds and all arms, whatever day they run on. Other templates do not depend on it."""
+    """The day given to chat templates that write today's date (Llama 3.2, gpt-oss). It is the same for the whole run,
+    all its rounds and all arms, whatever day they run on. Other templates do not depend on it."""
     student: Student
     prompts: Prompts
     synthesis: Synthesis = Synthesis()

@@ -35,9 +35,9 @@ class Prompts(Section):
     heldout_fraction: float = Field(default=0.1, gt=0, lt=1)
     """Share of prompts held out for evaluation, where the source has no `split` column."""
     near_duplicates: Literal["count", "drop"] = "count"
-    """Training prompts that nearly repeat a held-out one are counted, or dropped (`drop`). Two prompts are near-duplicates
-    if they share at least 80% of their five-character sequences (Jaccard similarity; case and white space do not
-    count)."""
+    """Training prompts that nearly repeat a held-out one are counted, or dropped (`drop`). Two prompts are
+    near-duplicates if they share at least 80% of their five-character sequences (Jaccard similarity; case and white
+    space do not count)."""
     max_prompt_tokens: int = Field(default=1024, ge=1)
     """Longer prompts (student's tokenizer, chat template included) are dropped, never cut."""
 
