@@ -192,15 +192,15 @@ def finish_policy(exported: Path, base: Path, merged: Path, trust_remote_code: b
 
     _say_whether_tied(model)
     stored = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code).dtype or torch.float32
-    model.to(stored)
+    _round(model, stored)
     texts = probe_texts(model)
     expected = own_logps(model, texts)
-    save_model(model, merged)
+    save_model(model.to(stored), merged)
     copy_companions(base, merged, code=trust_remote_code)
 
     # Let go of before it is loaded again: two whole models may be more than the machine holds.
     del model
-    model = load_whole(merged, stored, trust_remote_code)
+    model = load_whole(merged, torch.float32, trust_remote_code)
     found["reload_difference"] = _check_same(
         expected, own_logps(model, texts), exported, "as it is stored", "in memory"
     )
@@ -236,6 +236,16 @@ def _merged(model: Any, exported: Path) -> tuple[Any, float]:
     trained = policy_logps(Policy(adapted, PROBE_CHUNK, packed=False), texts)
     whole = adapted.merge_and_unload()
     return whole, _check_same(trained, own_logps(whole, texts), exported, "merged", "with its adapter")
+
+
+def _round(model: Any, dtype: torch.dtype) -> None:
+    """Give the tensors that are stored the values that they have in `dtype`; the model goes on computing in its own.
+
+    `model.to(dtype)` would round rotary frequencies too, which no folder holds and every load computes anew in fp32.
+    """
+    for tensor in model.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.copy_(tensor.to(dtype))
 
 
 def _say_whether_tied(model: Any) -> None:

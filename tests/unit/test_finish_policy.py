@@ -108,6 +108,25 @@ def test_a_merge_is_what_was_trained_or_is_refused_and_the_adapter_kept(case, tm
     assert {file.name: file.read_bytes() for file in (tmp_path / EXPORT).iterdir()} == before
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("targets", [None, ["q_proj", "v_proj"]])
+def test_a_model_that_is_stored_in_16_bits_is_what_was_trained(dtype, targets, tmp_path, tokenizer):
+    """Rounding to 16 bits is that of the weights alone: rotary frequencies stay in 32."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(tiny_config(tokenizer)).to(getattr(torch, dtype))
+    for weight in model.parameters():
+        weight.data *= 5
+    base = save_model(tmp_path / "base", model, tokenizer)
+    if targets:
+        adapter_of(base, tmp_path / EXPORT, targets)
+    else:
+        shutil.copytree(base, tmp_path / EXPORT)
+    compared = finish_policy(tmp_path / EXPORT, Path(base), tmp_path / MERGED)
+    assert compared["reload_difference"] < 1e-4
+    stored = load_file(tmp_path / MERGED / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {getattr(torch, dtype)}
+
+
 def test_weights_of_which_some_are_missing_are_not_published(tiny_model, tmp_path):
     exported = tmp_path / EXPORT
     shutil.copytree(tiny_model, exported)
