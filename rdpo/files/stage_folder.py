@@ -97,9 +97,11 @@ class StageFolder(Folder):
 
         It is another attempt from here on: what is made again may differ, so stages that are half made of what was
         there before are made anew. Parts that the manifest does not name go too, as nobody has counted their rows.
+        A folder that is unfinished already stays as it is.
         """
         manifest = self.manifest()
-        assert manifest
+        if manifest is None:
+            return
         begun = self.read_json(IN_PROGRESS) or {}
         self._write_attempt(begun.get("key", manifest.key))
         self.fs.rm(self._at(MANIFEST))

@@ -45,9 +45,14 @@ def command(job_path, run_dir, *more):
     return [sys.executable, "-m", "rdpo", "run", job_path, "--run-dir", str(run_dir), *more]
 
 
-def run(job_path, run_dir, *more):
+def run(job_path, run_dir, *more, **environment):
     result = subprocess.run(
-        command(job_path, run_dir, *more), cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE
+        command(job_path, run_dir, *more),
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
     )
     log = Path(run_dir) / "logs" / "libraries.log"
     assert result.returncode == 0, result.stdout + result.stderr + (log.read_text()[-3000:] if log.exists() else "")
@@ -128,9 +133,8 @@ def test_report_is_one_self_contained_page(finished):
 
 def test_same_command_again_does_nothing(job_path, finished):
     before = manifests(finished[0])
-    began = time.monotonic()
-    printed = run(job_path, finished[0])
-    assert time.monotonic() - began < 20
+    # Whoever started anything on Ray would fail: nothing listens there.
+    printed = run(job_path, finished[0], RAY_ADDRESS="127.0.0.1:1")
     assert printed.count("up to date") == len(ALL_STAGES)
     assert manifests(finished[0]) == before
 
