@@ -139,12 +139,17 @@ def test_same_command_again_does_nothing(job_path, finished):
     assert manifests(finished[0]) == before
 
 
-def test_a_changed_setting_runs_again_what_depends_on_it(job_path, finished):
-    printed = run(job_path, finished[0], "--dry-run", "--set", "training.beta=0.2")
+def test_a_changed_setting_runs_again_what_depends_on_it(job_path, finished, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+
+    def planned(change):
+        assert main(["run", job_path, "--run-dir", str(finished[0]), "--dry-run", "--set", change]) == 0
+        return capsys.readouterr().out
+
+    printed = planned("training.beta=0.2")
     plan = {line.split()[1]: " ".join(line.split()[2:]) for line in printed.splitlines() if line.startswith("# ")}
     assert plan == {stage: "would run again" if at > 5 else "up to date" for at, stage in enumerate(ALL_STAGES)}
-    placed = run(job_path, finished[0], "--dry-run", "--set", "synthesis.engine.batch_rows=2")
-    assert placed.count("up to date") == len(ALL_STAGES)
+    assert planned("synthesis.engine.batch_rows=2").count("up to date") == len(ALL_STAGES)
 
 
 def kill_when(job_path, run_dir, condition, *more):

@@ -77,6 +77,7 @@ def checkpoints(run_dir, name):
     return [one for one in os.listdir(place) if os.path.isdir(f"{place}/{one}/state")]
 
 
+@pytest.mark.long
 def test_a_damaged_checkpoint_is_passed_over(run_dir, table, undisturbed):
     with pytest.raises(KeyboardInterrupt):
         train(run_dir, table, "damaged", interrupt_after(5))

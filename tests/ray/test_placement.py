@@ -10,7 +10,7 @@ import pytest
 from tests.support.jobs import whole_job, write_job, write_jsonl
 from tests.support.nodes import Nodes
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.long]
 
 ROOT = Path(__file__).parents[2]
 PATIENCE_S = 1500
@@ -56,7 +56,6 @@ def run(job, nodes, run_dir):
     return subprocess.run(placed, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S)
 
 
-@pytest.mark.long
 @pytest.mark.timeout(2 * PATIENCE_S)
 def test_every_actor_runs_on_the_nodes_of_its_kind(cluster, tmp_path, wordy_models, tiny_classifier):
     placement = {"teacher": "spot", "reward": "small", "trainer": "big"}

@@ -12,7 +12,7 @@ import pytest
 from rdpo.config import Job
 from rdpo.synthesis.teacher import synthesize
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.long]
 
 PATIENCE = 240
 

@@ -219,6 +219,7 @@ def test_a_loss_that_is_not_finite_ends_training_at_once_and_names_the_rows(run_
     assert [step["step"] for step in steps] == [1]
 
 
+@pytest.mark.long
 def test_training_goes_on_with_another_number_of_workers(run_dir, table, undisturbed):
     """Stopped after a step on two workers, to the end on one."""
     with pytest.raises(KeyboardInterrupt):
