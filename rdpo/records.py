@@ -30,6 +30,9 @@ HELDOUT = "heldout"
 """The split of prompts that nothing is trained on, and the column of pairs that are held out of training."""
 SIDES = ("chosen", "rejected")
 """The two answers of a preference pair, in the names of its columns."""
+SCORE_COLUMNS = tuple(f"{side}_scores" for side in SIDES)
+"""The columns of pairs with the scores by every reward, also those of weight 0. Nothing after the pairs depends on
+them: training goes by `reward_gap`."""
 SHOWN_CHARS = 4000
 ROLES = ("system", "user", "assistant", "tool")
 TRAIN = "train"
@@ -57,6 +60,21 @@ def digest(*parts: Any) -> str:
     """32 hexadecimal digits that depend on every part and on their order (JSON-serialisable parts)."""
     text = json.dumps(parts, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+
+class Fingerprint(str):
+    """A hash of what a stage reads; `former`: the one that earlier versions took of the same content, where it differs.
+
+    Settings on file hold one of the two, as plain text.
+    """
+
+    former: str
+
+    def __new__(cls, text: str, former: str | None = None) -> Fingerprint:
+        """The hash itself."""
+        made = super().__new__(cls, text)
+        made.former = former or text
+        return made
 
 
 def prompt_id(messages: Messages) -> str:

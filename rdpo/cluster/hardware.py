@@ -20,6 +20,15 @@ ALLOCATOR = "PYTORCH_ALLOC_CONF"
 BF16_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")
 
 
+COMPUTED = "compute_dtype"
+"""Name under which a stage's settings hold the precision that `dtype = "auto"` comes to on these machines."""
+
+
+def computed_dtype(dtype: str, gpus: float) -> dict[str, str]:
+    """The precision of a model on so many GPUs, or on the CPU, as settings hold it beside the job's own word."""
+    return {COMPUTED: compute_dtype(dtype, gpus > 0)}
+
+
 def compute_dtype(dtype: str, gpu: bool) -> str:
     """`auto` made definite: bfloat16 on GPUs and on CPUs that multiply in it, else float32.
 

@@ -6,9 +6,17 @@ from typing import Annotated, Literal
 
 from pydantic import Field, JsonValue, field_validator, model_validator
 
-from rdpo.config.section import PLACEMENT, Address, Concurrency, Dtype, Section
+from rdpo.config.section import MEMORY, PLACEMENT, Address, Concurrency, Dtype, Section
 
 GPU_BATCH_ROWS, CPU_BATCH_ROWS = 64, 16
+
+MEMORY_OPTIONS = frozenset(
+    {
+        *("gpu_memory_utilization", "kv_cache_memory_bytes", "cpu_offload_gb", "swap_space"),
+        *("max_num_seqs", "max_num_batched_tokens", "enforce_eager"),
+    }
+)
+"""Arguments of vLLM's that are like fields with the mark MEMORY."""
 
 
 class Student(Section):
@@ -49,7 +57,7 @@ class Engine(Section):
     """Number of engine actors, or `[smallest, largest]`."""
     gpus: Annotated[int, PLACEMENT] = Field(default=0, ge=0)
     """GPUs of one engine, on one node; 0 runs it on the CPU."""
-    pipeline_parallel: int = Field(default=1, ge=1)
+    pipeline_parallel: Annotated[int, MEMORY] = Field(default=1, ge=1)
     """Into how many groups, each with some of the layers, its GPUs are divided; a group splits every layer."""
     cpus: Annotated[int | None, PLACEMENT] = Field(default=None, ge=1)
     """CPU cores of one engine; by default all cores of the machine without GPUs, one with them."""

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from rdpo.config.section import PLACEMENT, Concurrency, Section, Source
+from rdpo.config.section import MEMORY, PLACEMENT, Concurrency, Section, Source
 
 BEST, WORST = "best", "worst"
 
@@ -86,5 +86,5 @@ class Reference(Section):
     """CPU cores of one actor; by default all cores of the machine without GPUs, one with them."""
     max_length: int = Field(default=1024, ge=16)
     """Pairs whose prompt and longer completion together have more tokens are dropped, never cut."""
-    tokens_per_batch: int = Field(default=4096, ge=32)
+    tokens_per_batch: Annotated[int, MEMORY] = Field(default=4096, ge=32)
     """Token budget of one forward, padding included."""

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from rdpo.config.models import Engine, Sampling
-from rdpo.config.section import PLACEMENT, Address, Concurrency, Dtype, Section, Source
+from rdpo.config.section import MEMORY, PLACEMENT, Address, Concurrency, Dtype, Section, Source
 
 
 def _module_and_name(function: str) -> str:
@@ -45,7 +45,7 @@ class ClassifierReward(RewardSection):
     """Most tokens that it reads, never more than it has positions for; a longer conversation keeps its last ones."""
     answer_only: bool = False
     """Score the answer by itself, without the prompt (for style and sentiment models)."""
-    batch_size: int = Field(default=16, ge=1)
+    batch_size: Annotated[int, MEMORY] = Field(default=16, ge=1)
     """Conversations in one forward."""
     concurrency: Annotated[Concurrency, PLACEMENT] = 1
     """Number of reward actors, or `[smallest, largest]`."""
@@ -104,7 +104,7 @@ class ImplicitReward(RewardSection):
     """Log-ratio of the whole answer, or its mean per token."""
     dtype: Dtype = "auto"
     """Precision of both forwards; `auto` as in `student.dtype`."""
-    tokens_per_batch: int = Field(default=4096, ge=32)
+    tokens_per_batch: Annotated[int, MEMORY] = Field(default=4096, ge=32)
     """Token budget of one forward, padding included."""
     concurrency: Annotated[Concurrency, PLACEMENT] = 1
     """Number of reward actors, or `[smallest, largest]`."""

@@ -18,6 +18,10 @@ PLACEMENT = "placement"
 """Mark of a field that only says where and in what portions work is done, as `Annotated[int, PLACEMENT]`: changing it
 makes no stage again."""
 
+MEMORY = "memory"
+"""Mark of a field that trades memory for speed, or says when to give up, and changes no number beyond rounding:
+changing it makes no stage again either, and what is half made goes on."""
+
 Dtype = Literal["auto", "bfloat16", "float32"]
 """`auto`: bfloat16 on GPUs and on CPUs that multiply in it, else float32."""
 

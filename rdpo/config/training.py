@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from rdpo.config.section import PLACEMENT, Concurrency, Layout, Section
+from rdpo.config.section import MEMORY, PLACEMENT, Concurrency, Layout, Section
 
 
 class Lora(Section):
@@ -108,7 +108,7 @@ class Training(Loss):
     """Stop after so many optimizer steps; 0 trains nothing, and the start model goes on as it is."""
     batch_size: int = Field(default=32, ge=1)
     """Pairs in one optimizer step, over all workers."""
-    tokens_per_batch: int = Field(default=4096, ge=16)
+    tokens_per_batch: Annotated[int, MEMORY] = Field(default=4096, ge=16)
     """Token budget of one forward on one worker, padding included; a pair is never split."""
     learning_rate: float = Field(default=5e-6, gt=0)
     """Peak learning rate of AdamW; LoRA wants about 10 times that of full fine-tuning."""
@@ -122,12 +122,12 @@ class Training(Loss):
     """Gradients are clipped to this global norm."""
     lora: Lora | None = None
     """Train adapters (a `[training.lora]` table) instead of all weights."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Annotated[bool, MEMORY] = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     zero_stage: Literal[0, 1, 2, 3] = 3
     """DeepSpeed ZeRO stage, what is partitioned over the workers: 1 the optimizer state, 2 the gradients too, 3 the
     weights too. 0 is for float32; in bfloat16 it means 1."""
-    offload: Literal["none", "optimizer", "all"] = "none"
+    offload: Annotated[Literal["none", "optimizer", "all"], MEMORY] = "none"
     """What GPU training keeps in CPU memory: the optimizer state (from `zero_stage` 1 on), or with `all` the weights
     too (`zero_stage` 3)."""
     num_workers: Annotated[Concurrency, PLACEMENT] = 1
@@ -144,7 +144,7 @@ class Training(Loss):
     select: Literal["last", "best"] = "last"
     """Which weights leave training: those of the last step, or of the step after which the held-out pairs
     (`pairs.heldout_fraction`) are most likely. They are measured at every checkpoint and at the end."""
-    max_skipped_steps: int = Field(default=0, ge=0)
+    max_skipped_steps: Annotated[int, MEMORY] = Field(default=0, ge=0)
     """Optimizer steps that may be left out because their loss or gradient is not finite; one more stops the run
     and names the rows."""
     extrapolation: float = Field(default=0.0, ge=0)
@@ -154,8 +154,8 @@ class Training(Loss):
     hang_after_s: Annotated[float, PLACEMENT] = Field(default=1800.0, gt=0)
     """Seconds without an optimizer step after which training counts as hanging: the worker that holds it up is
     named, and training resumes from the last checkpoint."""
-    logprob_chunk: int = Field(default=1024, ge=1)
+    logprob_chunk: Annotated[int, MEMORY] = Field(default=1024, ge=1)
     """Completion tokens whose logits exist at the same time."""
-    layout: Layout = "auto"
+    layout: Annotated[Layout, MEMORY] = "auto"
     """`packed`: one row without padding, each prompt once for both its answers; `padded`: a row for each
     sequence; `auto`: packed where the architecture can."""

@@ -1,61 +1,136 @@
-"""Keys: a stage's key is a hash of its settings and of its inputs' content.
+"""Keys: a stage's key is a hash of the settings that change what it makes, and of what it reads of its inputs.
 
-Settings that only say where and in what portions work is done do not count. They are marked on their fields in
-`rdpo/config`, as `Annotated[int, PLACEMENT]`.
+Fields that only say where and in what portions work is done, or trade memory for speed, are marked in `rdpo/config` and
+do not count; nor does the address of a model or file where a fingerprint of it stands beside. Folders that an earlier
+version has made hold keys of another form (`former_key`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import lru_cache
 from typing import Any, get_args
 
-from rdpo.config import PLACEMENT, Job, Section
-from rdpo.records import digest
+from rdpo.cluster.hardware import COMPUTED
+from rdpo.config import MEMORY, MEMORY_OPTIONS, PLACEMENT, Job, Section
+from rdpo.records import Fingerprint, digest
 
-FORMAT = 1
-START = "start"
-"""Name under which the evaluation's settings hold those of the start model's answers, again with an engine."""
+FORMAT, FORMER_FORMAT = 2, 1
+START, STUDENT = "start", "student"
+"""Names under which settings hold those of the start model's answers, again with an engine, and of the student."""
+ADDRESSES = {
+    "weights": ("model", "revision", "teacher"),
+    "adapter_weights": ("adapter",),
+    "tokenizer": ("student", "revision"),
+    "content": ("source",),
+    "turns": ("task",),
+    COMPUTED: ("dtype",),
+}
+"""Settings that say by content what others in the same table say by name."""
+ADDED = frozenset({COMPUTED, "tokenizer", "imports", "engine_code", "judge_seed"})
+"""Settings that earlier versions did not write down."""
 
 
 def stage_key(name: str, settings: dict[str, Any], inputs: dict[str, str]) -> str:
     """Hash of everything a stage's output depends on."""
-    return digest(FORMAT, name, without_placement(settings), inputs)
+    return digest(FORMAT, name, what_counts(settings), inputs)
 
 
-def without_placement(settings: Any) -> Any:
-    """A stage's settings, or a part of them, without those that only say where and in what portions work is done.
+def former_key(name: str, settings: dict[str, Any], inputs: dict[str, str]) -> str:
+    """The key that earlier versions gave to a stage of the same settings."""
+    return digest(FORMER_FORMAT, name, _as_formerly(settings), inputs)
+
+
+def same_settings(one: Any, other: Any) -> bool:
+    """Whether two stages' settings, or parts of them, make the same of the same."""
+    return digest(what_counts(one)) == digest(what_counts(other))
+
+
+def what_counts(settings: Any) -> Any:
+    """A stage's settings, or a part of them, without those that change nothing of what it makes.
 
     Settings of finished stages come from their manifests, as plain tables. So a setting is known by its name: that of a
     marked field. It is looked for only where a section can stand; in all other tables the names are the user's (words
-    of a template, an engine's options), and nothing is left out.
+    of a template, for example), and nothing is left out but those of vLLM's arguments that are like marked fields.
     """
     if isinstance(settings, list):
-        return [without_placement(value) for value in settings]
+        return [what_counts(value) for value in settings]
     if not isinstance(settings, dict):
         return settings
 
-    marked, nested = _placement_names()
-    kept = {name: value for name, value in settings.items() if name not in marked}
-    return {name: without_placement(value) if name in nested else value for name, value in kept.items()}
+    left_out = set(_everywhere()) | _of_kind(settings.get("kind"))
+    for content, addresses in ADDRESSES.items():
+        if settings.get(content) is not None:
+            left_out.update(addresses)
+
+    counted = {name: value for name, value in settings.items() if name not in left_out}
+    for name in _nested() & counted.keys():
+        counted[name] = what_counts(counted[name])
+    if isinstance(options := counted.get("options"), dict):
+        counted["options"] = {name: value for name, value in options.items() if name not in MEMORY_OPTIONS}
+    return counted
+
+
+def _as_formerly(settings: Any) -> Any:
+    """A stage's settings as they counted for earlier versions."""
+    if isinstance(settings, list):
+        return [_as_formerly(value) for value in settings]
+    if isinstance(settings, Fingerprint):
+        return settings.former
+    if not isinstance(settings, dict):
+        return settings
+
+    placement, nested = _marked_anywhere(PLACEMENT), _nested()
+    counted = {name: value for name, value in settings.items() if name not in placement | ADDED}
+    # In other tables the names are the user's.
+    return {
+        name: _as_formerly(value) if name in nested or isinstance(value, Fingerprint) else value
+        for name, value in counted.items()
+    }
 
 
 @lru_cache(maxsize=1)
-def _placement_names() -> tuple[frozenset[str], frozenset[str]]:
-    """Names of the marked fields, and of the fields whose sections have such fields."""
+def _everywhere() -> frozenset[str]:
+    """Names of fields that count in no section."""
     marked: set[str] = set()
-    nested = {START}
+    unmarked: set[str] = set()
+    for section in sections(Job):
+        for name in section.model_fields:
+            (marked if _is_marked(section, name) else unmarked).add(name)
+    return frozenset(marked - unmarked)
+
+
+@lru_cache(maxsize=8)
+def _of_kind(kind: Any) -> frozenset[str]:
+    """Names of the fields that do not count for one kind of reward, whatever they mean elsewhere."""
+    for section in sections(Job):
+        own = section.model_fields.get("kind")
+        if own is not None and kind in get_args(own.annotation):
+            return frozenset(name for name in section.model_fields if _is_marked(section, name))
+    return frozenset()
+
+
+@lru_cache(maxsize=8)
+def _marked_anywhere(*marks: str) -> frozenset[str]:
+    return frozenset(
+        name for section in sections(Job) for name in section.model_fields if _is_marked(section, name, marks)
+    )
+
+
+@lru_cache(maxsize=1)
+def _nested() -> frozenset[str]:
+    """Names of the fields whose sections have marked fields, and of tables of the settings that are like them."""
+    names = {START, STUDENT}
     for section in sections(Job):
         for name, field in section.model_fields.items():
-            if PLACEMENT in field.metadata:
-                marked.add(name)
-            if any(_has_placement(inner) for inner in sections_in(field.annotation)):
-                nested.add(name)
-    return frozenset(marked), frozenset(nested)
+            inner = [each for one in sections_in(field.annotation) for each in sections(one)]
+            if any(_is_marked(one, own) for one in inner for own in one.model_fields):
+                names.add(name)
+    return frozenset(names)
 
 
-def _has_placement(section: type[Section]) -> bool:
-    return any(PLACEMENT in field.metadata for inner in sections(section) for field in inner.model_fields.values())
+def _is_marked(section: type[Section], name: str, marks: Collection[str] = (PLACEMENT, MEMORY)) -> bool:
+    return any(mark in section.model_fields[name].metadata for mark in marks)
 
 
 def sections(section: type[Section]) -> Iterator[type[Section]]:

@@ -7,8 +7,7 @@ from rdpo.config import load_job
 from rdpo.errors import InputError
 from rdpo.execution.lock import LOCK, Say
 from rdpo.execution.reader import JOB_FILE, MARKER, RUN_FORMAT, check_format
-from rdpo.files.folder import TEMPORARY, Folder
-from rdpo.files.stage_folder import IN_PROGRESS, MANIFEST
+from rdpo.files.folder import IN_PROGRESS, MANIFEST, TEMPORARY, Folder
 
 OWN = {MARKER, JOB_FILE, "logs", "report.html", "rounds"}
 """What rdpo writes into a run directory beside the folders of stages."""

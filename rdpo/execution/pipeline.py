@@ -1,14 +1,14 @@
 """Running stages: each is made again exactly when something it depends on has changed.
 
-A stage's key is a hash of its own settings, of the fingerprints of models and files it reads, and of
-its inputs' content. A committed folder with that key is skipped; an unfinished one is continued if it was
-begun with the same settings on the same making of its inputs; anything else is made anew.
+A stage's key is a hash of its own settings, of the fingerprints of models and files it reads, and of what it reads of
+its inputs. A committed folder with that key is skipped; an unfinished one is continued if it was begun with the same
+settings on the same making of its inputs (`rdpo.execution.resume`); anything else is made anew.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from typing import Any
 from rdpo.cluster.installed import versions
 from rdpo.config import Job, to_toml
 from rdpo.errors import InputError
-from rdpo.execution.keys import stage_key
+from rdpo.execution import resume
+from rdpo.execution.keys import former_key, stage_key
 from rdpo.execution.lock import Check, Say, held
 from rdpo.execution.marker import take_directory
 from rdpo.execution.reader import JOB_FILE
@@ -50,6 +51,7 @@ def _in_order(run: Run, stages: Sequence[Stage]) -> None:
             waiting = [*repair, *chain, *waiting]
             continue
         if not run.prepared:
+            resume.check(run, chain[0], chain[0].settings(run.job))
             _prepare(run)
         while run.streams and waiting and waiting[0].joins:
             chain.append(waiting.pop(0))
@@ -72,10 +74,11 @@ def _up_to_date(run: Run, stage: Stage) -> bool:
     Raises:
         InputError: an input is missing.
     """
-    key, own = _begun(run, stage, stage.settings(run.job)).key, run.folder(stage.name)
+    own, settings = run.folder(stage.name), stage.settings(run.job)
+    inputs = {name: run.require(name, stage.name) for name in stage.inputs}
     for folder in (own, *(StageFolder(sibling, stage.name) for sibling in run.siblings)):
         manifest = folder.manifest()
-        if manifest and manifest.key == key:
+        if manifest and is_up_to_date(manifest, stage, settings, inputs):
             if folder is not own and not _taken(run, own, folder):
                 continue
             run.manifests[stage.name] = manifest
@@ -84,6 +87,19 @@ def _up_to_date(run: Run, stage: Stage) -> bool:
             run.console.tell("stage_end", stage=stage.name, state=where, **_counts(manifest))
             return True
     return False
+
+
+def is_up_to_date(manifest: Manifest, stage: Stage, settings: dict[str, Any], inputs: Mapping[str, Manifest]) -> bool:
+    """Whether a committed stage is what these settings and inputs would make."""
+    if manifest.columns is None:
+        # Earlier versions knew an input by the digest of its key and files, and some stages had fewer inputs.
+        digests = {name: inputs[name].digest for name in manifest.inputs if name in inputs}
+        return manifest.key == former_key(stage.name, settings, digests)
+    return manifest.key == stage_key(stage.name, settings, _read(stage, inputs))
+
+
+def _read(stage: Stage, inputs: Mapping[str, Manifest]) -> dict[str, str]:
+    return {name: stage.read_of(name, made) for name, made in inputs.items()}
 
 
 def _taken(run: Run, own: StageFolder, folder: StageFolder) -> bool:
@@ -120,7 +136,7 @@ def _reopened(run: Run, stage: Stage, stages: Sequence[Stage]) -> list[Stage]:
 
 def _begun(run: Run, stage: Stage, settings: dict[str, Any]) -> Manifest:
     """The manifest of a stage that has its inputs but no rows yet."""
-    inputs = {name: run.require(name, stage.name).digest for name in stage.inputs}
+    inputs = _read(stage, {name: run.require(name, stage.name) for name in stage.inputs})
     return Manifest(stage.name, stage_key(stage.name, settings, inputs), settings, inputs)
 
 
@@ -130,10 +146,9 @@ def _make(run: Run, chain: Sequence[Stage]) -> None:
     folders = [run.folder(stage.name) for stage in chain]
     # As they are now: what is edited while a stage is made is not what made it.
     settings = [stage.settings(run.job) for stage in chain]
-    for stage, folder, own in zip(chain, folders, settings, strict=True):
-        attempts = {name: run.folder(name).attempt_id for name in stage.inputs}
+    for stage, own in zip(chain, settings, strict=True):
         run.check()
-        folder.begin(stage_key(stage.name, own, attempts))
+        resume.begin(run, stage, own)
         run.console.tell("stage_begin", stage=stage.name)
     with run.console.stage("+".join(stage.name for stage in chain), None, chain[0].unit) as meter:
         summary = _work(run, chain, folders, meter)
@@ -160,7 +175,7 @@ def _commit(run: Run, stage: Stage, folder: StageFolder, manifest: Manifest) -> 
         manifest.summary = {"rows_in": stage.rows.source(run).count, **stage.rows.summarize(run, folder)}
         manifest.tokens = folder.total(TOKENS) if stage.rows.generates else 0
     expected = manifest.summary.pop("rows_in", None)
-    manifest.seed, manifest.versions = run.job.seed, versions()
+    manifest.seed, manifest.versions, manifest.job = run.job.seed, versions(), to_toml(run.job)
     run.manifests[stage.name] = folder.commit(manifest, stage.id_column, expected, run.check)
     run.made.add(stage.name)
     run.console.made(manifest)
@@ -199,16 +214,19 @@ def _counts(manifest: Manifest) -> dict[str, Any]:
 
 
 def planned(job: Job, run_dir: str, stages: Sequence[Stage]) -> dict[str, str]:
-    """What `run_stages` would do with each stage: nothing, go on, or make it."""
+    """What `run_stages` would do with each stage: nothing, go on, or make it.
+
+    A stage whose input would be made again counts as made again too: whether the input comes out as it was, so that the
+    stage stays, is only known then.
+    """
     plan: dict[str, str] = {}
-    digests: dict[str, str] = {}
+    current: dict[str, Manifest] = {}
     for stage in stages:
-        folder = StageFolder(run_dir, stage.name)
-        manifest, waiting = folder.manifest(), [name for name in stage.inputs if name not in digests]
-        inputs = {name: digests[name] for name in stage.inputs if name in digests}
-        key = "" if waiting else stage_key(stage.name, stage.settings(job), inputs)
-        if manifest and manifest.key == key:
-            plan[stage.name], digests[stage.name] = "up to date", manifest.digest
+        manifest = StageFolder(run_dir, stage.name).manifest()
+        inputs = {name: current[name] for name in stage.inputs if name in current}
+        whole = len(inputs) == len(stage.inputs)
+        if manifest and whole and is_up_to_date(manifest, stage, stage.settings(job), inputs):
+            plan[stage.name], current[stage.name] = "up to date", manifest
         else:
             plan[stage.name] = "would run" if manifest is None else "would run again"
     return plan

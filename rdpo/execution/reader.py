@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import tomllib
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from rdpo.config import Job, load_job
+from rdpo.config import Job, job_of, load_job
 from rdpo.errors import InputError
 from rdpo.execution.stage import Source
 from rdpo.files.folder import Folder
@@ -45,6 +46,15 @@ class RunReader:
     def manifest(self, stage: str) -> Manifest | None:
         """Manifest of a stage; None while it is not finished."""
         return self.folder(stage).manifest()
+
+    def job_of(self, stage: str) -> Job:
+        """The job that made a stage, or makes it.
+
+        It is not always the run's: another one may have been begun here since, and ended before it came so far.
+        """
+        manifest = self.manifest(stage)
+        written = manifest.job if manifest else self.folder(stage).begun.get("job")
+        return job_of(tomllib.loads(written), f"{self.dir}/{stage}") if written else self.job
 
     def finished(self, stages: Iterable[str]) -> dict[str, Manifest]:
         """The manifests of those of the stages that are finished, by name."""

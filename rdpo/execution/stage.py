@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from rdpo.records import ID_COLUMN
+from rdpo.records import ID_COLUMN, digest
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -15,8 +15,44 @@ if TYPE_CHECKING:
     from rdpo.config import Job
     from rdpo.execution.reader import RunReader
     from rdpo.execution.run import Run
+    from rdpo.files.manifest import Manifest
     from rdpo.files.stage_folder import StageFolder
     from rdpo.tracking.console import Meter
+
+
+PLACE_COLUMN = "source"
+"""The column with the file that a row is from. It may be moved: no stage reads it but to tell people where a row is."""
+
+
+@dataclass(frozen=True)
+class Reads:
+    """What a stage reads of one of its inputs; by default all that it holds.
+
+    Of rows the `columns` (None: all), but those in `without`; of other files those in the folder `below`. With
+    `summary` the manifest's summary too, and with `making` all that the input was made of.
+    """
+
+    columns: tuple[str, ...] | None = None
+    without: tuple[str, ...] = ()
+    below: str = ""
+    summary: bool = False
+    making: bool = False
+
+    def of(self, manifest: Manifest) -> str:
+        """Hash of what is read, into whatever parts the rows are divided."""
+        rows = {name: value for name, value in (manifest.columns or {}).items() if self._reads_column(name)}
+        files = {name: value for name, value in manifest.files.items() if self._reads_file(name, manifest)}
+        about = [manifest.summary if self.summary else None, manifest.key if self.making else None]
+        return digest(sorted(rows.items()), sorted(files.items()), *about)
+
+    def _reads_column(self, name: str) -> bool:
+        if name in self.without or name == PLACE_COLUMN:
+            return False
+        return self.columns is None or name in self.columns
+
+    def _reads_file(self, name: str, manifest: Manifest) -> bool:
+        # Rows whose columns are hashed are known by these; earlier versions hashed none.
+        return name.startswith(self.below) and not (manifest.columns and name.endswith(".parquet"))
 
 
 @dataclass(frozen=True)
@@ -50,6 +86,9 @@ class Stage:
     its input, still makes them. Any other stage has `execute`, which returns the manifest's summary; `rows_in` in
     it is the number of rows that entered.
 
+    `reads`: what it reads of those inputs of which it does not read all. `packages`: those whose versions decide what
+    it makes, so that what is half made is not gone on with by another one; none where it begins from nothing each time.
+
     A stage without an `id_column` leaves files of another kind than rows; `unit` is what its progress counts.
     `command` is what a person types to bring this stage alone up to date. `wanted`: whether a job has the stage.
     """
@@ -60,7 +99,22 @@ class Stage:
     execute: Callable[[Run, StageFolder, Meter], dict[str, Any]] | None = None
     rows: RowWork | None = None
     joins: bool = False
+    reads: Mapping[str, Reads] = field(default_factory=dict)
+    packages: tuple[str, ...] = ()
     id_column: str | None = ID_COLUMN
     unit: str = "rows"
     command: str | None = None
     wanted: Callable[[Job], bool] = lambda job: True
+
+    def read_of(self, name: str, manifest: Manifest) -> str:
+        """Hash of what this stage reads of an input."""
+        return self.reads.get(name, Reads()).of(manifest)
+
+    def outdated_inputs(self, made: Manifest, inputs: Mapping[str, Manifest]) -> list[str]:
+        """The inputs that hold something else by now than when this stage was made of them."""
+        # Earlier versions noted the digest of all that was there.
+        return [
+            name
+            for name, noted in made.inputs.items()
+            if name in inputs and noted not in (self.read_of(name, inputs[name]), inputs[name].digest)
+        ]

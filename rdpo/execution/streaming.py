@@ -17,7 +17,8 @@ import pyarrow.compute as pc
 from rdpo.cluster.pools import pools_ended
 from rdpo.execution.stage import RowWork, Source
 from rdpo.files.manifest import WriteProgress
-from rdpo.files.stage_folder import StageFolder, stored
+from rdpo.files.rows import stored
+from rdpo.files.stage_folder import StageFolder
 from rdpo.records import ID_COLUMN
 from rdpo.tracking.console import Meter
 

@@ -18,6 +18,9 @@ from rdpo.errors import InputError
 from rdpo.files.stores import ObjectStore, fetched, file_system, upload
 
 TEMPORARY = ".tmp"
+MANIFEST = "manifest.json"
+IN_PROGRESS = "in_progress.json"
+"""Names of the files by which a stage's folder says what it is."""
 
 
 class Folder:

@@ -8,7 +8,12 @@ from typing import Any
 
 @dataclass
 class Manifest:
-    """What a committed stage folder holds and what it was made from."""
+    """What a committed stage folder holds and what it was made from.
+
+    `files` and `digest` are of the files' content. `columns` has a hash of each column of the kept rows, whatever parts
+    they lie in, and none in a stage without rows; it is None in manifests of earlier versions, whose `digest` was of
+    the key too. `job` is the whole job that made the stage, as TOML; empty in manifests of earlier versions.
+    """
 
     stage: str
     key: str
@@ -23,9 +28,11 @@ class Manifest:
     seed: int = 0
     versions: dict[str, str] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
+    columns: dict[str, str] | None = None
     summary: dict[str, Any] = field(default_factory=dict)
     digest: str = ""
     created: str = ""
+    job: str = ""
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -24,16 +24,15 @@ import pyarrow.parquet as pq
 
 from rdpo.errors import ConservationError, InputError
 from rdpo.files.conditional import Changed, ConditionalObject
+from rdpo.files.content import column_digests, column_sums, footer_of, with_footer
 from rdpo.files.duplicates import duplicates
-from rdpo.files.folder import TEMPORARY, Folder, checksum, json_bytes, temporary
+from rdpo.files.folder import IN_PROGRESS, MANIFEST, TEMPORARY, Folder, checksum, json_bytes, temporary
 from rdpo.files.manifest import Manifest, WriteProgress
 from rdpo.records import digest
 
 if TYPE_CHECKING:
     import ray.data
 
-MANIFEST = "manifest.json"
-IN_PROGRESS = "in_progress.json"
 METRICS = "metrics.jsonl"
 """In the folder of training, a line for each optimizer step."""
 TOKENS = "_tokens"
@@ -54,24 +53,36 @@ class StageFolder(Folder):
         content = self.read_json(MANIFEST)
         return Manifest(**content) if content else None
 
-    def begin(self, key: str) -> None:
-        """Get ready to make the output of `key`: parts of another key are removed, its own stay."""
-        in_progress = self.read_json(IN_PROGRESS) or {}
-        if self.exists(MANIFEST) or in_progress.get("key") != key:
+    def begin(self, key: str, noted: Mapping[str, Any] | None = None) -> None:
+        """Get ready to make the output of `key`: parts of another key are removed, its own stay.
+
+        `noted`: what else is to be known of the stage while it is half made.
+        """
+        if self.exists(MANIFEST) or self.begun.get("key") != key:
             self.clear()
-            self._write_attempt(key)
+            self._write_attempt(key, noted or {})
         for below in ("", "dropped"):
             for name in self.names(PART, below):
                 if not self._is_readable(name):
                     self.fs.rm(self._at(name))
 
-    def _write_attempt(self, key: str) -> None:
-        self.write_json(IN_PROGRESS, {"key": key, "attempt_id": uuid.uuid4().hex, "began": time.time()})
+    def _write_attempt(self, key: str, noted: Mapping[str, Any]) -> None:
+        self.write_json(IN_PROGRESS, {**noted, "key": key, "attempt_id": uuid.uuid4().hex, "began": time.time()})
+
+    @property
+    def begun(self) -> dict[str, Any]:
+        """What was noted when the folder was begun; empty where it was not."""
+        noted = self.read_json(IN_PROGRESS)
+        return noted if isinstance(noted, dict) else {}
+
+    def holds_work(self) -> bool:
+        """Whether anything that the stage made is there, and not only that it was begun."""
+        return bool(self._all_files())
 
     @property
     def attempt_id(self) -> str:
         """Name of this making of the folder: within it a part is never made again with other content."""
-        begun = self.read_json(IN_PROGRESS) or {}
+        begun = self.begun
         # Folders begun by earlier versions call it `birth`.
         return str(begun.get("attempt_id") or begun.get("birth", ""))
 
@@ -102,8 +113,7 @@ class StageFolder(Folder):
         manifest = self.manifest()
         if manifest is None:
             return
-        begun = self.read_json(IN_PROGRESS) or {}
-        self._write_attempt(begun.get("key", manifest.key))
+        self._write_attempt(self.begun.get("key", manifest.key), self.begun)
         self.fs.rm(self._at(MANIFEST))
 
         uncounted = [name for name in self._all_files() if name.endswith(PART) and name not in manifest.files]
@@ -179,7 +189,7 @@ class StageFolder(Folder):
 
     def _write_part(self, table: pa.Table, id_column: str, below: str) -> str:
         sink = pa.BufferOutputStream()
-        pq.write_table(table, sink, write_page_checksum=True)
+        pq.write_table(with_footer(table, id_column), sink, write_page_checksum=True)
         name = f"part-{digest(sorted(table[id_column].to_pylist()))[:16]}{PART}"
         name = f"{below}/{name}" if below else name
         self.write_bytes(name, sink.getvalue().to_pybytes())
@@ -217,13 +227,15 @@ class StageFolder(Folder):
 
     def _read_part(self, name: str, columns: list[str] | None) -> pa.Table:
         with self.fs.open(self._at(name), "rb") as file:
-            return pq.read_table(file, columns=columns, page_checksum_verification=True)
+            found = pq.read_table(file, columns=columns, page_checksum_verification=True)
+            return found.replace_schema_metadata(None)
 
     def _is_readable(self, name: str) -> bool:
         content = pa.BufferReader(self.read_bytes(name))
         try:
+            footer_of(pq.read_schema(content))
             return pq.read_table(content, page_checksum_verification=True) is not None
-        except (OSError, pa.ArrowException):
+        except (OSError, ValueError, pa.ArrowException):
             return False
 
     def table(self, below: str = "", columns: list[str] | None = None) -> pa.Table:
@@ -308,7 +320,8 @@ class StageFolder(Folder):
         if id_column is not None:
             self._count(manifest, id_column, expected)
         manifest.files = {name: self._checksum(name) for name in self._all_files()}
-        manifest.digest = digest(manifest.key, sorted(manifest.files.items()))
+        manifest.columns = self._column_digests(id_column) if id_column else {}
+        manifest.digest = digest(sorted(manifest.files.items()))
         manifest.created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         check()
         if self.in_store:
@@ -316,6 +329,15 @@ class StageFolder(Folder):
         else:
             self.write_json(MANIFEST, asdict(manifest))
         return manifest
+
+    def _column_digests(self, id_column: str) -> dict[str, str]:
+        with ThreadPoolExecutor(OPEN_AT_ONCE) as openers:
+            return column_digests(openers.map(lambda name: self._column_sums(name, id_column), self.parts()))
+
+    def _column_sums(self, name: str, id_column: str) -> dict[str, int]:
+        with self.fs.open(self._at(name), "rb") as file:
+            footer = footer_of(pq.read_schema(file))
+        return column_sums(self.part(name), id_column) if footer is None else footer
 
     def _create_manifest(self, content: bytes, check: Callable[[], None]) -> None:
         """Put the manifest where there is none: a driver that hung after its check does not overwrite another's."""
@@ -372,29 +394,3 @@ def _linked(source: str, target: str) -> None:
 
 def _sum_ending_in(ending: str, table: pa.Table) -> int:
     return sum(pc.sum(table[name]).as_py() or 0 for name in table.column_names if name.endswith(ending))
-
-
-def stored(rows: ray.data.Dataset, folder: StageFolder, id_column: str, pass_on: bool) -> ray.data.Dataset:
-    """The data set with a last step that stores each block as a part of the folder.
-
-    It yields the kept rows where another stage takes them up (`pass_on`), else one `WriteProgress` for each block.
-    """
-    path, name = folder.path.rsplit("/", 1)[0], folder.name
-
-    def store(block: pa.Table) -> pa.Table:
-        progress = StageFolder(path, name).write_parts(block, id_column)
-        if pass_on:
-            return block.filter(pc.is_null(block["dropped"].cast(pa.string())))
-        return pa.Table.from_pylist([asdict(progress)])
-
-    return rows.map_batches(store, batch_format="pyarrow", batch_size=None)
-
-
-def write_rows(
-    rows: ray.data.Dataset, folder: StageFolder, id_column: str, on_block: Callable[[WriteProgress], None]
-) -> None:
-    """Run a Ray Dataset and store its rows part by part; `on_block` hears of each as it is written."""
-    written = stored(rows, folder, id_column, pass_on=False)
-    for counts in written.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-        for count in counts.to_pylist():
-            on_block(WriteProgress(**count))

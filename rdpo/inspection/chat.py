@@ -90,7 +90,7 @@ def chat_with(run_dir: str) -> None:
         InputError: there is no run here, it has no published model yet, or its start model cannot be had.
     """
     run, console = RunReader(run_dir), Console()
-    job, speakers = run.job, load_speakers(run)
+    job, speakers = run.job_of("model"), load_speakers(run)
     sampling = job.evaluation.sampling
     drawn = f"temperature {sampling.temperature:g}, top_p {sampling.top_p:g}, at most {sampling.max_tokens} tokens"
     console.print(Text(shown(f"start    {job.student.model}\ntrained  {run_dir}")))
@@ -172,7 +172,8 @@ def load_speakers(run: RunReader) -> list[Speaker]:
     from transformers.utils import logging
 
     run.require("model")
-    job, folder, student = run.job, run.folder("model"), ModelRef.student(run.job)
+    job, folder = run.job_of("model"), run.folder("model")
+    student = ModelRef.student(job)
     logging.disable_progress_bar()
     gpu = torch.cuda.is_available()
     device, dtype = take_device(gpu), getattr(torch, compute_dtype(job.evaluation.engine.dtype, gpu))

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from rdpo.execution.keys import without_placement
+from rdpo.execution.keys import what_counts
 from rdpo.execution.reader import RunReader
 from rdpo.files.manifest import Manifest
 from rdpo.inspection.results import result_lines
@@ -109,14 +109,14 @@ def _makings(a: Side, b: Side) -> Iterator[str]:
 
 def _is_same(a: Side, b: Side, stage: str) -> bool:
     one, other = a.manifests.get(stage), b.manifests.get(stage)
-    return one is not None and other is not None and one.digest == other.digest
+    return one is not None and other is not None and (one.key, one.digest) == (other.key, other.digest)
 
 
 def _making(stage: str, a: Manifest | None, b: Manifest | None) -> str:
     if a is None or b is None:
         return "" if a is b else f"finished only in {'B' if a is None else 'A'}"
     reasons = []
-    if settings := _changed(flat(without_placement(a.settings)), flat(without_placement(b.settings))):
+    if settings := _changed(flat(what_counts(a.settings)), flat(what_counts(b.settings))):
         more = f" and {len(settings) - SHOWN_NAMES} more" if settings[SHOWN_NAMES:] else ""
         reasons.append(f"other {', '.join(settings[:SHOWN_NAMES])}{more}")
     if inputs := _changed(a.inputs, b.inputs):

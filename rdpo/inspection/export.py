@@ -48,7 +48,8 @@ def export(run_dir: str, what: str, target: str) -> list[str]:
         InputError: their stage is not finished or holds no rows, or the folder is not empty.
     """
     run = RunReader(run_dir)
-    job, stage, manifest = run.job, run.folder(STAGES[what]), run.require(STAGES[what])
+    name = STAGES[what]
+    job, stage, manifest = run.job_of(name), run.folder(name), run.require(name)
     if not stage.parts():
         raise InputError(f"{run_dir}: the {stage.name} stage holds no rows; see its dropped reasons")
     folder = Folder(target)

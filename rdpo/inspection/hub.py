@@ -12,7 +12,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from rdpo.errors import InputError
 from rdpo.execution.reader import RunReader
-from rdpo.files.stage_folder import IN_PROGRESS, MANIFEST
+from rdpo.files.folder import IN_PROGRESS, MANIFEST
 from rdpo.inspection.export import export
 
 KINDS = {"model": "model", "pairs": "dataset"}

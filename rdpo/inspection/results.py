@@ -11,7 +11,7 @@ import numpy as np
 
 from rdpo.evaluation.compare import KL_ANSWERS
 from rdpo.evaluation.intervals import Estimate, groups_of, mean_interval, share_interval, with_interval
-from rdpo.execution.keys import without_placement
+from rdpo.execution.keys import what_counts
 from rdpo.files.manifest import Manifest
 from rdpo.records import ID_COLUMN, Row
 
@@ -34,7 +34,7 @@ def result_lines(
         rows_b: those of run B.
     """
     stages = ("training", "retention", "evaluation")
-    if all(_digest(a, stage) == _digest(b, stage) for stage in stages):
+    if all(_making(a, stage) == _making(b, stage) for stage in stages):
         return []
     lines = [f"{'':<{NAME}}{'A':<{COLUMN}}{'B':<{COLUMN}}B - A"]
     lines += [f"{name:<{NAME}}{of_a:<{COLUMN}}{of_b}".rstrip() for name, of_a, of_b in _measures(a, b)]
@@ -48,8 +48,8 @@ def result_lines(
     return [*lines, *_warnings(a["evaluation"], b["evaluation"])]
 
 
-def _digest(manifests: Mapping[str, Manifest], stage: str) -> str | None:
-    return manifests[stage].digest if stage in manifests else None
+def _making(manifests: Mapping[str, Manifest], stage: str) -> tuple[str, str] | None:
+    return (manifests[stage].key, manifests[stage].digest) if stage in manifests else None
 
 
 def _measures(a: Mapping[str, Manifest], b: Mapping[str, Manifest]) -> Iterator[tuple[str, str, str]]:
@@ -124,7 +124,7 @@ def _warnings(a: Manifest, b: Manifest) -> Iterator[str]:
     """Rewards whose scores are not on one scale, because they are not the same in both runs."""
     of_a, of_b = ({one["name"]: one for one in side.settings["rewards"]} for side in (a, b))
     for name in [name for name in of_a if name in of_b]:
-        if without_placement({**of_a[name], "weight": 0}) != without_placement({**of_b[name], "weight": 0}):
+        if what_counts({**of_a[name], "weight": 0}) != what_counts({**of_b[name], "weight": 0}):
             yield f"{name} is not the same reward in both runs: its scores cannot be compared"
     for side, names in (("A", of_a.keys() - of_b.keys()), ("B", of_b.keys() - of_a.keys())):
         for name in sorted(names):

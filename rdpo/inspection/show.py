@@ -43,7 +43,7 @@ def show_rows(run_dir: str, stage: str, row_id: str | None, limit: int, dropped:
     if logps and "prompt_ids" not in rows[0]:
         raise InputError("--logps: only rows of the reference stage have the tokens that training sees; show those")
     console = Console()
-    decode = _decoder(run_dir, rows[0])
+    decode = _decoder(run_dir, stage, rows[0])
     reader = TokenReader(RunReader(run_dir)) if logps else None
     for row in rows[:limit]:
         console.print(_panel(row, decode))
@@ -52,10 +52,10 @@ def show_rows(run_dir: str, stage: str, row_id: str | None, limit: int, dropped:
     console.print(f"{min(limit, len(rows))} of {len(rows)} rows")
 
 
-def _decoder(run_dir: str, row: Row) -> Any:
+def _decoder(run_dir: str, stage: str, row: Row) -> Any:
     if "prompt_ids" not in row:
         return None
-    job = RunReader(run_dir).job
+    job = RunReader(run_dir).job_of(stage)
     return load_chat(ModelRef.student(job), job.date).tokenizer.decode
 
 

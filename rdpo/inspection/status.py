@@ -18,9 +18,8 @@ from rdpo.errors import InputError
 from rdpo.execution.lock import holder
 from rdpo.execution.reader import JOB_FILE, RunReader, job_of_run, round_dir
 from rdpo.execution.stage import Stage
-from rdpo.files.folder import Folder
+from rdpo.files.folder import IN_PROGRESS, Folder
 from rdpo.files.manifest import Manifest
-from rdpo.files.stage_folder import IN_PROGRESS
 from rdpo.records import HELDOUT
 from rdpo.stages.table import stages_of
 from rdpo.training.schedule import total_steps
@@ -97,8 +96,7 @@ def _stage(run: RunReader, made: Made, stage: Stage, driven: bool) -> StageStatu
 
 
 def _finished(run: RunReader, made: Made, stage: Stage, manifest: Manifest) -> StageStatus:
-    now = {name: other.digest for name, other in made.items()}
-    current = all(now.get(name) == digest for name, digest in manifest.inputs.items())
+    current = set(manifest.inputs) <= set(made) and not stage.outdated_inputs(manifest, made)
     status = StageStatus(stage.name, "done" if current else "outdated", stage.unit, seconds=manifest.seconds)
     if stage.name == "training":
         return _trained(run, made, status)

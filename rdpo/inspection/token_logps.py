@@ -42,8 +42,8 @@ class TokenReader:
         logging.disable_progress_bar()
         device = take_device(torch.cuda.is_available())
         trained = _merged(run.folder("policy")) if run.manifest("policy") else None
-        self.reference, _ = student_reader(run.job, device)
-        self.policy = student_reader(run.job, device, merged=trained)[0] if trained else None
+        self.reference, _ = student_reader(run.job_of("reference"), device)
+        self.policy = student_reader(run.job_of("policy"), device, merged=trained)[0] if trained else None
 
     def read(self, row: Row) -> dict[str, TokenLogps]:
         """Of a row with `prompt_ids`, `chosen_ids` and `rejected_ids`: each side's log-probs by its name."""

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import os
 import shutil
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,7 +20,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from filelock import FileLock
 
 from rdpo.errors import InputError
+from rdpo.files.folder import IN_PROGRESS, MANIFEST
 from rdpo.files.stores import cache_dir, fetched, is_remote
+from rdpo.records import Fingerprint, digest
 
 if TYPE_CHECKING:
     from rdpo.config import Job
@@ -28,6 +32,10 @@ ADAPTER_CONFIG = "adapter_config.json"
 WEIGHTS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 CODE = "*.py"
 """Code that ships with a model: fetched, hashed, run and published where the job trusts it, else left where it is."""
+
+
+Stamp = tuple[str, int, int]
+"""A file's name, its size in bytes, and when it was last changed in nanoseconds."""
 
 
 class ModelRef(NamedTuple):
@@ -58,6 +66,11 @@ class ModelRef(NamedTuple):
     def fingerprint(self) -> str:
         """A hash of its weights, configuration and tokenizer."""
         return fingerprint(self.name, self.revision)
+
+    def tokenizer_fingerprint(self) -> str:
+        """A hash of its tokenizer and chat template alone, and of the code that may read them."""
+        read = tokenizer_fingerprint(self.name, self.revision)
+        return digest(read, self.code_fingerprint()) if self.trust else read
 
     def code_fingerprint(self) -> str:
         """A hash of the Python code that ships with it."""
@@ -131,10 +144,31 @@ def _place(name: str) -> Path | None:
     return None
 
 
-def fingerprint(name: str, revision: str | None = None) -> str:
-    """A hash of the weights, configuration and tokenizer that a name stands for."""
+def fingerprint(name: str, revision: str | None = None) -> Fingerprint:
+    """A hash of the weights, configuration and tokenizer that a name stands for.
+
+    The manifest of a model that a run has published says when it was made, not what it is; only earlier versions
+    counted it.
+    """
     folder = local_model(name, revision)
-    return _folder_fingerprint(folder, tuple(_stamps(folder)))
+    stamps = _stamps(folder)
+    of_model = [stamp for stamp in stamps if stamp[0] not in (MANIFEST, IN_PROGRESS)]
+    return Fingerprint(_folder_fingerprint(folder, of_model), former=_folder_fingerprint(folder, stamps))
+
+
+def tokenizer_fingerprint(name: str, revision: str | None = None) -> str:
+    """A hash of what a model's tokenizer and chat template are read from; its weights are not looked at."""
+    folder = local_model(name, revision, weights=False)
+    others = (CONFIG, "generation_config.json", MANIFEST, IN_PROGRESS)
+    stamps = [stamp for stamp in _stamps(folder) if stamp[0] not in others and not _of_weights(stamp[0])]
+    # Of the model's configuration only these say which class reads the files.
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    chosen = {field: config.get(field) for field in ("model_type", "tokenizer_class", "auto_map")}
+    return digest(_folder_fingerprint(folder, stamps), chosen)
+
+
+def _of_weights(name: str) -> bool:
+    return name.endswith((".safetensors", ".index.json"))
 
 
 def _path(name: str) -> Path:
@@ -145,7 +179,7 @@ def _path(name: str) -> Path:
 def adapter_fingerprint(folder: str) -> str:
     """A hash of an adapter's weights and configuration."""
     path = local_adapter(folder)
-    return _folder_fingerprint(path, tuple(_stamps(path)))
+    return _folder_fingerprint(path, _stamps(path))
 
 
 def local_adapter(name: str) -> Path:
@@ -200,19 +234,23 @@ def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
         raise InputError(f"model {name}: {_unreadable(error, 'tokenizer')}") from None
 
 
-def _stamps(folder: Path) -> list[tuple[str, int, int]]:
+def _stamps(folder: Path) -> list[Stamp]:
     files = sorted(path for pattern in WEIGHTS for path in folder.glob(pattern))
     return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
 
 
-@lru_cache(maxsize=64)
-def _folder_fingerprint(folder: Path, stamps: tuple[tuple[str, int, int], ...]) -> str:
+def _folder_fingerprint(folder: Path, stamps: Iterable[Stamp]) -> str:
     total = hashlib.blake2b(digest_size=16)
-    for name, _, _ in stamps:
-        total.update(name.encode())
-        with open(folder / name, "rb") as file:
-            total.update(hashlib.file_digest(file, "blake2b").digest())
+    for stamp in stamps:
+        total.update(stamp[0].encode())
+        total.update(_file_digest(folder, stamp))
     return total.hexdigest()
+
+
+@lru_cache(maxsize=1024)
+def _file_digest(folder: Path, stamp: Stamp) -> bytes:
+    with open(folder / stamp[0], "rb") as file:
+        return hashlib.file_digest(file, "blake2b").digest()
 
 
 def _package_file(name: str) -> Path:

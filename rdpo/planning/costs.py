@@ -20,8 +20,8 @@ from rdpo.cluster.pools import Pool
 from rdpo.config import Job, Section, Training, explained, largest, read_toml
 from rdpo.errors import InputError
 from rdpo.execution.reader import RunReader
+from rdpo.files.folder import IN_PROGRESS
 from rdpo.files.manifest import Manifest
-from rdpo.files.stage_folder import IN_PROGRESS
 from rdpo.stages.pools import pools_of
 
 STAGES = ("synthesis", "rewards", "reference", "training", "evaluation")

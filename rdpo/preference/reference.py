@@ -23,7 +23,7 @@ from rdpo.modeling.packing import MicroBatch, PairSize, micro_batches
 from rdpo.modeling.student import student_reader
 from rdpo.modeling.weights import ModelRef
 from rdpo.preference.known_logps import KnownLogps, recalled
-from rdpo.records import SIDES, Row, alive, drop
+from rdpo.records import SCORE_COLUMNS, SIDES, Row, alive, drop
 
 if TYPE_CHECKING:
     import ray.data
@@ -158,5 +158,5 @@ class Reference:
 def _schema(pairs: pa.Schema) -> pa.Schema:
     ids = [pa.field(name, pa.list_(pa.int32())) for name in ID_COLUMNS]
     logps = [pa.field(f"reference_{side}_logps", pa.float64()) for side in SIDES]
-    kept = [field for field in pairs if field.name != "dropped"]
+    kept = [field for field in pairs if field.name not in ("dropped", *SCORE_COLUMNS)]
     return pa.schema([*kept, *ids, *logps, pa.field("dropped", pa.string())])

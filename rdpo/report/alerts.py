@@ -7,6 +7,7 @@ from typing import Any
 
 from rdpo.files.manifest import Manifest
 from rdpo.report.columns import PairColumns
+from rdpo.stages.table import STAGES
 
 LOGPS_FALL = 10.0
 LENGTH_GROWS = 1.5
@@ -27,11 +28,10 @@ def alerts(manifests: Mapping[str, Manifest], pairs: PairColumns | None) -> list
 
 
 def _of_lineage(manifests: Mapping[str, Manifest]) -> Iterator[str]:
-    here = {name: manifest.digest for name, manifest in manifests.items()}
-    for name, manifest in manifests.items():
-        changed = [stage for stage, digest in manifest.inputs.items() if here.get(stage, digest) != digest]
-        if changed:
-            yield f"{name} was made from other {', '.join(changed)} than are here now; `rdpo run` makes it again."
+    for stage in STAGES:
+        manifest = manifests.get(stage.name)
+        if manifest and (changed := stage.outdated_inputs(manifest, manifests)):
+            yield f"{stage.name} was made from other {', '.join(changed)} than are here now; `rdpo run` makes it again."
 
 
 def _of_pairs(summary: dict[str, Any], pairs: PairColumns | None) -> Iterator[str]:

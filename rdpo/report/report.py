@@ -15,8 +15,8 @@ from rdpo.evaluation.compare import KL_ANSWERS, LOG_RATIO
 from rdpo.evaluation.intervals import Estimate, Values, with_interval
 from rdpo.execution.reader import RunReader
 from rdpo.execution.run import Run
+from rdpo.files.folder import IN_PROGRESS
 from rdpo.files.manifest import Manifest
-from rdpo.files.stage_folder import IN_PROGRESS
 from rdpo.report import charts
 from rdpo.report.alerts import alerts
 from rdpo.report.columns import PairColumns, PromptColumns, pair_columns, prompt_columns, prompt_lengths

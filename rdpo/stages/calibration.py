@@ -39,7 +39,7 @@ def try_rewards(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:
     Raises:
         InputError: one cannot be had, or gives no numbers.
     """
-    from rdpo.files.stage_folder import write_rows
+    from rdpo.files.rows import write_rows
     from rdpo.preference.calibration import calibrate, check_calibration, right_sides, tried_rewards
 
     folder.clear_parts()

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from rdpo.execution.stage import RowWork, Source, Stage
-from rdpo.records import HELDOUT, ID_COLUMN, Messages, Row, digest, table_of
+from rdpo.execution.stage import Reads, RowWork, Source, Stage
+from rdpo.records import HELDOUT, ID_COLUMN, Messages, Row, table_of
 from rdpo.stages.prompts import split_source
 from rdpo.stages.settings import prefill_settings, question_settings, rendering_of_student, student_settings
 
@@ -32,6 +32,7 @@ def settings(job: Job) -> dict[str, Any]:
     return {
         **final,
         **job.evaluation.model_dump(exclude=left_out),
+        "engine": start["start"]["engine"],
         **asked,
         **(prefill_settings(job) if job.evaluation.refine else {}),
         **start,
@@ -42,10 +43,14 @@ def settings(job: Job) -> dict[str, Any]:
 
 def start_settings(job: Job) -> dict[str, Any]:
     """What the start model's answers to the held-out prompts depend on, beside the prompts."""
+    from rdpo.modeling.weights import ModelRef
+    from rdpo.synthesis.engine import engine_settings
+
     # Named only where there is one: what was answered without a condition is answered still.
     condition = {"condition": job.evaluation.condition} if job.evaluation.condition else {}
     return {
-        **job.evaluation.model_dump(include={"sampling", "engine"}),
+        **job.evaluation.model_dump(include={"sampling"}),
+        "engine": engine_settings(job.evaluation.engine, ModelRef.student(job)),
         **condition,
         **question_settings(job, job.evaluation.condition),
         "student": student_settings(job),
@@ -86,13 +91,14 @@ def evaluate(rows: ray.data.Dataset, run: Run) -> ray.data.Dataset:
 def _start_answers(run: Run, asked: Mapping[str, Messages] | None = None) -> dict[str, Row]:
     """The start model's answers by prompt, as far as a sibling has them; with `asked`, those to these questions."""
     from rdpo.evaluation.generate import START, answer_columns
+    from rdpo.execution.keys import same_settings
 
-    own, columns = digest(start_settings(run.job)), [ID_COLUMN, *answer_columns(START)]
+    own, columns = start_settings(run.job), [ID_COLUMN, *answer_columns(START)]
     asked = asked or {}
     known: dict[str, Row] = {}
     for folder, theirs in run.made_by_siblings("evaluation"):
         # What else their evaluation depends on is no matter of the start model.
-        if digest(theirs.get("start")) != own or not folder.parts():
+        if not same_settings(theirs.get("start"), own) or not folder.parts():
             continue
         for row in (row for part in folder.tables("", columns, ["prompt"]) for row in part.to_pylist()):
             name, question = row.pop(ID_COLUMN), row.pop("prompt", None)
@@ -116,5 +122,7 @@ STAGE = Stage(
     inputs=("prompts", "policy"),
     settings=settings,
     rows=RowWork(heldout_prompts, evaluate, summary, generates=True),
+    reads={"policy": Reads(below="merged/")},
+    packages=("rdpo", "vllm", "torch", "transformers"),
     command="evaluate",
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rdpo.execution.stage import Stage
+from rdpo.execution.stage import Reads, Stage
 from rdpo.stages.policy import exported
 
 if TYPE_CHECKING:
@@ -47,6 +47,8 @@ STAGE = Stage(
     inputs=("training", "policy", "evaluation"),
     settings=settings,
     execute=publish_model,
+    # The model card says how all of them were made.
+    reads=dict.fromkeys(("training", "policy", "evaluation"), Reads(summary=True, making=True)),
     id_column=None,
     unit="model",
     command="publish",

@@ -8,8 +8,8 @@ from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from rdpo.execution.stage import RowWork, Source, Stage
-from rdpo.records import QUESTION
+from rdpo.execution.stage import Reads, RowWork, Source, Stage
+from rdpo.records import ID_COLUMN, QUESTION
 from rdpo.stages.settings import question_settings
 
 if TYPE_CHECKING:
@@ -100,4 +100,13 @@ def _all_rows(folder: StageFolder, columns: list[str], optional: Sequence[str] =
     return chain(folder.tables("", columns, optional), folder.tables("dropped", columns, optional))
 
 
-STAGE = Stage("pairs", inputs=("rewards",), settings=settings, rows=RowWork(scored, pair, summary), command="pair")
+STAGE = Stage(
+    "pairs",
+    inputs=("prompts", "rewards"),
+    settings=settings,
+    rows=RowWork(scored, pair, summary),
+    # Of the prompts it reads what they ask: pairs of one question are held out together.
+    reads={"prompts": Reads(columns=(ID_COLUMN, QUESTION, "prompt"))},
+    packages=("rdpo",),
+    command="pair",
+)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rdpo.execution.stage import Stage
+from rdpo.execution.stage import Reads, Stage
 from rdpo.stages.settings import student_settings
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ STAGE = Stage(
     inputs=("training",),
     settings=settings,
     execute=complete_policy,
+    reads={"training": Reads(below="policy/")},
     id_column=None,
     unit="model",
     command="merge",

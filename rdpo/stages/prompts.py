@@ -47,7 +47,7 @@ def take_prompts(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:
     Raises:
         InputError: no usable prompt is left to train on or to evaluate with.
     """
-    from rdpo.files.stage_folder import write_rows
+    from rdpo.files.rows import write_rows
     from rdpo.synthesis.prompts import distinguishing, drop_duplicates, drop_heldout_questions, read_prompts
 
     folder.clear_parts()

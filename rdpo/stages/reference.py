@@ -6,8 +6,8 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from rdpo.errors import InputError
-from rdpo.execution.stage import RowWork, Source, Stage
-from rdpo.records import HELDOUT, ID_COLUMN, digest
+from rdpo.execution.stage import Reads, RowWork, Source, Stage
+from rdpo.records import HELDOUT, ID_COLUMN, SCORE_COLUMNS
 from rdpo.stages.settings import rendering_of_student, student_settings
 
 if TYPE_CHECKING:
@@ -72,11 +72,12 @@ def pairs_source(run: RunReader) -> Source:
 
 def refer(rows: ray.data.Dataset, run: Run) -> ray.data.Dataset:
     """Token ids and the reference's log-probs of pairs; those that a sibling has made are taken from there."""
+    from rdpo.execution.keys import same_settings
     from rdpo.preference.known_logps import COLUMNS, known_logps
     from rdpo.preference.reference import FORWARD, add_reference
 
-    own = digest(settings(run.job))
-    same = [folder for folder, theirs in run.made_by_siblings("reference") if digest(theirs) == own]
+    own = settings(run.job)
+    same = [folder for folder, theirs in run.made_by_siblings("reference") if same_settings(theirs, own)]
     for folder in same:
         # Where all log-probs are known the model is not even loaded.
         if forward := folder.read_json(FORWARD):
@@ -102,5 +103,7 @@ STAGE = Stage(
     inputs=("pairs", "replay"),
     settings=settings,
     rows=RowWork(pairs_source, refer, summarize),
+    reads={"pairs": Reads(without=SCORE_COLUMNS), "replay": Reads(without=SCORE_COLUMNS, summary=True)},
+    packages=("rdpo", "torch", "transformers"),
     command="reference",
 )

@@ -20,19 +20,20 @@ DRAWN = 2
 
 def settings(job: Job) -> dict[str, Any]:
     """Settings of the replay stage, with the content of its source."""
+    from rdpo.modeling.weights import ModelRef
     from rdpo.synthesis.sources import content_hash
 
     if job.replay is None:
         return {}
     system: dict[str, Any] = {"system": job.prompts.system, "max_prompt_tokens": job.prompts.max_prompt_tokens}
-    system |= rendering_of_student(job)
+    system |= rendering_of_student(job) | {"tokenizer": ModelRef.student(job).tokenizer_fingerprint()}
     content = content_hash(job.replay.source)
     return {**job.replay.model_dump(), **system, "content": content, "drawn": DRAWN, "seed": job.seed}
 
 
 def draw_replay(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:
     """The ready pairs that are trained on beside the generated ones; all others are dropped with the reason."""
-    from rdpo.files.stage_folder import write_rows
+    from rdpo.files.rows import write_rows
     from rdpo.preference.replay import draw_mix, keyed, keyed_ready, offline_pairs, usable, with_reasons
 
     assert run.job.replay is not None

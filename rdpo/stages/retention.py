@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from rdpo.errors import InputError
-from rdpo.execution.stage import Stage
+from rdpo.execution.stage import Reads, Stage
 from rdpo.records import ID_COLUMN, alive
 from rdpo.stages.settings import rendering_of_student
 
@@ -34,7 +34,7 @@ def measure_retention(run: Run, folder: StageFolder, meter: Meter) -> dict[str, 
         InputError: none of them can be used.
     """
     from rdpo.evaluation.retention import measured, summary, texts
-    from rdpo.files.stage_folder import write_rows
+    from rdpo.files.rows import write_rows
     from rdpo.training.checkpoint import MERGED
 
     assert run.job.retention is not None
@@ -58,6 +58,7 @@ STAGE = Stage(
     inputs=("policy",),
     settings=settings,
     execute=measure_retention,
+    reads={"policy": Reads(below="merged/")},
     unit="texts",
     wanted=lambda job: job.retention is not None,
 )

@@ -35,5 +35,6 @@ STAGE = Stage(
     settings=settings,
     rows=RowWork(lambda run: run.source("synthesis"), score),
     joins=True,
+    packages=("rdpo", "vllm", "torch", "transformers"),
     command="score",
 )

@@ -20,8 +20,11 @@ def student_settings(job: Job) -> dict[str, Any]:
 
 
 def tokenizer_settings(job: Job) -> dict[str, Any]:
-    """The model by whose tokenizer prompts are measured."""
-    return {"student": job.student.model, "revision": job.student.revision, **rendering_of_student(job)}
+    """The model by whose tokenizer prompts are measured, with a fingerprint of tokenizer and chat template."""
+    from rdpo.modeling.weights import ModelRef
+
+    read = {"tokenizer": ModelRef.student(job).tokenizer_fingerprint()}
+    return {"student": job.student.model, "revision": job.student.revision, **read, **rendering_of_student(job)}
 
 
 def rendering_of_student(job: Job) -> dict[str, Any]:

@@ -23,6 +23,7 @@ def settings(job: Job) -> dict[str, Any]:
     """Settings of the synthesis stage, with the task's wording and the teacher's weights."""
     from rdpo.modeling.chat import rendering_settings
     from rdpo.modeling.weights import ModelRef, adapter_fingerprint
+    from rdpo.synthesis.engine import engine_settings
     from rdpo.synthesis.instructions import load_task
 
     if job.synthesis.task is None:
@@ -34,6 +35,7 @@ def settings(job: Job) -> dict[str, Any]:
     found |= prefill_settings(job)
     if teacher:
         found |= rendering_settings(teacher, job.date)
+        found["engine"] = engine_settings(job.synthesis.engine, teacher)
     if job.synthesis.adapter:
         found["adapter_weights"] = adapter_fingerprint(job.synthesis.adapter)
     if endpoint := job.synthesis.endpoint:
@@ -78,5 +80,6 @@ STAGE = Stage(
     inputs=("prompts",),
     settings=settings,
     rows=RowWork(training_prompts, write_answers, summary, generates=True),
+    packages=("rdpo", "vllm", "torch", "transformers"),
     command="synthesize",
 )

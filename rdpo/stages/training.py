@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from rdpo.errors import InputError
-from rdpo.execution.stage import Stage
+from rdpo.execution.stage import Reads, Stage
+from rdpo.records import HELDOUT, ID_COLUMN
 from rdpo.stages.settings import student_settings
 
 if TYPE_CHECKING:
@@ -13,6 +14,13 @@ if TYPE_CHECKING:
     from rdpo.execution.run import Run
     from rdpo.files.stage_folder import StageFolder
     from rdpo.tracking.console import Meter
+
+
+READ = (
+    *(ID_COLUMN, HELDOUT, "prompt_ids", "chosen_ids", "rejected_ids", "reward_gap"),
+    *("reference_chosen_logps", "reference_rejected_logps"),
+)
+"""The columns that training reads: those of `rdpo.training.loop.PairTable`."""
 
 
 def settings(job: Job) -> dict[str, Any]:
@@ -95,6 +103,8 @@ STAGE = Stage(
     inputs=("reference",),
     settings=settings,
     execute=train_policy,
+    reads={"reference": Reads(columns=READ)},
+    packages=("rdpo", "torch", "transformers", "deepspeed", "peft"),
     id_column=None,
     unit="steps",
     command="train",

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rdpo.cluster.hardware import available_cores, compute_dtype
+from rdpo.cluster.hardware import available_cores, compute_dtype, computed_dtype
 from rdpo.config import Engine as EngineSettings
 from rdpo.config import Sampling, largest
+from rdpo.modeling.weights import ModelRef
 
 CPU_BATCHED_TOKENS = 4096
 GPU_BATCHED_TOKENS = 8192
@@ -53,6 +54,15 @@ class EngineError(ValueError):
 
 class ContextError(EngineError):
     """The conversation leaves no room for an answer in the engine's context."""
+
+
+def engine_settings(engine: EngineSettings, model: ModelRef) -> dict[str, Any]:
+    """What the texts of an engine with this model depend on, beside the model's weights."""
+    found = {**engine.model_dump(), **computed_dtype(engine.dtype, engine.gpus)}
+    if engine.options.get("trust_remote_code"):
+        # A student that is trusted anyway has this in its own settings.
+        found["engine_code"] = model._replace(trust=True).code_fingerprint()
+    return found
 
 
 class Engine:

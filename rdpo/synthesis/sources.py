@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from rdpo.config import Job
 from rdpo.config import Prompts as Settings
 from rdpo.errors import InputError
-from rdpo.files.stage_folder import IN_PROGRESS, MANIFEST
+from rdpo.files.folder import IN_PROGRESS, MANIFEST
 from rdpo.files.stores import file_system, open_file
 from rdpo.records import SIDES
 

@@ -10,7 +10,8 @@ import pytest
 from rdpo.config import Job
 from rdpo.errors import InputError
 from rdpo.files.manifest import Manifest
-from rdpo.files.stage_folder import StageFolder, write_rows
+from rdpo.files.rows import write_rows
+from rdpo.files.stage_folder import StageFolder
 from rdpo.synthesis.prompts import SCHEMA, drop_duplicates, prompt_row, read_prompts
 from rdpo.synthesis.sources import _raw_table, read_rows, source_files
 

@@ -9,8 +9,9 @@ from fsspec.implementations.local import LocalFileSystem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rdpo.files.folder import MANIFEST
 from rdpo.files.manifest import Manifest
-from rdpo.files.stage_folder import MANIFEST, StageFolder
+from rdpo.files.stage_folder import StageFolder
 
 IDS = [f"id-{number}" for number in range(6)]
 BLOCKS = st.lists(st.sampled_from(IDS), unique=True, min_size=1).flatmap(

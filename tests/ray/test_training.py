@@ -229,6 +229,18 @@ def test_training_goes_on_with_another_number_of_workers(run_dir, table, undistu
 
 
 @pytest.mark.long
+def test_training_goes_on_from_its_checkpoints_with_less_memory(run_dir, table, undisturbed):
+    """The settings that do not count for the stage are such that training can change in the middle."""
+    with pytest.raises(KeyboardInterrupt):
+        _stopped_at(run_dir, table, "smaller", 3, num_workers=2, zero_stage=3)
+    less = {"tokens_per_batch": 128, "gradient_checkpointing": True, "logprob_chunk": 7, "layout": "padded"}
+    resumed, folder = train(run_dir, table, "smaller", num_workers=2, zero_stage=3, **less)
+    assert losses(resumed) == pytest.approx(losses(undisturbed[0]), abs=1e-3)
+    stored = [json.loads(line) for line in folder.read_bytes("metrics.jsonl").decode().splitlines()]
+    assert [step["step"] for step in stored] == list(range(1, 13))
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("settings", [{"zero_stage": 3}, {"zero_stage": 1}, {"zero_stage": 3, "lora": {"rank": 4}}])
 def test_training_goes_on_with_fewer_and_with_more_workers(run_dir, table, settings):
     """Stopped after a step on two workers, on to a second one on one worker, and to the end on two."""

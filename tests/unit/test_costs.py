@@ -9,8 +9,8 @@ from rdpo.cli import main
 from rdpo.cluster.pools import Pool
 from rdpo.config import Job, to_toml
 from rdpo.errors import InputError
+from rdpo.files.folder import IN_PROGRESS, MANIFEST
 from rdpo.files.manifest import Manifest
-from rdpo.files.stage_folder import IN_PROGRESS, MANIFEST
 from rdpo.planning.costs import Price, cost_table, load_prices, load_rates, reserved_dollars, stage_costs
 
 MEASURED = {"synthesis": (100, 50.0), "rewards": (100, 20.0), "reference": (60, 30.0), "evaluation": (16, 8.0)}

@@ -12,6 +12,9 @@ from rdpo.files.manifest import Manifest
 from rdpo.files.stage_folder import StageFolder
 from rdpo.inspection.harness import changes
 
+# The harness looks through its thousands of tasks, each time.
+pytestmark = pytest.mark.long
+
 TASK = """
 task: colours
 dataset_path: json

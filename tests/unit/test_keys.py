@@ -3,7 +3,8 @@
 A key hashes a stage's settings, among them what models, files and functions hold. Those are stood in for here by what
 they are asked of, so that no model has to be on this machine and a comment in a reward changes nothing. Where one of
 these keys changes, finished runs are made again: write the file anew only where that is right
-(`RDPO_WRITE_KEYS=1 pytest tests/unit/test_keys.py`).
+(`RDPO_WRITE_KEYS=1 pytest tests/unit/test_keys.py`). The keys of earlier versions, by which their runs are known, never
+change.
 """
 
 import json
@@ -15,18 +16,19 @@ import pytest
 
 from rdpo.cluster import hardware
 from rdpo.config import load_job, read_toml
-from rdpo.execution.keys import stage_key
+from rdpo.execution.keys import former_key, stage_key
 from rdpo.experiments.comparison import load_comparison
 from rdpo.modeling import chat, template
 from rdpo.modeling import weights as models
-from rdpo.preference.rewards import function
+from rdpo.preference.rewards import function, imports
 from rdpo.preference.rewards.function import source_hash
 from rdpo.stages.table import stages_of
 from rdpo.synthesis import sources
 from rdpo.synthesis.sources import content_hash
 
 ROOT = Path(__file__).parents[2]
-GOLDEN = Path(__file__).with_name("stage_keys.json")
+GOLDEN, FORMER = (Path(__file__).with_name(name) for name in ("stage_keys.json", "former_stage_keys.json"))
+FORMER_INPUTS = {"pairs": ("rewards",)}
 FILES = sorted((ROOT / "jobs").glob("*.toml"))
 FILE_HASH = "0fc1b032ebd7e1ace23650a94a45471e"
 SOURCE_HASH = "49adb748ce62aa9643a6b3221bb1d606"
@@ -67,10 +69,12 @@ REPLACED = {
     chat.rendering_settings: plain,
     template.date_settings: plain,
     models.fingerprint: stand_in("weights"),
+    models.tokenizer_fingerprint: stand_in("tokenizer"),
     models.adapter_fingerprint: stand_in("adapter"),
     hardware.compute_dtype: stand_in("precision"),
     sources.content_hash: stand_in("content"),
     function.source_hash: stand_in("source"),
+    imports.helper_hash: stand_in("helpers"),
 }
 
 
@@ -91,28 +95,41 @@ def keys_of(job):
     }
 
 
-def all_keys():
-    found = {}
+def former_keys_of(job):
+    return {
+        stage.name: former_key(
+            stage.name, stage.settings(job), dict.fromkeys(FORMER_INPUTS.get(stage.name, stage.inputs), "made")
+        )
+        for stage in stages_of(job)
+    }
+
+
+def all_jobs():
     for path in FILES:
         if "baseline" in read_toml(path):
             comparison, jobs = load_comparison(path)
             arms = {arm: job for (arm, seed), job in jobs.items() if seed == comparison.seeds[0]}
-            found |= {f"{path.name}, {arm}": keys_of(job) for arm, job in arms.items()}
+            yield from ((f"{path.name}, {arm}", job) for arm, job in arms.items())
         else:
-            found[path.name] = keys_of(load_job(path))
+            yield path.name, load_job(path)
     for name, overrides in VARIANTS.items():
-        found[f"quickstart.toml, {name}"] = keys_of(load_job(ROOT / "jobs" / "quickstart.toml", overrides))
-    return found
+        yield f"quickstart.toml, {name}", load_job(ROOT / "jobs" / "quickstart.toml", overrides)
 
 
 def test_the_stage_keys_of_all_jobs_are_what_they_were(stand_ins):
-    found = all_keys()
+    found = {name: keys_of(job) for name, job in all_jobs()}
     if os.environ.get("RDPO_WRITE_KEYS"):
         GOLDEN.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     golden = json.loads(GOLDEN.read_text(encoding="utf-8"))
     assert found == golden
 
     assert {stage for keys in golden.values() for stage in keys} >= {"replay", "retention", "model"}
+
+
+def test_runs_of_earlier_versions_are_known_by_their_keys(stand_ins):
+    former = json.loads(FORMER.read_text(encoding="utf-8"))
+    found = {name: former_keys_of(job) for name, job in all_jobs() if name in former}
+    assert found == former
 
 
 def test_what_a_file_and_a_function_hold_is_hashed_as_it_was(tmp_path, monkeypatch):

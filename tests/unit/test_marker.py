@@ -8,7 +8,7 @@ from rdpo.config import Job, load_job, to_toml
 from rdpo.errors import InputError
 from rdpo.execution.pipeline import locked
 from rdpo.execution.reader import JOB_FILE, MARKER, RUN_FORMAT, RunReader
-from rdpo.files.stage_folder import MANIFEST
+from rdpo.files.folder import MANIFEST
 
 
 @pytest.fixture

@@ -6,7 +6,8 @@ import pytest
 
 from rdpo.config import Job
 from rdpo.errors import InputError
-from rdpo.files.stage_folder import StageFolder, write_rows
+from rdpo.files.rows import write_rows
+from rdpo.files.stage_folder import StageFolder
 from rdpo.synthesis.conversation import Unusable, read_prompt
 from rdpo.synthesis.prompts import beside, check_templates, drop_duplicates, prompt_row, read_prompts, with_system
 from rdpo.synthesis.sources import read_rows, source_files

@@ -4,7 +4,7 @@ import pytest
 
 from rdpo.errors import InputError
 from rdpo.execution.reader import RunReader
-from rdpo.files.stage_folder import IN_PROGRESS
+from rdpo.files.folder import IN_PROGRESS
 from tests.support.made_up import made_up_run
 
 

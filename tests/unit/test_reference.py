@@ -55,6 +55,13 @@ def test_a_fallback_is_noted_said_and_trained_on(masked, tmp_path):
         as_referred(insisting, run.dir)
 
 
+def test_the_reference_leaves_out_the_scores_that_it_does_not_depend_on(job_table):
+    scored = {**PAIR, "chosen_scores": {"r": 1.0}, "rejected_scores": {"r": 0.0}, "reward_gap": 1.0}
+    found = Reference(Job.model_validate(job_table))(pa.Table.from_pylist([scored]))
+    assert {"reference_chosen_logps", "prompt_ids", "reward_gap"} <= set(found.column_names)
+    assert not {"chosen_scores", "rejected_scores"} & set(found.column_names)
+
+
 def test_the_usual_model_is_packed_and_nothing_is_said(job_table, tmp_path):
     job = Job.model_validate(job_table)
     Reference(job, run_dir=str(tmp_path / "run"))(pa.Table.from_pylist([PAIR]))

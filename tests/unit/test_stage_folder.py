@@ -4,9 +4,11 @@ import json
 import threading
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from rdpo.errors import ConservationError, InputError
+from rdpo.files.content import FOOTER
 from rdpo.files.duplicates import duplicates, remove_duplicates
 from rdpo.files.manifest import Manifest
 from rdpo.files.stage_folder import StageFolder
@@ -135,9 +137,17 @@ def two_parts(folder):
 
 
 def spoil(path):
+    """Change a byte among the values of the first column."""
     content = bytearray(path.read_bytes())
-    content[len(content) // 4] ^= 0xFF
+    content[40] ^= 0xFF
     path.write_bytes(content)
+
+
+def spoil_sums(path):
+    """Change the hashes in the footer."""
+    table = pq.read_table(path)
+    (footer,) = table.schema.metadata.values()
+    pq.write_table(table.replace_schema_metadata({FOOTER: footer.replace(b'"prompt_id": ', b'"prompt_id": 1')}), path)
 
 
 @pytest.mark.parametrize(
@@ -156,7 +166,7 @@ def test_a_damaged_part_of_a_committed_folder_is_found_and_alone_made_again(fold
     assert folder.commit(manifest(), "prompt_id", expected=2).digest == before.digest
 
 
-@pytest.mark.parametrize("damage", [spoil, lambda path: path.write_bytes(b"")])
+@pytest.mark.parametrize("damage", [spoil, spoil_sums, lambda path: path.write_bytes(b"")])
 def test_a_damaged_part_of_an_unfinished_folder_goes_when_it_is_taken_up(folder, tmp_path, damage):
     kept, broken = two_parts(folder)
     damage(tmp_path / "stage" / broken)

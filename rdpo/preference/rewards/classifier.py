@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from rdpo.cluster.hardware import compute_dtype, take_device
+from rdpo.cluster.hardware import compute_dtype, computed_dtype, take_device
 from rdpo.cluster.pools import Pool
 from rdpo.config import TEMPLATE_DATE, ClassifierReward, Job
 from rdpo.errors import InputError
@@ -44,7 +44,9 @@ class ClassifierKind(RewardKind[ClassifierReward]):
     def settings(self, job: Job) -> dict[str, Any]:
         """Its fields, and the model's weights."""
         weights = fingerprint(*job.model_or_student(self.reward.model)[:2])
-        return {**self.reward.model_dump(), "weights": weights, **date_settings(ModelRef(self.reward.model), job.date)}
+        precision = computed_dtype(self.reward.dtype, self.reward.gpus)
+        rendering = date_settings(ModelRef(self.reward.model), job.date)
+        return {**self.reward.model_dump(), "weights": weights, **precision, **rendering}
 
     def pools(self, job: Job) -> list[Pool]:
         """One pool."""

@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from rdpo.config import FunctionReward, Job
 from rdpo.errors import InputError, did_you_mean
+from rdpo.preference.rewards.imports import helper_hash
 from rdpo.preference.rewards.kind import RewardKind
 from rdpo.preference.scores import record_scores
 from rdpo.records import digest, drop, table_of
@@ -39,8 +40,10 @@ class FunctionKind(RewardKind[FunctionReward]):
         """Nothing beyond its import."""
 
     def settings(self, job: Job) -> dict[str, Any]:
-        """Its fields, and the source of its module."""
-        return {**self.reward.model_dump(), "source": source_hash(self.reward.function)}
+        """Its fields, the source of its module, and that of the user's other modules which that imports."""
+        helpers = helper_hash(self.reward.function.partition(":")[0])
+        found = {**self.reward.model_dump(), "source": source_hash(self.reward.function)}
+        return {**found, "imports": helpers} if helpers else found
 
     def score(self, rows: ray.data.Dataset, job: Job, answers: list[str]) -> ray.data.Dataset:
         """Score by the function."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from rdpo.cluster.hardware import compute_dtype, take_device
+from rdpo.cluster.hardware import compute_dtype, computed_dtype, take_device
 from rdpo.cluster.pools import Pool
 from rdpo.config import ImplicitReward, Job
 from rdpo.errors import InputError
@@ -46,8 +46,9 @@ class ImplicitKind(RewardKind[ImplicitReward]):
     def settings(self, job: Job) -> dict[str, Any]:
         """Its fields, and the weights of both models."""
         trained, reference = trained_of(self.reward, job), reference_of(self.reward, job)
+        precision = computed_dtype(self.reward.dtype, self.reward.gpus)
         weights = {"weights": trained.fingerprint(), "reference": reference.fingerprint()}
-        return {**self.reward.model_dump(), **weights, **rendering_settings(trained, job.date)}
+        return {**self.reward.model_dump(), **weights, **precision, **rendering_settings(trained, job.date)}
 
     def pools(self, job: Job) -> list[Pool]:
         """One pool."""

@@ -28,7 +28,7 @@ from rdpo.preference.rewards.kind import RewardKind
 from rdpo.preference.scores import record_scores
 from rdpo.records import ID_COLUMN, Row, draw_seed, drop, table_of, text_of
 from rdpo.synthesis.crashes import CrashGuard, open_crash_counts
-from rdpo.synthesis.engine import Engine
+from rdpo.synthesis.engine import Engine, engine_settings
 from rdpo.synthesis.instructions import render
 
 if TYPE_CHECKING:
@@ -64,7 +64,14 @@ class JudgeKind(RewardKind[JudgeReward]):
         """Its fields, and the judge's weights."""
         model = ModelRef.of(job, self.reward.model)
         rendering = rendering_settings(model, job.date, reasons_first(self.reward))
-        return {**self.reward.model_dump(), "weights": model.fingerprint(), **rendering}
+        drawn = self.reward.score == "written" and self.reward.sampling.temperature > 0
+        return {
+            **self.reward.model_dump(),
+            "weights": model.fingerprint(),
+            **rendering,
+            "engine": engine_settings(self.reward.engine, model),
+            **({"judge_seed": job.seed} if drawn else {}),
+        }
 
     def pools(self, job: Job) -> list[Pool]:
         """One pool of engines."""
