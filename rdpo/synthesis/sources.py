@@ -20,7 +20,8 @@ from rdpo.config import Prompts as Settings
 from rdpo.errors import InputError
 from rdpo.files.folder import IN_PROGRESS, MANIFEST
 from rdpo.files.stores import file_system, open_file
-from rdpo.records import SIDES
+from rdpo.records import SIDES, Fingerprint
+from rdpo.synthesis.hub import PREFIX, HubSource
 
 if TYPE_CHECKING:
     import ray.data
@@ -52,7 +53,7 @@ def raw_rows(job: Job) -> ray.data.Dataset:
     import ray.data
 
     settings = job.prompts
-    if settings.source.startswith("hf:"):
+    if settings.source.startswith(PREFIX):
         rows = _hub_rows(settings, needed_columns(job))
         return rows.map_batches(_hub_table, fn_kwargs={"source": settings.source}, batch_format="pyarrow")
     files = source_files(settings.source)
@@ -145,13 +146,15 @@ def source_files(source: str) -> list[str]:
 
 
 def content_hash(source: str) -> str:
-    """Hash of the content of a source's files; a data set of the hub is known by its name.
+    """Hash of the content of a source's files; a data set of the hub is known by its name and commit.
 
     Raises:
         InputError: nothing is there, or nothing of a known format.
     """
-    if source.startswith("hf:"):
-        return source
+    if source.startswith(PREFIX):
+        # Earlier versions went by the name alone.
+        hub = HubSource.of(source)
+        return Fingerprint(f"{PREFIX}{hub.name}@{hub.commit()}", former=source)
 
     total = hashlib.blake2b(digest_size=16)
     for path in source_files(source):
@@ -324,11 +327,13 @@ def _hub_rows(settings: Settings, needed: list[list[str]]) -> ray.data.Dataset:
     import datasets
     import ray.data
 
-    name = settings.source.removeprefix("hf:")
+    hub = HubSource.of(settings.source)
+    # What is read is what the stage's key says, also where the data set has moved on since.
+    at = {"revision": hub.commit()}
     try:
-        loaded = datasets.load_dataset(name, settings.subset, split=settings.dataset_split)
+        loaded = datasets.load_dataset(hub.name, settings.subset, split=settings.dataset_split, **at)
     except Exception as error:
-        raise InputError(f"prompts.source: hf:{name} cannot be loaded: {error}") from None
+        raise InputError(f"prompts.source: hf:{hub.name} cannot be loaded: {error}") from None
     check_columns(settings.source, [dict.fromkeys(loaded.column_names)], needed)
     wanted = loaded.select(range(min(len(loaded), settings.limit or len(loaded))))
     return ray.data.from_huggingface(wanted.add_column("rdpo_line", range(1, len(wanted) + 1)))

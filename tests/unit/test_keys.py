@@ -135,7 +135,6 @@ def test_runs_of_earlier_versions_are_known_by_their_keys(stand_ins):
 def test_what_a_file_and_a_function_hold_is_hashed_as_it_was(tmp_path, monkeypatch):
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n')
     assert content_hash(str(tmp_path / "rows.jsonl")) == FILE_HASH
-    assert content_hash("hf:owner/name") == "hf:owner/name"
 
     (tmp_path / "held_reward.py").write_text("def score(prompt, answer, row):\n    return 1.0\n")
     monkeypatch.syspath_prepend(str(tmp_path))
