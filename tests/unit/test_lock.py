@@ -2,9 +2,11 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -212,6 +214,54 @@ def test_a_holder_that_hangs_between_its_check_and_its_commit_overwrites_nothing
     with pytest.raises(InputError, match="another rdpo command took over this run"):
         commit(begun, "k", b"ours", check_and_hang)
     assert StageFolder(run_dir, "stage").manifest() == committed[0]
+
+
+HOLDER = """
+import sys
+from rdpo.errors import InputError
+from rdpo.execution import lock
+from rdpo.files.manifest import Manifest
+from rdpo.files.stage_folder import StageFolder
+
+lock.RENEW_S, lock.STALE_S = 0.3, 3.0
+folder = StageFolder(sys.argv[1], "stage")
+try:
+    with lock.held(sys.argv[1]) as check:
+        folder.begin("old")
+        print("holds", flush=True)
+        try:
+            sys.stdin.readline()
+        except KeyboardInterrupt:
+            print("interrupted", flush=True)
+        folder.commit(Manifest("stage", "old", {}, {}), check=check)
+        print("committed", flush=True)
+except InputError as error:
+    print(error, flush=True)
+"""
+
+
+def test_a_process_that_is_stopped_and_goes_on_is_refused_at_its_commit(run_dir, monkeypatch):
+    """Nothing is pretended here: one process is stopped for longer than the lock is good for."""
+    command = [sys.executable, "-c", HOLDER, run_dir]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT) as hung:
+        assert hung.stdout.readline() == "holds\n"
+        hung.send_signal(signal.SIGSTOP)
+        monkeypatch.setattr(lock, "RENEW_S", 0.3)
+        monkeypatch.setattr(lock, "STALE_S", 3.0)
+        with pytest.raises(InputError, match="another rdpo command works in this run"):
+            lock.held(run_dir).__enter__()
+        time.sleep(4)
+        said = []
+        with lock.held(run_dir, said.append) as check:
+            theirs = StageFolder(run_dir, "stage")
+            theirs.begin("new")
+            hung.send_signal(signal.SIGCONT)
+            printed, _ = hung.communicate("\n", timeout=60)
+            committed = commit(theirs, "new", b"theirs", check)
+    assert "another rdpo command took over this run, as this one was silent" in printed
+    assert "committed" not in printed
+    assert any(str(hung.pid) in line for line in said)
+    assert StageFolder(run_dir, "stage").manifest() == committed
 
 
 def test_what_a_hung_holder_left_in_that_moment_the_present_one_replaces(run_dir):
