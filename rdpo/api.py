@@ -148,7 +148,7 @@ def _finish(run: Run) -> None:
 
 
 class RunView(RunReader):
-    """What a run directory holds, on disk or in an object store. It only reads, also while the run goes on.
+    """What a run directory holds, on disk or in an object store. It only reads, also while the run is at work.
 
     `dir` is the run directory, `job` its job with all defaults.
     """

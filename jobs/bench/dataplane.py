@@ -28,7 +28,7 @@ FIRST = '{"rows"'
 
 
 class Echo:
-    """A voice that answers at once with what it was asked."""
+    """A speaker that answers at once with what it was asked."""
 
     def __init__(self, job):
         pass
@@ -95,7 +95,7 @@ class StoreWatch(threading.Thread):
         self.most, self.done = 0, threading.Event()
 
     def run(self):
-        """Ask until told to stop."""
+        """Ask until `done` is set."""
         import ray
         from ray._private.internal_api import node_stats
 

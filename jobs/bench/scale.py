@@ -55,7 +55,7 @@ PUBLISHED = (
 )
 
 
-def told(run: Published) -> str:
+def beside_measured(run: Published) -> str:
     """A measured utilisation beside the range that the model gives."""
     gpu, best = GPUS[run.gpu], UNHINDERED[run.gpu]
     flops = (8 if run.again else 6) * run.weights * run.tokens
@@ -79,8 +79,8 @@ def kept(gpu: str, tokens: int, workers: int, lora: bool) -> str:
 
 def main() -> None:
     """Print both tables."""
-    print(f"{'GPU':<9}{'GPUs':>5}{'weights':>9}{'tokens':>8}{'HFU foretold':>18}{'measured':>12}")
-    print("\n".join(told(run) for run in PUBLISHED))
+    print(f"{'GPU':<9}{'GPUs':>5}{'weights':>9}{'tokens':>8}{'HFU predicted':>18}{'measured':>12}")
+    print("\n".join(beside_measured(run) for run in PUBLISHED))
     for gpu in ("H100", "A100"):
         columns = "".join(f"{count:>10} GPUs{'pairs':>8}" for count in WORKERS)
         print(f"\n{gpu}: tokens of a worker's micro-batch{columns}")

@@ -35,7 +35,7 @@ NODE = "teacher"
 
 
 class Slow(Echo):
-    """A voice that takes its time, and no core."""
+    """A speaker that takes its time, and no core."""
 
     async def say(self, messages, turn, sampling, seed):
         """The last message, after a while."""

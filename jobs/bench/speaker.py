@@ -88,13 +88,13 @@ def prompt_row(raw: dict[str, Any], repetition: int) -> Row:
 
 def conversation(task: Task, turn: Turn, row: Row) -> Messages:
     """What a turn answers, from the prompt and the answers of earlier turns in the row."""
-    values, told = template_values(row, {}), {}
+    values, conversations = template_values(row, {}), {}
     for earlier in task.turns:
-        messages = turn_messages(earlier, row, values, told)
+        messages = turn_messages(earlier, row, values, conversations)
         if earlier == turn:
             break
         values[earlier.name] = row[earlier.name]
-        told[earlier.name] = [*messages, {"role": "assistant", "content": row[earlier.name]}]
+        conversations[earlier.name] = [*messages, {"role": "assistant", "content": row[earlier.name]}]
     return messages
 
 

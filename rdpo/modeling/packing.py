@@ -3,7 +3,7 @@
 The plan of an optimizer step is a pure function of the pairs' sizes, the number of workers and
 the token budget, so that every worker knows every worker's share: all make the same number of
 forwards, which ZeRO-3 needs, and none waits for a message to know it. The order of an epoch is a
-function of (seed, epoch) alone, so that a run can stop and go on with another number of workers.
+function of (seed, epoch) alone, so that a run can stop and resume with another number of workers.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A micro-batch gathers weights and scatters gradients, all in two bytes; how many, the training's engine says
 (`Backend.elements_sent`). That does not depend on the number of workers, but the work between two such rounds does: a
-step's pairs are shared among them. How much is sent while products run is not foretold; the step lies between all of
+step's pairs are shared among them. How much is sent while products run is not predicted; the step lies between all of
 it and none. `jobs/bench/scale.py` holds this against published figures.
 """
 

@@ -87,7 +87,7 @@ def write_report(run_dir: str, under_way: bool = False) -> str:
 
 
 class ReportSoFar:
-    """Writes the report of a run that goes on, after a stage but not more often than every so many seconds.
+    """Writes the report of a run while it runs, after a stage but not more often than every so many seconds.
 
     A page that fails is reported, and does not end the run.
     """

@@ -54,7 +54,7 @@ class Saved:
 def save_checkpoint(
     engine: Backend, history: list[StepMetrics], leaving: str | None = None, last: bool = False
 ) -> None:
-    """Report a checkpoint of all workers; all but the last one are stored while training goes on.
+    """Report a checkpoint of all workers; all but the last one are stored while training runs.
 
     Args:
         engine: the trainer's.

@@ -97,7 +97,7 @@ def train(
 
     Margins of pairs that were held out are left in `training/heldout.jsonl`.
 
-    A run that was interrupted goes on from its last checkpoint in `training/checkpoints`.
+    A run that was interrupted resumes from its last checkpoint in `training/checkpoints`.
 
     Raises:
         NonFiniteStep: a loss or gradient is not finite, once more than the job allows.

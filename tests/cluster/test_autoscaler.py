@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from rdpo.files.stage_folder import StageFolder
-from tests.cluster.head import Head, free_ports
+from tests.support.head import Head, free_ports
 from tests.support.jobs import ALL_STAGES, whole_job, write_job, write_jsonl
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(1800)]
@@ -90,11 +90,11 @@ def head(tmp_path):
 @pytest.fixture
 def counts(head, tmp_path):
     """How many teacher nodes there were, second by second so far."""
-    told = tmp_path / "counts"
-    with open(told, "w") as out:
+    counts = tmp_path / "counts"
+    with open(counts, "w") as out:
         process = subprocess.Popen([sys.executable, "-c", COUNT, head.address], env=head.environ, stdout=out)
     # Ray tells of what it meets between the lines.
-    yield lambda: [int(line) for line in told.read_text().split() if line.isdigit()]
+    yield lambda: [int(line) for line in counts.read_text().split() if line.isdigit()]
     process.terminate()
     process.wait()
 

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from rdpo.files.stage_folder import StageFolder
-from tests.cluster.head import RAY, Head
+from tests.support.head import RAY, Head
 from tests.support.jobs import ALL_STAGES, whole_job, write_job, write_jsonl
 from tests.support.stores import client, environment, keys
 

@@ -61,7 +61,7 @@ def folder(place, number, stage):
     return StageFolder(str(place / "run" / "rounds" / str(number)), stage)
 
 
-def test_killed_in_round_two_the_same_command_goes_on(command, place):
+def test_killed_in_round_two_the_same_command_resumes(command, place):
     kill_in_round_two(command, place)
     made = {number: folder(place, number, "rewards").manifest().created for number in (1, 2)}
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)

@@ -174,7 +174,7 @@ STREAMING = ("--set", "cluster.streaming=on")
 
 
 @pytest.mark.long
-def test_killed_in_synthesis_and_in_training_the_same_command_goes_on(job_path, finished, place):
+def test_killed_in_synthesis_and_in_training_the_same_command_resumes(job_path, finished, place):
     """With teacher and rewards at the same time, where the undisturbed run had them one after the other."""
     run_dir = place / "killed"
     synthesis, training = StageFolder(str(run_dir), "synthesis"), StageFolder(str(run_dir), "training")

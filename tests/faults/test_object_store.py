@@ -183,11 +183,14 @@ def test_a_key_in_a_job_is_refused_before_anything_is_written(capsys, tmp_path, 
 
 def test_rows_are_shown(place, capsys):
     folder = begun(place, "pairs")
-    write(folder, [{**ROWS[0], "prompt": [{"role": "user", "content": "a question"}], "defects": ["refusal", "twin"]}])
+    write(
+        folder,
+        [{**ROWS[0], "prompt": [{"role": "user", "content": "a question"}], "defects": ["refusal", "duplicate"]}],
+    )
     assert main(["show", place, "pairs"]) == 0
     said = capsys.readouterr().out
     assert "a question" in said
-    assert "defects  refusal, twin" in said
+    assert "defects  refusal, duplicate" in said
 
 
 def test_a_large_folder_is_listed_page_by_page(bucket, endpoint, port, reached):
@@ -329,7 +332,7 @@ def whole_job(wordy_models, bucket, tmp_path):
 @pytest.mark.ray
 @pytest.mark.long
 @pytest.mark.timeout(3 * PATIENCE)
-def test_a_whole_run_killed_in_training_goes_on_and_publishes(
+def test_a_whole_run_killed_in_training_resumes_and_publishes(
     whole_job, bucket, endpoint, tmp_path, monkeypatch, capsys
 ):
     run_dir = f"s3://{bucket}/runs/tiny"

@@ -115,7 +115,7 @@ def test_a_full_disk_loses_nothing(stage, job, whole, tmp_path, survived):
     survived("disk full", stage, "same command")
 
 
-def test_training_goes_on_with_the_workers_that_are_left(job, whole, tmp_path):
+def test_training_resumes_with_the_workers_that_are_left(job, whole, tmp_path):
     """One worker fits on each of two nodes; one node goes, and none comes in its place."""
     run_dir, log, nodes = begun(whole, tmp_path / "run", "training"), tmp_path / "log", Nodes()
     elastic = ["training.num_workers=[1, 2]", "training.cpus_per_worker=4", f"cluster.address={nodes.address}"]

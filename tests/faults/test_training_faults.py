@@ -9,8 +9,8 @@ import pytest
 
 from rdpo.config import Job
 from rdpo.files.stage_folder import StageFolder
-from tests.ray.test_training import losses, pair, referenced
 from tests.support.jobs import valid_job
+from tests.support.reference_stage import losses, pair, referenced
 
 pytestmark = pytest.mark.ray
 
@@ -89,7 +89,7 @@ def test_a_damaged_checkpoint_is_passed_over(run_dir, table, undisturbed):
 
 
 @pytest.mark.long
-def test_a_frozen_worker_is_named_and_training_goes_on(run_dir, table, undisturbed):
+def test_a_frozen_worker_is_named_and_training_resumes(run_dir, table, undisturbed):
     frozen, warnings = [], []
 
     def freeze(metrics):

@@ -44,8 +44,8 @@ from rdpo.stages.table import stages_of
 from rdpo.synthesis.instructions import render
 from rdpo.synthesis.prompts import prompt_row
 from rdpo.tracking.console import Console, quiet_console
+from tests.support.chat_server import Server, ask, completion
 from tests.support.jobs import write_job
-from tests.unit.test_endpoint import Server, ask, completion
 
 HOSTILE = (
     '"><script>alert(1)</script><img src=x onerror=alert(2)>\x1b[31m\x9b2J\u202egnp.exe\x00'
@@ -165,7 +165,7 @@ def test_trust_and_revision_are_the_students_alone(job_table):
     assert Student(model="x").trust_remote_code is False
 
 
-def test_trust_is_told_on_the_console_once(job_table, tmp_path):
+def test_trust_is_reported_on_the_console_once(job_table, tmp_path):
     job_table["student"]["trust_remote_code"] = True
     job_table["evaluation"]["engine"]["options"] = {"trust_remote_code": True}
     stream = io.StringIO()
@@ -177,8 +177,8 @@ def test_trust_is_told_on_the_console_once(job_table, tmp_path):
     run_stages(run, stages)
     assert run.prepared and not run.streams
     lines = [line for line in stream.getvalue().splitlines() if "warning" in line]
-    told = [line.strip().split(":")[:2] for line in lines]
-    assert told == [
+    warned = [line.strip().split(":")[:2] for line in lines]
+    assert warned == [
         ["warning", f" {key}"] for key in ("student.trust_remote_code", "evaluation.engine.options.trust_remote_code")
     ]
 
@@ -205,10 +205,10 @@ ESCAPES = [
 @pytest.mark.parametrize("template", ESCAPES)
 def test_no_template_of_a_task_leaves_the_sandbox(template):
     try:
-        told = render(template, {"prompt": "p"})
+        text = render(template, {"prompt": "p"})
     except ValueError:
         return
-    assert told in ("", "None")
+    assert text in ("", "None")
 
 
 @pytest.mark.parametrize("template", ESCAPES)
@@ -275,10 +275,10 @@ def test_rows_in_the_terminal_cannot_write_to_it(hostile_run, dropped, monkeypat
     stream = io.StringIO()
     with redirect_stdout(stream):
         show_rows(hostile_run, "synthesis", None, 3, dropped)
-    told = stream.getvalue()
-    assert not any(character in told for character in "\x1b\x9b\u202e\x00\r")
-    assert "\\u001b[31m" in told and "\\u202e" in told
-    assert dropped or "[link=http://x]" in told
+    output = stream.getvalue()
+    assert not any(character in output for character in "\x1b\x9b\u202e\x00\r")
+    assert "\\u001b[31m" in output and "\\u202e" in output
+    assert dropped or "[link=http://x]" in output
 
 
 def test_console_and_log_cannot_be_written_to_by_a_reason(tmp_path):
@@ -286,25 +286,25 @@ def test_console_and_log_cannot_be_written_to_by_a_reason(tmp_path):
         console.stream = io.StringIO()
         console.say(f"dropped 1: {HOSTILE}")
         console.log(HOSTILE)
-        told = console.stream.getvalue() + (tmp_path / "logs" / "run.log").read_text()
-    assert not any(character in told for character in "\x1b\x9b\u202e\x00")
+        output = console.stream.getvalue() + (tmp_path / "logs" / "run.log").read_text()
+    assert not any(character in output for character in "\x1b\x9b\u202e\x00")
 
 
 @pytest.mark.parametrize("override", [f"{HOSTILE}=1", f"name={HOSTILE}", f"training.{HOSTILE}=1", "a=\udc9b"])
 def test_messages_cannot_write_to_the_terminal(job_table, tmp_path, capsys, override):
     path = write_job(tmp_path / "job.toml", job_table)
     assert main(["run", path, "--dry-run", "--set", override]) == 2
-    told = capsys.readouterr().err
-    assert not any(character in told for character in "\x1b\x9b\u202e\x00\udc9b")
+    output = capsys.readouterr().err
+    assert not any(character in output for character in "\x1b\x9b\u202e\x00\udc9b")
 
 
 def test_a_resolved_job_on_the_screen_cannot_write_to_it_and_stays_one(job_table, tmp_path, capsys):
     job_table["prompts"]["system"] = HOSTILE
     path = write_job(tmp_path / "job.toml", job_table)
     assert main(["run", path, "--dry-run", "--run-dir", str(tmp_path / "run")]) == 0
-    told = capsys.readouterr().out
-    assert not any(character in told for character in "\x1b\x9b\u202e\x00")
-    assert Job.model_validate(tomllib.loads(told)).prompts.system == HOSTILE
+    output = capsys.readouterr().out
+    assert not any(character in output for character in "\x1b\x9b\u202e\x00")
+    assert Job.model_validate(tomllib.loads(output)).prompts.system == HOSTILE
 
 
 def test_a_model_card_holds_hostile_names_as_code(job_table):
@@ -437,9 +437,9 @@ def test_a_key_in_a_job_file_is_refused_and_not_repeated(job_table, tmp_path, ca
         job_table["synthesis"]["endpoint"] = {"url": "http://t/v1", "model": "m"}
     path = write_job(tmp_path / "job.toml", job_table)
     assert main(["run", path, "--dry-run", "--run-dir", str(tmp_path / "run"), "--set", f"{section}='{value}'"]) == 2
-    told = capsys.readouterr()
-    assert section.rsplit(".", 1)[0] in told.err
-    assert "Geheim" not in told.err + told.out
+    output = capsys.readouterr()
+    assert section.rsplit(".", 1)[0] in output.err
+    assert "Geheim" not in output.err + output.out
     assert not (tmp_path / "run").exists()
 
 
@@ -448,9 +448,9 @@ def test_a_key_in_the_address_of_a_reward_is_refused_and_not_repeated(job_table,
     job_table["rewards"] = [{"kind": "implicit", "name": "own", field: f"https://host/model?token={SECRET}"}]
     path = write_job(tmp_path / "job.toml", job_table)
     assert main(["run", path, "--dry-run", "--run-dir", str(tmp_path / "run")]) == 2
-    told = capsys.readouterr()
-    assert f"rewards.0.implicit.{field}" in told.err
-    assert "Geheim" not in told.err + told.out
+    output = capsys.readouterr()
+    assert f"rewards.0.implicit.{field}" in output.err
+    assert "Geheim" not in output.err + output.out
 
 
 @pytest.mark.parametrize(
@@ -579,8 +579,8 @@ def test_a_key_is_nowhere_in_a_run(job_table, tmp_path, ray_cluster, talker, mon
     assert holds(folder, SECRET) == []
     # What Ray tells of its work, and what the workers' command lines are.
     address = ray_cluster.address_info["gcs_address"]
-    told = [list_tasks(address=address, detail=True), list_actors(address=address, detail=True)]
-    assert told[0] and SECRET not in str(told)
+    listed = [list_tasks(address=address, detail=True), list_actors(address=address, detail=True)]
+    assert listed[0] and SECRET not in str(listed)
     assert holds(ray_cluster.address_info["session_dir"], SECRET) == []
     lines = [process.cmdline() for process in psutil.Process().children(recursive=True)]
     assert lines and SECRET not in str(lines)

@@ -19,7 +19,7 @@ def losses(job, run_dir, device, port):
     environment = {**os.environ, **ALONE, "MASTER_PORT": str(port)}
     if device == "cpu":
         environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-    command = [sys.executable, "-m", "tests.gpu.steps", json.dumps(job), str(run_dir), device]
+    command = [sys.executable, "-m", "tests.support.gpu_steps", json.dumps(job), str(run_dir), device]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.strip().splitlines()[-1])
@@ -40,7 +40,7 @@ def run_dir(job, tmp_path_factory):
     """A run whose reference stage is done, with log-probs of the CPU."""
     import ray
 
-    from tests.ray.test_training import pair, referenced
+    from tests.support.reference_stage import pair, referenced
 
     if not ray.is_initialized():
         ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)

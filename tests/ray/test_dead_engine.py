@@ -18,7 +18,7 @@ PATIENCE_S = 240
 
 
 class Noting:
-    """The engine's voice, which notes the engine's process once it has spoken."""
+    """The engine's speaker, which notes the engine's process once it has spoken."""
 
     def __init__(self, path):
         self.path = path

@@ -107,18 +107,18 @@ def test_prometheus_answers_every_question_of_the_dashboard(endpoint, tmp_path):
     def answer(expr):
         expr = expr.replace("$run", ".*")
         try:
-            told = json.loads(get(f"http://{address}/api/v1/query?query={urllib.parse.quote(expr)}"))
+            reply = json.loads(get(f"http://{address}/api/v1/query?query={urllib.parse.quote(expr)}"))
         except OSError:
             return None
-        assert told["status"] == "success", expr
-        return told["data"]["result"]
+        assert reply["status"] == "success", expr
+        return reply["data"]["result"]
 
     try:
         loss = awaited(lambda: answer('ray_rdpo_train_loss{run=~"$run"}'))
         assert float(loss[0]["value"][1]) == 0.625
         answered = {expr for expr in EXPRESSIONS if answer(expr)}
         missing = {name for expr in set(EXPRESSIONS) - answered for name in re.findall(r"ray_rdpo_(\w+)", expr)}
-        # Nothing was told of these.
+        # Nothing was reported of these.
         assert missing <= {"train_rewards_accuracies", "train_logps_chosen", "train_logps_rejected", "rows"}
     finally:
         server.terminate()

@@ -61,10 +61,10 @@ def test_every_actor_runs_on_the_nodes_of_its_kind(cluster, tmp_path, wordy_mode
     placement = {"teacher": "spot", "reward": "small", "trainer": "big"}
     done = run(job_file(tmp_path, wordy_models[0], tiny_classifier, placement), cluster, tmp_path / "run")
     assert done.returncode == 0, done.stdout + done.stderr
-    told = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-c", WHERE, cluster.address, *KINDS], capture_output=True, text=True, timeout=PATIENCE_S
     )
-    ran = json.loads(told.stdout.splitlines()[-1])
+    ran = json.loads(done.stdout.splitlines()[-1])
     for actor, kind in EXPECTED.items():
         places = [kinds for name, kinds in ran if actor in name]
         assert places, f"{actor} did not run: {ran}"

@@ -5,20 +5,19 @@ import math
 import random
 from pathlib import Path
 
-import pyarrow as pa
 import pytest
 import torch
 from ray.train import TrainingFailedError
 from safetensors.torch import load_file
 
 from rdpo.config import Job
-from rdpo.files.manifest import Manifest
 from rdpo.files.stage_folder import StageFolder
 from rdpo.training.checkpoint import finish_policy
 from rdpo.training.heldout import LOSS, best_step
 from rdpo.training.loop import NonFiniteStep
 from rdpo.training.trainer import heldout_margins
 from tests.support.jobs import valid_job
+from tests.support.reference_stage import losses, pair, referenced
 
 pytestmark = pytest.mark.ray
 
@@ -41,34 +40,6 @@ def run_dir(ray_cluster, place, table):
     """A run whose reference stage is done: 24 pairs of random tokens and three held out, with the actor's log-probs."""
     draw = random.Random(0)
     return referenced(place, table, [pair(draw, index) for index in range(27)])
-
-
-def referenced(place, table, pairs):
-    """Make a run whose reference stage is done with these pairs; its directory."""
-    from rdpo.preference.reference import Reference
-
-    rows = Reference(Job.model_validate(table))(pa.Table.from_pylist(pairs))
-    folder = StageFolder(str(place), "reference")
-    folder.begin("k")
-    folder.write_parts(rows, "prompt_id")
-    folder.commit(Manifest("reference", "k", {}, {}), "prompt_id", len(pairs))
-    return str(place)
-
-
-def pair(draw, index):
-    def message():
-        return [{"role": "assistant", "content": "".join(draw.choices("abcdefgh ", k=draw.randint(4, 24))) + "!"}]
-
-    return {
-        "prompt_id": f"p{index:02d}",
-        "prompt": [{"role": "user", "content": f"question {index}"}],
-        "chosen": message(),
-        "rejected": message(),
-        "chosen_finished": True,
-        "rejected_finished": index % 3 > 0,
-        "reward_gap": draw.uniform(-1, 2),
-        "heldout": index >= 24,
-    }
 
 
 def test_known_log_probs_need_no_model(run_dir, table):
@@ -112,10 +83,6 @@ def train_alone(run_dir, table, **training):
 def undisturbed(run_dir, table):
     """Metrics and folder of ZeRO-3 on two workers from the first step to the last."""
     return train(run_dir, table, "undisturbed", zero_stage=3, num_workers=2)
-
-
-def losses(history):
-    return [step["loss"] for step in history]
 
 
 def first_gaps(run_dir):
@@ -185,7 +152,7 @@ def test_full_weights_are_exported_whole_from_zero3(table, undisturbed):
     assert not list(policy.glob("*.bin"))
 
 
-def test_interrupted_training_goes_on_as_if_nothing_had_happened(run_dir, table, undisturbed):
+def test_interrupted_training_resumes_as_if_nothing_had_happened(run_dir, table, undisturbed):
     """The run dies after its first checkpoint; the same call again gives the undisturbed losses."""
     with pytest.raises(TrainingFailedError):
         _die_at(run_dir, table, step=5)
@@ -220,7 +187,7 @@ def test_a_loss_that_is_not_finite_ends_training_at_once_and_names_the_rows(run_
 
 
 @pytest.mark.long
-def test_training_goes_on_with_another_number_of_workers(run_dir, table, undisturbed):
+def test_training_resumes_with_another_number_of_workers(run_dir, table, undisturbed):
     """Stopped after a step on two workers, to the end on one."""
     with pytest.raises(KeyboardInterrupt):
         _stopped_at(run_dir, table, "moved", 3, num_workers=2, zero_stage=3)
@@ -229,7 +196,7 @@ def test_training_goes_on_with_another_number_of_workers(run_dir, table, undistu
 
 
 @pytest.mark.long
-def test_training_goes_on_from_its_checkpoints_with_less_memory(run_dir, table, undisturbed):
+def test_training_resumes_from_its_checkpoints_with_less_memory(run_dir, table, undisturbed):
     """The settings that do not count for the stage are such that training can change in the middle."""
     with pytest.raises(KeyboardInterrupt):
         _stopped_at(run_dir, table, "smaller", 3, num_workers=2, zero_stage=3)
@@ -242,7 +209,7 @@ def test_training_goes_on_from_its_checkpoints_with_less_memory(run_dir, table, 
 
 @pytest.mark.long
 @pytest.mark.parametrize("settings", [{"zero_stage": 3}, {"zero_stage": 1}, {"zero_stage": 3, "lora": {"rank": 4}}])
-def test_training_goes_on_with_fewer_and_with_more_workers(run_dir, table, settings):
+def test_training_resumes_with_fewer_and_with_more_workers(run_dir, table, settings):
     """Stopped after a step on two workers, on to a second one on one worker, and to the end on two."""
     name = f"back-{settings['zero_stage']}-{len(settings)}"
     whole, _ = train(run_dir, table, f"{name}-whole", num_workers=2, **settings)
@@ -255,7 +222,7 @@ def test_training_goes_on_with_fewer_and_with_more_workers(run_dir, table, setti
 
 
 def _stopped_at(run_dir, table, name, step, **training):
-    """Train, and interrupt the driver once it has heard of a step."""
+    """Train, and interrupt the driver after one of its steps."""
     job = Job.model_validate({**table, "training": {**table["training"], **training}})
     folder = StageFolder(run_dir, name)
     if not folder.exists("in_progress.json"):

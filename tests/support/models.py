@@ -46,3 +46,12 @@ def save_model(folder, model, tokenizer):
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+def llama(folder, tokenizer, **changes):
+    """Folder of a random Llama, its configuration changed."""
+    import torch
+    from transformers import LlamaForCausalLM
+
+    torch.manual_seed(1)
+    return save_model(folder, LlamaForCausalLM(tiny_config(tokenizer, **changes)), tokenizer)

@@ -8,8 +8,8 @@ from rdpo.config import Lora
 from rdpo.errors import InputError
 from rdpo.modeling.adapters import check_reached
 from rdpo.modeling.model import ForwardSettings, Tuning, as_policy
-from tests.support.models import tiny_config
-from tests.unit.test_loading import checked, job_of, llama
+from tests.support.models import llama, tiny_config
+from tests.support.students import checked, job_of
 
 SETTINGS = ForwardSettings("float32", 8)
 REFUSED = {

@@ -17,35 +17,35 @@ def evaluated(**differences):
     return {"prompts": 30, "rewards": rewards, "length": same, "stop_rate": same}
 
 
-def told(pairs=None, **summaries):
+def alerts_of(pairs=None, **summaries):
     return alerts({stage: Manifest(stage, "k", {}, {}, summary=of) for stage, of in summaries.items()}, pairs)
 
 
-def test_a_reward_that_is_not_optimised_and_falls_is_told_of():
-    assert told(evaluation=evaluated(optimised=1.0, other=1.0)) == []
-    (alert,) = told(evaluation=evaluated(optimised=1.0, other=-1.0))
+def test_a_reward_that_is_not_optimised_and_falls_is_an_alert():
+    assert alerts_of(evaluation=evaluated(optimised=1.0, other=1.0)) == []
+    (alert,) = alerts_of(evaluation=evaluated(optimised=1.0, other=-1.0))
     assert "optimised rose while other, not optimised, fell" in alert
 
 
 def test_a_few_prompts_prove_nothing():
-    (alert,) = told(evaluation={**evaluated(optimised=1.0), "prompts": 4})
+    (alert,) = alerts_of(evaluation={**evaluated(optimised=1.0), "prompts": 4})
     assert alert.startswith("Only 4 held-out prompts were compared")
 
 
-def test_a_gap_that_follows_length_is_told_of():
+def test_a_gap_that_follows_length_is_an_alert():
     lengths = np.arange(9.0)
     pairs = PairColumns({}, {}, lengths, np.zeros(0), lengths, np.zeros(9))
-    (alert,) = told(pairs)
+    (alert,) = alerts_of(pairs)
     assert "The longer the chosen answer" in alert
 
 
-def test_falling_log_probs_are_told_of():
+def test_falling_log_probs_are_an_alert():
     steps = [{"logps/chosen": value, "rewards/accuracies": 1.0} for value in (-30.0, -41.0)]
-    (alert,) = told(training={"steps": 2, "first": steps[0], "last": steps[1]})
+    (alert,) = alerts_of(training={"steps": 2, "first": steps[0], "last": steps[1]})
     assert "sft_coef" in alert
 
 
-def test_a_stage_made_from_what_is_no_longer_there_is_told_of():
+def test_a_stage_made_from_what_is_no_longer_there_is_an_alert():
     pairs = Manifest("pairs", "k", {}, {}, digest="new")
     assert alerts({"pairs": pairs, "reference": Manifest("reference", "k", {}, {"pairs": "new"})}, None) == []
     (alert,) = alerts({"pairs": pairs, "reference": Manifest("reference", "k", {}, {"pairs": "old"})}, None)

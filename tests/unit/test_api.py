@@ -23,7 +23,7 @@ def test_tables_are_in_the_order_of_ids_with_dropped_rows_apart(view):
     assert view.manifests["pairs"].dropped == {"reward gap is below pairs.min_gap": 1}
 
 
-def test_a_stage_that_is_none_or_has_not_begun_is_told(view):
+def test_a_stage_that_is_none_or_has_not_begun_is_refused(view):
     with pytest.raises(InputError, match="no stage pair"):
         view.table("pair")
     with pytest.raises(InputError, match="the rewards stage has not begun"):
@@ -46,7 +46,7 @@ def test_the_page_of_a_notebook_holds_no_markup_of_the_data(job_table, tmp_path)
     assert "<script" not in page and "\u202e" not in page
 
 
-def test_a_directory_without_a_run_is_told(tmp_path):
+def test_a_directory_without_a_run_is_refused(tmp_path):
     with pytest.raises(InputError, match="no run here"):
         rdpo.load_run(tmp_path)
 

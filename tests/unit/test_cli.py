@@ -154,7 +154,7 @@ def test_after_starting_over_the_command_without_fresh_resumes(capsys, tmp_path,
         ("compare", "rdpo/synthesis/tasks/roleplay.toml", "is a task, not a comparison; a job names it"),
     ],
 )
-def test_a_file_of_another_kind_is_told_who_takes_it(command, file, said, capsys, monkeypatch):
+def test_a_file_of_another_kind_is_refused_with_the_command_that_takes_it(command, file, said, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     assert main([command, file]) == 2
     assert capsys.readouterr().err.startswith(f"rdpo: {file}: {said}")
@@ -186,19 +186,19 @@ def test_a_dry_run_tries_functions_and_task(capsys, tmp_path, job_table, monkeyp
     assert re.search(said, capsys.readouterr().err)
 
 
-def test_an_error_of_a_worker_is_told_by_its_cause():
+def test_an_error_of_a_worker_is_reported_by_its_cause():
     from rdpo.cli.failure import in_one_line
 
-    told = (
+    text = (
         'ray::MapBatches()\n  File "x.py", line 3, in f\npyarrow.lib.ArrowTypeError: Could not convert\n\n'
         "The above exception was the direct cause of the following exception:\n\n"
         "ray.exceptions.UserCodeException: UDF failed to process a data block.\nTo change retry attempts, configure it."
     )
-    assert in_one_line(RuntimeError(told)) == "pyarrow.lib.ArrowTypeError: Could not convert"
+    assert in_one_line(RuntimeError(text)) == "pyarrow.lib.ArrowTypeError: Could not convert"
     assert in_one_line(ValueError("one\ntwo")) == "ValueError: two"
 
 
-def test_what_a_library_says_of_engine_and_disk_is_told_with_where_to_look():
+def test_what_a_library_says_of_engine_and_disk_is_reported_with_where_to_look():
     from rdpo.cli.failure import in_one_line
 
     assert "libraries.log" in in_one_line(RuntimeError("Engine core initialization failed. See root cause above."))

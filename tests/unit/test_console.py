@@ -35,9 +35,9 @@ class Job:
     name, seed, trusted_code, tracking = "job", 0, (), Tracking()
 
 
-def written(folder, voice, **rows):
+def written(folder, console_class, **rows):
     screen = io.StringIO()
-    run_of_one_stage(folder / "run", voice(screen, folder / "run.log"), **rows)
+    run_of_one_stage(folder / "run", console_class(screen, folder / "run.log"), **rows)
     return screen.getvalue(), (folder / "run.log").read_text()
 
 
@@ -66,14 +66,14 @@ def test_a_person_sees_each_line_and_no_event(tmp_path):
 
 
 def test_a_dropped_row_of_a_file_is_named_by_its_line(tmp_path):
-    for name, lost, told in (
+    for name, lost, shown in (
         ("one", ["p.jsonl:4"], "long (p.jsonl:4)"),
         ("two", ["p.jsonl:4", "p.jsonl:9"], "long (the first is p.jsonl:4)"),
         ("ids", ["5f2e", "9a01"], "long"),
     ):
         (tmp_path / name).mkdir()
         screen, _ = written(tmp_path / name, Console, lost=lost)
-        assert f"dropped {len(lost)}: too \\u001b[31m{told}\n" in screen
+        assert f"dropped {len(lost)}: too \\u001b[31m{shown}\n" in screen
 
 
 def test_every_line_of_the_structured_log_says_where_it_belongs(tmp_path):
@@ -89,11 +89,11 @@ def test_every_line_of_the_structured_log_says_where_it_belongs(tmp_path):
     assert [event["state"] for event in events if event["event"] == "stage_end"] == ["made", "up to date"]
 
 
-def test_all_voices_write_the_same_structured_log(tmp_path):
+def test_all_consoles_write_the_same_structured_log(tmp_path):
     logs = []
-    for voice in (Console, QuietConsole, JsonConsole):
-        (tmp_path / voice.__name__).mkdir()
-        written(tmp_path / voice.__name__, voice)
-        lines = (tmp_path / voice.__name__ / "events.jsonl").read_text().splitlines()
+    for console_class in (Console, QuietConsole, JsonConsole):
+        (tmp_path / console_class.__name__).mkdir()
+        written(tmp_path / console_class.__name__, console_class)
+        lines = (tmp_path / console_class.__name__ / "events.jsonl").read_text().splitlines()
         logs.append([(event["event"], event["level"], event["stage"]) for event in map(json.loads, lines)])
     assert logs[0] == logs[1] == logs[2]

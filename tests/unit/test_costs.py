@@ -96,9 +96,9 @@ def test_the_table_adds_up_and_says_what_is_assumed(job, run_dir, prices):
     assert float(numbers["in all"][2]) == pytest.approx(sum(hours), abs=0.03)
     dollars = [float(numbers[stage][-1]) for stage in (*MEASURED, "training", "big, reserved")]
     assert float(numbers["in all"][-1]) == pytest.approx(sum(dollars), abs=0.03)
-    told = "\n".join(lines)
-    assert "3,600 prompts" in told
-    assert str(run_dir) in told
+    text = "\n".join(lines)
+    assert "3,600 prompts" in text
+    assert str(run_dir) in text
     without = "\n".join(cost_table(job, 3600, load_rates(str(run_dir)), {}))
     assert "dollars" not in without
 

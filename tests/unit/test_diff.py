@@ -39,11 +39,11 @@ def make_run(folder, table, shift=0.0, chosen="good", ids=("a", "b", "c"), until
 
 @pytest.fixture
 def diff(capsys):
-    def told(a, b):
+    def printed(a, b):
         assert main(["diff", a, b]) == 0
         return capsys.readouterr().out
 
-    return told
+    return printed
 
 
 def test_a_run_does_not_differ_from_itself(tmp_path, job_table, diff):
@@ -56,9 +56,9 @@ def test_settings_texts_and_results_that_differ(tmp_path, job_table, diff):
     job_table["pairs"] = {"min_gap": 0.5}
     job_table["student"]["revision"] = "\x1b[31mred"
     b = make_run(tmp_path / "b", job_table, shift=0.5, chosen="better", ids=("a", "b", "d"))
-    told = diff(a, b)
-    assert "\x1b" not in told and "\\u001b[31mred" in told
-    lines = [" ".join(line.split()) for line in told.splitlines()]
+    output = diff(a, b)
+    assert "\x1b" not in output and "\\u001b[31mred" in output
+    lines = [" ".join(line.split()) for line in output.splitlines()]
     assert "pairs.min_gap - 0.5" in lines
     assert "pairs other min_gap" in lines
     assert "evaluation the same settings and inputs, made twice" in lines
@@ -71,8 +71,8 @@ def test_settings_texts_and_results_that_differ(tmp_path, job_table, diff):
 
 
 def test_log_ratios_of_an_earlier_version_are_not_held_against_kl(tmp_path, job_table, diff):
-    told = diff(make_run(tmp_path / "a", job_table, drawn=False), make_run(tmp_path / "b", job_table, shift=0.5))
-    lines = {line[:28].strip(): line[28:].split() for line in told.splitlines()}
+    output = diff(make_run(tmp_path / "a", job_table, drawn=False), make_run(tmp_path / "b", job_table, shift=0.5))
+    lines = {line[:28].strip(): line[28:].split() for line in output.splitlines()}
     assert lines["KL, nats"][0] == "-" and lines["KL, nats"][-1] == "-"
     assert lines["log-ratio, nats"][1:] and lines["log-ratio, nats"][-2:] == ["-", "-"]
 
@@ -87,27 +87,27 @@ def test_runs_without_rewards_are_compared_by_their_answers(tmp_path, job_table,
         stage.clear()
         stage.write_parts(pa.Table.from_pylist([{**row, **bare, "dropped": None} for row in scored]), "prompt_id")
         stage.commit(manifest, "prompt_id")
-    told = diff(*runs)
-    assert "tokens" in told and "+1.000" in told and "length, trained" not in told
+    output = diff(*runs)
+    assert "tokens" in output and "+1.000" in output and "length, trained" not in output
 
 
 def test_another_reward_of_the_same_name_is_not_compared_in_silence(tmp_path, job_table, diff):
     a = make_run(tmp_path / "a", job_table)
     job_table["rewards"][0]["function"] = "tests.rewards:other"
     job_table["rewards"].append({"kind": "function", "name": "extra", "function": "tests.rewards:length", "weight": 0})
-    told = diff(a, make_run(tmp_path / "b", job_table))
-    assert "length is not the same reward in both runs" in told
-    assert "extra is a reward of B alone" in told
-    assert [line.split() for line in told.splitlines() if "rewards.extra" in line] == [
+    output = diff(a, make_run(tmp_path / "b", job_table))
+    assert "length is not the same reward in both runs" in output
+    assert "extra is a reward of B alone" in output
+    assert [line.split() for line in output.splitlines() if "rewards.extra" in line] == [
         ["rewards.extra.kind", "-", '"function"'],
-        ["evaluation", "other", *told.split("evaluation  other ")[1].splitlines()[0].split()],
+        ["evaluation", "other", *output.split("evaluation  other ")[1].splitlines()[0].split()],
     ]
 
 
 def test_an_unfinished_run_is_compared_as_far_as_it_has_come(tmp_path, job_table, diff):
     a = make_run(tmp_path / "a", job_table)
     b = make_run(tmp_path / "b", job_table, ids=("a", "b"), until="pairs")
-    told = diff(a, b)
-    assert "evaluation  finished only in A" in told
-    assert "evaluation  3 and 2 rows: 1 only in A (c), 0 only in B" in told
-    assert "no evaluation in B yet" in told
+    output = diff(a, b)
+    assert "evaluation  finished only in A" in output
+    assert "evaluation  3 and 2 rows: 1 only in A (c), 0 only in B" in output
+    assert "no evaluation in B yet" in output

@@ -28,8 +28,8 @@ def test_the_jobs_in_the_readme_are_whole():
 
 
 def test_every_job_is_in_the_table_of_jobs():
-    told = (ROOT / "jobs" / "README.md").read_text(encoding="utf-8")
-    assert not [path.name for path in (ROOT / "jobs").glob("*.toml") if f"`{path.name}`" not in told]
+    text = (ROOT / "jobs" / "README.md").read_text(encoding="utf-8")
+    assert not [path.name for path in (ROOT / "jobs").glob("*.toml") if f"`{path.name}`" not in text]
 
 
 def test_commands_in_the_readme_exist(capsys):
@@ -62,17 +62,17 @@ def test_every_field_of_a_job_has_a_type_and_a_meaning():
 
 
 def test_every_loss_and_every_way_of_the_reward_has_its_equation():
-    told = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
     ways = get_args(Loss.model_fields["reward_as"].annotation)
-    assert not [name for name in LOSS_OPTIONS if f"| `{name}` | " not in told]
-    assert not [way for way in ways if way != "auto" and f'| `training.reward_as = "{way}"` |' not in told]
+    assert not [name for name in LOSS_OPTIONS if f"| `{name}` | " not in text]
+    assert not [way for way in ways if way != "auto" and f'| `training.reward_as = "{way}"` |' not in text]
 
 
 def test_the_map_of_the_house_names_every_module():
-    told = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     modules = [path.name for path in (ROOT / "rdpo").glob("*.py")]
     rooms = [f"rdpo/{path.parent.name}/" for path in (ROOT / "rdpo").glob("*/__init__.py")]
-    assert not [name for name in modules + rooms if f"{name}`" not in told]
+    assert not [name for name in modules + rooms if f"{name}`" not in text]
 
 
 def test_the_messages_in_the_remedies_are_those_that_are_printed():
@@ -82,8 +82,8 @@ def test_the_messages_in_the_remedies_are_those_that_are_printed():
     remedies = (ROOT / "docs" / "remedies.md").read_text(encoding="utf-8")
     quoted = re.findall(r"^> (.+)$|^\| (`.+`) \|", remedies, re.MULTILINE)
     messages = [message for line in quoted for message in re.findall(r"`([^`]+)`", "".join(line))]
-    told = [message.removeprefix("warning: ") for message in messages]
-    parts = [part.strip(" …0123456789.;:,") for message in told for part in message.split("…")]
+    known = [message.removeprefix("warning: ") for message in messages]
+    parts = [part.strip(" …0123456789.;:,") for message in known for part in message.split("…")]
     assert len(messages) > 30
     assert not [part for part in parts if len(part) > 9 and part not in printed]
 
@@ -132,9 +132,9 @@ def test_what_the_examples_for_a_cluster_use_is_there():
 
 
 def test_every_file_for_clusters_is_in_their_table():
-    told = (ROOT / "cluster" / "README.md").read_text(encoding="utf-8")
+    text = (ROOT / "cluster" / "README.md").read_text(encoding="utf-8")
     files = [path.relative_to(ROOT / "cluster") for path in (ROOT / "cluster").rglob("*") if path.is_file()]
-    assert not [path for path in files if path.parts[0] not in ("locks", "README.md") and f"`{path}`" not in told]
+    assert not [path for path in files if path.parts[0] not in ("locks", "README.md") and f"`{path}`" not in text]
 
 
 def test_links_in_the_documents_lead_somewhere():

@@ -69,7 +69,7 @@ def test_answers_are_lists_of_outputs(run_dir, tmp_path, capsys):
     assert all(set(one) == {"instruction", "output", "generator"} for one in start)
 
 
-def test_what_is_not_made_or_would_be_written_over_is_told(run_dir, tmp_path):
+def test_what_is_not_made_or_would_be_written_over_is_refused(run_dir, tmp_path):
     with pytest.raises(InputError, match="is not empty"):
         export(run_dir, "pairs", run_dir)
     (tmp_path / "run" / "evaluation" / "manifest.json").unlink()

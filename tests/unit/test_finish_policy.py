@@ -17,10 +17,10 @@ from rdpo.modeling.chat import load_chat
 from rdpo.modeling.student import student_forward
 from rdpo.modeling.weights import ModelRef
 from rdpo.training.checkpoint import EXPORT, MERGED, export_policy, finish_policy
+from tests.support.model_card import FACTS
 from tests.support.models import byte_tokenizer, save_model, tiny_config
 from tests.support.pairs import pairs, trainer_of
 from tests.support.plain_backend import PlainBackend
-from tests.unit.test_publish import FACTS
 
 ODD = {"temperature": 0.6, "top_p": 0.9, "eos_token_id": [1, 2]}
 """Settings of generation that transformers loads and refuses to save: there is no `do_sample`."""

@@ -71,11 +71,11 @@ def test_answers_that_are_known_are_not_asked_again(job_table, monkeypatch):
     monkeypatch.setattr("ray.data.from_arrow", lambda table: table)
     rows = [{"prompt_id": name, "prompt": [{"role": "user", "content": name}], "extra": "{}"} for name in "ab"]
     models = {START: "old", TRAINED: "better"}
-    known = {"start": "told", "start_finish_reason": "stop", "start_tokens": 9}
+    known = {"start": "known", "start_finish_reason": "stop", "start_tokens": 9}
     job_table["evaluation"] = {"kl_answers": 0}
     merged = answer_prompts(rows, Job.model_validate(job_table), models, {START: {"a": known}})
     assert {row["prompt_id"]: (row["start"], row["trained"]) for row in merged} == {
-        "a": ("told", "new"),
+        "a": ("known", "new"),
         "b": ("new", "new"),
     }
     assert [(row["contender"], row["prompt_id"]) for row in asked[0][1]] == [
@@ -99,7 +99,7 @@ class Engine:
         yield
 
     async def generate(self, prompt_ids, sampling, seed, stop_ids):
-        return Generation(f"{self.held} heard {prompt_ids}", "stop", 5, None, 7, 3)
+        return Generation(f"{self.held} answers {prompt_ids}", "stop", 5, None, 7, 3)
 
 
 class Chat:
@@ -117,7 +117,7 @@ def test_only_the_trained_models_answer_goes_through_the_turns_of_the_task(job_t
     rows = [asyncio.run(answerer.answer({**asked, "contender": side})) for side in ("start", "trained")]
     (row,) = side_by_side(rows, ["start", "trained"])
     # Answer, critique and revision: the last is said after five messages.
-    assert (row["start"], row["trained"]) == ("old heard 1", "new heard 5")
+    assert (row["start"], row["trained"]) == ("old answers 1", "new answers 5")
     assert (row["trained_tokens"], row["trained_finish_reason"]) == (5, "stop")
     del answerer.engine
 

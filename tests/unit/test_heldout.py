@@ -62,7 +62,7 @@ def test_an_arm_that_was_selected_by_these_pairs_is_named():
     assert [line["selected_by_these_pairs"] for line in csv.DictReader(io.StringIO(to_csv(found)))] == ["False", "True"]
 
 
-def test_nothing_measured_is_nothing_told():
+def test_nothing_measured_is_nothing_printed():
     assert heldout_results({}, RIVALS) == []
     assert heldout_results({("dpo@0", 0): {}}, RIVALS) == []
     assert table([], "dpo") == []

@@ -48,12 +48,12 @@ class Hub(BaseHTTPRequestHandler):
             self._answer(200, {"warnings": [], "errors": []})
 
     def _answer(self, status, body):
-        told = json.dumps(body).encode()
+        text = json.dumps(body).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(told)))
+        self.send_header("Content-Length", str(len(text)))
         self.end_headers()
-        self.wfile.write(told)
+        self.wfile.write(text)
 
     def log_message(self, *_):
         pass
@@ -108,7 +108,7 @@ def test_pairs_are_pushed_as_a_data_set_with_its_card(hub, run_dir):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "environment", "told"),
+    ("arguments", "environment", "says"),
     [
         (["model", "me/mine"], {"HF_TOKEN": "hf_wrong"}, "set HF_TOKEN to a token that may write"),
         (["model", "a/b/c"], {}, "no name of a repository"),
@@ -116,8 +116,8 @@ def test_pairs_are_pushed_as_a_data_set_with_its_card(hub, run_dir):
         (["model", "me/mine"], {"HF_ENDPOINT": "http://127.0.0.1:9"}, "cannot be reached"),
     ],
 )
-def test_what_stands_in_the_way_is_one_line(hub, run_dir, arguments, environment, told):
+def test_what_stands_in_the_way_is_one_line(hub, run_dir, arguments, environment, says):
     done = push(hub, run_dir, *arguments, **environment)
     assert done.returncode == 2
-    assert told in done.stderr and len(done.stderr.splitlines()) == 1
+    assert says in done.stderr and len(done.stderr.splitlines()) == 1
     assert "hf_" not in done.stderr + done.stdout and not hub.files

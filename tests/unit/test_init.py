@@ -20,17 +20,17 @@ def init(tmp_path, monkeypatch, capsys):
     def run(*options, answers=()):
         monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in answers)))
         code = main(["init", *options])
-        told = capsys.readouterr()
-        return code, told.out, " ".join(told.err.split())
+        captured = capsys.readouterr()
+        return code, captured.out, " ".join(captured.err.split())
 
     return run
 
 
 def test_answers_from_a_pipe_are_asked_again_until_they_will_do(init):
     answers = ["none.jsonl", "asks.jsonl", "questionn", "", "no-such-model", "owner/student", "roleplay", "same"]
-    code, told, _ = init("mine.toml", answers=[*answers, "tests.rewards:lengths", "tests.rewards:length", "two", "2"])
-    assert code == 0, told
-    told = " ".join(told.split())
+    code, output, _ = init("mine.toml", answers=[*answers, "tests.rewards:lengths", "tests.rewards:length", "two", "2"])
+    assert code == 0, output
+    output = " ".join(output.split())
     for remark in (
         "none.jsonl does not exist",
         "no column `questionn` (did you mean `question`?)",
@@ -39,7 +39,7 @@ def test_answers_from_a_pipe_are_asked_again_until_they_will_do(init):
         "answer with a number",
         "rdpo run mine.toml --dry-run",
     ):
-        assert remark in told
+        assert remark in output
     job = load_job("mine.toml")
     assert (job.name, job.prompts.column, job.student.model) == ("mine", "question", "owner/student")
     assert (job.synthesis.task, job.synthesis.teacher, job.rewards[0].name) == ("roleplay", None, "length")
@@ -72,13 +72,13 @@ def test_ready_pairs_need_no_teacher_and_no_reward(init):
     ],
 )
 def test_what_is_missing_or_wrong_is_one_message(init, tmp_path, options, said):
-    code, _, told = init(*options)
-    assert (code, said in told) == (2, True), told
+    code, _, output = init(*options)
+    assert (code, said in output) == (2, True), output
     assert not list(tmp_path.glob("**/*.toml"))
 
 
 def test_a_file_that_is_there_stays_as_it_is(init, tmp_path):
     (tmp_path / "job.toml").write_text("mine")
-    code, _, told = init("--yes", "--prompts", "asks.jsonl", "--student", "a/b")
-    assert (code, "job.toml: exists" in told) == (2, True)
+    code, _, output = init("--yes", "--prompts", "asks.jsonl", "--student", "a/b")
+    assert (code, "job.toml: exists" in output) == (2, True)
     assert (tmp_path / "job.toml").read_text() == "mine"

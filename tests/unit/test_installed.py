@@ -19,8 +19,8 @@ def test_nodes_of_one_lock_agree_and_a_head_without_gpus_may_have_other_packages
 
 def test_two_nodes_that_do_the_same_work_have_the_same_versions():
     other = Installed(True, LOCKED | {"vllm": "0.29.0"})
-    told = disagreement({"one": Installed(True, LOCKED), "two": other})
-    assert told == "vllm is 0.29.0 on node two, and 0.32.0 on node one"
+    message = disagreement({"one": Installed(True, LOCKED), "two": other})
+    assert message == "vllm is 0.29.0 on node two, and 0.32.0 on node one"
 
 
 def test_rdpo_is_the_same_everywhere():

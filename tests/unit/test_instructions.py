@@ -21,14 +21,14 @@ def test_shipped_tasks_load_and_fit_plain_prompts(name):
 
 def test_turns_build_their_conversations():
     task = load_task("safety")
-    told = {}
+    conversations = {}
     values = {"prompt": "why?"}
     for turn in task.turns:
-        messages = turn_messages(turn, ROW, values, told)
-        told[turn.name] = [*messages, {"role": "assistant", "content": turn.name}]
-    assert [message["role"] for message in told["revision"]] == ["user", "assistant"] * 3
-    assert told["revision"][0]["content"] == "why?"
-    assert told["revision"][3]["content"] == "critique"
+        messages = turn_messages(turn, ROW, values, conversations)
+        conversations[turn.name] = [*messages, {"role": "assistant", "content": turn.name}]
+    assert [message["role"] for message in conversations["revision"]] == ["user", "assistant"] * 3
+    assert conversations["revision"][0]["content"] == "why?"
+    assert conversations["revision"][3]["content"] == "critique"
 
 
 TURNS = '[[turns]]\nname = "response"\n{first}\n[[turns]]\nname = "revision"\n{second}\n'

@@ -10,7 +10,7 @@ from rdpo.config import Job, JudgeReward
 from rdpo.preference.rewards import judge as judge_module
 from rdpo.preference.rewards.judge import Judge
 from rdpo.synthesis.engine import ContextError, Generation
-from tests.unit.test_teacher import NoCrashCounts
+from tests.support.crash_counts import NoCrashCounts
 
 
 class Engine:

@@ -103,3 +103,12 @@ def test_the_table_of_stages_is_light():
     heavy = ("pyarrow", "numpy", "pydantic", "torch", "ray", "transformers")
     code = f"import sys, rdpo.stages.table; print([name for name in {heavy} if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_a_test_imports_helpers_from_the_support_folder_alone():
+    tests = Path(__file__).parents[1]
+    files = [path for path in sorted(tests.rglob("*.py")) if path.parent.name != "support"]
+    own = {path: {name for name in imported(path) if name.split(".")[0] == "tests"} for path in files}
+    assert any(own.values())
+    foreign = {name for names in own.values() for name in names if name.split(".")[:2] != ["tests", "support"]}
+    assert foreign == set()

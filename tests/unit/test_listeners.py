@@ -1,4 +1,4 @@
-"""Who hears of a run: what trackers are told, and that none of them ends a run."""
+"""Trackers of a run: what they are given, and that none of them ends a run."""
 
 import io
 
@@ -28,7 +28,7 @@ def console():
 
 
 @pytest.fixture
-def told(job_table, tmp_path, console):
+def tracked(job_table, tmp_path, console):
     """Tell the trackers that a job names what a run tells."""
 
     def tell(*trackers):
@@ -57,36 +57,36 @@ def test_figures_are_named_by_stage_and_reward():
 
 class Broken(Listener):
     def __init__(self):
-        self.heard = 0
+        self.calls = 0
 
     def step(self, metrics):
-        self.heard += 1
+        self.calls += 1
         raise ConnectionError("gone")
 
 
 def test_a_listener_that_fails_hears_no_more_and_the_others_do(console):
     class Steady(Broken):
         def step(self, metrics):
-            self.heard += 1
+            self.calls += 1
 
     broken, steady = Broken(), Steady()
     console.listeners = [broken, steady]
     for metrics in STEPS:
         console.step(metrics)
-    assert (broken.heard, steady.heard) == (1, 2)
+    assert (broken.calls, steady.calls) == (1, 2)
     assert console.stream.getvalue().count("warning: Broken hears no more of the run: ConnectionError: gone") == 1
 
 
-def test_a_tracker_that_is_not_installed_is_said_at_once(told, monkeypatch):
+def test_a_tracker_that_is_not_installed_is_said_at_once(tracked, monkeypatch):
     monkeypatch.setattr("rdpo.tracking.listeners.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"tracking\.to: wandb is not installed; pip install wandb"):
-        told("wandb")
+        tracked("wandb")
 
 
-def test_a_tracker_that_does_not_begin_is_left_out(told, monkeypatch, console):
+def test_a_tracker_that_does_not_begin_is_left_out(tracked, monkeypatch, console):
     monkeypatch.setattr("rdpo.tracking.listeners.find_spec", lambda name: True)
     monkeypatch.setattr("rdpo.tracking.listeners._maker", lambda name: lambda *_: 1 / 0)
-    told("mlflow")
+    tracked("mlflow")
     assert "tracking.to: mlflow does not begin, the run goes on without it" in console.stream.getvalue()
 
 
@@ -104,17 +104,17 @@ def test_a_run_in_which_all_is_done_begins_no_tracker(job_table, tmp_path, conso
     assert begun == ["mlflow", "wandb"]
 
 
-def test_a_tracker_that_fails_is_called_by_its_name(told, monkeypatch, console):
+def test_a_tracker_that_fails_is_called_by_its_name(tracked, monkeypatch, console):
     monkeypatch.setattr("rdpo.tracking.listeners.find_spec", lambda name: True)
     monkeypatch.setattr("rdpo.tracking.listeners._maker", lambda name: lambda *_: Broken())
-    told("mlflow")
+    tracked("mlflow")
     assert console.stream.getvalue().count("warning: mlflow hears no more of the run: ConnectionError: gone") == 1
 
 
-def test_tensorboard_has_the_curves(told):
+def test_tensorboard_has_the_curves(tracked):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(told("tensorboard") / "tensorboard"))
+    events = EventAccumulator(str(tracked("tensorboard") / "tensorboard"))
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [
         (1, pytest.approx(0.6)),
@@ -123,12 +123,12 @@ def test_tensorboard_has_the_curves(told):
     assert events.Scalars("evaluation/length/win_rate")[0].value == 0.75
 
 
-def test_mlflow_finds_a_run_that_goes_on(told, tmp_path, monkeypatch):
+def test_mlflow_finds_a_run_that_resumes(tracked, tmp_path, monkeypatch):
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlruns").as_uri())
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    told("mlflow")
-    told("mlflow")
+    tracked("mlflow")
+    tracked("mlflow")
     client = mlflow.MlflowClient()
     (run,) = client.search_runs([client.get_experiment_by_name("mine").experiment_id])
     assert run.data.metrics["train/loss"] == pytest.approx(0.5)
@@ -136,9 +136,9 @@ def test_mlflow_finds_a_run_that_goes_on(told, tmp_path, monkeypatch):
     assert run.info.status == "FINISHED"
 
 
-def test_wandb_keeps_a_run_for_later_where_it_is_offline(told, monkeypatch, console):
+def test_wandb_keeps_a_run_for_later_where_it_is_offline(tracked, monkeypatch, console):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
-    logs = told("wandb")
+    logs = tracked("wandb")
     assert list(logs.glob("wandb/offline-run-*/*.wandb"))
     assert "does not begin" not in console.stream.getvalue()

@@ -6,34 +6,18 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel
 
-from rdpo.config import ImplicitReward, Job
+from rdpo.config import ImplicitReward
 from rdpo.errors import InputError
 from rdpo.modeling.chat import load_chat
-from rdpo.modeling.student import check_student, student_forward
+from rdpo.modeling.student import student_forward
 from rdpo.modeling.weights import ModelRef
 from rdpo.preference.reference import Reference
 from rdpo.preference.rewards.implicit import checked_implicit
 from rdpo.stages.checks import prepare
-from tests.support.jobs import valid_job
-from tests.support.models import CHATML, byte_tokenizer, save_model, tiny_config
-
-
-def llama(folder, tokenizer, **changes):
-    torch.manual_seed(1)
-    return save_model(folder, LlamaForCausalLM(tiny_config(tokenizer, **changes)), tokenizer)
-
-
-def job_of(model, place, **tables):
-    table = valid_job(model, place)
-    for section, own in tables.items():
-        table[section] = {**table.get(section, {}), **own}
-    return Job.model_validate(table)
-
-
-def checked(job):
-    check_student(job, load_chat(ModelRef.student(job)))
+from tests.support.models import CHATML, byte_tokenizer, llama, save_model
+from tests.support.students import checked, job_of
 
 
 def edited(folder, change):

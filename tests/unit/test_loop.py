@@ -79,7 +79,7 @@ def test_held_out_pairs_are_measured_without_dropout_and_change_nothing(tiny_mod
 
 
 @pytest.mark.parametrize("lora", [None, {"rank": 4}])
-def test_a_checkpoint_goes_on_as_if_nothing_had_happened(tiny_model, tmp_path, lora):
+def test_a_checkpoint_resumes_as_if_nothing_had_happened(tiny_model, tmp_path, lora):
     trainer = plain(tiny_model, tmp_path, lora=lora)
     history = [trainer.step(index, 9, [0, 1, 2, 3]) for index in range(2)]
     trainer.engine.save(tmp_path, {"history": history})

@@ -1,4 +1,4 @@
-"""Memory and arithmetic of a step, foretold: rehearsed on tensors without storage, counted by hand."""
+"""Memory and arithmetic of a step, predicted: rehearsed on tensors without storage, counted by hand."""
 
 from functools import partial
 
@@ -162,6 +162,6 @@ def test_messages_take_what_the_slowest_link_lets_through():
 
 def test_the_plan_says_what_is_sent(tiny_model, tmp_path):
     job = job_of(tiny_model, tmp_path, zero_stage=3, batch_size=16)
-    (told,) = [line for line in plan(job, "H100", 4) if line.startswith("ZeRO-3 sends each worker")]
-    assert "s of products" in told
+    (sending,) = [line for line in plan(job, "H100", 4) if line.startswith("ZeRO-3 sends each worker")]
+    assert "s of products" in sending
     assert not [line for line in plan(job, "H100", 1) if "sends" in line]

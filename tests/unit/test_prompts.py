@@ -156,15 +156,15 @@ def test_bad_lines_are_dropped_with_their_reasons(ray_cluster, job_table, tmp_pa
 
 
 @pytest.mark.ray
-def test_a_limit_counts_over_all_files_and_the_first_of_twins_stays(ray_cluster, job_table, tmp_path):
+def test_a_limit_counts_over_all_files_and_the_first_of_duplicates_stays(ray_cluster, job_table, tmp_path):
     source = tmp_path / "source"
     source.mkdir()
     for name, texts in {"a": ["one", "two", "one"], "b": ["two", "three", "one"], "c": ["four"]}.items():
         (source / f"{name}.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
     job_table["prompts"] |= {"source": str(source), "limit": 5}
     rows = [(row["source"][-7], row["line"], row["dropped"]) for row in stored_prompts(job_table, tmp_path)]
-    twin = "duplicate of an earlier prompt"
-    assert rows == [("a", 1, None), ("a", 2, None), ("a", 3, twin), ("b", 1, twin), ("b", 2, None)]
+    duplicate = "duplicate of an earlier prompt"
+    assert rows == [("a", 1, None), ("a", 2, None), ("a", 3, duplicate), ("b", 1, duplicate), ("b", 2, None)]
 
 
 def test_another_source_is_not_put_into_the_templates(job_table):

@@ -6,8 +6,7 @@ from rdpo.config import Job
 from rdpo.evaluation.publish import publish
 from rdpo.modeling.weights import local_model
 from rdpo.training.checkpoint import EXPORT, MERGED, finish_policy
-
-FACTS = {"version": "1", "evaluation": {"prompts": 0, "rewards": [], "kl": None}, "pairs": 1, "lineage": {}}
+from tests.support.model_card import FACTS
 
 
 @pytest.fixture

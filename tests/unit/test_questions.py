@@ -25,7 +25,7 @@ def asked(text, system=None):
 
 
 @pytest.mark.parametrize(
-    "twin",
+    "duplicate",
     [
         "what is café 5²? ",
         "What  is\tcafé\n5²?",
@@ -36,8 +36,8 @@ def asked(text, system=None):
         "What is café 5²\uff1f",
     ],
 )
-def test_twins_ask_one_question(twin):
-    assert asked(twin) == asked("What is café 5²?")
+def test_duplicates_ask_one_question(duplicate):
+    assert asked(duplicate) == asked("What is café 5²?")
 
 
 @pytest.mark.parametrize("other", ["What is café 52?", "What is cafe 5²?", "What is café 5²", "Whatis café 5²?"])
@@ -64,7 +64,7 @@ def stored(job_table, tmp_path, raws):
     return kept, dropped
 
 
-def test_the_first_of_near_twins_stays(job_table, tmp_path):
+def test_the_first_of_near_duplicates_stays(job_table, tmp_path):
     raws = [{"prompt": "Why is it so?"}, {"prompt": "Why not?"}, {"prompt": "why is it so? "}, {"prompt": "Why not?"}]
     kept, dropped = stored(job_table, tmp_path, raws)
     assert list(kept) == [1, 2]

@@ -62,7 +62,7 @@ def test_written_rating(reply, rating):
         ("1" * 50_000, math.nan),
     ],
 )
-def test_a_scale_that_is_told_again_is_no_rating_and_ratings_that_differ_are_none(reply, rating):
+def test_a_scale_that_is_repeated_is_no_rating_and_ratings_that_differ_are_none(reply, rating):
     assert written_rating(reply, 1, 5) == pytest.approx(rating, nan_ok=True)
 
 
@@ -88,7 +88,7 @@ def test_values_of_ratings():
         rating_values(chat, judge(ratings=["-5", "5"]))
 
 
-def test_a_rubric_may_use_what_the_judge_is_told():
+def test_a_rubric_may_use_what_the_judge_is_given():
     check_rubric(judge())
     with pytest.raises(InputError, match="uses answer; it may use `first`, `prompt`, `second`"):
         check_rubric(judge(pairwise=True, ratings=["A", "B"]))

@@ -94,6 +94,6 @@ def test_the_share_is_kept_where_few_ready_pairs_are_left(share):
 def test_ready_pairs_take_the_columns_of_the_generated_ones():
     schema = pa.schema([("prompt_id", pa.string()), ("chosen_scores", pa.struct([("judge", pa.float64())]))])
     batch = pa.table({"prompt_id": ["a", "b"], "chosen_scores": [{"given": 1.0}] * 2, "dropped": [None, "bad line"]})
-    told = with_reasons(batch, {"a": LEFT_OVER, "b": LEFT_OVER}, schema)
-    assert told["chosen_scores"].to_pylist() == [{"judge": None}] * 2
-    assert told["dropped"].to_pylist() == [LEFT_OVER, "bad line"]
+    marked = with_reasons(batch, {"a": LEFT_OVER, "b": LEFT_OVER}, schema)
+    assert marked["chosen_scores"].to_pylist() == [{"judge": None}] * 2
+    assert marked["dropped"].to_pylist() == [LEFT_OVER, "bad line"]

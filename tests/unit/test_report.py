@@ -107,11 +107,11 @@ def pairs(row):
 def evaluation(row):
     number = int(row["prompt_id"], 16)
     both = {"start": 1.0, "trained": 1.0 + number % 5}
-    told = {}
+    answers = {}
     for model, score in both.items():
-        told |= {model: f"{model} {row['text']}", f"{model}_scores": {"length": score}, f"{model}_score": score}
-        told |= {f"{model}_tokens": 3 + number % 3, f"{model}_finish_reason": "stop"}
-    return kept(row, **told, kl=1.0)
+        answers |= {model: f"{model} {row['text']}", f"{model}_scores": {"length": score}, f"{model}_score": score}
+        answers |= {f"{model}_tokens": 3 + number % 3, f"{model}_finish_reason": "stop"}
+    return kept(row, **answers, kl=1.0)
 
 
 def kept(row, **columns):
@@ -170,7 +170,7 @@ def test_an_unfinished_run_has_the_sections_it_has_come_to(tmp_path):
     assert 'http-equiv="refresh"' not in page_of(run_dir)
 
 
-def test_a_stage_that_the_job_no_longer_has_is_not_told_of(tmp_path):
+def test_a_stage_that_the_job_no_longer_has_is_left_out(tmp_path):
     run_dir = write_run(tmp_path)
     assert any("other texts" in line for line in headline(run_dir))
     config = tmp_path / "run" / JOB_FILE
@@ -274,8 +274,8 @@ def in_browser(path, profile):
     """What a browser makes of a page, as text."""
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
     options += ["--disable-component-update", "--disable-sync", f"--user-data-dir={profile}", "--dump-dom"]
-    told = subprocess.run([BROWSER, *options, f"file://{path}"], capture_output=True, timeout=120, check=True)
-    return told.stdout.decode()
+    done = subprocess.run([BROWSER, *options, f"file://{path}"], capture_output=True, timeout=120, check=True)
+    return done.stdout.decode()
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome")

@@ -11,9 +11,9 @@ from tests.support.jobs import write_jsonl
 
 def test_perplexity_grows_by_the_nats_lost_per_token():
     rows = [{"kl": -0.2 * tokens, "kl_length": tokens} for tokens in (5, 10, 40)]
-    told = summary(rows)
-    assert told["texts"] == 3
-    factor = told["perplexity_factor"]
+    found = summary(rows)
+    assert found["texts"] == 3
+    factor = found["perplexity_factor"]
     assert [factor[end] for end in ("mean", "low", "high")] == pytest.approx([math.exp(0.2)] * 3)
 
 
@@ -51,7 +51,7 @@ def measured(*factors, tokens=10):
     ]
 
 
-def test_arms_are_told_by_geometric_means_over_texts_and_seeds():
+def test_arms_are_summarised_by_geometric_means_over_texts_and_seeds():
     assert table({("a", 0): measured(1.0, 1.0), ("a", 1): measured(1.5, 1.5)})[-1].startswith("a  1.225 (")
     # Texts that gain and lose the same: one seed's interval holds 1 widely, and so does that of two.
     seeds = {("a", seed): measured(2.0, 0.5, 2.0, 0.5) for seed in (0, 1)}

@@ -87,10 +87,10 @@ def test_rounds_end_where_the_watched_reward_no_longer_rises(job_table, tmp_path
         summary = {"prompts": 3, "rewards": [won], "optimised": {"difference": difference}, "kl": None}
         summary["length"] = summary["stop_rate"] = {"start": {"mean": 1.0}, "trained": {"mean": 1.0}}
         for name in ("pairs", "reference", "evaluation", "model"):
-            told = summary if name == "evaluation" else {}
+            stage_summary = summary if name == "evaluation" else {}
             folder = StageFolder(run.dir, name)
             folder.write_bytes("weights", str(number).encode())
-            run.manifests[name] = folder.commit(Manifest(name, "k", {}, {}, summary=told))
+            run.manifests[name] = folder.commit(Manifest(name, "k", {}, {}, summary=stage_summary))
 
     monkeypatch.setattr("rdpo.experiments.rounds.run_stages", make)
     monkeypatch.setattr("rdpo.report.report.write_report", lambda run_dir: f"{run_dir}/report.html")

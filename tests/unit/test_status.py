@@ -1,4 +1,4 @@
-"""How far a run has come, told from its files alone."""
+"""How far a run has come, read from its files alone."""
 
 import fcntl
 import json
@@ -51,8 +51,8 @@ def run_dir(job_table, tmp_path):
 
 def status(capsys, run_dir):
     assert main(["status", run_dir, "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    return told["driver"], {stage.pop("stage"): stage for stage in told["stages"]}
+    status = json.loads(capsys.readouterr().out)
+    return status["driver"], {stage.pop("stage"): stage for stage in status["stages"]}
 
 
 def test_a_run_that_nobody_works_in(run_dir, capsys):

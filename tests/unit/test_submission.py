@@ -11,7 +11,7 @@ from tests.support.jobs import write_job
 
 @pytest.fixture
 def sent(monkeypatch, tmp_path, job_table):
-    """Submits the job from its folder to a cluster that does what it is told; what the cluster was sent."""
+    """Submits the job from its folder to a cluster that obeys; what the cluster was sent."""
     import ray.job_submission
 
     write_job(tmp_path / "job.toml", job_table)
@@ -46,9 +46,9 @@ def test_the_job_its_changes_and_what_is_left_out_go_along(sent, tmp_path, capsy
         "--until pairs --fresh"
     )
     assert what["runtime_env"] == {"excludes": [".git"], "working_dir": "."}
-    told = capsys.readouterr().out
-    assert re.search(r"^job:  a-\d{8}-\d{6}$", told, re.MULTILINE)
-    assert f"logs: RAY_AUTH_MODE=token ray job logs --follow --address http://h:1 {what['submission_id']}" in told
+    output = capsys.readouterr().out
+    assert re.search(r"^job:  a-\d{8}-\d{6}$", output, re.MULTILINE)
+    assert f"logs: RAY_AUTH_MODE=token ray job logs --follow --address http://h:1 {what['submission_id']}" in output
 
 
 def refusals():
@@ -70,9 +70,9 @@ def refusals():
 def test_a_refusal_is_one_line_with_the_remedy(sent, tmp_path, capsys, said):
     (tmp_path / "weights.bin").write_bytes(bytes(3 << 20))
     code, _ = sent(refusals()[said], "--run-dir", "s3://b/run", "--address", "cluster", "--id", "one")
-    told = capsys.readouterr().err
-    assert code == 2 and told.count("\n") == 1
-    assert re.search(said, told)
+    output = capsys.readouterr().err
+    assert code == 2 and output.count("\n") == 1
+    assert re.search(said, output)
 
 
 def test_a_run_needs_a_place_that_stays(sent, capsys):

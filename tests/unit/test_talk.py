@@ -76,12 +76,12 @@ def test_questions_come_from_a_pipe_and_stand_in_the_transcript(run_dir, monkeyp
     asked = b"hello \x1b[31mred\n\n/rese\n/seed x\n/seed 3\n/reset\nbye \xff\n/quit\nunseen\n"
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(asked)))
     assert main(["chat", run_dir]) == 0
-    told = capsys.readouterr().out
-    assert "> hello \\u001b[31mred\n" in told and "\x1b" not in told
-    assert "/rese: no such command (did you mean `/reset`?)" in told
-    assert "/seed x: no such command; there are" in told
-    assert told.count("trained") == 1 + 2
-    assert "unseen" not in told
+    output = capsys.readouterr().out
+    assert "> hello \\u001b[31mred\n" in output and "\x1b" not in output
+    assert "/rese: no such command (did you mean `/reset`?)" in output
+    assert "/seed x: no such command; there are" in output
+    assert output.count("trained") == 1 + 2
+    assert "unseen" not in output
 
 
 def test_a_model_that_is_not_published_yet_is_one_message(run_dir, capsys):

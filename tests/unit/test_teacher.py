@@ -1,4 +1,4 @@
-"""The teacher's turns, with a voice in place of an engine: samples, drops, and a text that depends on nothing else."""
+"""The teacher's turns, with a speaker instead of an engine: samples, drops, texts that depend on nothing else."""
 
 import asyncio
 
@@ -10,6 +10,7 @@ from rdpo.errors import InputError
 from rdpo.synthesis.engine import EngineError, Generation
 from rdpo.synthesis.instructions import check_fields, load_task
 from rdpo.synthesis.teacher import Conversation, Teacher
+from tests.support.crash_counts import NoCrashCounts
 
 TASK = """
 name = "sampled"
@@ -30,14 +31,14 @@ user = "Again, please."
 """
 
 
-class Voice:
-    """Says which seed it got and how long the conversation was; refuses what it is told to."""
+class Rule:
+    """Says which seed it got and how long the conversation was; refuses what the prompt says it shall."""
 
     def __init__(self, job):
-        self.heard = []
+        self.asked = []
 
     async def say(self, messages, turn, sampling, seed):
-        self.heard.append((turn.name, [message["content"] for message in messages]))
+        self.asked.append((turn.name, [message["content"] for message in messages]))
         if "refused" in messages[0]["content"] and turn.name == "critique":
             raise EngineError("the engine refuses it: ValueError: no")
         text = "  " if "empty" in messages[0]["content"] else f"{turn.name} {seed} of {len(messages)}"
@@ -48,23 +49,11 @@ class Voice:
         pass
 
 
-class NoCrashCounts:
-    class begin:
-        @staticmethod
-        async def remote(ids):
-            return [0] * len(ids)
-
-    class end:
-        @staticmethod
-        async def remote(ids):
-            pass
-
-
 @pytest.fixture
 def speak(job_table, tmp_path):
     (tmp_path / "task.toml").write_text(TASK)
     job_table["synthesis"]["task"] = str(tmp_path / "task.toml")
-    teacher = Teacher(Job.model_validate(job_table), Voice, NoCrashCounts)
+    teacher = Teacher(Job.model_validate(job_table), Rule, NoCrashCounts)
 
     def spoken(*prompts):
         rows = [
@@ -84,7 +73,7 @@ def speak(job_table, tmp_path):
 def test_a_turn_is_sampled_several_times_and_goes_on_from_one_of_them(speak):
     row = speak("why?")["why?"]
     assert len({row[f"response_{number}"] for number in (1, 2, 3)}) == 3
-    critique = next(heard for name, heard in speak.speaker.heard if name == "critique")
+    critique = next(texts for name, texts in speak.speaker.asked if name == "critique")
     assert critique[1] == row["response_2"]
     assert row["response_1"] in critique[2]
     assert row["revision"].endswith("of 5")
@@ -122,10 +111,10 @@ user = "Again: {{ prompt }}"
 
 
 def test_words_that_an_answer_begins_with_are_a_template(job_table, tmp_path):
-    heard = []
+    prefills = []
 
     async def say(messages, turn, sampling, seed):
-        heard.append(turn.prefill)
+        prefills.append(turn.prefill)
         return Generation("arr", "stop", 1, None, 1, 0)
 
     (tmp_path / "task.toml").write_text(PREFILLED)
@@ -134,7 +123,7 @@ def test_words_that_an_answer_begins_with_are_a_template(job_table, tmp_path):
     row = {"prompt_id": "a", "prompt": [{"role": "user", "content": "why?"}], "extra": "{}"}
     task = load_task(job.synthesis.task)
     spoken = asyncio.run(Conversation(job, task, job.synthesis.sampling, say)(row))
-    assert heard == ["In rhyme:\n", ""]
+    assert prefills == ["In rhyme:\n", ""]
     assert spoken["response"] == "In rhyme:\narr"
     with pytest.raises(InputError, match="uses style"):
         check_fields(task, row, {})

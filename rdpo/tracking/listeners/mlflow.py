@@ -20,7 +20,7 @@ LONGEST = 500
 class MLflow(Listener):
     """Metrics over the optimizer steps and of the stages; the job's settings as parameters.
 
-    A run that goes on is the same one there: it is found by its directory.
+    A run that resumes is the same one there: it is found by its directory.
     """
 
     def __init__(self, job: Job, run_dir: str, logs: Path):

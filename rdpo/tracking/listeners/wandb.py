@@ -18,7 +18,7 @@ LOGIN_S = 60
 class WandB(Listener):
     """Curves over the optimizer steps, figures of the stages as the summary, and the job as the configuration.
 
-    A run that goes on is the same one there: its id is made of its directory.
+    A run that resumes is the same one there: its id is made of its directory.
     """
 
     def __init__(self, job: Job, run_dir: str, logs: Path):

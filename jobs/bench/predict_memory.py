@@ -1,6 +1,6 @@
-"""The peak memory that `rdpo plan` foretells for a case of gpu.py, by part; needs no GPU, and the model's shape alone.
+"""The peak memory that `rdpo plan` predicts for a case of gpu.py, by part; needs no GPU, and the model's shape alone.
 
-    python jobs/bench/foretell.py PAIRS.jsonl TOKENIZER_FOLDER --case "8b LoRA, 8k" [--steps N]
+    python jobs/bench/predict_memory.py PAIRS.jsonl TOKENIZER_FOLDER --case "8b LoRA, 8k" [--steps N]
 
 The pairs are those that the case trains on in so many steps. What gpu.py measures is without the `process`, which
 torch's allocator does not know of.

@@ -1,6 +1,6 @@
 """All steps of a job whose reference stage is done, in this process; prints their losses as a list.
 
-python -m tests.gpu.steps JOB_AS_JSON RUN_DIR DEVICE
+python -m tests.support.gpu_steps JOB_AS_JSON RUN_DIR DEVICE
 """
 
 import json
