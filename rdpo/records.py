@@ -13,7 +13,9 @@ import hashlib
 import json
 import re
 import unicodedata
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -56,9 +58,10 @@ SAME_IN_MEANING = {"<compat>", "<wide>", "<narrow>", "<noBreak>", "<initial>", "
 """Decompositions of Unicode by which only the shape of a character differs."""
 
 
-def digest(*parts: Any) -> str:
+def digest(*parts: object) -> str:
     """32 hexadecimal digits that depend on every part and on their order (JSON-serialisable parts)."""
     text = json.dumps(parts, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    # Half a character, left of text that was cut, has an identity like any other.
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
@@ -118,6 +121,7 @@ def draw_seed(seed: int, row_id: str, role: str) -> int:
 
 def unit_draw(seed: int, row_id: str, role: str) -> float:
     """A uniform draw from [0, 1) that belongs to a row and a role."""
+    # 52 bits, which a float between 0 and 1 holds exactly.
     return int(digest(seed, row_id, role)[:13], 16) / 16**13
 
 
@@ -173,5 +177,18 @@ def table_of(rows: list[Row]) -> pa.Table:
     """
     import pyarrow as pa
 
-    names = dict.fromkeys(name for row in rows for name in row) | {"dropped": None}
-    return pa.table({name: [row.get(name) for row in rows] for name in names})
+    columns: dict[str, list[object]] = {}
+    for name in [*dict.fromkeys(chain.from_iterable(rows)), "dropped"]:
+        columns[name] = [row.get(name) for row in rows]
+    return pa.table(columns)
+
+
+def rows_of(parts: Iterable[pa.Table]) -> Iterator[Row]:
+    """The rows of several tables, one after the other; of one table at a time they are held as Python's objects."""
+    for part in parts:
+        yield from part.to_pylist()
+
+
+def by_id(rows: Iterable[Row]) -> dict[str, Row]:
+    """Rows by their ids."""
+    return {row[ID_COLUMN]: row for row in rows}

@@ -54,8 +54,8 @@ def main():
     spans = spans_of(options.tokens, options.pairs)
     placed = sequences(spans, torch.device("cuda"))
     ways = {
-        "flash": lambda q, k, v: flash_by_sequence(q, k, v, placed, None, None),
-        "flex": lambda q, k, v: flex_by_block(q, k, v, spans, None, None, None),
+        "flash": lambda q, k, v: flash_by_sequence(q, k, v, placed, scaling=None, window=None),
+        "flex": lambda q, k, v: flex_by_block(q, k, v, spans, scaling=None, window=None, softcap=None),
         "whole": lambda q, k, v: scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True),
     }
     for name, attend in ways.items():

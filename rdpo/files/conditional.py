@@ -8,10 +8,10 @@ Google Cloud Storage, Azure and MinIO keep such conditions.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from rdpo.errors import InputError
 from rdpo.files import stores
@@ -66,6 +66,7 @@ class ConditionalObject:
             try:
                 found = obstore.get(self.store, self.path)
             except FileNotFoundError as error:
+                # A bucket that is missing is an error; an object that is missing is an answer.
                 if _kind(error):
                     raise
                 return None
@@ -102,7 +103,7 @@ class ConditionalObject:
         self._asked(lambda: obstore.delete(self.store, self.path))
         return written
 
-    def _put(self, content: bytes, mode: Any) -> UpdateVersion:
+    def _put(self, content: bytes, mode: Literal["create"] | UpdateVersion) -> UpdateVersion:
         import obstore
         from obstore.exceptions import AlreadyExistsError, PreconditionError
 
@@ -128,14 +129,17 @@ class ConditionalObject:
             raise _failed(error) from None
 
 
-def _version(meta: Any) -> UpdateVersion:
+def _version(meta: Mapping[str, Any]) -> UpdateVersion:
     # S3 and Azure go by the tag, Google by the version.
     return cast("UpdateVersion", {name: meta[name] for name in ("e_tag", "version") if meta[name]})
 
 
 def _kind(error: BaseException) -> str:
     said = f"{type(error).__name__}: {error}"
-    return next((name for name, words in KINDS.items() if any(word in said for word in words)), "")
+    for name, words in KINDS.items():
+        if any(word in said for word in words):
+            return name
+    return ""
 
 
 def _failed(error: BaseException) -> OSError:

@@ -66,6 +66,7 @@ class Folder:
 
     def put(self, source: Path, name: str = "") -> None:
         """Put a copy of a folder on this machine in the place of the folder `name`; into it, where that is all."""
+        # Files of an older copy would stay among the new ones.
         if name and self.exists(name):
             self.fs.rm(self._at(name), recursive=True)
         if self.on_disk:
@@ -93,10 +94,13 @@ class Folder:
     def write_bytes(self, name: str, content: bytes) -> None:
         """Write a file so that it is there whole or not at all."""
         target = self._at(name)
+        # An object is there once its upload is complete, and not before.
         if self.in_store:
             with self.fs.open(target, "wb") as file:
                 file.write(content)
             return
+
+        # Beside the file itself, so that the rename stays on one disk and is whole or not at all.
         partial = temporary(target)
         try:
             self.fs.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
@@ -106,7 +110,7 @@ class Folder:
         except PermissionError as error:
             raise InputError(f"{target}: cannot be written ({error.strerror}); choose another --run-dir") from None
 
-    def write_json(self, name: str, value: Any) -> None:
+    def write_json(self, name: str, value: object) -> None:
         """Write a value as indented JSON, whole or not at all."""
         self.write_bytes(name, json_bytes(value))
 
@@ -140,7 +144,7 @@ class Folder:
         return sorted(path[len(self.root) + 1 :] for path in self.fs.find(self.root))
 
 
-def json_bytes(value: Any) -> bytes:
+def json_bytes(value: object) -> bytes:
     """A value as indented JSON."""
     return json.dumps(value, indent=2, ensure_ascii=False, default=str).encode()
 

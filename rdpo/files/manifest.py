@@ -5,6 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+Settings = dict[str, Any]
+"""What a stage's output depends on, by name, in values that JSON has."""
+Summary = dict[str, Any]
+"""What a stage tells of its output, by name, in values that JSON has."""
+
 
 @dataclass
 class Manifest:
@@ -17,7 +22,7 @@ class Manifest:
 
     stage: str
     key: str
-    settings: dict[str, Any]
+    settings: Settings
     inputs: dict[str, str]
     rows_in: int = 0
     rows_out: int = 0
@@ -29,7 +34,7 @@ class Manifest:
     versions: dict[str, str] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
     columns: dict[str, str] | None = None
-    summary: dict[str, Any] = field(default_factory=dict)
+    summary: Summary = field(default_factory=dict)
     digest: str = ""
     created: str = ""
     job: str = ""

@@ -13,16 +13,17 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, cast
+from typing import IO, Any, cast
 
 import fsspec
 import pyarrow.fs
 from filelock import FileLock
+from fsspec import AbstractFileSystem
 from fsspec.implementations.arrow import ArrowFSWrapper
 from fsspec.implementations.local import LocalFileSystem
 
@@ -65,7 +66,7 @@ def absolute(address: str) -> str:
     return address.rstrip("/") if is_remote(address) else os.path.abspath(address.removeprefix("file://"))
 
 
-def file_system(address: str) -> tuple[Any, str]:
+def file_system(address: str) -> tuple[AbstractFileSystem, str]:
     """The file system of an address, as fsspec sees it, and the path in it.
 
     Raises:
@@ -73,27 +74,28 @@ def file_system(address: str) -> tuple[Any, str]:
     """
     scheme, separator, rest = address.partition("://")
     if not separator or scheme not in _STORES:
-        return cast(tuple[Any, str], fsspec.core.url_to_fs(address))
+        return cast(tuple[AbstractFileSystem, str], fsspec.core.url_to_fs(address))
     if "@" in rest.split("/")[0] or "?" in rest:
         raise InputError(f"{scheme}:// address: holds a key or an option; give them in the environment (AWS_…) instead")
     return _STORES[scheme](), "/".join(part for part in rest.split("/") if part)
 
 
-def arrow_file_system(fs: Any) -> pyarrow.fs.FileSystem:
+def arrow_file_system(fs: AbstractFileSystem) -> pyarrow.fs.FileSystem:
     """The same file system as pyarrow sees it."""
     if isinstance(fs, ObjectStore):
         return fs.fs
     return pyarrow.fs.LocalFileSystem() if isinstance(fs, LocalFileSystem) else _other(fs)
 
 
-def _other(fs: Any) -> pyarrow.fs.FileSystem:
+def _other(fs: AbstractFileSystem) -> pyarrow.fs.FileSystem:
     return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(fs))
 
 
-def open_file(address: str) -> Any:
+def open_file(address: str) -> IO[bytes]:
     """A file to read bytes from."""
     fs, path = file_system(address)
-    return fs.open(path, "rb")
+    file: IO[bytes] = fs.open(path, "rb")
+    return file
 
 
 class ObjectStore(ArrowFSWrapper):  # type: ignore[misc]
@@ -107,23 +109,23 @@ class ObjectStore(ArrowFSWrapper):  # type: ignore[misc]
         """Whether this is an object."""
         return self._type(path) is pyarrow.fs.FileType.File
 
-    def _open(self, path: str, mode: str = "rb", *_: Any, **__: Any) -> Any:
+    def _open(self, path: str, mode: str = "rb", *_: object, **__: object) -> Any:
         """A file; it is read in large blocks, however small the pieces asked for."""
         if mode != "rb":
             return super()._open(path, mode)
         return io.BufferedReader(_Reader(self.fs.open_input_file(path)), READ_AHEAD)
 
-    def _type(self, path: str) -> Any:
+    def _type(self, path: str) -> pyarrow.fs.FileType:
         return self.fs.get_file_info(self._strip_protocol(path).rstrip("/")).type
 
-    def find(self, path: str, maxdepth: None = None, withdirs: bool = False, detail: bool = False, **_: Any) -> Any:
+    def find(self, path: str, maxdepth: None = None, withdirs: bool = False, detail: bool = False, **_: object) -> Any:
         """All objects below a path, by one listing."""
         below = pyarrow.fs.FileSelector(self._strip_protocol(path), allow_not_found=True, recursive=True)
         entries = [self._make_entry(info) for info in self.fs.get_file_info(below)]
         found = {entry["name"]: entry for entry in entries if withdirs or entry["type"] == "file"}
         return found if detail else sorted(found)
 
-    def cp_file(self, path1: str, path2: str, **_: Any) -> None:
+    def cp_file(self, path1: str, path2: str, **_: object) -> None:
         """Copy an object, within the store where that takes one request."""
         if self.fs.get_file_info(path1).size <= LARGEST_COPY:
             self.fs.copy_file(path1, path2)
@@ -136,7 +138,7 @@ class ObjectStore(ArrowFSWrapper):  # type: ignore[misc]
 class _Reader(io.RawIOBase):
     """An object to read from, in which a read that the store refuses for the moment is made again."""
 
-    def __init__(self, file: Any):
+    def __init__(self, file: pyarrow.NativeFile):
         self.file = file
 
     def readable(self) -> bool:
@@ -159,6 +161,7 @@ class _Reader(io.RawIOBase):
         place = self.file.tell()
         for attempt in range(ATTEMPTS):
             try:
+                # A read that failed half way may have moved on.
                 self.file.seek(place)
                 content = self.file.read(len(buffer))
                 break
@@ -186,7 +189,7 @@ class _S3(pyarrow.fs.S3FileSystem):  # type: ignore[misc]
             retry_strategy=pyarrow.fs.AwsDefaultS3RetryStrategy(max_attempts=ATTEMPTS),
         )
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[type[_S3], tuple[str | None, str | None]]:
         return _S3, self.place
 
 
@@ -202,6 +205,7 @@ def s3_endpoint() -> str | None:
 
 @lru_cache(maxsize=8)
 def _s3_at(endpoint: str | None, region: str | None) -> ObjectStore:
+    # One client for each place: it has the connections, and the pauses between retries.
     return ObjectStore(_S3(endpoint, region))
 
 
@@ -222,7 +226,7 @@ def store_trouble(error: BaseException | str) -> str | None:
     return f"the object store fails: {said[0].strip()[:300]}; {remedy}"
 
 
-def upload(source: Path, fs: Any, root: str) -> None:
+def upload(source: Path, fs: AbstractFileSystem, root: str) -> None:
     """Copy the files of a local folder into another file system."""
     target = arrow_file_system(fs)
     pyarrow.fs.copy_files(str(source), root, pyarrow.fs.LocalFileSystem(), target, chunk_size=READ_AHEAD)
@@ -238,21 +242,24 @@ def fetched(address: str) -> Path:
     stamps = _stamps(fs, root)
     if not stamps:
         raise InputError(f"{address}: nothing is there")
+
     folder = cache_dir() / "objects" / digest(address, stamps)[:24]
     folder.parent.mkdir(parents=True, exist_ok=True)
+    # Several actors of one machine begin at the same time, and each wants the same model.
     with FileLock(f"{folder}.lock"):
         if not folder.is_dir():
             partial = folder.with_suffix(".partial")
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
             _download(fs, root, partial)
+            # A store has no snapshot of a folder: files of two versions together would be nobody's model.
             if _stamps(fs, root) != stamps:
                 raise InputError(f"{address}: changed while it was read; run the same command again")
             partial.rename(folder)
     return folder
 
 
-def _download(fs: Any, root: str, target: Path) -> None:
+def _download(fs: AbstractFileSystem, root: str, target: Path) -> None:
     def copy(path: str) -> None:
         place = target / path[len(root) + 1 :]
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -263,7 +270,7 @@ def _download(fs: Any, root: str, target: Path) -> None:
         list(copiers.map(copy, fs.find(root)))
 
 
-def _stamps(fs: Any, root: str) -> list[Stamp]:
+def _stamps(fs: AbstractFileSystem, root: str) -> list[Stamp]:
     """Name, size and version of each file below a path; what is written anew has another version."""
     found = fs.find(root, detail=True)
     with ThreadPoolExecutor(AT_ONCE) as askers:
@@ -273,7 +280,7 @@ def _stamps(fs: Any, root: str) -> list[Stamp]:
     )
 
 
-def _version(fs: Any, path: str, entry: dict[str, Any]) -> str:
+def _version(fs: AbstractFileSystem, path: str, entry: Mapping[str, object]) -> str:
     """The store's name for an object's content; elsewhere, when it was written."""
     if isinstance(fs, ObjectStore):
         with fs.fs.open_input_stream(path, compression=None) as stream:

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from rdpo.config import Lora
 from rdpo.errors import InputError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from torch import Tensor
+    from transformers import PreTrainedModel
 
 SETTING = "training.lora.target_modules"
 ALL_LINEAR = "all-linear"
 SHOWN = 3
 
 
-def with_adapter(model: Any, lora: Lora, seed: int) -> Any:
+def with_adapter(model: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
     """A model with a fresh adapter, over weights that are frozen.
 
     Raises:
@@ -47,21 +53,21 @@ def with_adapter(model: Any, lora: Lora, seed: int) -> Any:
     return adapted
 
 
-def _check_found(adapted: Any, lora: Lora) -> None:
+def _check_found(adapted: PeftModel, lora: Lora) -> None:
     """Raise if a name of a list is that of no module: peft leaves it aside."""
     if isinstance(lora.target_modules, str):
         return
     names = adapted.base_model.targeted_module_names
-    unknown = [target for target in lora.target_modules if not any(_is_called(name, target) for name in names)]
+    unknown = [target for target in lora.target_modules if not _is_among(target, names)]
     if unknown:
         raise InputError(f"{SETTING}: {type(adapted.get_base_model()).__name__} has no module {', '.join(unknown)}")
 
 
-def _is_called(name: str, target: str) -> bool:
-    return name == target or name.endswith(f".{target}")
+def _is_among(target: str, names: Iterable[str]) -> bool:
+    return any(name == target or name.endswith(f".{target}") for name in names)
 
 
-def _check_shared(adapted: Any) -> None:
+def _check_shared(adapted: PeftModel) -> None:
     """Raise if the weights under an adapter are used elsewhere: there the adapter is not, but its merge would be."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -89,7 +95,7 @@ def _check_shared(adapted: Any) -> None:
             )
 
 
-def check_reached(adapted: Any, hidden: Any) -> None:
+def check_reached(adapted: PeftModel, hidden: Tensor) -> None:
     """Raise if a loss on the hidden states gives no gradient to an adapter.
 
     Args:

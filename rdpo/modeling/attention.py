@@ -14,16 +14,21 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import accumulate, islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from rdpo.modeling.layout import Span
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+    from transformers import PretrainedConfig, PreTrainedModel
 
 NAME = "rdpo_packed"
 LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -40,7 +45,7 @@ class NotPackable(RuntimeError):
 
 
 def packed_attention(
-    module: Any,
+    module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -62,13 +67,15 @@ def packed_attention(
     if dropout:
         raise NotPackable(f"{type(module).__name__}: dropout of attention; set training.layout = 'padded'")
     if not query.is_cuda:
-        return attend_by_span(query, key, value, spans, scaling, sliding_window, softcap), None
+        output = attend_by_span(query, key, value, spans, scaling=scaling, window=sliding_window, softcap=softcap)
+        return output, None
 
     if _flash_takes(query, softcap):
         placed = _placed(tuple(spans), query.device)
-        return flash_by_sequence(query, key, value, placed, scaling, sliding_window), None
+        return flash_by_sequence(query, key, value, placed, scaling=scaling, window=sliding_window), None
 
-    output = flex_by_block(query, key, value, tuple(spans), scaling, sliding_window, softcap)
+    placed_spans = tuple(spans)
+    output = flex_by_block(query, key, value, placed_spans, scaling=scaling, window=sliding_window, softcap=softcap)
     return output.transpose(1, 2).contiguous(), None
 
 
@@ -145,6 +152,7 @@ def flash_by_sequence(
     key: Tensor,
     value: Tensor,
     placed: Sequences,
+    *,
     scaling: float | None,
     window: int | None,
     kernel: Callable[..., Tensor] | None = None,
@@ -155,7 +163,9 @@ def flash_by_sequence(
     sequences and for answers behind their prompt alike.
     """
     attend = kernel or _varlen()
-    assert attend is not None
+    if attend is None:
+        raise RuntimeError("this torch has no attention over sequences of unequal length")
+
     keys, values = (side[0].transpose(0, 1).index_select(0, placed.key_at) for side in (key, value))
     output: Tensor = attend(
         query[0].transpose(0, 1),
@@ -176,6 +186,7 @@ def attend_by_span(
     key: Tensor,
     value: Tensor,
     spans: Sequence[Span],
+    *,
     scaling: float | None,
     window: int | None,
     softcap: float | None,
@@ -188,12 +199,16 @@ def attend_by_span(
     queries = query[0].unflatten(0, (key.shape[1], -1))
     keys, values = (side[0].unsqueeze(1).expand(-1, queries.shape[1], -1, -1) for side in (key, value))
     # In one split, for the gradient of each slice would be a row of zeros as long as T.
-    sizes = [size for span in spans for size in (span.prompt + span.answers[0], *span.answers[1:])]
+    sizes: list[int] = []
+    for span in spans:
+        sizes += [span.prompt + span.answers[0], *span.answers[1:]]
     pieces = zip(*(side.split(sizes, 2) for side in (queries, keys, values)), strict=True)
+
     parts = []
     for span in spans:
         query, key, value = next(pieces)
         parts.append(_attend(query, key, value, scaling, window, softcap))
+
         shared = key[:, :, : span.prompt], value[:, :, : span.prompt]
         for query, *own in islice(pieces, len(span.answers) - 1):
             key, value = (torch.cat(both, 2) for both in zip(shared, own, strict=True))
@@ -207,13 +222,16 @@ def _attend(
     """Causal attention of the last queries of a sequence to all its keys; heads in one dimension or two."""
     queries, keys = query.shape[2], key.shape[2]
     reach = keys if window is None else window
+    # Without a mask PyTorch's fused kernels do it, whose `is_causal` lines up first queries with first keys.
     if not softcap and queries == keys and reach >= keys:
         return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
+
     position = torch.arange(keys, device=query.device)
     distance = position[keys - queries :, None] - position
     mask = (distance >= 0) & (distance < reach)
     if not softcap:
         return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+
     scores = query @ key.transpose(2, 3) * (scaling if scaling is not None else query.shape[-1] ** -0.5)
     scores = softcap * torch.tanh(scores / softcap)
     weights = scores.masked_fill(~mask, -torch.inf).softmax(-1, dtype=torch.float32)
@@ -233,7 +251,7 @@ def visible(spans: Sequence[Span], window: int | None, device: torch.device) -> 
 
 def _tokens(spans: Sequence[Span]) -> list[tuple[int, int, int]]:
     """Of each token of a packed row: its span, its part (0 is the prompt), its position."""
-    tokens = []
+    tokens: list[tuple[int, int, int]] = []
     for group, span in enumerate(spans):
         tokens += [(group, 0, position) for position in range(span.prompt)]
         for part, length in enumerate(span.answers, start=1):
@@ -242,7 +260,7 @@ def _tokens(spans: Sequence[Span]) -> list[tuple[int, int, int]]:
 
 
 @lru_cache(maxsize=4)
-def _block_mask(spans: tuple[Span, ...], window: int | None, device: torch.device) -> Any:
+def _block_mask(spans: tuple[Span, ...], window: int | None, device: torch.device) -> BlockMask:
     from torch.nn.attention.flex_attention import create_block_mask
 
     length = spans[-1].end
@@ -263,23 +281,19 @@ def flex_by_block(
     key: Tensor,
     value: Tensor,
     spans: tuple[Span, ...],
+    *,
     scaling: float | None,
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
     """Attention (1, heads, T, head size) in one FlexAttention call; key and value may have fewer heads."""
-
-    def capped(score: Tensor, batch: Tensor, head: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-        assert softcap is not None
-        return softcap * torch.tanh(score / softcap)
-
     with _compiled_or_refused():
         attend = _flex_attention(compiled=query.is_cuda)
         output: Tensor = attend(
             query,
             key,
             value,
-            score_mod=capped if softcap else None,
+            score_mod=_capped(softcap) if softcap else None,
             block_mask=_block_mask(spans, window, query.device),
             scale=scaling,
             enable_gqa=query.shape[1] != key.shape[1],
@@ -287,14 +301,26 @@ def flex_by_block(
     return output
 
 
-def _compiled_or_refused() -> Any:
+def _capped(cap: float) -> Callable[..., Tensor]:
+    """FlexAttention's score function of an architecture that bounds its scores."""
+
+    def capped(score: Tensor, batch: Tensor, head: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        return cap * torch.tanh(score / cap)
+
+    return capped
+
+
+def _compiled_or_refused() -> AbstractContextManager[object]:
     """Within this context a recompilation that torch would give up on is an error."""
     import torch._dynamo
 
-    return torch._dynamo.config.patch(recompile_limit=SHAPES_COMPILED, fail_on_recompile_limit_hit=True)
+    patched: AbstractContextManager[object] = torch._dynamo.config.patch(
+        recompile_limit=SHAPES_COMPILED, fail_on_recompile_limit_hit=True
+    )
+    return patched
 
 
-def can_pack(model: Any) -> bool:
+def can_pack(model: PreTrainedModel) -> bool:
     """Whether an architecture's layers see tokens through a replaceable, causal, positioned attention alone."""
     config, base = model.config.get_text_config(), model.base_model
     layers = set(getattr(config, "layer_types", None) or ["full_attention"])
@@ -306,11 +332,11 @@ def can_pack(model: Any) -> bool:
         and "position_ids" in inspect.signature(base.forward).parameters
         and not any("sinks" in name for name, _ in base.named_parameters())
         # A convolution along a row would run from one sequence into the next.
-        and not any(isinstance(module, torch.nn.Conv1d) for module in base.modules())
+        and not any(isinstance(module, nn.Conv1d) for module in base.modules())
     )
 
 
-def dropout_of(config: Any) -> str | None:
+def dropout_of(config: PretrainedConfig) -> str | None:
     """The setting by which an architecture drops attention weights in training, if it does."""
     shares = config.to_dict().items()
     named = (name for name, share in shares if ATTENTION_DROPOUT.search(name) and isinstance(share, float) and share)

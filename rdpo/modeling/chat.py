@@ -7,7 +7,7 @@ completion is empty.
 
 What a template writes between the place where it asks and the answer (Qwen3's empty think block, the channel of
 gpt-oss) belongs to the prompt: it is the same for every answer, so no answer is to be preferred for it, and an engine
-that goes on from there writes what is trained on.
+that continues from there writes what is trained on.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from rdpo.modeling.template import Opening, Template, Unfit, reads_date
 from rdpo.records import Messages
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from rdpo.modeling.weights import ModelRef
 
 
@@ -35,7 +37,7 @@ class Chat:
     answer beyond where it asks for one.
     """
 
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     template: Template
     end_id: int
     stop_ids: tuple[int, ...]
@@ -95,6 +97,7 @@ class Chat:
         if whole[: len(prompt) + len(alone)] == prompt + alone:
             return alone
 
+        # The usual case is done; what follows are tokenizers for which text alone and text in place differ.
         # Tokenizers that put a blank before every text do so before an answer that stands alone, too.
         joined = self._ids(opening.text + opening.blanks + answer)
         within = [*joined[len(prompt) :], *(self.ending if finished else ())]
@@ -123,7 +126,11 @@ class Chat:
 
 
 def make_chat(
-    tokenizer: Any, stop_ids: list[int], name: str, day: date = TEMPLATE_DATE, only_asks: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    stop_ids: list[int],
+    name: str,
+    day: date = TEMPLATE_DATE,
+    only_asks: bool = False,
 ) -> Chat:
     """Check a tokenizer and its chat template, and find the end of a turn.
 
@@ -165,7 +172,7 @@ def make_chat(
     return Chat(tokenizer, template, ending[-1] if ending else tokenizer.eos_token_id, stops, ending, opening)
 
 
-def _ending(tokenizer: Any, template: Template, stops: tuple[int, ...]) -> tuple[int, ...]:
+def _ending(tokenizer: PreTrainedTokenizerBase, template: Template, stops: tuple[int, ...]) -> tuple[int, ...]:
     """What the template writes behind an answer up to the first token that stops generation; nothing if none does."""
     behind = list(tokenizer(template.ending(), add_special_tokens=False)["input_ids"])
     place = next((place for place, token in enumerate(behind) if token in stops), None)

@@ -37,11 +37,13 @@ class Arithmetic:
     def of(cls, policy: Policy) -> Arithmetic:
         """Counted from the linear layers, whatever ZeRO partitioned; not for experts, of which few are active."""
         head = policy.head.weight
+        # By features, not by elements: of a partitioned weight this worker may hold none.
         linear = [module for module in policy.model.modules() if isinstance(module, nn.Linear)]
         inner = [module for module in linear if module.weight is not head]
         # A model of other names is trained all the same, and counts without its attention.
         names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
         vocabulary, hidden, depth, heads = (getattr(policy.config, name, 0) for name in names)
+
         head_size = getattr(policy.config, "head_dim", None) or hidden // max(heads, 1)
         return cls(
             layers=sum(module.in_features * module.out_features for module in inner),
@@ -70,11 +72,13 @@ def matmul_rate(hidden: int, inner: int, dtype: torch.dtype, device: torch.devic
     """FLOP/s of a large product of the model's shape on this device, the best of a few rounds."""
     one = torch.randn(MATMUL_ROWS, hidden, dtype=dtype, device=device)
     other = torch.randn(hidden, inner, dtype=dtype, device=device)
+
     best = 0.0
     for _ in range(MATMUL_ROUNDS):
         began = time.perf_counter()
         for _ in range(MATMUL_REPEATS):
             one @ other
+        # Products on a GPU are only queued until then.
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         best = max(best, MATMUL_REPEATS * 2 * MATMUL_ROWS * hidden * inner / (time.perf_counter() - began))

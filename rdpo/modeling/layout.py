@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import accumulate
-from typing import Any
+from itertools import accumulate, chain
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -68,18 +68,27 @@ def padded_batch(prompts: Sequence[Tokens], answers: Sequence[Sequence[Tokens]])
         prompts: P lists of token ids, none empty.
         answers: K lists of P lists of token ids, none empty.
     """
-    pairs = [(prompt, answer) for column in answers for prompt, answer in zip(prompts, column, strict=True)]
+    pairs: list[tuple[Tokens, Tokens]] = []
+    for column in answers:
+        pairs += zip(prompts, column, strict=True)
     width = max(len(prompt) + len(answer) for prompt, answer in pairs)
-    rows = [[*prompt, *answer] for prompt, answer in pairs]
+
+    rows: list[list[int]] = []
+    masks: list[list[int]] = []
+    predicting: list[int] = []
+    for number, (prompt, answer) in enumerate(pairs):
+        length = len(prompt) + len(answer)
+        rows.append([*prompt, *answer, *[0] * (width - length)])
+        masks.append([1] * length + [0] * (width - length))
+
+        # The state at a position predicts the token after it: the prompt's last one predicts the answer's first.
+        first = number * width + len(prompt) - 1
+        predicting += range(first, first + len(answer))
+
     return Batch(
-        input_ids=torch.tensor([row + [0] * (width - len(row)) for row in rows]),
-        attention_mask=torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows]),
-        predict_at=_positions(
-            [
-                range(index * width + len(prompt) - 1, index * width + len(prompt) - 1 + len(answer))
-                for index, (prompt, answer) in enumerate(pairs)
-            ]
-        ),
+        input_ids=torch.tensor(rows),
+        attention_mask=torch.tensor(masks),
+        predict_at=torch.tensor(predicting),
         **_completions([answer for _, answer in pairs]),
     )
 
@@ -92,17 +101,25 @@ def packed_batch(prompts: Sequence[Tokens], answers: Sequence[Sequence[Tokens]])
         answers: K lists of P lists of token ids, none empty.
     """
     groups = list(zip(prompts, *answers, strict=True))
-    starts = accumulate((sum(map(len, group)) for group in groups[:-1]), initial=0)
-    spans = tuple(
-        Span(start, len(prompt), tuple(map(len, own))) for start, (prompt, *own) in zip(starts, groups, strict=True)
-    )
-    predicting = [_predicting(span, answer) for answer in range(len(answers)) for span in spans]
+    spans: list[Span] = []
+    for prompt, *own in groups:
+        start = spans[-1].end if spans else 0
+        spans.append(Span(start, len(prompt), tuple(map(len, own))))
+
+    # In the order of the sequences: the first answers of all prompts, then the second ones.
+    predicting: list[int] = []
+    for number in range(len(answers)):
+        for span in spans:
+            predicting += _predicting(span, number)
+
+    tokens = chain.from_iterable(chain.from_iterable(groups))
+    positions = chain.from_iterable(map(_span_positions, spans))
     return Batch(
-        input_ids=torch.tensor([[token for group in groups for part in group for token in part]]),
-        position_ids=torch.tensor([[position for span in spans for position in _span_positions(span)]]),
-        predict_at=_positions(predicting),
-        spans=spans,
-        **_completions([answer for column in answers for answer in column]),
+        input_ids=torch.tensor([[*tokens]]),
+        position_ids=torch.tensor([[*positions]]),
+        predict_at=torch.tensor(predicting),
+        spans=tuple(spans),
+        **_completions([*chain.from_iterable(answers)]),
     )
 
 
@@ -113,18 +130,25 @@ def _predicting(span: Span, answer: int) -> list[int]:
 
 
 def _span_positions(span: Span) -> Iterator[int]:
+    # Every answer counts on from its prompt, as if it stood alone behind it.
     yield from range(span.prompt)
     for length in span.answers:
         yield from range(span.prompt, span.prompt + length)
 
 
-def _positions(parts: Sequence[Sequence[int]]) -> Tensor:
-    return torch.tensor([position for part in parts for position in part])
+class _Completions(TypedDict):
+    labels: Tensor
+    lengths: Tensor
+    sequence: Tensor
 
 
-def _completions(answers: Sequence[Tokens]) -> dict[str, Any]:
+def _completions(answers: Sequence[Tokens]) -> _Completions:
+    owners: list[int] = []
+    for number, answer in enumerate(answers):
+        owners += [number] * len(answer)
+
     return {
-        "labels": torch.tensor([token for answer in answers for token in answer]),
+        "labels": torch.tensor([*chain.from_iterable(answers)]),
         "lengths": torch.tensor([len(answer) for answer in answers]),
-        "sequence": torch.tensor([index for index, answer in enumerate(answers) for _ in answer]),
+        "sequence": torch.tensor(owners),
     }

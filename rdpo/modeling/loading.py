@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rdpo.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 UNUSED = re.compile(r"(^|\.)(rotary_emb\.inv_freq$|position_ids$|attn\.(masked_)?bias$)")
 """Tensors that older checkpoints hold, and that nothing is computed with."""
@@ -22,7 +26,7 @@ BY_LENGTH = ("dynamic", "longrope")
 SHOWN = 3
 
 
-def outline(where: str, auto_class: Any, folder: Any, trust_remote_code: bool = False, **options: Any) -> Any:
+def outline(where: str, auto_class: Any, folder: str | Path, trust_remote_code: bool = False, **options: Any) -> Any:
     """A model without its numbers, and which of its tensors the checkpoint holds; no weights are read.
 
     Args:
@@ -52,7 +56,7 @@ def outline(where: str, auto_class: Any, folder: Any, trust_remote_code: bool = 
         raise InputError(f"{where} cannot be loaded: {str(error).strip().splitlines()[0][:200]}") from None
 
 
-def check_loaded(where: str, model: Any, info: Mapping[str, Any], other_head: bool = False) -> None:
+def check_loaded(where: str, model: PreTrainedModel, info: Mapping[str, Any], other_head: bool = False) -> None:
     """Compare the tensors of a checkpoint with those of its architecture.
 
     Args:
@@ -90,13 +94,15 @@ def _named(names: list[str]) -> str:
     return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
-def embedding_rows(model: Any) -> int:
+def embedding_rows(model: PreTrainedModel) -> int:
     """How many token ids a model has a row for."""
     rows: int = model.get_input_embeddings().weight.shape[0]
     return rows
 
 
-def check_token_ids(where: str, model: Any, tokenizer: Any, used: Collection[int] | None = None) -> None:
+def check_token_ids(
+    where: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, used: Collection[int] | None = None
+) -> None:
     """Compare the tokenizer's ids with the rows of the embedding.
 
     Args:
@@ -119,10 +125,10 @@ def check_token_ids(where: str, model: Any, tokenizer: Any, used: Collection[int
         )
 
 
-def special_ids(config: Any) -> set[int]:
+def special_ids(config: PretrainedConfig) -> set[int]:
     """Token ids that a configuration gives a meaning to, in all its parts."""
 
-    def found(part: Mapping[Any, Any]) -> Iterator[int]:
+    def found(part: Mapping[object, object]) -> Iterator[int]:
         for name, value in part.items():
             if isinstance(value, Mapping):
                 yield from found(value)
@@ -132,7 +138,7 @@ def special_ids(config: Any) -> set[int]:
     return set(found(config.to_dict()))
 
 
-def _position_tables(model: Any) -> list[int]:
+def _position_tables(model: PreTrainedModel) -> list[int]:
     """Rows of the tables of positions, learnt or computed once, that a forward looks positions up in."""
     from torch import nn
 
@@ -147,7 +153,7 @@ def _position_tables(model: Any) -> list[int]:
     return limits
 
 
-def positions_of(model: Any) -> int | None:
+def positions_of(model: PreTrainedModel) -> int | None:
     """Most tokens that a model has positions for; None where its configuration sets no limit.
 
     RoBERTa and its kin count positions from behind the padding's, so that their table holds a few more.
@@ -157,12 +163,12 @@ def positions_of(model: Any) -> int | None:
     return min([*limits, *_position_tables(model)], default=None)
 
 
-def learned_positions(model: Any) -> int | None:
+def learned_positions(model: PreTrainedModel) -> int | None:
     """Most tokens whose positions a model can look up; None where it computes them, however many there are."""
     return positions_of(model) if _position_tables(model) else None
 
 
-def check_length(where: str, model: Any, setting: str, tokens: int) -> None:
+def check_length(where: str, model: PreTrainedModel, setting: str, tokens: int) -> None:
     """Compare the longest text that a setting admits with what a model reads.
 
     Raises:
@@ -175,7 +181,7 @@ def check_length(where: str, model: Any, setting: str, tokens: int) -> None:
         raise InputError(f"{setting} = {tokens}: {where} {why} {most} tokens; set it to {most} or less")
 
 
-def _same_frequencies(config: Any) -> int | None:
+def _same_frequencies(config: PretrainedConfig) -> int | None:
     """Tokens up to which rotary embeddings are the same for all texts; None where they always are."""
     scaling = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     kinds = [one for one in (scaling, *scaling.values()) if isinstance(one, Mapping)]

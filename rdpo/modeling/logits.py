@@ -10,10 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 SMALL, LARGE = 2.0**-10, 2.0**20
 TRIED = (-LARGE, -100.0, -8.0, -1.0, -SMALL, 0.0, SMALL, 1.0, 8.0, 100.0, LARGE)
@@ -32,7 +35,7 @@ class LogitTransform(NamedTuple):
         return self.softcap * torch.tanh(scaled / self.softcap) if self.softcap else scaled
 
 
-def logit_transform(model: Any) -> LogitTransform:
+def logit_transform(model: PreTrainedModel) -> LogitTransform:
     """The transform of a causal language model, whose weights may be anywhere: partitioned, or on no device.
 
     Where its forward cannot be asked, what its configuration says; `rdpo.modeling.probe` tells whether that is true.
@@ -69,7 +72,7 @@ def _fitted(products: Tensor, logits: Tensor) -> LogitTransform | None:
     return found if exact else None
 
 
-def _configured(config: Any) -> LogitTransform:
+def _configured(config: PretrainedConfig) -> LogitTransform:
     """What the best-known names of a configuration say (Cohere multiplies, Granite divides, Gemma 2 caps)."""
     cap = getattr(config, "final_logit_softcapping", None)
     if divisor := getattr(config, "logits_scaling", None):
@@ -77,9 +80,10 @@ def _configured(config: Any) -> LogitTransform:
     return LogitTransform(float(getattr(config, "logit_scale", None) or 1.0), cap)
 
 
-def _asked(model: Any, products: Tensor) -> _Asked | None:
+def _asked(model: PreTrainedModel, products: Tensor) -> _Asked | None:
     """What the model's own forward makes of an output layer's product; None if it does not run like that."""
     output = model.get_output_embeddings()
+    # By identity: tied to the embedding or not, it is found under the name that its forward calls it by.
     names = [name for name, module in model.named_modules() if module is output]
     base = getattr(model, "base_model_prefix", "")
     if not names or base not in model._modules:

@@ -44,6 +44,7 @@ class CompletionHead(nn.Module):
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Tensor:
     logits = linear(hidden, weight, bias).float()
+    # In place: a copy of a chunk's logits is as large as they are.
     if scale != 1.0:
         logits *= scale
     return softcap * torch.tanh(logits / softcap) if softcap else logits
@@ -64,6 +65,7 @@ class _ChunkedLogps(torch.autograd.Function):
         softcap: float | None,
     ) -> Tensor:
         normalisers, picked = [], []
+        # Only numbers of size (C,) outlive an iteration; the logits are made again on the way back.
         for states, ids in zip(hidden.split(chunk), labels.split(chunk), strict=True):
             logits = _logits(states, weight, bias, scale, softcap)
             picked.append(logits.gather(1, ids[:, None])[:, 0])
@@ -74,25 +76,30 @@ class _ChunkedLogps(torch.autograd.Function):
         return torch.cat(picked) - normaliser
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, labels, normaliser = ctx.saved_tensors
         chunk, scale, softcap = ctx.settings
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if ctx.needs_input_grad[2] else None
+
         for start in range(0, len(labels), chunk):
             part = slice(start, start + chunk)
             states = hidden[part]
             logits = _logits(states, weight, bias, scale, softcap)
+            # d cap * tanh(x / cap) / dx = 1 - tanh(x / cap)^2; before the logits' memory is used for the gradient.
             slope = scale * (1 - (logits / softcap).square()) if softcap else scale
             change = _logits_gradient(logits, labels[part], normaliser[part], gradients[0][part])
             change = (change.mul_(slope) if softcap or scale != 1.0 else change).to(hidden.dtype)
+
             if grad_hidden is not None:
                 torch.mm(change, weight, out=grad_hidden[part])
             if grad_weight is not None:
                 grad_weight += change.T @ states
             if grad_bias is not None:
                 grad_bias += change.sum(0, dtype=torch.float32)
+
+        # One for each argument of `forward`; chunk, scale, cap and labels have none.
         return (
             grad_hidden,
             None if grad_weight is None else grad_weight.to(weight.dtype),

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from rdpo.modeling.layout import Batch, Tokens, packed_batch, padded_batch
 from rdpo.modeling.loading import check_loaded
 from rdpo.modeling.logits import logit_transform
 from rdpo.modeling.logprobs import CompletionHead, sum_by_sequence
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class Policy(nn.Module):
     `packed` says in which layout it reads: every prompt once, without padding, or padded rows.
     """
 
-    def __init__(self, model: Any, chunk: int, packed: bool):
+    def __init__(self, model: PreTrainedModel, chunk: int, packed: bool):
         super().__init__()
         self.model = model
         self.padded_attention = self.causal.config._attn_implementation
@@ -61,12 +64,12 @@ class Policy(nn.Module):
         self.head = CompletionHead(self.causal.get_output_embeddings(), chunk, *transform)
 
     @property
-    def causal(self) -> Any:
+    def causal(self) -> PreTrainedModel:
         """The language model itself, an adapter's layers within it."""
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
     @property
-    def config(self) -> Any:
+    def config(self) -> PretrainedConfig:
         """The language model's configuration."""
         return self.causal.config.get_text_config()
 
@@ -119,6 +122,7 @@ class Policy(nn.Module):
             layout: dict[str, Any] = {"position_ids": batch.position_ids, "spans": batch.spans}
         else:
             layout = {"attention_mask": batch.attention_mask}
+        # Not of the whole model, whose head would make the logits of every position.
         hidden: Tensor = self.causal.base_model(input_ids=batch.input_ids, use_cache=False, **layout).last_hidden_state
         return hidden
 
@@ -152,11 +156,12 @@ def load_policy(folder: str | Path, settings: ForwardSettings, tuning: Tuning | 
     return as_policy(model, settings, tuning)
 
 
-def as_policy(model: Any, settings: ForwardSettings, tuning: Tuning | None = None) -> Policy:
+def as_policy(model: PreTrainedModel, settings: ForwardSettings, tuning: Tuning | None = None) -> Policy:
     """A causal language model of transformers as a policy, see `load_policy`."""
     packed = _packs(model, settings.layout)
     tuning = tuning or Tuning()
     if tuning.gradient_checkpointing:
+        # The reentrant kind passes no gradient on through inputs that need none, as those of frozen layers.
         model.gradient_checkpointing_enable({"use_reentrant": False})
     adapted = with_adapter(model, tuning.lora, tuning.seed) if tuning.lora else model
     return Policy(adapted, settings.chunk, packed)
@@ -178,7 +183,7 @@ def _four_bits(dtype: str) -> Any:
     )
 
 
-def _packs(model: Any, layout: Layout) -> bool:
+def _packs(model: PreTrainedModel, layout: Layout) -> bool:
     """Whether a model reads packed rows, by what the job asks for and by what is known of the architecture."""
     possible = attention.can_pack(model)
     if layout == "packed" and not possible:

@@ -78,6 +78,8 @@ def plan_step(
     """
     shares = [micro_batches(share, sizes, budget, packed) for share in split_evenly(pairs, sizes, num_workers)]
     most = max(len(share) for share in shares)
+
+    # For a worker without pairs of its own: the shortest one, computed for nothing.
     spare = MicroBatch((min(pairs, key=lambda pair: sizes[pair].longest),), idle=True)
     return [_extend(share, most, spare) for share in shares]
 
@@ -110,6 +112,7 @@ def _extend(batches: list[MicroBatch], count: int, spare: MicroBatch) -> list[Mi
     while len(batches) < count:
         largest = max(range(len(batches)), key=lambda index: len(batches[index].pairs))
         pairs = batches[largest].pairs
+        # Work that is split costs little more; an idle micro-batch is a forward and backward for nothing.
         if len(pairs) == 1:
             batches.append(MicroBatch(batches[-1].pairs, idle=True))
         else:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -23,6 +23,8 @@ from rdpo.modeling import attention
 from rdpo.modeling.loading import learned_positions, special_ids
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from rdpo.config import Layout
     from rdpo.modeling.model import Policy
 
@@ -88,6 +90,7 @@ def settle_layout(policy: Policy, where: str, layout: Layout = "auto") -> ReadAs
         policy.read_as(packed=True)
         why = _packed_fault(policy, texts, own, within)
         packable = not why
+
     if layout == "packed" and not packable:
         raise InputError(f"training.layout: {where} cannot be read in packed rows ({why}); use auto or padded")
     policy.read_as(packable and layout != "padded")
@@ -96,6 +99,7 @@ def settle_layout(policy: Policy, where: str, layout: Layout = "auto") -> ReadAs
 
     with _or_refused(where):
         difference = distance(policy, texts, own)
+    # Not `>`: a difference that is not a number is refused too.
     if not difference <= within:
         raise InputError(
             f"{where}: the log-probs differ by {difference:.2g} nats a token from those of the model's own logits, "
@@ -108,6 +112,7 @@ def settle_layout(policy: Policy, where: str, layout: Layout = "auto") -> ReadAs
 def _tolerance(policy: Policy, texts: Texts, own: Tensor) -> float:
     if policy.dtype in TOLERANCE:
         return TOLERANCE[policy.dtype]
+
     labels = own.argmax(-1, keepdim=True)
     otherwise = own_logps(policy.causal, texts, plain=False)
     noise = float((otherwise - own).gather(1, labels).square().mean().sqrt())
@@ -146,10 +151,11 @@ def _shown(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:SHOWN_CHARS]}"
 
 
-def probe_texts(model: Any) -> Texts:
+def probe_texts(model: PreTrainedModel) -> Texts:
     """Texts of ordinary tokens, always the same for a model; no longer than it has positions for."""
     rows, avoided = model.config.get_text_config().vocab_size, special_ids(model.config)
     ids = [token for token in range(rows) if token not in avoided] or [*range(rows)]
+    # A fixed seed: what is noted of a model must be the same at every look.
     draws, limit = np.random.default_rng(0), learned_positions(model)
 
     def text(length: int) -> list[int]:
@@ -158,11 +164,11 @@ def probe_texts(model: Any) -> Texts:
 
     return Texts(
         [text(length) for length in PROMPTS],
-        [[text(length) for length in column] for column in ANSWERS],
+        [list(map(text, column)) for column in ANSWERS],
     )
 
 
-def own_logps(model: Any, texts: Texts, plain: bool = True) -> Tensor:
+def own_logps(model: PreTrainedModel, texts: Texts, plain: bool = True) -> Tensor:
     """Log-probs (C, vocabulary) in fp32 of all tokens, where answers are predicted: by the model's own forward.
 
     Each sequence is read alone, without padding; `plain`: by the attention that transformers writes out.
@@ -198,7 +204,7 @@ def policy_logps(policy: Policy, texts: Texts) -> Tensor:
 
 
 @contextmanager
-def _plain_attention(model: Any) -> Iterator[None]:
+def _plain_attention(model: PreTrainedModel) -> Iterator[None]:
     kept = model.config._attn_implementation
     try:
         model.set_attn_implementation("eager")
@@ -212,7 +218,7 @@ def _plain_attention(model: Any) -> Iterator[None]:
         model.set_attn_implementation(kept)
 
 
-def _windows(model: Any) -> list[tuple[Any, str, int]]:
+def _windows(model: PreTrainedModel) -> list[tuple[object, str, int]]:
     """Where a model keeps the widths of its windows: its configuration and its modules."""
     holders = [model.config.get_text_config(), *model.modules()]
     found = ((holder, name, getattr(holder, name, None)) for holder, name in product(holders, WINDOWS))
@@ -220,7 +226,7 @@ def _windows(model: Any) -> list[tuple[Any, str, int]]:
 
 
 @contextmanager
-def _short_windows(model: Any) -> Iterator[None]:
+def _short_windows(model: PreTrainedModel) -> Iterator[None]:
     kept = _windows(model)
     try:
         for holder, name, width in kept:

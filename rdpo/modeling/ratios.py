@@ -41,7 +41,9 @@ class Ratios:
         """
         prompts = [self._prompt_ids(row) for row in rows]
         answers = [self._answer_ids(row, column) for row in rows]
+        # A pair without a second answer, so that the same plan of micro-batches serves.
         sizes = [PairSize(len(prompt), len(answer), 0) for prompt, answer in zip(prompts, answers, strict=True)]
+
         vocabulary, limit = self.trained.config.vocab_size, learned_positions(self.trained.causal)
         whole = [
             index
@@ -49,10 +51,13 @@ class Ratios:
             if size.prompt and size.chosen and (limit is None or size.longest <= limit)
             if max(*prompts[index], *answers[index]) < vocabulary
         ]
+
         ratios = [LogRatio()] * len(rows)
         for micro in micro_batches(whole, sizes, self.budget, self.trained.packed):
-            own = ([ids[index] for index in micro.pairs] for ids in (prompts, answers))
-            for index, nats in zip(micro.pairs, self._forward(*own), strict=True):
+            nats_of = self._forward(
+                [prompts[index] for index in micro.pairs], [answers[index] for index in micro.pairs]
+            )
+            for index, nats in zip(micro.pairs, nats_of, strict=True):
                 ratios[index] = LogRatio(nats, sizes[index].chosen)
         return ratios
 

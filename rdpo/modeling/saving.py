@@ -5,15 +5,18 @@ from __future__ import annotations
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rdpo.errors import InputError
 from rdpo.modeling.weights import CODE, CONFIG, WEIGHTS
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
 GENERATION_CONFIG = "generation_config.json"
 
 
-def save_model(model: Any, folder: Path, **options: Any) -> None:
+def save_model(model: PreTrainedModel, folder: Path, **options: Any) -> None:
     """Write weights and configuration, or an adapter; `options`: as for `save_pretrained`.
 
     transformers loads settings of generation that it then refuses to save (a temperature without `do_sample`). They are
@@ -44,7 +47,7 @@ def copy_companions(source: Path, target: Path, code: bool) -> None:
         shutil.copy(file, place)
 
 
-def check_config_saves(where: str, config: Any) -> None:
+def check_config_saves(where: str, config: PretrainedConfig) -> None:
     """Try what would otherwise be tried after training.
 
     Raises:

@@ -1,6 +1,6 @@
 """What a chat template writes, as text: up to where the assistant answers, and of a whole conversation.
 
-A template is told to write a conversation that somebody still has to answer, or one that is answered. The two need not
+A template is asked to write a conversation that somebody still has to answer, or one that is answered. The two need not
 begin alike: templates of models that think open a `<think>` block for the first and write an empty one, or none, into
 the second; others name a channel before the answer only. What a model is trained on, and asked with, is here always
 the beginning of the answered conversation.
@@ -19,6 +19,8 @@ from rdpo.config import TEMPLATE_DATE
 from rdpo.records import Messages
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from rdpo.modeling.weights import ModelRef
 
 PROBE = "answer5b1f"
@@ -49,7 +51,7 @@ class Opening:
 class Template:
     """A tokenizer's chat template, rendered by transformers in a sandbox; `day` is today for those that ask."""
 
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     day: date = TEMPLATE_DATE
     known_roles: set[tuple[str, ...]] = field(default_factory=set, compare=False, repr=False)
 
@@ -101,8 +103,8 @@ class Template:
     def fit_opening(self) -> str:
         """What it writes before an answer, beyond what a model is given when it is asked; often nothing.
 
-        A model that was trained to answer behind it can be asked there: the template asks there itself, or goes on to
-        it from where it asks.
+        A model that was trained to answer behind it can be asked there: the template asks there itself, or it writes
+        more after the place where it asks.
 
         Raises:
             Unfit: it writes the answer somewhere else, or not at all.
@@ -160,7 +162,7 @@ class Template:
         _check_in_order(messages, text)
 
 
-def reads_date(tokenizer: Any) -> bool:
+def reads_date(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether a tokenizer's chat template asks for today's date."""
     return bool(tokenizer.chat_template and DATE_FUNCTION.search(COMMENT.sub("", tokenizer.get_chat_template())))
 
@@ -184,6 +186,7 @@ def _check_in_order(messages: Messages, text: str) -> None:
         # Some templates write the first system message into the user's last one; nothing is lost by that.
         is_first_system = number == 0 and message["role"] == "system"
         forms = {message["content"].strip()}
+        # Some templates write a tool's answer as a JSON string.
         if message["role"] == "tool":
             forms.add(json.dumps(message["content"], ensure_ascii=False)[1:-1])
         ends = [text.find(form, 0 if is_first_system else place) + len(form) for form in forms if form in text[place:]]

@@ -57,7 +57,9 @@ class Price(Section):
             if not pool.gpus:
                 raise InputError(f"--prices: {pool.setting} is on the CPU; price {_kind(pool)} by per_node_hour")
             return math.ceil(largest(pool.size) * pool.gpus) * self.per_gpu_hour
-        assert self.per_node_hour is not None
+        if self.per_node_hour is None:
+            raise ValueError("a price has per_gpu_hour or per_node_hour")
+
         places = [self.cpus // pool.cpus] + ([math.floor(self.gpus / pool.gpus)] if pool.gpus else [])
         if not min(places):
             raise InputError(
@@ -127,6 +129,7 @@ def _rates_of_file(path: str) -> Rates:
 def _rates_of_run(run_dir: str) -> Rates:
     run = RunReader(run_dir)
     job, pools = run.job, pools_of(run.job)
+    # Synthesis always: all other stages' rows are counted for each of its prompts.
     stages = dict.fromkeys(["synthesis", *(pool.stage for pool in pools)])
     manifests = {stage: _uninterrupted(run, stage) for stage in stages}
     prompts = manifests["synthesis"].rows_in
@@ -134,6 +137,7 @@ def _rates_of_run(run_dir: str) -> Rates:
     pairs = manifests["training"].summary["pairs"] if "training" in manifests else 0
     if pairs:
         done["training"] = trained_rows(pairs, job.training)
+
     return Rates(
         run_dir,
         {stage: done[stage] / manifest.seconds for stage, manifest in manifests.items() if manifest.seconds},
@@ -150,6 +154,7 @@ def _uninterrupted(run: RunReader, stage: str) -> Manifest:
     if manifest is None:
         raise InputError(f"--rates {run.dir}: its {stage} stage is not finished")
     began = (folder.read_json(IN_PROGRESS) or {}).get("began")
+    # `seconds` are those of the last attempt alone: an earlier one shows in when the folder was begun.
     ended = calendar.timegm(time.strptime(manifest.created, "%Y-%m-%dT%H:%M:%SZ"))
     if began and ended - began > manifest.seconds + SLACK_S:
         raise InputError(f"--rates {run.dir}: its {stage} stage was interrupted, so its rate is not known")
@@ -182,12 +187,15 @@ def stage_costs(job: Job, prompts: int, rates: Rates, prices: Mapping[str, Price
     for pool in pools:
         if prices and _kind(pool) not in prices:
             raise InputError(f"--prices: none for {_kind(pool)}, where {pool.setting} runs; add a table of that name")
+
     costs = []
     for stage in dict.fromkeys(pool.stage for pool in pools):
         if stage not in rates.rows_per_second:
             raise InputError(f"--rates {rates.source}: nothing for {stage}; add its rows a second of one actor")
+
         own = [pool for pool in pools if pool.stage == stage]
         rows = _rows(job, stage, prompts, rates)
+        # A stage with several pools runs as fast as the slowest of them.
         hours = rows / rates.rows_per_second[stage] / min(map(rates.speedup, own)) / 3600
         paid = [prices[_kind(pool)].an_hour(pool) for pool in own if prices and not prices[_kind(pool)].reserved]
         costs.append(StageCost(stage, rows, hours, hours * sum(paid)))
@@ -219,15 +227,20 @@ def cost_table(job: Job, prompts: int | None, rates: Rates, prices: Mapping[str,
     prompts = prompts or job.synthesis.limit
     if not prompts:
         raise InputError("--rates: how many prompts? give --prompts, or synthesis.limit in the job")
+
     costs = stage_costs(job, prompts, rates, prices)
     yield _line("stage", "rows", "hours", "dollars" if prices else "")
     for cost in costs:
         yield _line(cost.stage, f"{cost.rows:,.0f}", f"{cost.hours:,.2f}", f"{cost.dollars:,.2f}" if prices else "")
+
+    # Stages that stream as one execution take as long as the longer of them.
     both = [cost.hours for cost in costs if cost.stage in ("synthesis", "rewards")]
     hours = sum(cost.hours for cost in costs) - (min(both) if rates.together and len(both) > 1 else 0.0)
+
     reserved = reserved_dollars(job, hours, prices)
     for kind, dollars in reserved.items():
         yield _line(f"{kind}, reserved", "", f"{hours:,.2f}", f"{dollars:,.2f}")
+
     total = sum(cost.dollars for cost in costs) + sum(reserved.values())
     yield _line("in all", "", f"{hours:,.2f}", f"{total:,.2f}" if prices else "")
     yield from _assumed(job, prompts, rates, bool(prices))

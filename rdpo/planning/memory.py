@@ -9,12 +9,13 @@ training on GPUs, as what FlashAttention keeps for its backward.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
@@ -22,6 +23,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from rdpo.config import Job, smallest
 from rdpo.modeling.attention import flash_by_sequence, sequences
 from rdpo.modeling.flops import Arithmetic
+from rdpo.modeling.layout import Span
 from rdpo.modeling.model import Policy, as_policy
 from rdpo.modeling.packing import PairSize, batch_tokens, epoch_steps, plan_step
 from rdpo.modeling.student import forward_settings, student_dtype, tuning_of
@@ -73,6 +75,7 @@ def rehearse(job: Job, sizes: Sequence[PairSize] = ()) -> Rehearsal:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=student.trust)
         policy = as_policy(model, forward_settings(job), tuning_of(job))
+
     for weight in policy.parameters():
         # peft leaves adapters on the meta device in float32; those of a model that is loaded have its precision.
         if weight.requires_grad:
@@ -80,9 +83,12 @@ def rehearse(job: Job, sizes: Sequence[PairSize] = ()) -> Rehearsal:
     if job.training.gpus_per_worker and policy.packed:
         AttentionInterface.register(FOOTPRINT, _footprint)
         model.set_attn_implementation(FOOTPRINT)
+
+    # A fake tensor has a shape and a device, but no memory: what is counted below would not fit here.
     with FakeTensorMode():
         _pretend_on_cpu(policy)
         peak = _step_peak(policy, heaviest(job, sizes or [typical_pair(job)] * job.training.batch_size, policy.packed))
+
     parameters = list(policy.parameters())
     return Rehearsal(
         weights=sum(one.numel() for one in parameters),
@@ -97,40 +103,47 @@ class _FlashFootprint(torch.autograd.Function):
     """Tensors of the sizes that FlashAttention makes and keeps: its sides, its output, a float32 for each score row."""
 
     @staticmethod
-    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         output = torch.empty_like(query)
         ctx.save_for_backward(query, key, value, output, query.new_empty(query.shape[:2], dtype=torch.float32))
         return output
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
         return tuple(torch.empty_like(side) for side in ctx.saved_tensors[:3])
 
 
 def _footprint(
-    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, spans: Any = (), **_: Any
-) -> tuple[torch.Tensor, None]:
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    spans: Sequence[Span] = (),
+    **_: object,
+) -> tuple[Tensor, None]:
     """Packed attention on a GPU, without its arithmetic; as transformers calls it."""
 
-    def kernel(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        output: torch.Tensor = _FlashFootprint.apply(queries, keys, values)  # type: ignore[no-untyped-call]
+    def kernel(queries: Tensor, keys: Tensor, values: Tensor, *_: object, **__: object) -> Tensor:
+        output: Tensor = _FlashFootprint.apply(queries, keys, values)  # type: ignore[no-untyped-call]
         return output
 
-    return flash_by_sequence(query, key, value, sequences(spans, query.device), None, None, kernel), None
+    placed = sequences(spans, query.device)
+    return flash_by_sequence(query, key, value, placed, scaling=None, window=None, kernel=kernel), None
 
 
 def _pretend_on_cpu(policy: Policy) -> None:
     """Give a model on the meta device weights with fake storage; tied weights stay tied."""
     weights = {id(one): torch.nn.Parameter(_like(one), one.requires_grad) for one in policy.parameters()}
     for module in policy.modules():
-        module._parameters.update(
-            {name: None if one is None else weights[id(one)] for name, one in module._parameters.items()}
-        )
-        module._buffers.update({name: None if one is None else _like(one) for name, one in module._buffers.items()})
+        for name, parameter in module._parameters.items():
+            module._parameters[name] = None if parameter is None else weights[id(parameter)]
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else _like(buffer)
     policy.train()
 
 
-def _like(tensor: torch.Tensor) -> torch.Tensor:
+def _like(tensor: Tensor) -> Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
 
 
@@ -140,16 +153,21 @@ def heaviest(job: Job, sizes: Sequence[PairSize], packed: bool) -> list[PairSize
     workers = smallest(training.num_workers)
     steps = islice(step_pairs(len(sizes), job), epoch_steps(len(sizes), training.batch_size))
     plans = (plan_step(pairs, sizes, workers, training.tokens_per_batch, packed) for pairs in steps)
-    micros = ([sizes[pair] for pair in micro.pairs] for plan in plans for share in plan for micro in share)
-    return max(micros, key=lambda micro: batch_tokens(micro, packed), default=list(sizes[:1]))
+    micros = chain.from_iterable(chain.from_iterable(plans))
+    pairs_of = ([sizes[pair] for pair in micro.pairs] for micro in micros)
+    return max(pairs_of, key=lambda pairs: batch_tokens(pairs, packed), default=list(sizes[:1]))
 
 
 def _step_peak(policy: Policy, pairs: Sequence[PairSize]) -> int:
     """Most bytes that forward and backward of a micro-batch hold beyond weights and their gradients."""
-    lengths = zip(*((pair.prompt, pair.chosen, pair.rejected) for pair in pairs), strict=True)
-    batch = policy.batch(*([[0] * length for length in column] for column in lengths))
+    prompts = [[0] * pair.prompt for pair in pairs]
+    chosen = [[0] * pair.chosen for pair in pairs]
+    rejected = [[0] * pair.rejected for pair in pairs]
+    batch = policy.batch(prompts, chosen, rejected)
+
     held = [*policy.parameters(), *policy.buffers()]
     for weight in policy.parameters():
+        # Gradients are counted apart, for ZeRO spreads them over the workers.
         if weight.requires_grad:
             weight.register_post_accumulate_grad_hook(_forget_gradient)
     with Memory(held) as memory:
@@ -158,28 +176,31 @@ def _step_peak(policy: Policy, pairs: Sequence[PairSize]) -> int:
     return peak
 
 
-def _forget_gradient(weight: torch.Tensor) -> None:
+def _forget_gradient(weight: Tensor) -> None:
     weight.grad = None
 
 
 class Memory(TorchDispatchMode):
     """Bytes of all tensors made in its context, as they are now and at most."""
 
-    def __init__(self, held: list[torch.Tensor]):
+    def __init__(self, held: list[Tensor]):
         super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self.known = WeakIdKeyDictionary()
         for tensor in held:
             self.known[tensor.untyped_storage()] = True
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
         """Run an operation and count what it made."""
         result = function(*args, **(kwargs or {}))
-        tree_map_only(torch.Tensor, self._count, result)
+        tree_map_only(Tensor, self._count, result)
         return result
 
-    def _count(self, tensor: torch.Tensor) -> None:
+    def _count(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
+        # A view shares its storage, and is no new memory.
         if storage in self.known:
             return
         self.known[storage] = True

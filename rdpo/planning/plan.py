@@ -43,10 +43,13 @@ def plan(job: Job, gpu: str | None, workers: int | None, sizes: Sequence[PairSiz
         raise InputError(f"--workers {workers}: each needs a pair in a step, and training.batch_size is less; raise it")
     changes = {"num_workers": workers, **({"gpus_per_worker": 1} if gpu else {})}
     job = job.model_copy(update={"training": job.training.model_copy(update=changes)})
+
     rehearsal = rehearse(job, sizes)
     parts = worker_memory(job, rehearsal)
     yield _headline(job, rehearsal, gpu)
     yield from _memory(parts, GPUS[gpu].memory_gib if gpu else None)
+
+    # Of a GPU only the rate of products in bfloat16 is known.
     if (gpu and student_dtype(job) == "bfloat16") or not job.training.gpus_per_worker:
         yield from _speed(job, rehearsal, gpu, sizes or [typical_pair(job)])
     elements = backend_of(job).elements_sent(job, rehearsal.weights, rehearsal.trained)
@@ -69,6 +72,7 @@ def _memory(parts: dict[str, int], limit: float | None) -> Iterator[str]:
     for name, amount in parts.items():
         if amount:
             yield f"  {name:<20}{amount / GIB:>8.2f}"
+
     total = sum(parts.values()) / GIB
     yield f"  {'total':<20}{total:>8.2f}" + (f" of {limit:.0f}" if limit else "")
     if limit and total > limit:
@@ -91,10 +95,12 @@ def _speed(job: Job, rehearsal: Rehearsal, gpu: str | None, sizes: Sequence[Pair
 def _messages(job: Job, rehearsal: Rehearsal, gpu: Gpu, sizes: Sequence[PairSize], elements: int) -> str:
     """What a step sends, so many elements in a micro-batch, beside its products."""
     training, workers = job.training, smallest(job.training.num_workers)
+    # One worker's part of a step, in pairs of the mean size.
     share = training.batch_size / workers / len(sizes)
     tokens = share * sum(size.packed if rehearsal.packed else size.tokens for size in sizes)
     micros = max(1, math.ceil(tokens / training.tokens_per_batch))
     flops = share * rehearsal.arithmetic.flops(sizes, rehearsal.packed)
+
     cost = sent(flops / micros, elements, workers, gpu, ASSUMED_MFU * gpu.flops)
     amount = micros * bytes_sent(elements, workers) / GIB
     best, worst = (cost.products / seconds for seconds in cost.range)

@@ -14,8 +14,9 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 import ray
 import ray.train
@@ -32,6 +33,11 @@ from rdpo.modeling.probe import own_logps, policy_logps, probe_texts
 from rdpo.modeling.saving import copy_companions, save_model
 from rdpo.training.backend import Backend
 from rdpo.training.metrics import StepMetrics
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+T = TypeVar("T")
 
 EXPORT = "policy"
 MERGED = "merged"
@@ -100,7 +106,8 @@ def is_whole(directory: Path) -> bool:
     noted = sorted(directory.glob(SUMS.format("*")))
     try:
         sums = [json.loads(path.read_text(encoding="utf-8")) for path in noted]
-        written = {name: expected for one in sums for name, expected in one.items()}
+        written = dict(chain.from_iterable(one.items() for one in sums))
+        # Each worker reads a share of all files, so that the look takes no longer with more workers.
         mine = sorted(written)[dist.get_rank() :: dist.get_world_size()]
         return bool(sums) and all(_checksum(directory / name) == written[name] for name in mine)
     except (OSError, ValueError):
@@ -122,7 +129,8 @@ def last_checkpoint(backend: type[Backend]) -> Iterator[Saved | None]:
     with ExitStack() as opened:
         for one in sorted(reported, key=lambda one: one.metrics.get("step", 0), reverse=True):
             directory = Path(opened.enter_context(one.checkpoint.as_directory()))
-            if all(_told_by_all(is_whole(directory))):
+            # Workers on different steps would wait for each other: one that sees damage has all pass this one over.
+            if all(_of_all_workers(is_whole(directory))):
                 yield opened.enter_context(_fitted(directory, backend))
                 return
         yield None
@@ -138,7 +146,7 @@ def _fitted(directory: Path, backend: type[Backend]) -> Iterator[Saved]:
     first = ray.train.get_context().get_local_rank() == 0
     folder = tempfile.mkdtemp(prefix="rdpo-converted-") if first else ""
     node = ray.get_runtime_context().get_node_id()
-    own = next(path for path, at in _told_by_all((folder, node)) if path and at == node)
+    own = next(path for path, at in _of_all_workers((folder, node)) if path and at == node)
     try:
         if first:
             backend.convert(directory, Path(own))
@@ -151,8 +159,9 @@ def _fitted(directory: Path, backend: type[Backend]) -> Iterator[Saved]:
             shutil.rmtree(own, ignore_errors=True)
 
 
-def _told_by_all(value: Any) -> list[Any]:
-    values: list[Any] = [None] * dist.get_world_size()
+def _of_all_workers(value: T) -> list[T]:
+    # What it is filled with does not matter.
+    values = [value] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
 
@@ -184,6 +193,7 @@ def finish_policy(exported: Path, base: Path, merged: Path, trust_remote_code: b
     from transformers import AutoConfig
 
     shutil.rmtree(merged, ignore_errors=True)
+
     adapter = (exported / "adapter_config.json").is_file()
     found: dict[str, float] = {}
     model = load_whole(base if adapter else exported, torch.float32, trust_remote_code)
@@ -207,7 +217,7 @@ def finish_policy(exported: Path, base: Path, merged: Path, trust_remote_code: b
     return found
 
 
-def load_whole(folder: Path, dtype: torch.dtype | str, trust_remote_code: bool) -> Any:
+def load_whole(folder: Path, dtype: torch.dtype | str, trust_remote_code: bool) -> PreTrainedModel:
     """A causal language model of a folder, in evaluation mode.
 
     Raises:
@@ -227,7 +237,7 @@ def load_whole(folder: Path, dtype: torch.dtype | str, trust_remote_code: bool) 
     return model.eval()
 
 
-def _merged(model: Any, exported: Path) -> tuple[Any, float]:
+def _merged(model: PreTrainedModel, exported: Path) -> tuple[PreTrainedModel, float]:
     """The model with its adapter merged, and how far its log-probs are from those that training made of the two."""
     from peft import PeftModel
 
@@ -238,8 +248,8 @@ def _merged(model: Any, exported: Path) -> tuple[Any, float]:
     return whole, _check_same(trained, own_logps(whole, texts), exported, "merged", "with its adapter")
 
 
-def _round(model: Any, dtype: torch.dtype) -> None:
-    """Give the tensors that are stored the values that they have in `dtype`; the model goes on computing in its own.
+def _round(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Give the tensors that are stored the values that they have in `dtype`; the model still computes in its own.
 
     `model.to(dtype)` would round rotary frequencies too, which no folder holds and every load computes anew in fp32.
     """
@@ -248,7 +258,7 @@ def _round(model: Any, dtype: torch.dtype) -> None:
             tensor.copy_(tensor.to(dtype))
 
 
-def _say_whether_tied(model: Any) -> None:
+def _say_whether_tied(model: PreTrainedModel) -> None:
     """Let the configuration say so where the head has weights of its own: engines go by that, not by the tensors."""
     head, config = model.get_output_embeddings(), model.config.get_text_config()
     if head is not None and head.weight is not model.get_input_embeddings().weight:
@@ -258,6 +268,7 @@ def _say_whether_tied(model: Any) -> None:
 def _check_same(expected: Tensor, actual: Tensor, exported: Path, one: str, other: str) -> float:
     """The largest difference of two tables of log-probs, which must not be one."""
     difference = float((actual - expected).abs().max())
+    # Written this way round, so that a difference that is not a number is refused too.
     if not difference <= SAME:
         raise InputError(
             f"policy: the model {one} has other log-probs than that {other}, by up to {difference:.2g} nats, "

@@ -108,6 +108,7 @@ class DeepSpeedBackend:
 
     def load(self, folder: Path) -> Mapping[str, Any]:
         """Go on from a checkpoint; the state saved with it."""
+        # A checkpoint of an adapter holds no frozen weights, which the model has already.
         strict = not self.policy.adapted
         _, state = self.engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=strict)
         loaded: Mapping[str, Any] = state
@@ -176,6 +177,7 @@ class DeepSpeedBackend:
         stage, size = stage_of(job.training, dtype), getattr(torch, dtype).itemsize
         workers = smallest(job.training.num_workers)
         trained, share = weights.trained, -(-weights.trained // workers)
+
         parts = {
             "weights": weights.size // (workers if stage == 3 else 1),
             "gathered weights": min(weights.elements, LIVE) * size if stage == 3 else 0,
@@ -184,6 +186,7 @@ class DeepSpeedBackend:
             "gradients": size * (share if stage >= 2 else trained) + (4 * share if stage else 0),
             "buckets": min(BUCKET, trained) * size if stage else 0,
         }
+
         offloaded = _offloaded(job.training, stage)
         return {name: amount for name, amount in parts.items() if name not in offloaded}
 
@@ -211,10 +214,12 @@ def zero_config(training: Training, dtype: str, universal: bool = False) -> dict
         zero["stage3_prefetch_bucket_size"] = BUCKET
         zero["stage3_param_persistence_threshold"] = PERSISTENT
         zero["stage3_max_live_parameters"] = zero["stage3_max_reuse_distance"] = LIVE
+
     if training.offload != "none" and stage >= 1:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": training.gpus_per_worker > 0}
     if training.offload == "all" and stage == 3:
         zero["offload_param"] = {"device": "cpu", "pin_memory": training.gpus_per_worker > 0}
+
     adamw: dict[str, Any] = {
         "lr": training.learning_rate,
         "weight_decay": training.weight_decay,
@@ -223,6 +228,7 @@ def zero_config(training: Training, dtype: str, universal: bool = False) -> dict
     if training.gpus_per_worker:
         # One kernel for all weights; offloaded, all cores instead of one.
         adamw["fused"] = True
+
     config = _engine_config(training, dtype, universal, zero, adamw)
     if stage == 3 and dtype == "bfloat16":
         # Sums of many small gradients in bfloat16 lose those that come last. Stages 1 and 2 keep theirs in another
@@ -241,6 +247,7 @@ def _engine_config(
         "bf16": {"enabled": dtype == "bfloat16"},
         "optimizer": {"type": "AdamW", "params": adamw},
         "zero_optimization": zero,
+        # DeepSpeed's own optimizer for the CPU is compiled at its first use.
         "zero_force_ds_cpu_optimizer": False,
         "checkpoint": {"load_universal": universal},
         "steps_per_print": 1 << 30,

@@ -56,6 +56,7 @@ def _moved_part(name: str, tensor: Tensor, base: Path, alpha: float) -> Tensor:
         return tensor
     if SECOND_MATRIX.search(name):
         return tensor * (1 + alpha)
+
     start = None if OTHER_ADAPTER.search(name) else _stored(base, IN_BASE.sub("", name))
     if start is None or start.shape != tensor.shape:
         raise InputError(

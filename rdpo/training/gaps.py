@@ -22,6 +22,7 @@ class GapScale:
     @classmethod
     def fitted(cls, gaps: Sequence[float], norm: str) -> GapScale:
         """The scale from all gaps: 1, their standard deviation, or the largest size."""
+        # 1 where all gaps are alike: there is nothing to divide by.
         if norm == "zscore":
             return cls(_spread(gaps) or 1.0)
         if norm == "range01":

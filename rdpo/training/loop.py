@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import pyarrow as pa
@@ -24,7 +25,7 @@ from rdpo.errors import InputError
 from rdpo.files.stage_folder import StageFolder
 from rdpo.modeling.flops import Arithmetic
 from rdpo.modeling.packing import MicroBatch, PairSize, epoch_order, epoch_steps, plan_step
-from rdpo.records import HELDOUT, ID_COLUMN, SIDES
+from rdpo.records import HELDOUT, ID_COLUMN, SIDES, Row
 from rdpo.training.backend import Backend, backend_of
 from rdpo.training.gaps import GapScale
 from rdpo.training.losses import PairLogps, implicit_rewards, preference_loss, reward_terms
@@ -66,6 +67,7 @@ class PairTable:
     @classmethod
     def of(cls, rows: pa.Table) -> PairTable:
         """The rows of a reference stage, in any order."""
+        # Parts are stored in the order in which actors finished them; what a step trains on must not depend on that.
         table = rows.select(COLUMNS).sort_by(ID_COLUMN).combine_chunks()
         lengths = [pa.compute.list_value_length(table[name]).to_pylist() for name in COLUMNS[1:4]]
         return cls(table, [PairSize(*parts) for parts in zip(*lengths, strict=True)])
@@ -115,8 +117,11 @@ class Trainer:
         torch.manual_seed(job.seed)
         self.engine = (backend or backend_of(job)).build(job, device, converted)
         self.policy = self.engine.policy
+
+        # Of all pairs, and fixed: a scale of each batch would make a loss depend on its neighbours.
         gaps = data.table["reward_gap"].to_pylist()
         self.scale = GapScale.fitted(gaps, job.training.reward_norm)
+
         self.skipped = 0
         self.arithmetic = Arithmetic.of(self.policy)
         self.peak = peak_flops(device)
@@ -139,6 +144,7 @@ class Trainer:
             loss = self._micro_batch_loss(micro, self.workers / len(pairs), sums)
             self.engine.backward(loss, last=number == len(share))
 
+        # Both are collective: every worker must come here, also one whose own loss is not finite.
         reduced = sums.reduced()
         norm = self.engine.step()
         skipped = not math.isfinite(norm)
@@ -160,7 +166,7 @@ class Trainer:
             **({"mfu": flops / self.peak} if self.peak else {}),
         }
 
-    def margins(self, heldout: PairTable) -> list[dict[str, Any]]:
+    def margins(self, heldout: PairTable) -> list[Row]:
         """How far the policy prefers the chosen side of pairs it was not trained on, on every worker.
 
         `margin` is beta * Delta, the difference of the implicit rewards.
@@ -169,17 +175,20 @@ class Trainer:
         found: list[tuple[str, float]] = []
         everything = list(range(len(heldout)))
         plan = plan_step(everything, heldout.sizes, self.workers, self.job.training.tokens_per_batch, packed)
+
         self.engine.set_training(False)
         with torch.no_grad():
             for micro in plan[self.rank]:
+                # Idle ones too: under ZeRO-3 a worker that leaves out a forward leaves the others waiting for ever.
                 outcome = self.outcome(micro, heldout)
                 if not micro.idle:
                     rewards = (outcome.chosen_rewards - outcome.rejected_rewards).tolist()
                     found.extend(zip(heldout.rows(micro.pairs)[ID_COLUMN], rewards, strict=True))
         self.engine.set_training(True)
-        shares: list[Any] = [None] * self.workers
+
+        shares: list[list[tuple[str, float]]] = [[] for _ in range(self.workers)]
         torch.distributed.all_gather_object(shares, found)
-        return [{ID_COLUMN: name, "margin": margin} for share in shares for name, margin in share]
+        return [{ID_COLUMN: name, "margin": margin} for name, margin in chain.from_iterable(shares)]
 
     def _skip(self, loss: float, pairs: list[int]) -> None:
         self.skipped += 1
@@ -194,10 +203,12 @@ class Trainer:
         """Forward of one micro-batch: its loss, scaled, as a scalar to go backward from."""
         outcome = self.outcome(micro, self.data)
         total = outcome.loss.sum()
+
         # An infinite loss can have a finite gradient; the step must not be taken all the same.
         spoil = torch.where(total.isfinite(), 1.0, torch.nan)
         if not micro.idle:
             sums.add(outcome, sum(self.data.sizes[pair].tokens for pair in micro.pairs))
+
         # An idle micro-batch counts for nothing, but the other workers wait for its collectives.
         return total * spoil * (0.0 if micro.idle else scale)
 
@@ -206,11 +217,14 @@ class Trainer:
         training, rows = self.job.training, data.rows(micro.pairs)
         batch = self.policy.batch(rows["prompt_ids"], rows["chosen_ids"], rows["rejected_ids"])
         batch = batch.to(self.device)
+
+        # The first answers of all pairs stand before the second ones, see `rdpo.modeling.layout`.
         chosen, rejected = self.engine.forward(batch).chunk(2)
         lengths = batch.lengths.chunk(2)
         references = (chosen.new_tensor(rows[f"reference_{side}_logps"]) for side in SIDES)
         logps = PairLogps(chosen, rejected, *references, *lengths)
         reward = reward_terms(self.scale(chosen.new_tensor(rows["reward_gap"])), training)
+
         return PairOutcome(
             loss=preference_loss(logps, reward, training),
             sft_loss=logps.nll,

@@ -120,6 +120,7 @@ def _ratio(logps: PairLogps, loss: Loss) -> Tensor:
 def _cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
     """-q log sigmoid(z) - (1 - q) log sigmoid(-z), exactly -log sigmoid(z) where q = 1."""
     right = -logsigmoid(logits)
+    # Chosen, not multiplied by 0: where the other term is infinite, 0 times it is not a number.
     return torch.where(label == 1, right, label * right - (1 - label) * logsigmoid(-logits))
 
 
@@ -174,6 +175,7 @@ def orpo(logps: PairLogps, reward: RewardTerms, label: Tensor, loss: Loss) -> Te
 def _log1mexp(log_probability: Tensor) -> Tensor:
     """log(1 - exp(x)) of x < 0, without cancellation near 0."""
     safe = log_probability.clamp_max(-1e-7)
+    # Either form loses its digits on the other side of -log 2 (Maechler, 2012).
     return torch.where(safe > -0.6931, torch.log(-torch.expm1(safe)), torch.log1p(-torch.exp(safe)))
 
 

@@ -73,6 +73,7 @@ class MetricSums:
 
     def add(self, outcome: PairOutcome, tokens: int) -> None:
         """Count one micro-batch of `tokens` real tokens."""
+        # They stay on the device until the step ends: each number read from a GPU waits for all its work.
         counts = self.sums.new_tensor([len(outcome.loss), tokens])
         self.sums += torch.cat([outcome.sums(), counts])
 

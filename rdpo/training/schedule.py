@@ -19,6 +19,7 @@ def learning_rate(step: int, total: int, peak: float, warmup_ratio: float, sched
     """Learning rate of a step (from 0): linear warm-up, then linear or cosine decay to 0, or constant."""
     warmup = math.ceil(total * warmup_ratio)
     if step < warmup:
+        # So that the first step moves the weights, and the first after the warm-up has the whole rate.
         return peak * (step + 1) / (warmup + 1)
     progress = (step - warmup) / max(total - warmup, 1)
     shapes = {"linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress)), "constant": 1.0}

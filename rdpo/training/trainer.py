@@ -9,10 +9,10 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from pathlib import Path
-from typing import Any
 
 import ray
 import ray.train
+from ray.actor import ActorHandle
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -109,21 +109,24 @@ def train(
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     sink = ray.remote(num_cpus=0, scheduling_strategy=here)(MetricsSink).remote()
     result = _Fit(_torch_trainer(job, run_dir, folder, sink), history, sink).result()
+
     if reason := ray.get(sink.reason.remote()):
         history.write()
         raise NonFiniteStep(reason)
     if result.checkpoint is None:
         raise RuntimeError("training ended without a checkpoint")
+
     with _leaving(result, job).as_directory() as directory:
         folder.put(Path(directory) / EXPORT, EXPORT)
         folder.write_bytes(HELDOUT_MARGINS, (Path(directory) / HELDOUT_MARGINS).read_bytes())
     return history.write()
 
 
-def _leaving(result: Any, job: Job) -> ray.train.Checkpoint:
+def _leaving(result: ray.train.Result, job: Job) -> ray.train.Checkpoint:
     """The checkpoint whose weights leave training."""
     if job.training.select == "last" or LOSS not in result.metrics:
         return result.checkpoint
+    # The newer one of equals, as `best_step` takes it.
     return min(reversed(result.best_checkpoints), key=lambda kept: kept[1].get(LOSS, math.inf))[0]
 
 
@@ -132,15 +135,18 @@ def heldout_margins(folder: StageFolder) -> dict[str, float]:
     return {row[ID_COLUMN]: row["margin"] for row in folder.read_lines(HELDOUT_MARGINS)}
 
 
-def _torch_trainer(job: Job, run_dir: str, folder: StageFolder, sink: Any) -> TorchTrainer:
+def _torch_trainer(job: Job, run_dir: str, folder: StageFolder, sink: ActorHandle) -> TorchTrainer:
     training = job.training
+
     # Ray Train's workers have a working directory of their own.
     student = job.student.model_copy(update={"model": named_anywhere(job.student.model)})
     job = job.model_copy(update={"student": student})
+
     cores = worker_cores(training) if len(ray.nodes()) == 1 else training.cpus_per_worker or 1
     resources: dict[str, float] = {"CPU": cores, **(share_of(job.cluster.placement.trainer) or {})}
     if training.gpus_per_worker:
         resources["GPU"] = training.gpus_per_worker
+
     return TorchTrainer(
         train_worker,
         train_loop_config={"job": job, "run_dir": run_dir, "sink": sink, "cores": cores},
@@ -177,7 +183,7 @@ class _History:
         self.steps = {int(metrics["step"]): metrics for metrics in folder.read_lines(METRICS)}
         self.written = time.monotonic()
 
-    def take(self, sink: Any) -> None:
+    def take(self, sink: ActorHandle) -> None:
         """Keep what the sink has, and write it down now and then."""
         steps, warnings = ray.get(sink.take.remote())
         for metrics in steps:
@@ -207,9 +213,9 @@ class _Fit:
     In the main thread Ray would end the process by itself when it is interrupted, without a checkpoint.
     """
 
-    def __init__(self, trainer: TorchTrainer, history: _History, sink: Any):
+    def __init__(self, trainer: TorchTrainer, history: _History, sink: ActorHandle):
         self.history, self.sink = history, sink
-        self.future: Future[Any] = Future()
+        self.future: Future[ray.train.Result] = Future()
         threading.Thread(target=self._run, args=(trainer,), daemon=True).start()
 
     def _run(self, trainer: TorchTrainer) -> None:
@@ -218,13 +224,14 @@ class _Fit:
         except BaseException as error:
             self.future.set_exception(error)
 
-    def result(self) -> Any:
+    def result(self) -> ray.train.Result:
         """What Ray Train returns, once it has ended."""
         try:
             self._follow()
         except KeyboardInterrupt as request:
             self.history.on_warning("stopping after the present step; interrupt again to stop at once")
             ray.get(self.sink.stop.remote())
+            # It ends with a checkpoint of the step it is in, so there are metrics to come.
             self._follow()
             self.history.write()
             raise request

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import FrameType
 
 PACKAGE = str(Path(__file__).resolve().parents[1]) + os.sep
 WAITING_IN = ("torch/distributed", "deepspeed/comm")
@@ -58,9 +58,11 @@ class Pulse:
 
     def held_up(self, now: float) -> str:
         """The workers that the others wait for, and where they are."""
-        unheard = [rank for rank in range(self.workers) if rank not in self.beats]
-        silent = sorted([*unheard, *(rank for rank, (heard, _) in self.beats.items() if now - heard > self.limit / 2)])
+        never = [rank for rank in range(self.workers) if rank not in self.beats]
+        no_more = [rank for rank, (last, _) in self.beats.items() if now - last > self.limit / 2]
+        silent = sorted([*never, *no_more])
         busy = _elsewhere([beat for _, beat in self.beats.values() if beat.rank not in silent])
+
         steps = max(beat.steps for _, beat in self.beats.values())
         reasons = [f"rank {rank} says nothing any more" for rank in silent]
         reasons += [f"rank {beat.rank} is in {beat.place}" for beat in sorted(busy, key=lambda beat: beat.rank)]
@@ -69,7 +71,7 @@ class Pulse:
 
 
 def _elsewhere(beats: list[Beat]) -> list[Beat]:
-    """The workers that do not wait for others, of those that are heard.
+    """The workers that do not wait for others, of those that still speak.
 
     Where none is in a collective operation, those at the most common place wait; none does if two places are equally
     common, for then nobody knows who waits for whom.
@@ -105,15 +107,20 @@ class Watchdog:
         while not self.ended.wait(self.pause):
             place, waits = whereabouts(sys._current_frames().get(self.loop))
             if self.say(Beat(self.rank, self.steps, place, waits)):
+                # `sys.exit` would end this thread alone, and no exception reaches one that hangs inside a library.
                 os._exit(HANGS)
 
 
-def whereabouts(frame: Any) -> tuple[str, bool]:
+def whereabouts(frame: FrameType | None) -> tuple[str, bool]:
     """The innermost place of a thread in this package, and whether it is in a collective operation."""
     if frame is None:
         return "no Python code", False
     stack = traceback.extract_stack(frame)
     own = [entry for entry in stack if entry.filename.startswith(PACKAGE)] or list(stack)
-    waits = any(place in entry.filename for entry in stack[-6:] for place in WAITING_IN)
+    waits = any(_is_collective(entry.filename) for entry in stack[-6:])
     last = own[-1]
     return f"{os.path.basename(last.filename)}:{last.lineno} ({last.name})", waits
+
+
+def _is_collective(filename: str) -> bool:
+    return any(place in filename for place in WAITING_IN)

@@ -8,6 +8,7 @@ from typing import Any
 
 import ray
 import torch
+from ray.actor import ActorHandle
 from ray.train.torch import get_device
 
 from rdpo.config import Job
@@ -30,12 +31,16 @@ def train_worker(config: dict[str, Any]) -> None:
     job: Job = config["job"]
     if not job.training.gpus_per_worker:
         torch.set_num_threads(config["cores"])
+        # By itself DeepSpeed goes by what the machine has, not by what Ray gave this worker.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
     data, backend = PairTable.load(config["run_dir"]), backend_of(job)
     with last_checkpoint(backend) as saved:
         trainer = Trainer(job, data, get_device(), saved is not None and saved.converted, backend)
         history = restore_checkpoint(trainer.engine, saved)
+    # The allowance is the whole run's, not one attempt's.
     trainer.skipped = sum(int(step["skipped"]) for step in history)
+
     heldout = HeldoutPairs(config["run_dir"])
     try:
         ended = _all_steps(trainer, history, heldout, config["sink"])
@@ -44,29 +49,33 @@ def train_worker(config: dict[str, Any]) -> None:
         if trainer.rank == 0:
             ray.get(config["sink"].give_up.remote(str(error)))
         return
+
     if ended and not heldout.margins:
         heldout.measure(trainer)
     _save(trainer, history, heldout, ended, last=True)
 
 
-def _all_steps(trainer: Trainer, history: list[StepMetrics], heldout: HeldoutPairs, sink: Any) -> bool:
+def _all_steps(trainer: Trainer, history: list[StepMetrics], heldout: HeldoutPairs, sink: ActorHandle) -> bool:
     """Take the steps that are left, with a checkpoint now and then; false if training was asked to stop before."""
     job, pairs = trainer.job, len(trainer.data)
     total, taken = total_steps(pairs, job), len(history)
     if trainer.rank == 0:
         ray.get(sink.begin.remote(job.training.hang_after_s, trainer.workers))
     stop, noticed = _tell(trainer, sink, history), False
+
     with Watchdog(trainer.rank, job.training.hang_after_s, lambda beat: ray.get(sink.beat.remote(beat))) as watchdog:
         for index, batch in islice(enumerate(step_pairs(pairs, job)), taken, total):
             if stop:
                 return False
             watchdog.steps = index
             history.append(trainer.step(index, total, batch))
+
             notice = not noticed and _notice(trainer, sink, index + 1)
             noticed = noticed or notice
             due = notice or (index + 1) % job.training.checkpoint_every == 0
             if due or index + 1 == total:
                 history[-1] |= heldout.measure(trainer)
+
             stop = _tell(trainer, sink, history[-1:])
             if due and index + 1 < total and not stop:
                 _save(trainer, history, heldout, ended=False)
@@ -80,7 +89,7 @@ def _save(trainer: Trainer, history: list[StepMetrics], heldout: HeldoutPairs, e
     save_checkpoint(trainer.engine, history, heldout.lines() if leaves else None, last)
 
 
-def _notice(trainer: Trainer, sink: Any, step: int) -> bool:
+def _notice(trainer: Trainer, sink: ActorHandle, step: int) -> bool:
     """Whether a node of this training is about to be taken away, as Ray heard from its cloud; says so."""
     preemption = ray.train.get_preemption_info()
     if preemption and trainer.rank == 0:
@@ -90,7 +99,7 @@ def _notice(trainer: Trainer, sink: Any, step: int) -> bool:
     return preemption is not None
 
 
-def _tell(trainer: Trainer, sink: Any, steps: list[StepMetrics]) -> bool:
+def _tell(trainer: Trainer, sink: ActorHandle, steps: list[StepMetrics]) -> bool:
     """Tell the driver of some steps; whether it wants training to stop. All workers hear the same answer."""
     stop = trainer.rank == 0 and ray.get(sink.record.remote(steps))
     answer = torch.tensor([float(stop)], device=trainer.device)

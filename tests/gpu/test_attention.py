@@ -48,18 +48,18 @@ def errors(attend, shape, spans, *settings):
     (ours.float() * weight).sum().backward()
 
     window, softcap = (*settings, None)[:2]
-    reference = attend_by_span(*high, spans, None, window, softcap)
+    reference = attend_by_span(*high, spans, scaling=None, window=window, softcap=softcap)
     (reference * weight).sum().backward()
     gradients = (relative_error(one.grad, other.grad) for one, other in zip(low, high, strict=True))
     return [relative_error(ours, reference), *gradients]
 
 
 def flash(query, key, value, spans, scaling, window):
-    return flash_by_sequence(query, key, value, sequences(spans, query.device), scaling, window)
+    return flash_by_sequence(query, key, value, sequences(spans, query.device), scaling=scaling, window=window)
 
 
 def flex(query, key, value, spans, scaling, window, softcap):
-    return flex_by_block(query, key, value, spans, scaling, window, softcap).transpose(1, 2)
+    return flex_by_block(query, key, value, spans, scaling=scaling, window=window, softcap=softcap).transpose(1, 2)
 
 
 @pytest.mark.parametrize("length", [97, 129, 1000, 8191])

@@ -122,8 +122,9 @@ def test_flex_attention_equals_attention_by_span(window, softcap):
     spans = packed_batch(PROMPTS, [CHOSEN, REJECTED]).spans
     query = torch.randn(1, 4, spans[-1].end, 16)
     key, value = torch.randn(2, 1, 2, spans[-1].end, 16)
-    expected = attend_by_span(query, key, value, spans, 0.3, window, softcap).transpose(1, 2)
-    actual = flex_by_block(query, key, value, spans, 0.3, window, softcap)
+    scores = {"scaling": 0.3, "window": window, "softcap": softcap}
+    expected = attend_by_span(query, key, value, spans, **scores).transpose(1, 2)
+    actual = flex_by_block(query, key, value, spans, **scores)
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
 
 

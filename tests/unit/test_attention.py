@@ -34,8 +34,8 @@ def test_flash_attention_by_sequence_equals_attention_by_span(window):
     drawn = [torch.randn(1, heads, length, SIZE) for heads in (HEADS, KEY_HEADS, KEY_HEADS)]
     ours, theirs = ([side.clone().requires_grad_() for side in drawn] for _ in range(2))
 
-    actual = attention.flash_by_sequence(*ours, placed, 0.3, window, plain_varlen)
-    expected = attention.attend_by_span(*theirs, SPANS, 0.3, window, None)
+    actual = attention.flash_by_sequence(*ours, placed, scaling=0.3, window=window, kernel=plain_varlen)
+    expected = attention.attend_by_span(*theirs, SPANS, scaling=0.3, window=window, softcap=None)
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
 
     weight = torch.randn_like(expected)
