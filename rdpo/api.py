@@ -64,6 +64,7 @@ def run(
     try:
         execute(checked, place, fresh=fresh, until=until)
     except Exception as error:
+        # Ray wraps what a worker raised in errors of its own.
         if bad_input := input_error_within(error):
             raise bad_input from None
         raise
@@ -126,6 +127,7 @@ def execute(
             run_rounds(job, absolute(run_dir), console, check)
             return
         run = Run(job, absolute(run_dir), console, prepare, on_stage=ReportSoFar(), stages=stages, check=check)
+        # Stages before `only` are not looked at: what is there is taken as it is.
         run_stages(run, stages[last if only else 0 : last + 1])
         if only or until:
             write_report(run.dir)

@@ -20,6 +20,7 @@ from rdpo.records import visible
 def main(arguments: list[str] | None = None) -> int:
     """Entry point of the `rdpo` command; the exit code."""
     options = Namespace()
+    # First of all: the notice that a machine is taken away may come while libraries are loading.
     heed_sigterm()
     try:
         options = parse(sys.argv[1:] if arguments is None else arguments)
@@ -28,6 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"rdpo: {visible(str(error))}", file=sys.stderr)
         return 2
     except BrokenPipeError:
+        # The reader has gone (`rdpo show … | head`); Python would complain once more as it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
     except KeyboardInterrupt:

@@ -24,6 +24,7 @@ def run(options: argparse.Namespace) -> int:
     from rdpo.tracking.console import Console, JsonConsole, QuietConsole
 
     job = load_job(options.job, options.overrides)
+    # In the options too: an error that nobody expected is written down there.
     options.run_dir = options.run_dir or default_dir(job)
     check_until(job, options.until)
     if options.dry_run:
@@ -79,7 +80,7 @@ def submit(options: argparse.Namespace) -> int:
         where = "s3://… or an absolute path on a shared disk"
         raise InputError(f"--run-dir {options.run_dir}: it would go with the job; give {where}")
     name = options.id or f"{job.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    changes = [word for override in options.overrides for word in ("--set", override)]
+    changes = list(chain.from_iterable(("--set", override) for override in options.overrides))
     extent = ["--until", options.until] * bool(options.until) + ["--fresh"] * options.fresh
     send(options.address, name, [options.job, "--run-dir", options.run_dir, *changes, *extent], options.runtime_env)
     print(f"job:  {name}")

@@ -20,6 +20,7 @@ ERROR_LINE = re.compile(r"[\w.]+(Error|Exception): ")
 def report_failure(error: Exception, options: Namespace) -> int:
     """Say what broke in one line, keep the details in a file of the run, and return the exit code."""
     run_dir = getattr(options, "run_dir", None)
+    # Ray wraps what a worker raised; wrong input is that wherever it was noticed.
     cause = input_error_within(error)
     if cause:
         print(f"rdpo: {visible(str(cause))}", file=sys.stderr)
@@ -54,6 +55,7 @@ def _written(path: Path, error: Exception) -> str:
 
 def in_one_line(error: Exception) -> str:
     """What an error says, with the remedy where one is known."""
+    # The exception is of the process that waited for the engine; why it failed is in what the engine printed.
     if ENGINE_FAILED in str(error):
         return "a vLLM engine did not start; what it said is in libraries.log, beside the details"
     if DISK_FULL in str(error):
@@ -65,6 +67,7 @@ def in_one_line(error: Exception) -> str:
             "logprob_chunk or engine.kv_cache_gib, or set training.gradient_checkpointing; `rdpo plan` says what takes "
             "how much"
         )
+
     lines = [line for line in str(error).splitlines() if line.strip()]
     # What a worker raised comes with its traceback: the first error named there is the cause of the others.
     named = next((line for line in lines if ERROR_LINE.match(line)), None)

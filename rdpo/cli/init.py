@@ -6,7 +6,7 @@ import re
 import shlex
 import sys
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -23,7 +23,7 @@ from rdpo.config import job_of
 from rdpo.errors import InputError, did_you_mean
 from rdpo.modeling.weights import check_model_name
 from rdpo.preference.rewards.function import load_function
-from rdpo.records import SIDES, visible
+from rdpo.records import SIDES, Row, visible
 from rdpo.synthesis.conversation import is_prompt
 from rdpo.synthesis.instructions import load_task
 from rdpo.synthesis.sources import columns_of, first_rows, source_files
@@ -64,13 +64,17 @@ def write_job(path: Path, given: Mapping[str, str | None], yes: bool) -> list[st
     """
     if path.exists():
         raise InputError(f"{path}: exists; choose another name, or remove it")
+
     answers: Answers = {}
     for question in QUESTIONS:
         if question.applies(answers):
             answers[question.name] = _answer(question, given.get(question.name), yes, answers)
+
+    # Read back before it is written: what `init` writes, `run` takes.
     content = _filled(path, answers)
     job_of(tomllib.loads(content), str(path))
     try:
+        # Never over a file that has come there in the meantime.
         with path.open("x", encoding="utf-8") as file:
             file.write(content)
     except OSError as error:
@@ -103,6 +107,7 @@ def _asked(question: Question, default: str | None, answers: Answers) -> str:
     while True:
         try:
             answer = Prompt.ask(escape(question.text), console=console, default=suggested)
+            # Answers out of a file or pipe stand in the transcript as if they were typed.
             if not sys.stdin.isatty():
                 console.print(Text(visible(answer)))
             question.check(answer.strip(), answers)
@@ -114,18 +119,23 @@ def _asked(question: Question, default: str | None, answers: Answers) -> str:
 
 
 def _check_source(answer: str, answers: Answers) -> None:
+    # The hub is not asked: it may want a token, and a large data set takes minutes.
     if answer.startswith("hf:"):
         return
     first_rows(source_files(answer or ".")[0])
 
 
-def _row(answers: Answers) -> dict[str, Any]:
+def _row(answers: Answers) -> Row:
     """A value of each column of the source; none of a data set of the hub, which is not asked now."""
     source = answers["prompts"]
     if source.startswith("hf:"):
         return {}
     rows = first_rows(source_files(source)[0])
-    return {name: next(row[name] for row in rows if name in row) for name in columns_of(rows)}
+    return {name: _first_value(name, rows) for name in columns_of(rows)}
+
+
+def _first_value(column: str, rows: Sequence[Row]) -> object:
+    return next(row[column] for row in rows if column in row)
 
 
 def _check_column(answer: str, answers: Answers) -> None:
@@ -223,6 +233,7 @@ def _filled(path: Path, answers: Answers) -> str:
     template = environment.from_string((files("rdpo.cli") / "init.toml.jinja").read_text(encoding="utf-8"))
     turns = load_task(answers["task"]).answers if "task" in answers else [""]
     teacher = answers.get("teacher", SAME)
+
     return template.render(
         name=NOT_IN_NAMES.sub("-", path.stem).strip("-._") or "job",
         student=answers["student"],
@@ -238,6 +249,7 @@ def _filled(path: Path, answers: Answers) -> str:
 
 
 def _toml(value: str) -> str:
+    # It writes whole tables alone, so the value is cut out of one.
     return tomli_w.dumps({"_": value}, multiline_strings=True).removeprefix("_ = ").rstrip("\n")
 
 

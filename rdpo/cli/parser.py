@@ -26,6 +26,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         SystemExit: an option is wrong, or asks for help.
     """
     parser, commands = build()
+    # argparse would list all commands in one line, and propose none.
     first = next(iter(arguments), "-")
     if not first.startswith("-") and first not in commands.choices:
         raise InputError(f"no command {first}{did_you_mean(first, commands.choices)}; `rdpo --help` lists them")
@@ -40,23 +41,28 @@ def build() -> tuple[argparse.ArgumentParser, Commands]:
         "an aligned model out.",
     )
     parser.add_argument("--version", action="version", version=f"rdpo {__version__}")
+
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_init(commands)
     _add_run(commands)
     _add_submit(commands)
     _add_compare(commands)
+
     for name, stage in COMMANDS.items():
         one = commands.add_parser(name, help=f"bring the {stage} stage of an existing run up to date")
         _add_place(one, "run_dir", "RUN_DIR", DIRECTORY)
         one.set_defaults(function=does.stage, stage=stage)
+
     _add_looking(commands)
     _add_harness(commands)
     _add_export(commands)
     _add_push(commands)
     _add_plan(commands)
+
     completion = commands.add_parser("completion", help='completion for a shell: eval "$(rdpo completion bash)"')
     completion.add_argument("shell", choices=("bash", "zsh"))
     completion.set_defaults(function=does.completion, parser=parser)
+
     env = commands.add_parser("env", help="versions and devices, for bug reports")
     env.set_defaults(function=does.env)
     return parser, commands

@@ -27,6 +27,7 @@ def start_ray(job: Job) -> Any:
 
     if ray.is_initialized():
         return ray
+
     address = job.cluster.address or os.environ.get("RAY_ADDRESS")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if address:
@@ -44,6 +45,7 @@ def start_ray(job: Job) -> Any:
         )
     # Ray's own handler would end this process without a word.
     heed_sigterm()
+    # They would draw over the line of the console.
     ray.data.DataContext.get_current().enable_progress_bars = False
     adapt_pools()
     return ray
@@ -76,6 +78,7 @@ def _write_token(path: Path) -> None:
         file.write(secrets.token_hex(32))
     try:
         with suppress(FileExistsError):
+            # A link fails where the name is taken; a rename would replace the token of a process that was quicker.
             os.link(temporary, path)
     finally:
         os.unlink(temporary)

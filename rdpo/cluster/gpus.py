@@ -44,5 +44,6 @@ GPUS = {
 
 def gpu_of(device_name: str) -> Gpu | None:
     """The type of a device by the name that its driver gives it, as `NVIDIA H100 80GB HBM3`; None if it is unknown."""
+    # By whole words: an L40S is no L4.
     words = set(re.split(r"\W+", device_name.replace("RTX 4090", "RTX4090")))
     return next((gpu for name, gpu in GPUS.items() if name in words), None)

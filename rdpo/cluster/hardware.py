@@ -51,6 +51,7 @@ def _cpu_has_bf16() -> bool:
 
 def available_cores() -> list[int]:
     """The cores this process may run on."""
+    # A container or a batch system may give fewer than the machine has.
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))
     return list(range(os.cpu_count() or 1))

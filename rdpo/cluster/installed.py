@@ -7,10 +7,14 @@ import os
 import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from rdpo.cluster.pools import Pool
 from rdpo.errors import InputError
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
 
 PACKAGES = ("rdpo", "ray", "vllm", "torch", "transformers", "deepspeed", "peft", "datasets")
 ANSWERS_WITHIN_S = 60.0
@@ -25,7 +29,7 @@ class Installed:
     versions: Mapping[str, str]
 
 
-def check_installed(ray: Any) -> None:
+def check_installed(ray: ModuleType) -> None:
     """Ask every node that is there what is installed on it.
 
     A node that does not answer in time, and one that an autoscaler starts later, is not compared.
@@ -36,21 +40,24 @@ def check_installed(ray: Any) -> None:
     alive = [node for node in ray.nodes() if node["Alive"]]
     if len(alive) < 2:
         return
+
     asked = {node["NodeManagerAddress"] + ", " + node["NodeID"][:8]: (node, _ask(ray, node)) for node in alive}
     found = {}
     for name, (node, answer) in asked.items():
         try:
             found[name] = Installed(bool(node["Resources"].get("GPU")), ray.get(answer, timeout=ANSWERS_WITHIN_S))
         except ray.exceptions.GetTimeoutError:
+            # It may be busy with other runs; a check must not hold this one up.
             continue
         except ray.exceptions.RayTaskError as error:
             reason = str(error.cause).strip().splitlines()[-1]
             raise InputError(f"node {name}: rdpo does not load there ({reason}); install it on every node") from None
+
     if different := disagreement(found):
         raise InputError(f"{different}; install the same versions on every node, as from one file of cluster/locks")
 
 
-def _ask(ray: Any, node: Mapping[str, Any]) -> Any:
+def _ask(ray: ModuleType, node: Mapping[str, Any]) -> ObjectRef[dict[str, str]]:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from types import ModuleType
 
 from rdpo.cluster.pools import Pool
 from rdpo.config import RESOURCES, Cluster, largest, smallest
@@ -24,7 +24,7 @@ class Nodes:
     grows: bool = False
 
     @classmethod
-    def of(cls, ray: Any) -> Nodes:
+    def of(cls, ray: ModuleType) -> Nodes:
         """The nodes of the cluster that this process is connected to."""
         alive = [node for node in ray.nodes() if node["Alive"]]
         return cls([node["Resources"] for node in alive], any(NODE_GROUP in node["Labels"] for node in alive))
@@ -52,6 +52,7 @@ def check_room(pools: Sequence[Pool], nodes: Nodes) -> list[Pool]:
     Raises:
         InputError: a pool does not fit, and there is no autoscaler.
     """
+    # Of empty nodes: what runs there now may have ended before this pool starts.
     lacking = [pool for pool in pools if nodes.room(pool) < smallest(pool.size)]
     if lacking and not nodes.grows:
         raise InputError(_misfit(lacking[0], nodes))
@@ -59,7 +60,7 @@ def check_room(pools: Sequence[Pool], nodes: Nodes) -> list[Pool]:
 
 
 def _misfit(pool: Pool, nodes: Nodes) -> str:
-    shapes = Counter(_told(node) for node in nodes.resources)
+    shapes = Counter(_in_words(node) for node in nodes.resources)
     there = "; ".join(f"{count} x {shape}" for shape, count in shapes.items())
     wanted = f"{pool.setting}: {smallest(pool.size)} x {pool}"
     if pool.nodes and not any(pool.nodes in node for node in nodes.resources):
@@ -71,7 +72,7 @@ def _misfit(pool: Pool, nodes: Nodes) -> str:
     )
 
 
-def _told(resources: dict[str, float]) -> str:
+def _in_words(resources: dict[str, float]) -> str:
     """CPUs, GPUs and the kinds of a node, in words."""
     amounts = [f"{resources.get(name, 0):g} {name}" for name in ("CPU", "GPU")]
     # Ray gives every node a resource with its address.
@@ -85,15 +86,18 @@ def fit_side_by_side(pools: Sequence[Pool], cluster: Cluster, nodes: Nodes) -> b
     pools = [pool for pool in pools if pool.stage in ("synthesis", "rewards")]
     if sum(not pool.gpus for pool in pools) > 1:
         return False
+
     shared = Counter(pool.nodes for pool in pools)
     # Nodes are started for a pool that has a kind to itself; several might wait for each other.
     here = [pool for pool in pools if not (nodes.grows and pool.nodes and shared[pool.nodes] == 1)]
+    # What all of them take must be there in all, and what those of a kind take on its nodes.
     kinds = {None, *(pool.nodes for pool in here)}
-    return all(_gpus([one for one in here if kind in (None, one.nodes)]) <= nodes.gpus(kind) for kind in kinds)
+    return all(_gpus(here, kind) <= nodes.gpus(kind) for kind in kinds)
 
 
-def _gpus(pools: Sequence[Pool]) -> float:
-    return sum(pool.gpus * smallest(pool.size) for pool in pools)
+def _gpus(pools: Sequence[Pool], kind: str | None) -> float:
+    """GPUs that the pools take on nodes of a kind, or anywhere."""
+    return sum(pool.gpus * smallest(pool.size) for pool in pools if kind in (None, pool.nodes))
 
 
 def placement_table(pools: Sequence[Pool]) -> Iterator[str]:

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from rdpo.evaluation.intervals import Estimate, Values, groups_of, mean_interval, share_interval
+from rdpo.evaluation.intervals import Estimate, Values, groups_of, mean_interval, share_interval, wins
 from rdpo.records import Row
 
-Score = Callable[[Row, str], float]
-SIDES = ("start", "trained")
+Pick = Callable[[Row], float]
+"""Takes a number out of an evaluated row."""
+MODELS = ("start", "trained")
+"""The two models that are compared, in the names of their columns."""
 DRAWN = "drawn"
 """The column of the trained model's answer that KL is measured on."""
 KL_ANSWERS = "kl_answers"
@@ -45,17 +48,17 @@ def compare_rewards(
     name: str, weight: float, start: Values, trained: Values, groups: Sequence[Hashable] | None = None
 ) -> RewardComparison:
     """Compare paired scores (n,) of the two models under one reward; `groups`: the prompt of each row."""
-    wins = np.where(trained > start, 1.0, np.where(trained == start, 0.5, 0.0))
+    won = wins(trained, start)
     return RewardComparison(
         reward=name,
         weight=weight,
         start_mean=float(start.mean()),
         trained_mean=float(trained.mean()),
         difference=mean_interval(trained - start, groups),
-        win_rate=share_interval(wins, groups),
-        wins=int((wins == 1).sum()),
-        ties=int((wins == 0.5).sum()),
-        losses=int((wins == 0).sum()),
+        win_rate=share_interval(won, groups),
+        wins=int((won == 1).sum()),
+        ties=int((won == 0.5).sum()),
+        losses=int((won == 0).sum()),
     )
 
 
@@ -71,26 +74,24 @@ def summarize(rows: list[Row], weights: dict[str, float]) -> dict[str, Any]:
         return {"prompts": 0, "rewards": []}
     groups = groups_of(rows)
 
-    def column(pick: Callable[[Row], float]) -> Values:
+    def column(pick: Pick) -> Values:
         return np.array([pick(row) for row in rows], dtype=float)
 
-    def compared(name: str, weight: float, score: Score) -> dict[str, Any]:
-        start, trained = (column(lambda row, side=side: score(row, side)) for side in SIDES)  # type: ignore[misc]
+    def compared(name: str, weight: float, score_of: Callable[[str], Pick]) -> dict[str, Any]:
+        start, trained = (column(score_of(model)) for model in MODELS)
         return asdict(compare_rewards(name, weight, start, trained, groups))
 
-    rewards = [
-        compared(name, weight, lambda row, side, name=name: row[f"{side}_scores"][name])  # type: ignore[misc]
-        for name, weight in weights.items()
-    ]
-    optimised = compared("optimised", 1.0, lambda row, side: row[f"{side}_score"]) if any(weights.values()) else None
+    rewards = [compared(name, weight, partial(_score_by, name)) for name, weight in weights.items()]
+    # Without any weight nothing was optimised, and the weighted score is 0 everywhere.
+    optimised = compared("optimised", 1.0, _weighted_score) if any(weights.values()) else None
     return {
         "prompts": len(set(groups)),
         "rows": len(rows),
         "optimised": optimised,
         "rewards": rewards,
         **divergence(rows),
-        "length": {side: asdict(mean_interval(column(_tokens(side)), groups)) for side in SIDES},
-        "stop_rate": {side: asdict(share_interval(column(_stopped(side)), groups)) for side in SIDES},
+        "length": {model: asdict(mean_interval(column(_tokens(model)), groups)) for model in MODELS},
+        "stop_rate": {model: asdict(share_interval(column(_stopped(model)), groups)) for model in MODELS},
     }
 
 
@@ -108,9 +109,17 @@ def divergence(rows: Sequence[Row]) -> dict[str, Any]:
     return {"kl": asdict(estimate), KL_ANSWERS: len(drawn)}
 
 
-def _tokens(side: str) -> Callable[[Row], float]:
-    return lambda row: row[f"{side}_tokens"]
+def _score_by(reward: str, model: str) -> Pick:
+    return lambda row: row[f"{model}_scores"][reward]
 
 
-def _stopped(side: str) -> Callable[[Row], float]:
-    return lambda row: float(row[f"{side}_finish_reason"] == "stop")
+def _weighted_score(model: str) -> Pick:
+    return lambda row: row[f"{model}_score"]
+
+
+def _tokens(model: str) -> Pick:
+    return lambda row: row[f"{model}_tokens"]
+
+
+def _stopped(model: str) -> Pick:
+    return lambda row: float(row[f"{model}_finish_reason"] == "stop")

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
@@ -21,7 +21,7 @@ from rdpo.cluster.hardware import take_device
 from rdpo.cluster.pools import Pool, engine_pool
 from rdpo.config import Job, Sampling
 from rdpo.config.task import Turn
-from rdpo.evaluation.compare import DRAWN
+from rdpo.evaluation.compare import DRAWN, MODELS
 from rdpo.modeling.chat import load_chat
 from rdpo.modeling.ratios import Ratios
 from rdpo.modeling.student import student_reader
@@ -35,9 +35,10 @@ from rdpo.synthesis.teacher import Conversation
 
 if TYPE_CHECKING:
     import ray.data
+    from ray.actor import ActorHandle
 
 FORWARD_ROWS = 8
-START, TRAINED = "start", "trained"
+START, TRAINED = MODELS
 UNREADABLE = "no tokens, one beyond the model's embedding, or more than the model has positions for"
 UNTEMPERED = {"temperature": 1.0, "top_p": 1.0}
 
@@ -58,16 +59,22 @@ def answer_prompts(
     import ray.data
 
     posed = questions(rows, job)
-    asked = [{**row, "contender": column} for column in models for row in posed]
+    asked: list[Row] = []
+    for column in models:
+        asked += [{**row, "contender": column} for row in posed]
+
     if TRAINED in models and not job.evaluation.refine:
         models = {**models, DRAWN: models[TRAINED]}
+        # KL is measured on the first prompts by their ids, so that all runs of a comparison measure it on the same.
         first = sorted(posed, key=lambda row: row[ID_COLUMN])[: job.evaluation.kl_answers]
         asked += [{**row, "contender": DRAWN} for row in first]
+
     found = [_recalled(row, known or {}) for row in asked]
     new = [row for row, answered in zip(asked, found, strict=True) if answered is None]
     answers = [row for row in found if row]
     if new:
-        used = {column: model for column, model in models.items() if any(row["contender"] == column for row in new)}
+        wanted = {row["contender"] for row in new}
+        used = {column: model for column, model in models.items() if column in wanted}
         source = ray.data.from_arrow(table_of(new))
         arguments = {"job": job, "models": used, "crash_counts": open_crash_counts()}
         answers += answer_pool(job).map(source, Answerer, **arguments).take_all()
@@ -97,6 +104,7 @@ def side_by_side(answered: list[Row], columns: list[str]) -> list[Row]:
     merged: dict[str, Row] = {}
     for row in answered:
         others = [column for column in columns if column != row["contender"]]
+        # A table of rows for several models has the columns of all of them in every row, null where they are others'.
         own = {name: value for name, value in row.items() if not name.startswith(tuple(others))}
         known = merged.setdefault(row[ID_COLUMN], own)
         known.update({**own, "dropped": known.get("dropped") or own.get("dropped")})
@@ -108,7 +116,7 @@ def side_by_side(answered: list[Row], columns: list[str]) -> list[Row]:
 class Answerer:
     """A Ray Data actor that answers prompts, each with the model it is meant for; all draw with the same seeds."""
 
-    def __init__(self, job: Job, models: dict[str, str], crash_counts: Any):
+    def __init__(self, job: Job, models: dict[str, str], crash_counts: ActorHandle):
         self.job, self.crash_guard = job, CrashGuard(crash_counts)
         self.models = {column: str(local_model(name)) for column, name in models.items()}
         self.chat = load_chat(ModelRef.student(job), job.date)
@@ -117,17 +125,19 @@ class Answerer:
     async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
         """Answer a block of rows."""
         answered = await self.crash_guard.carry(
-            batch.to_pylist(), self.answer, lambda row: f"{row['contender']}:{row['prompt_id']}"
+            batch.to_pylist(), self.answer, lambda row: f"{row['contender']}:{row[ID_COLUMN]}"
         )
         yield table_of(answered)
 
     async def answer(self, row: Row) -> Row:
         """One row with the answer of the model that it is meant for."""
         column = row["contender"]
+        # In every row, also one that is dropped: the blocks of a table must have the same columns.
         row = {**row, column: "", f"{column}_finish_reason": "length", f"{column}_tokens": 0}
         sampling, role = self.job.evaluation.sampling, "evaluation"
         if column == DRAWN:
             sampling, role = sampling.model_copy(update=UNTEMPERED), "divergence"
+
         try:
             async with self.engine.holding(self.models[column]):
                 if column == TRAINED and self.job.evaluation.refine:
@@ -137,6 +147,7 @@ class Answerer:
         except ValueError as error:
             # The engine refuses the request, or the chat template the conversation.
             return drop(row, str(error))
+
         row[column] = generation.text.strip()
         row[f"{column}_finish_reason"] = generation.finish_reason
         row[f"{column}_tokens"] = generation.tokens
@@ -151,6 +162,7 @@ class Answerer:
         async def say(messages: Messages, turn: Turn, sampling: Sampling, seed: int) -> Generation:
             return await self._say(messages, sampling, seed, turn.prefill)
 
+        # Of a copy, for the turns are written into the row.
         refined = await Conversation(self.job, task, self.job.evaluation.sampling, say)(dict(row))
         if refined.get("dropped"):
             return drop(row, refined["dropped"])
@@ -161,6 +173,7 @@ class Answerer:
         return await self.engine.generate(self.chat.prompt_ids(messages, prefill), sampling, seed, self.chat.stop_ids)
 
     def __del__(self) -> None:
+        # Ray ends an actor without another word; the processes of its engine would outlive it.
         if hasattr(self, "engine"):
             self.engine.shutdown()
 

@@ -79,6 +79,12 @@ def share_interval(values: Values, groups: Sequence[Hashable] | None = None) -> 
     return _wilson(mean, ratio)
 
 
+def wins(ours: Values, theirs: Values) -> Values:
+    """1 where ours is above theirs, half for a tie."""
+    won: Values = (ours > theirs) + 0.5 * (ours == theirs)
+    return won
+
+
 def _wilson(mean: float, ratio: float) -> Estimate:
     """All shares p with (mean - p)^2 <= ratio * p * (1 - p)."""
     middle = (mean + ratio / 2) / (1 + ratio)
@@ -115,6 +121,7 @@ def _mean_and_half_width(clusters: _Clusters) -> tuple[float, float]:
     if len(weights) < 2:
         return mean, math.nan
 
+    # What differs from prompt to prompt, whatever the seed.
     by_prompt = clusters.values.mean(axis=0)
     scale, freedom = _correction(weights)
     prompts = float(scale * np.square(weights * (by_prompt - mean)).sum())
@@ -122,6 +129,7 @@ def _mean_and_half_width(clusters: _Clusters) -> tuple[float, float]:
     if seeds == 1:
         return mean, student(freedom) * math.sqrt(prompts)
 
+    # What is left of a value once its prompt and its seed are accounted for.
     residual = clusters.values - by_seed[:, None] - by_prompt + mean
     noise = float(scale * np.square(weights * residual).sum()) / (seeds * (seeds - 1))
     return mean, _two_way(prompts, float(by_seed.var(ddof=1)) / seeds, noise, freedom, seeds - 1)
@@ -137,6 +145,8 @@ def _two_way(prompts: float, seeds: float, noise: float, prompts_freedom: float,
     pivots = _pivots(*freedoms)
     drawn = np.maximum(prompts * pivots[0] + seeds * pivots[1] - noise * pivots[2], 0)
     generalized = float(np.quantile(np.sqrt(drawn) * pivots[3], LEVEL))
+
+    # The variance between seeds beyond what noise alone would show; an estimate of it can turn out negative.
     excess = max(seeds - noise, 0.0)
     combined = math.sqrt(max(t_seeds**2 * excess + t_prompts**2 * prompts, t_seeds**2 * seeds))
     # Where all means turn out equal, the noise that was seen is still there.
@@ -146,6 +156,7 @@ def _two_way(prompts: float, seeds: float, noise: float, prompts_freedom: float,
 @lru_cache(maxsize=64)
 def _pivots(*freedoms: float) -> list[Values]:
     """Draws of freedom / chi-square for each variance, and of |z|; always the same."""
+    # One seed for all: the same figures must have the same interval in every report.
     generator = np.random.default_rng(0)
     ratios = [freedom / generator.chisquare(freedom, DRAWS) for freedom in freedoms]
     return [*ratios, np.abs(generator.standard_normal(DRAWS))]
@@ -158,10 +169,12 @@ def _correction(weights: Values) -> tuple[float, float]:
     the sum is the quadratic form of A = (I - w1') D (I - 1w') with D = diag(w^2), and the degrees of freedom are
     tr(A)^2 / tr(A^2) (Satterthwaite).
     """
+    # Written out for the traces, since A itself has prompts x prompts entries.
     squares = weights**2
     total = squares.sum()
     trace = float((squares * (1 - 2 * weights + total)).sum())
     cross = float(weights @ squares)
+
     of_square = (
         (squares**2).sum()
         + 2 * cross**2
@@ -171,6 +184,7 @@ def _correction(weights: Values) -> tuple[float, float]:
         + 2 * total * (squares @ squares)
         - 4 * total * cross * total
     )
+
     return total / trace, trace**2 / float(of_square)
 
 

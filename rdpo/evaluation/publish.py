@@ -7,10 +7,11 @@ a model card, and with LoRA the adapter in `adapter/`.
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader
 
@@ -19,8 +20,12 @@ from rdpo.modeling.chat import make_chat
 from rdpo.modeling.saving import copy_companions, save_model
 from rdpo.records import visible
 
-PROBE = [{"role": "user", "content": "Say hello."}]
-PROBE_TOKENS = 8
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+QUESTION = [{"role": "user", "content": "Say hello."}]
+ANSWER_TOKENS = 8
+"""Of the answer to that question, by which a published folder is tried."""
 
 
 class PublishError(RuntimeError):
@@ -49,6 +54,7 @@ def publish(job: Job, exported: Path | None, merged: Path, target: Path, facts: 
         if adapter:
             shutil.copytree(adapter, target / "adapter", dirs_exist_ok=True)
     copy_companions(merged, target, code=job.student.trust_remote_code)
+
     checks = verify(merged, target, adapter is not None, job.student.trust_remote_code)
     card = target / "README.md"
     card.write_text(model_card(job, facts), encoding="utf-8")
@@ -81,16 +87,18 @@ def verify(trained: Path, published: Path, is_adapter: bool, trust: bool = False
     from transformers import AutoTokenizer, GenerationConfig
 
     chat = make_chat(AutoTokenizer.from_pretrained(published, trust_remote_code=trust), [], str(published))
-    ids = torch.tensor([chat.prompt_ids(PROBE)])
+    ids = torch.tensor([chat.prompt_ids(QUESTION)])
     expected, actual = _load(trained, trust), _load_published(published, trust)
     _compare_tensors(expected, actual)
+
     # The folder's own settings are for its users: some are such that transformers refuses to answer by them.
     actual.generation_config = GenerationConfig(eos_token_id=list(chat.stop_ids), pad_token_id=chat.end_id)
     with torch.inference_mode():
         difference = float((expected(ids).logits - actual(ids).logits).abs().max())
-        answer = actual.generate(ids, max_new_tokens=PROBE_TOKENS, do_sample=False)[0, ids.shape[1] :]
+        answer = actual.generate(ids, max_new_tokens=ANSWER_TOKENS, do_sample=False)[0, ids.shape[1] :]
     if not difference < 1e-3:
         raise PublishError(f"the published model's logits differ by {difference} from the trained one's")
+
     checks = {
         "logit_difference": difference,
         "answer": chat.tokenizer.decode(answer, skip_special_tokens=True),
@@ -100,7 +108,7 @@ def verify(trained: Path, published: Path, is_adapter: bool, trust: bool = False
     return checks
 
 
-def _load(folder: Path, trust: bool) -> Any:
+def _load(folder: Path, trust: bool) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(
@@ -108,7 +116,7 @@ def _load(folder: Path, trust: bool) -> Any:
     ).eval()
 
 
-def _load_published(folder: Path, trust: bool) -> Any:
+def _load_published(folder: Path, trust: bool) -> PreTrainedModel:
     if not (folder / "adapter_config.json").is_file():
         return _load(folder, trust)
     from peft import AutoPeftModelForCausalLM
@@ -117,7 +125,7 @@ def _load_published(folder: Path, trust: bool) -> Any:
     return model.merge_and_unload().eval()
 
 
-def _compare_tensors(expected: Any, actual: Any) -> None:
+def _compare_tensors(expected: PreTrainedModel, actual: PreTrainedModel) -> None:
     before, after = expected.state_dict(), actual.state_dict()
     if before.keys() != after.keys():
         raise PublishError(f"tensors are missing or new: {sorted(before.keys() ^ after.keys())[:5]}")
@@ -131,12 +139,7 @@ def _adapter_size(folder: Path) -> int:
 
     with safe_open(folder / "adapter_model.safetensors", "pt") as file:
         sizes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118
-    total = 0
-    for shape in sizes:
-        count = 1
-        for side in shape:
-            count *= side
-        total += count
+    total = sum(map(math.prod, sizes))
     if not total:
         raise PublishError("the adapter holds no weights")
     return total
@@ -145,6 +148,7 @@ def _adapter_size(folder: Path) -> int:
 def _code(text: str) -> str:
     """Text as Markdown code on one line, whatever stands in it."""
     line = visible(text.replace("\n", " ")).replace("|", "\\|")
+    # Longer than any run of backticks in it, so that the text cannot end the code.
     fence = "`" * (1 + max((len(run) for run in re.findall("`+", line)), default=0))
     return f"{fence} {line} {fence}" if "`" in line else f"`{line}`"
 
@@ -156,6 +160,7 @@ def model_card(job: Job, facts: dict[str, Any]) -> str:
 
 def rendered_card(template: str, **facts: Any) -> str:
     """A card as Markdown; the filter `code` makes any text harmless in it."""
+    # Markdown, where HTML's escapes would be read as they stand; the filter makes text harmless.
     environment = Environment(loader=PackageLoader("rdpo.evaluation"), autoescape=False, trim_blocks=True)
     environment.filters["code"] = _code
     return environment.get_template(template).render(json=json, **facts)

@@ -15,7 +15,7 @@ import numpy as np
 from rdpo.config import Job, Retention, Synthesis
 from rdpo.evaluation.generate import add_divergence
 from rdpo.evaluation.intervals import Estimate, groups_of, mean_interval, with_interval
-from rdpo.records import ID_COLUMN, Row, alive, digest, drop, extra_of, table_of
+from rdpo.records import ID_COLUMN, Row, alive, by_id, digest, drop, extra_of, table_of
 from rdpo.synthesis.prompts import beside, read_prompts
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ def texts(job: Job, retention: Retention) -> list[Row]:
     for row in read_prompts(trial).take_all():
         answered = answer_of(row, retention.answer) if alive(row) else row
         is_duplicate = answered[ID_COLUMN] in found
+        # A duplicate lies in the dropped table beside the first one, and needs an id of its own there.
         name = f"{row['source']}:{row['line']}" if is_duplicate else answered[ID_COLUMN]
         found[name] = drop({**answered, ID_COLUMN: name}, DUPLICATE) if is_duplicate else answered
     return list(found.values())
@@ -64,8 +65,15 @@ def summary(rows: list[Row]) -> dict[str, Any]:
 
 def _factor(runs: Sequence[Sequence[Row]], texts: Sequence[Row]) -> Estimate:
     """The geometric mean of the texts' factors over runs that measured the same ones, in the same order."""
-    lost = mean_interval(np.array([[-row["kl"] / row["kl_length"] for row in rows] for rows in runs]), groups_of(texts))
+    # In logarithms, whose mean is that of the factors' geometric one.
+    nats = np.array([list(map(_lost, rows)) for rows in runs])
+    lost = mean_interval(nats, groups_of(texts))
     return Estimate(*(math.exp(nats) for nats in (lost.mean, lost.low, lost.high)))
+
+
+def _lost(row: Row) -> float:
+    """Nats of likelihood a token that the trained model has lost."""
+    return float(-row["kl"] / row["kl_length"])
 
 
 def table(measured: dict[tuple[str, int], list[Row]]) -> list[str]:
@@ -76,12 +84,18 @@ def table(measured: dict[tuple[str, int], list[Row]]) -> list[str]:
     """
     if not measured:
         return []
-    by_text = {run: {row[ID_COLUMN]: row for row in rows} for run, rows in measured.items()}
-    shared = sorted(set.intersection(*(set(rows) for rows in by_text.values())))
+
+    by_text = {run: by_id(rows) for run, rows in measured.items()}
+    shared = sorted(set.intersection(*map(set, by_text.values())))
     arms = dict.fromkeys(arm for arm, _ in measured)
     width = max(map(len, arms)) + 2
     lines = ["", f"other texts, {len(shared)}", f"{'':<{width}}perplexity, times the start model's (95%)"]
     for arm in arms if shared else ():
-        runs = [[rows[text] for text in shared] for run, rows in by_text.items() if run[0] == arm]
+        own = [rows for (name, _), rows in by_text.items() if name == arm]
+        runs = [_in_order(rows, shared) for rows in own]
         lines.append(f"{arm:<{width}}{with_interval(_factor(runs, runs[0]), '.3f')}")
     return lines
+
+
+def _in_order(rows: dict[str, Row], texts: Sequence[str]) -> list[Row]:
+    return [rows[text] for text in texts]

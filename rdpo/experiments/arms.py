@@ -9,15 +9,15 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
 import numpy as np
 
 from rdpo.evaluation.compare import measures_kl
-from rdpo.evaluation.intervals import Estimate, Values, groups_of, mean_interval, share_interval, with_interval
-from rdpo.records import ID_COLUMN, Row
+from rdpo.evaluation.intervals import Estimate, Values, groups_of, mean_interval, share_interval, wins, with_interval
+from rdpo.records import Row, by_id
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,6 @@ class ArmResult:
 Evaluated = dict[tuple[str, int], list[Row]]
 """Rows of the evaluation stage by arm and seed."""
 
-
 Weights = Mapping[str, Mapping[str, float]]
 """Weights of the same rewards in each arm, by the arm's name."""
 
@@ -52,16 +51,21 @@ Weights = Mapping[str, Mapping[str, float]]
 def arm_results(evaluated: Evaluated, weights: Weights, rivals: dict[str, str]) -> list[ArmResult]:
     """Every reward's verdict on every arm, the optimised rewards first; `rivals`: what each arm is held against."""
     arms = list(dict.fromkeys(arm for arm, _ in evaluated))
-    by_prompt = {run: {row[ID_COLUMN]: row for row in rows} for run, rows in evaluated.items()}
-    prompts = sorted(set.intersection(*(set(rows) for rows in by_prompt.values())))
-    ordered = sorted(weights[arms[0]], key=lambda reward: not any(weights[arm][reward] for arm in arms))
-    tables = {arm: [by_prompt[run] for run in by_prompt if run[0] == arm] for arm in arms}
-    return [
-        _result(arm, reward, weights[arm][reward], tables[arm], tables[rivals[arm]], prompts)
-        for reward in ordered
-        for arm in arms
-        if prompts
-    ]
+    runs = {run: by_id(rows) for run, rows in evaluated.items()}
+    prompts = sorted(set.intersection(*map(set, runs.values())))
+    if not prompts:
+        return []
+
+    by_arm: dict[str, list[dict[str, Row]]] = {arm: [] for arm in arms}
+    for (arm, _), rows in runs.items():
+        by_arm[arm].append(rows)
+
+    found = []
+    for reward in sorted(weights[arms[0]], key=lambda reward: not any(weights[arm][reward] for arm in arms)):
+        for arm in arms:
+            weight, rival = weights[arm][reward], by_arm[rivals[arm]]
+            found.append(_result(arm, reward, weight, by_arm[arm], rival, prompts))
+    return found
 
 
 def _result(
@@ -75,6 +79,7 @@ def _result(
     start, trained = (_scores(runs, prompts, f"{side}_scores", reward) for side in ("start", "trained"))
     rival = _scores(others, prompts, "trained_scores", reward)
     groups = groups_of([runs[0][prompt] for prompt in prompts])
+
     tied = Estimate(0.5, 0.5, 0.5)
     return ArmResult(
         arm=arm,
@@ -85,9 +90,9 @@ def _result(
         start_mean=float(start.mean()),
         mean=float(trained.mean()),
         difference=mean_interval(trained - start, groups),
-        wins_start=share_interval(_wins(trained, start), groups),
+        wins_start=share_interval(wins(trained, start), groups),
         # An arm against itself is no measurement.
-        wins_baseline=tied if runs is others else share_interval(_wins(trained, rival), groups),
+        wins_baseline=tied if runs is others else share_interval(wins(trained, rival), groups),
         kl=_divergence(runs, prompts),
         tokens=float(_values(runs, prompts, lambda row: row["trained_tokens"]).mean()),
     )
@@ -95,7 +100,10 @@ def _result(
 
 def _values(runs: list[dict[str, Row]], prompts: list[str], pick: Callable[[Row], float]) -> Values:
     """Values (seeds, prompts)."""
-    return np.array([[pick(run[prompt]) for prompt in prompts] for run in runs], dtype=float)
+    table = []
+    for run in runs:
+        table.append([pick(run[prompt]) for prompt in prompts])
+    return np.array(table, dtype=float)
 
 
 def _scores(runs: list[dict[str, Row]], prompts: list[str], column: str, reward: str) -> Values:
@@ -103,19 +111,18 @@ def _scores(runs: list[dict[str, Row]], prompts: list[str], column: str, reward:
     return _values(runs, prompts, lambda row: row[column][reward])
 
 
-def _wins(ours: Values, theirs: Values) -> Values:
-    """1 where ours is above theirs, half for a tie."""
-    won: Values = (ours > theirs) + 0.5 * (ours == theirs)
-    return won
-
-
 def _divergence(runs: list[dict[str, Row]], prompts: list[str]) -> Estimate | None:
     """KL on the prompts on which it was measured with every seed."""
-    measured = [prompt for prompt in prompts if all(measures_kl(run[prompt]) for run in runs)]
+    measured = [prompt for prompt in prompts if _all_measure_kl(runs, prompt)]
     if not measured:
         return None
+
     groups = groups_of([runs[0][prompt] for prompt in measured])
     return mean_interval(_values(runs, measured, lambda row: row["kl"]), groups)
+
+
+def _all_measure_kl(runs: list[dict[str, Row]], prompt: str) -> bool:
+    return all(measures_kl(run[prompt]) for run in runs)
 
 
 def coverage(what: str, measured: Mapping[tuple[str, int], Collection[str]]) -> list[str]:
@@ -127,7 +134,7 @@ def coverage(what: str, measured: Mapping[tuple[str, int], Collection[str]]) -> 
         return []
     sizes = sorted({len(ids) for ids in measured.values()})
     range_of = str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
-    shared = len(set.intersection(*({*ids} for ids in measured.values())))
+    shared = len(set.intersection(*map(set, measured.values())))
     line = f"held-out {what}: {range_of} evaluated in each of {len(measured)} runs, {shared} in all of them"
     return ["", line if shared else f"{line}; nothing can be compared"]
 
@@ -147,6 +154,7 @@ def table(results: list[ArmResult], baseline: str) -> list[str]:
 
 def by_reward(results: list[ArmResult]) -> dict[str, list[ArmResult]]:
     """The results of each reward, by its name."""
+    # They come reward by reward, so that neighbours are all of a reward.
     return {name: list(found) for name, found in groupby(results, lambda result: result.reward)}
 
 
@@ -173,11 +181,24 @@ def to_csv(results: list[ArmResult]) -> str:
     plain = ("arm", "reward", "weight", "prompts", "seeds", "start_mean", "mean", "tokens")
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow([*plain, *(f"{name}{end}" for name in estimates for end in ("", "_low", "_high"))])
+    writer.writerow([*plain, *estimate_columns(estimates)])
     for result in results:
-        ends = [getattr(result, name) or Estimate(math.nan, math.nan, math.nan) for name in estimates]
-        writer.writerow(
-            [getattr(result, name) for name in plain]
-            + [round(value, 6) for estimate in ends for value in (estimate.mean, estimate.low, estimate.high)]
-        )
+        measured = [getattr(result, name) or Estimate(math.nan, math.nan, math.nan) for name in estimates]
+        writer.writerow([*(getattr(result, name) for name in plain), *estimate_figures(measured)])
     return buffer.getvalue()
+
+
+def estimate_columns(names: Iterable[str]) -> list[str]:
+    """The columns of estimates in a CSV file: each has three."""
+    columns = []
+    for name in names:
+        columns += [name, f"{name}_low", f"{name}_high"]
+    return columns
+
+
+def estimate_figures(estimates: Sequence[Estimate]) -> list[float]:
+    """What stands in these columns."""
+    figures = []
+    for estimate in estimates:
+        figures += [round(value, 6) for value in (estimate.mean, estimate.low, estimate.high)]
+    return figures

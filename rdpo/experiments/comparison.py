@@ -22,8 +22,9 @@ from rdpo.execution.reader import RunReader
 from rdpo.execution.run import Run
 from rdpo.execution.stage import Stage
 from rdpo.files.folder import Folder
+from rdpo.files.manifest import Manifest
 from rdpo.files.stores import absolute
-from rdpo.records import HELDOUT, ID_COLUMN, prompt_id
+from rdpo.records import HELDOUT, ID_COLUMN, Row, prompt_id, rows_of
 from rdpo.stages.checks import prepare
 from rdpo.stages.evaluation import heldout_prompts
 from rdpo.stages.table import stages_of
@@ -48,6 +49,7 @@ def load_comparison(path: str | Path, part: Part | None = None) -> tuple[Compari
         raise InputError(explained(path, error)) from None
     if part:
         comparison = comparison.of(part)
+
     base = path.parent / comparison.job
     table = read_toml(base)
     jobs: Jobs = {}
@@ -58,6 +60,7 @@ def load_comparison(path: str | Path, part: Part | None = None) -> tuple[Compari
             if job.rounds.count > 1:
                 raise InputError(f"{path}: arm {variant}: several rounds are run by `rdpo run`, not compared")
             jobs[str(variant), seed] = job
+
     _check_directories(jobs, str(path))
     if comparison.until == "evaluation":
         _check_rewards(jobs, str(path))
@@ -172,23 +175,27 @@ def compare_arms(comparison: Comparison, jobs: Jobs, run_dir: str, console: Cons
 
     check_heldout(comparison, jobs, run_dir, console)
     run_arms(comparison, jobs, run_dir, console)
+
     found, evaluated, until = [], {}, comparison.until
     runs = {run: RunReader(arm_dir(run_dir, *run), job) for run, job in jobs.items()}
     if until == "evaluation":
         evaluated = {run: reader.folder("evaluation").table().to_pylist() for run, reader in runs.items()}
-        weights = {arm: {reward.name: reward.weight for reward in job.rewards} for (arm, _), job in jobs.items()}
+        weights = {arm: _weights(job) for (arm, _), job in jobs.items()}
         found = arms.arm_results(evaluated, weights, comparison.rivals)
-    made = {run: reader.finished(stage.name for stage in _stages(reader.job, until)) for run, reader in runs.items()}
+
+    made = {run: _finished(reader, until) for run, reader in runs.items()}
     # An arm that trains nothing measures no margins.
     left = {run: heldout_margins(runs[run].folder("training")) for run in runs if "training" in made[run]}
     margins = {run: of_run for run, of_run in left.items() if of_run}
     prompts = _prompts_of_pairs(runs[next(iter(margins))]) if margins else {}
     selected = {arm for (arm, _), job in jobs.items() if job.training.select == "best"}
     measured = heldout.heldout_results(margins, comparison.rivals, prompts, selected)
+
     with_texts = [run for run in runs if "retention" in made[run]]
     lost = retention.table({run: runs[run].folder("retention").table().to_pylist() for run in with_texts})
-    counts = arms.coverage("prompts", {run: [row[ID_COLUMN] for row in rows] for run, rows in evaluated.items()})
+    counts = arms.coverage("prompts", {run: _ids(rows) for run, rows in evaluated.items()})
     counts += arms.coverage("pairs", {run: list(of_run) for run, of_run in margins.items()})
+
     for line in [
         *counts,
         *arms.table(found, comparison.baseline),
@@ -196,6 +203,7 @@ def compare_arms(comparison: Comparison, jobs: Jobs, run_dir: str, console: Cons
         *lost,
     ]:
         console.say(line)
+
     for name, content in (
         ("comparison", found and arms.to_csv(found)),
         ("heldout", measured and heldout.to_csv(measured)),
@@ -205,12 +213,22 @@ def compare_arms(comparison: Comparison, jobs: Jobs, run_dir: str, console: Cons
     console.say(f"\nreport      {write_comparison(run_dir, comparison, found, measured)}")
 
 
+def _weights(job: Job) -> dict[str, float]:
+    return {reward.name: reward.weight for reward in job.rewards}
+
+
+def _finished(run: RunReader, until: str) -> dict[str, Manifest]:
+    return run.finished(stage.name for stage in _stages(run.job, until))
+
+
+def _ids(rows: list[Row]) -> list[str]:
+    return [row[ID_COLUMN] for row in rows]
+
+
 def _prompts_of_pairs(run: RunReader) -> dict[str, str]:
     """Which prompt each held-out pair belongs to, by the pair's id."""
-    found: dict[str, str] = {}
-    for part in run.folder("pairs").tables(columns=[ID_COLUMN, "prompt", HELDOUT]):
-        found |= {row[ID_COLUMN]: prompt_id(row["prompt"]) for row in part.to_pylist() if row[HELDOUT]}
-    return found
+    rows = rows_of(run.folder("pairs").tables(columns=[ID_COLUMN, "prompt", HELDOUT]))
+    return {row[ID_COLUMN]: prompt_id(row["prompt"]) for row in rows if row[HELDOUT]}
 
 
 def _stages(job: Job, until: str) -> Iterator[Stage]:

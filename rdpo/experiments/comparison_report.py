@@ -22,10 +22,11 @@ def write_comparison(
 ) -> str:
     """Write the report of a comparison; its path."""
     rewards = by_reward(results)
-    drawn = {
-        reward: _chart({result.arm: result.difference for result in of_reward}, comparison, f"{reward}: gain")
-        for reward, of_reward in rewards.items()
-    }
+    drawn = {}
+    for reward, of_reward in rewards.items():
+        gains = {result.arm: result.difference for result in of_reward}
+        drawn[reward] = _chart(gains, comparison, f"{reward}: gain")
+
     accuracies = {result.arm: result.accuracy for result in heldout}
     margins = {result.arm: result.margin for result in heldout}
     return write_page(

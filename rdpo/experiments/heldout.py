@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rdpo.evaluation.intervals import Estimate, Values, mean_interval, share_interval, with_interval
+from rdpo.experiments.arms import estimate_columns, estimate_figures
 from rdpo.training.heldout import correct
 
 SELECTED = "selected by these pairs (training.select), so that their figures are too high"
@@ -54,13 +55,15 @@ def heldout_results(
         prompts: which prompt a pair belongs to, by the pair's id; by default each has its own.
         selected: arms whose weights were selected by these pairs.
     """
-    pairs = sorted(set.intersection(*(set(of_run) for of_run in margins.values()))) if margins else []
+    pairs = sorted(set.intersection(*map(set, margins.values()))) if margins else []
     if not pairs:
         return []
+
     arms = dict.fromkeys(arm for arm, _ in margins)
-    tables = {arm: _margins([margins[run] for run in margins if run[0] == arm], pairs) for arm in arms}
+    tables = {arm: _margins(_runs_of(arm, margins), pairs) for arm in arms}
     right = {arm: correct(table) for arm, table in tables.items()}
     groups = [(prompts or {}).get(pair, pair) for pair in pairs]
+
     return [
         HeldoutResult(
             arm=arm,
@@ -77,9 +80,16 @@ def heldout_results(
     ]
 
 
+def _runs_of(arm: str, margins: Margins) -> list[dict[str, float]]:
+    return [of_run for (name, _), of_run in margins.items() if name == arm]
+
+
 def _margins(runs: list[dict[str, float]], pairs: list[str]) -> Values:
     """Margins (seeds, pairs)."""
-    return np.array([[run[pair] for pair in pairs] for run in runs], dtype=float)
+    table = []
+    for run in runs:
+        table.append([run[pair] for pair in pairs])
+    return np.array(table, dtype=float)
 
 
 def table(results: list[HeldoutResult], baseline: str) -> list[str]:
@@ -87,6 +97,7 @@ def table(results: list[HeldoutResult], baseline: str) -> list[str]:
     if not results:
         return []
     width = max(len(result.arm) for result in results) + 2
+
     against = f"against {baseline}"
     title = f"held-out pairs, {results[0].pairs} pairs, {results[0].seeds} seeds; intervals 95%"
     lines = ["", title, f"{'':<{width}}{'prefers chosen':<23}{against:<26}{'margin':<22}{against}"]
@@ -94,6 +105,7 @@ def table(results: list[HeldoutResult], baseline: str) -> list[str]:
         accuracy, better = with_interval(result.accuracy, ".3f"), with_interval(result.against, "+.3f")
         margin, wider = with_interval(result.margin, ".2f"), with_interval(result.margin_against, "+.2f")
         lines.append(f"{result.arm:<{width}}{accuracy:<23}{better:<26}{margin:<22}{wider}")
+
     if chosen := [result.arm for result in results if result.selected]:
         lines.append(f"{SELECTED}: {', '.join(chosen)}")
     return lines
@@ -104,11 +116,8 @@ def to_csv(results: list[HeldoutResult]) -> str:
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     names = ("accuracy", "against", "margin", "margin_against")
-    ends = [f"{name}{end}" for name in names for end in ("", "_low", "_high")]
-    writer.writerow(["arm", "pairs", "seeds", *ends, "selected_by_these_pairs"])
+    writer.writerow(["arm", "pairs", "seeds", *estimate_columns(names), "selected_by_these_pairs"])
     for result in results:
-        estimates = [getattr(result, name) for name in names]
-        numbers = [value for each in estimates for value in (each.mean, each.low, each.high)]
-        figures = [round(number, 6) for number in numbers]
+        figures = estimate_figures([getattr(result, name) for name in names])
         writer.writerow([result.arm, result.pairs, result.seeds, *figures, result.selected])
     return buffer.getvalue()

@@ -53,12 +53,14 @@ def run_rounds(job: Job, run_dir: str, console: Console, check: Check = lambda: 
         if outcome.gain <= job.rounds.min_gain:
             console.say(f"\nround {number} moved {job.rounds.watch} by {outcome.gain:+.3f}: the last one")
             break
+        # The next round begins with what this one has published.
         starts.append(os.path.join(folder, MODEL))
     for line in table(shown):
         console.conclude(line)
     console.conclude(
         f"\nwhich round is taken goes by {job.rounds.watch} on these prompts: its gain is somewhat too high"
     )
+    # Another driver may have taken the run over in the meantime: only one may write its model.
     check()
     _take(run_dir, len(starts) - 1, console)
 
@@ -71,10 +73,12 @@ def _take(run_dir: str, number: int, console: Console) -> None:
         console.conclude("\nno round raised the watched reward: the start model stays")
         console.tell("result", model=None, round=0)
         return
+
     of_round = StageFolder(round_dir(run_dir, number), MODEL)
     if not _same(taken, of_round):
         # Copied, as whoever publishes a model edits files in it: the next repetition goes by the round's own.
         taken.take_over(of_round, share=False)
+
     console.conclude(f"\nmodel       {taken.address()}, of round {number}")
     console.tell("result", model=taken.address(), round=number)
 

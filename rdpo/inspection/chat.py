@@ -1,7 +1,7 @@
 """A run's start model and its trained model, asked side by side: in a terminal, or by a file of questions.
 
 Both have the run's system prompt, the student's chat template and the sampling of the evaluation, and draw with the
-same seeds; each goes on with its own answers. transformers generates, so that no engine has to start.
+same seeds; each continues with its own answers. transformers generates, so that no engine has to start.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
@@ -24,13 +24,17 @@ from rdpo.modeling.chat import Chat, load_chat
 from rdpo.modeling.weights import ADAPTER_CONFIG, ModelRef
 from rdpo.records import Messages, clean, draw_seed, shown
 
+if TYPE_CHECKING:
+    import torch
+    from transformers import GenerationConfig, PreTrainedModel
+
 COMMANDS = {"/reset": "forget the conversation", "/seed N": "draw with another seed", "/quit": "end"}
 
 
 class Speaker:
     """A model with its conversation so far."""
 
-    def __init__(self, name: str, model: Any, chat: Chat, sampling: Sampling, system: str | None):
+    def __init__(self, name: str, model: PreTrainedModel, chat: Chat, sampling: Sampling, system: str | None):
         self.name, self.model, self.chat, self.sampling = name, model, chat, sampling
         self.context: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.begin: Messages = [{"role": "system", "content": system}] if system else []
@@ -56,10 +60,11 @@ class Speaker:
         return messages
 
     def answer(self, messages: Messages, seed: int) -> tuple[str, bool]:
-        """The answer to a conversation, with which it goes on, and whether it came to an end by itself."""
+        """The answer to a conversation, which it then holds, and whether it came to an end by itself."""
         import torch
 
         ids = torch.tensor([self.chat.prompt_ids(messages)], device=self.model.device)
+        # The same for both models: what differs is then the weights alone.
         torch.manual_seed(seed)
         with torch.inference_mode():
             spoken = self.model.generate(
@@ -69,9 +74,10 @@ class Speaker:
         self.messages = [*messages, {"role": "assistant", "content": text}]
         return text, int(spoken[-1]) in self.chat.stop_ids
 
-    def _generation(self, length: int) -> Any:
+    def _generation(self, length: int) -> GenerationConfig:
         from transformers import GenerationConfig
 
+        # By itself transformers draws among the 50 likeliest tokens alone; vLLM, which evaluates, among all.
         drawn = {"temperature": self.sampling.temperature, "top_p": self.sampling.top_p, "top_k": 0}
         room = self.context - length if self.context else self.sampling.max_tokens
         return GenerationConfig(
@@ -95,6 +101,7 @@ def chat_with(run_dir: str) -> None:
     drawn = f"temperature {sampling.temperature:g}, top_p {sampling.top_p:g}, at most {sampling.max_tokens} tokens"
     console.print(Text(shown(f"start    {job.student.model}\ntrained  {run_dir}")))
     console.print(Text(f"{drawn}, on {speakers[0].model.device}; " + ", ".join(map(" to ".join, COMMANDS.items()))))
+
     seed = job.seed
     for line in _lines(console):
         if line == "/quit":
@@ -125,13 +132,16 @@ def _exchange(question: str, speakers: list[Speaker], seed: int, console: Consol
     except InputError as error:
         console.print(Text(shown(str(error))))
         return
+
     turn = sum(message["role"] == "user" for message in asked[0])
     table = Table(box=box.SIMPLE, expand=True, show_edge=False)
     cells = []
+
     for speaker, messages in zip(speakers, asked, strict=True):
         text, ended = speaker.answer(messages, draw_seed(seed, str(turn), "chat"))
         table.add_column(speaker.name, ratio=1, overflow="fold")
         cells.append(Text(shown(text)) + Text("" if ended else " […]", style="dim"))
+
     table.add_row(*cells)
     console.print(table)
 
@@ -185,7 +195,7 @@ def load_speakers(run: RunReader) -> list[Speaker]:
     ]
 
 
-def _published(folder: Path, base: Path, dtype: Any, job: Job) -> Any:
+def _published(folder: Path, base: Path, dtype: torch.dtype, job: Job) -> PreTrainedModel:
     if not (folder / ADAPTER_CONFIG).is_file():
         return _load(folder, dtype, job)
     from peft import PeftModel
@@ -194,7 +204,7 @@ def _published(folder: Path, base: Path, dtype: Any, job: Job) -> Any:
     return PeftModel.from_pretrained(_load(base, dtype, job), str(folder)).merge_and_unload()
 
 
-def _load(folder: Path, dtype: Any, job: Job) -> Any:
+def _load(folder: Path, dtype: torch.dtype, job: Job) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     trust = job.student.trust_remote_code

@@ -13,7 +13,7 @@ from rdpo.execution.keys import what_counts
 from rdpo.execution.reader import RunReader
 from rdpo.files.manifest import Manifest
 from rdpo.inspection.results import result_lines
-from rdpo.records import ID_COLUMN, SIDES, digest
+from rdpo.records import ID_COLUMN, SIDES, Row, digest, rows_of
 from rdpo.stages.table import NAMES, WITHOUT_ROWS, names_of
 
 SHOWN_CHARS = 48
@@ -27,6 +27,11 @@ class Side(RunReader):
     def __init__(self, run_dir: str):
         super().__init__(run_dir)
         self.manifests = self.finished(names_of(self.job))
+
+    @property
+    def rewards(self) -> set[str]:
+        """Names of the job's rewards."""
+        return {reward.name for reward in self.job.rewards}
 
 
 def diff_runs(run_dirs: tuple[str, str]) -> list[str]:
@@ -42,19 +47,21 @@ def diff_runs(run_dirs: tuple[str, str]) -> list[str]:
         "rows": list(_rows(a, b)),
         "results": result_lines(a.manifests, b.manifests, _evaluated(a), _evaluated(b)),
     }
+
     lines = [f"A  {run_dirs[0]}", f"B  {run_dirs[1]}"]
     if not any(blocks.values()):
         return [*lines, "no difference: the same settings, rows and results"]
+
     for title, block in blocks.items():
         lines += ["", title, *(block or ["the same"])]
     return lines
 
 
-def _evaluated(side: Side) -> list[dict[str, Any]]:
+def _evaluated(side: Side) -> list[Row]:
     folder = side.folder("evaluation")
     if "evaluation" not in side.manifests or not folder.parts():
         return []
-    rows: list[dict[str, Any]] = folder.table().sort_by(ID_COLUMN).to_pylist()
+    rows: list[Row] = folder.table().sort_by(ID_COLUMN).to_pylist()
     return rows
 
 
@@ -85,13 +92,12 @@ def _settings(a: Side, b: Side) -> Iterator[str]:
 
 def _of_lone_reward(key: str, a: Side, b: Side) -> bool:
     """Whether a key is one of the settings of a reward that one of the runs lacks; its kind stands for them."""
-    names = [{reward.name for reward in side.job.rewards} for side in (a, b)]
     section, _, rest = key.partition(".")
     name, _, last = rest.partition(".")
-    return section == "rewards" and name in names[0] ^ names[1] and last != "kind"
+    return section == "rewards" and name in a.rewards ^ b.rewards and last != "kind"
 
 
-def _value(value: Any) -> str:
+def _value(value: object) -> str:
     text = UNSET if value is None else json.dumps(value, ensure_ascii=False)
     return text if len(text) <= SHOWN_CHARS else f"{text[: SHOWN_CHARS - 1]}…"
 
@@ -121,6 +127,7 @@ def _making(stage: str, a: Manifest | None, b: Manifest | None) -> str:
         reasons.append(f"other {', '.join(settings[:SHOWN_NAMES])}{more}")
     if inputs := _changed(a.inputs, b.inputs):
         reasons.append(f"from other {', '.join(inputs)}")
+
     if not reasons:
         reasons.append("the same settings and inputs, made twice")
     reasons += [
@@ -145,10 +152,12 @@ def _rows_of(a: Side, b: Side, stage: str) -> Iterator[str]:
     if any(map(len, only)):
         parts = (f"{len(names)} only in {side}{_some(names)}" for side, names in zip("AB", only, strict=True))
         yield f"{stage:<12}{len(ids[0])} and {len(ids[1])} rows: {', '.join(parts)}"
+
     reasons = [side.folder(stage).reasons() for side in (a, b)]
     for reason in _changed(*reasons):
         counts = [of_side.get(reason, 0) for of_side in reasons]
         yield f"{stage:<12}dropped {counts[0]} and {counts[1]}: {reason}"
+
     if stage == "pairs":
         yield from _texts(a, b)
 
@@ -161,7 +170,11 @@ def _some(names: pa.ChunkedArray) -> str:
 def _texts(a: Side, b: Side) -> Iterator[str]:
     of_a, of_b = map(_answers, (a, b))
     both = [(of_a[name], of_b[name]) for name in of_a if name in of_b]
-    other = {side: sum(one[side] != two[side] for one, two in both) for side in SIDES}
+    other = dict.fromkeys(SIDES, 0)
+    for one, two in both:
+        for side in SIDES:
+            other[side] += one[side] != two[side]
+
     if any(other.values()):
         parts = ", ".join(f"{count} with another {side} answer" for side, count in other.items())
         yield f"{'pairs':<12}{len(both)} in both: {parts}"
@@ -169,9 +182,7 @@ def _texts(a: Side, b: Side) -> Iterator[str]:
 
 def _answers(side: Side) -> dict[str, dict[str, str]]:
     """Hashes of both answers of each pair, by its id."""
-    tables = side.folder("pairs").tables(columns=[ID_COLUMN, *SIDES])
     found = {}
-    for part in tables:
-        for row in part.to_pylist():
-            found[row[ID_COLUMN]] = {name: digest(row[name]) for name in SIDES}
+    for row in rows_of(side.folder("pairs").tables(columns=[ID_COLUMN, *SIDES])):
+        found[row[ID_COLUMN]] = {name: digest(row[name]) for name in SIDES}
     return found

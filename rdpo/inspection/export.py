@@ -77,6 +77,7 @@ def _split(stage: StageFolder, heldout: bool) -> Iterator[pa.Table]:
     schema = stage.schema()
     named = [name for name in PAIR_COLUMNS if name in schema.names]
     for part in stage.tables():
+        # Columns that only later parts have are null in this one.
         rows = pa.concat_tables([schema.empty_table(), part], promote_options="permissive")
         yield rows.filter(pc.equal(pc.fill_null(rows[HELDOUT], False), heldout)).select(named)
 
@@ -86,6 +87,7 @@ def _write(tables: Iterator[pa.Table], path: Path) -> int:
     writer, count = None, 0
     for table in tables:
         if table.num_rows:
+            # With the first rows only: a file without any would be a split of its own.
             writer = writer or pq.ParquetWriter(path, table.schema)
             writer.write_table(table)
             count += table.num_rows

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,6 +13,9 @@ from rdpo.errors import InputError, did_you_mean
 from rdpo.evaluation.intervals import Estimate, mean_interval, with_interval
 from rdpo.execution.reader import RunReader
 from rdpo.inspection.chat import load_speakers
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
 
 Results = Mapping[str, Any]
 
@@ -58,6 +61,7 @@ def changes(
             limit=limit,
             apply_chat_template=chat,
             task_manager=manager,
+            # Intervals are made below, paired over the documents of both models.
             bootstrap_iters=0,
         )
         for speaker in load_speakers(run)
@@ -65,7 +69,7 @@ def changes(
     return list(_compared(start, trained))
 
 
-def _tasks(names: list[str], include: str | None) -> tuple[Any, list[str]]:
+def _tasks(names: list[str], include: str | None) -> tuple[TaskManager, list[str]]:
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=include)
@@ -77,13 +81,22 @@ def _tasks(names: list[str], include: str | None) -> tuple[Any, list[str]]:
 
 def _compared(start: Results, trained: Results) -> Iterator[Change]:
     for task, samples in start["samples"].items():
-        for metric, kept in sorted({(metric, sample["filter"]) for sample in samples for metric in sample["metrics"]}):
+        for metric, kept in _metrics(samples):
             before, after = (side["results"][task].get(f"{metric},{kept}") for side in (start, trained))
             if before is None:
                 continue
+
             scores, later = (_scores(side["samples"][task], metric, kept) for side in (start, trained))
             name = metric if kept == "none" else f"{metric} {kept}"
             yield Change(task, name, len(scores), before, after, _difference(scores, later))
+
+
+def _metrics(samples: list[Results]) -> list[tuple[str, str]]:
+    """The metrics of a task, each with the filter that answers went through before it; sorted."""
+    found: set[tuple[str, str]] = set()
+    for sample in samples:
+        found.update((metric, sample["filter"]) for metric in sample["metrics"])
+    return sorted(found)
 
 
 def _scores(samples: list[Results], metric: str, filter_name: str) -> dict[int, Any]:
@@ -95,6 +108,7 @@ def _difference(start: dict[int, Any], trained: dict[int, Any]) -> Estimate | No
     try:
         gains = np.array([float(trained[document]) - float(score) for document, score in start.items()])
     except (TypeError, ValueError):
+        # The score of a document may be what a whole task's metric is made of: a pair of texts, a list.
         return None
     return mean_interval(gains)
 

@@ -6,16 +6,22 @@ Every interval is at 95%, over prompts; that of a difference is paired, over the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import chain
+from typing import Any
 
 import numpy as np
 
-from rdpo.evaluation.compare import KL_ANSWERS
+from rdpo.evaluation.compare import KL_ANSWERS, MODELS
 from rdpo.evaluation.intervals import Estimate, groups_of, mean_interval, share_interval, with_interval
 from rdpo.execution.keys import what_counts
 from rdpo.files.manifest import Manifest
 from rdpo.records import ID_COLUMN, Row
 
 Pick = Callable[[Row], float | None]
+"""Takes a number out of an evaluated row, where it has one."""
+Measured = list[tuple[Row, float]]
+"""Evaluated rows, each with its number."""
 NAME, COLUMN = 28, 28
 SHARES = ("win rate", "stop rate")
 KL, LOG_RATIO = "KL, nats", "log-ratio, nats"
@@ -36,11 +42,13 @@ def result_lines(
     stages = ("training", "retention", "evaluation")
     if all(_making(a, stage) == _making(b, stage) for stage in stages):
         return []
+
     lines = [f"{'':<{NAME}}{'A':<{COLUMN}}{'B':<{COLUMN}}B - A"]
     lines += [f"{name:<{NAME}}{of_a:<{COLUMN}}{of_b}".rstrip() for name, of_a, of_b in _measures(a, b)]
     if not (rows_a and rows_b):
         without = [side for side, rows in (("A", rows_a), ("B", rows_b)) if not rows]
         return [*lines, f"no evaluation in {' and '.join(without)} yet"]
+
     common = len({row[ID_COLUMN] for row in rows_a} & {row[ID_COLUMN] for row in rows_b})
     lines.append(f"held-out prompts: {len(rows_a)} and {len(rows_b)}, of which both have {common}")
     lines += [_line(name, pick, rows_a, rows_b) for name, pick in _picks(rows_a[0], rows_b[0]).items()]
@@ -78,15 +86,19 @@ def _picks(a: Row, b: Row) -> dict[str, Pick]:
     """The figures of an evaluated row, of every reward that both runs have and of the answers."""
     picks: dict[str, Pick] = {}
     for reward in [name for name in a["trained_scores"] or () if name in (b["trained_scores"] or ())]:
-        picks[f"{reward}, start"] = lambda row, reward=reward: row["start_scores"][reward]  # type: ignore[misc]
-        picks[f"{reward}, trained"] = lambda row, reward=reward: row["trained_scores"][reward]  # type: ignore[misc]
-        picks[f"{reward}, win rate"] = lambda row, reward=reward: _win(row, reward)  # type: ignore[misc]
+        for model in MODELS:
+            picks[f"{reward}, {model}"] = _score_by(reward, model)
+        picks[f"{reward}, win rate"] = partial(_win, reward)
     picks["tokens"] = lambda row: row["trained_tokens"]
     picks["stop rate"] = lambda row: float(row["trained_finish_reason"] == "stop")
     return picks
 
 
-def _win(row: Row, reward: str) -> float | None:
+def _score_by(reward: str, model: str) -> Pick:
+    return lambda row: row[f"{model}_scores"][reward]
+
+
+def _win(reward: str, row: Row) -> float | None:
     """1 where the trained model beats its start, half for a tie."""
     start, trained = row["start_scores"][reward], row["trained_scores"][reward]
     if start is None or trained is None:
@@ -95,20 +107,26 @@ def _win(row: Row, reward: str) -> float | None:
 
 
 def _line(name: str, pick: Pick, rows_a: list[Row], rows_b: list[Row]) -> str:
-    known = [[row for row in rows if pick(row) is not None] for rows in (rows_a, rows_b)]
+    of_a, of_b = (_measured(pick, rows) for rows in (rows_a, rows_b))
+    before = {row[ID_COLUMN]: value for row, value in of_a}
+    gains = [(row, value - before[row[ID_COLUMN]]) for row, value in of_b if row[ID_COLUMN] in before]
+
     is_share = name.endswith(SHARES)
-    a, b = (_estimate([pick(row) for row in side], side, ".3f", is_share) for side in known)
-    before = {row[ID_COLUMN]: pick(row) for row in known[0]}
-    common = [row for row in known[1] if row[ID_COLUMN] in before]
-    differences = [pick(row) - before[row[ID_COLUMN]] for row in common]  # type: ignore[operator]
-    return f"{name:<{NAME}}{a:<{COLUMN}}{b:<{COLUMN}}{_estimate(differences, common, '+.3f')}"
+    a, b = (_estimate(side, ".3f", is_share) for side in (of_a, of_b))
+    return f"{name:<{NAME}}{a:<{COLUMN}}{b:<{COLUMN}}{_estimate(gains, '+.3f')}"
 
 
-def _estimate(values: Sequence[float | None], rows: list[Row], form: str, is_share: bool = False) -> str:
-    if not values:
+def _measured(pick: Pick, rows: Sequence[Row]) -> Measured:
+    picked = ((row, pick(row)) for row in rows)
+    return [(row, value) for row, value in picked if value is not None]
+
+
+def _estimate(measured: Measured, form: str, is_share: bool = False) -> str:
+    if not measured:
         return "-"
-    interval = share_interval if is_share else mean_interval
-    return with_interval(interval(np.array(values, dtype=float), groups_of(rows)), form)
+    values = np.array([value for _, value in measured], dtype=float)
+    groups = groups_of([row for row, _ in measured])
+    return with_interval((share_interval if is_share else mean_interval)(values, groups), form)
 
 
 def _divergence(a: Manifest, b: Manifest, rows_a: list[Row], rows_b: list[Row]) -> Iterator[str]:
@@ -116,16 +134,20 @@ def _divergence(a: Manifest, b: Manifest, rows_a: list[Row], rows_b: list[Row]) 
     kinds = [KL if KL_ANSWERS in side.summary else LOG_RATIO for side in (a, b)]
     for name in (KL, LOG_RATIO):
         sides = [rows if kind == name else [] for kind, rows in zip(kinds, (rows_a, rows_b), strict=True)]
-        if any(row["kl"] is not None for rows in sides for row in rows):
+        if any(row["kl"] is not None for row in chain(*sides)):
             yield _line(name, lambda row: row["kl"], *sides)
 
 
 def _warnings(a: Manifest, b: Manifest) -> Iterator[str]:
     """Rewards whose scores are not on one scale, because they are not the same in both runs."""
-    of_a, of_b = ({one["name"]: one for one in side.settings["rewards"]} for side in (a, b))
+    of_a, of_b = _rewards(a), _rewards(b)
     for name in [name for name in of_a if name in of_b]:
         if what_counts({**of_a[name], "weight": 0}) != what_counts({**of_b[name], "weight": 0}):
             yield f"{name} is not the same reward in both runs: its scores cannot be compared"
     for side, names in (("A", of_a.keys() - of_b.keys()), ("B", of_b.keys() - of_a.keys())):
         for name in sorted(names):
             yield f"{name} is a reward of {side} alone"
+
+
+def _rewards(evaluation: Manifest) -> dict[str, dict[str, Any]]:
+    return {reward["name"]: reward for reward in evaluation.settings["rewards"]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from rich import box
@@ -16,6 +17,9 @@ from rdpo.inspection.token_logps import TokenLogps, TokenReader
 from rdpo.modeling.chat import load_chat
 from rdpo.modeling.weights import ModelRef
 from rdpo.records import ID_COLUMN, Row, shown
+
+Decode = Callable[[list[int]], str]
+"""The text of token ids."""
 
 TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 TOKEN_STYLES = {"prompt_ids": ("grey50", "grey70"), "chosen_ids": ("green", "bright_green")}
@@ -40,40 +44,46 @@ def show_rows(run_dir: str, stage: str, row_id: str | None, limit: int, dropped:
         rows = [row for row in rows if row[ID_COLUMN].startswith(row_id)]
         if not rows:
             raise InputError(f"{run_dir}: no row of the {stage} stage has an id that begins with {row_id}")
+
     if logps and "prompt_ids" not in rows[0]:
         raise InputError("--logps: only rows of the reference stage have the tokens that training sees; show those")
+
     console = Console()
     decode = _decoder(run_dir, stage, rows[0])
     reader = TokenReader(RunReader(run_dir)) if logps else None
     for row in rows[:limit]:
         console.print(_panel(row, decode))
-        for side, values in (reader.read(row) if reader else {}).items():
-            console.print(_worth(side, values, [decode([token]) for token in row[f"{side}_ids"]]))
+        if reader and decode:
+            for side, values in reader.read(row).items():
+                console.print(_worth(side, values, [decode([token]) for token in row[f"{side}_ids"]]))
     console.print(f"{min(limit, len(rows))} of {len(rows)} rows")
 
 
-def _decoder(run_dir: str, stage: str, row: Row) -> Any:
+def _decoder(run_dir: str, stage: str, row: Row) -> Decode | None:
     if "prompt_ids" not in row:
         return None
     job = RunReader(run_dir).job_of(stage)
-    return load_chat(ModelRef.student(job), job.date).tokenizer.decode
+    decode: Decode = load_chat(ModelRef.student(job), job.date).tokenizer.decode
+    return decode
 
 
-def _panel(row: Row, decode: Any) -> Panel:
+def _panel(row: Row, decode: Decode | None) -> Panel:
     parts = [_field(name, value, decode) for name, value in row.items() if name != ID_COLUMN and value is not None]
     return Panel(Group(*parts), title=Text(shown(row[ID_COLUMN])), title_align="left")
 
 
-def _field(name: str, value: Any, decode: Any) -> Text:
+def _field(name: str, value: Any, decode: Decode | None) -> Text:
     text = Text(f"{name}  ", style="bold")
     if name in TOKEN_COLUMNS and decode:
         return text.append_text(_tokens(name, value, decode))
+
     if isinstance(value, list) and not all(isinstance(item, dict) for item in value):
         value = ", ".join(map(str, value))
     if isinstance(value, list):
         for message in value:
             text.append(f"\n[{message['role']}] ", style="cyan").append(shown(message["content"]), style="not bold")
         return text
+
     if isinstance(value, dict):
         value = "  ".join(f"{key} {score:.3f}" for key, score in value.items() if score is not None)
     if isinstance(value, float):
@@ -81,7 +91,7 @@ def _field(name: str, value: Any, decode: Any) -> Text:
     return text.append(shown(str(value)), style="not bold")
 
 
-def _tokens(name: str, ids: list[int], decode: Any) -> Text:
+def _tokens(name: str, ids: list[int], decode: Decode) -> Text:
     """Token texts in two alternating shades; completions, which count in the loss, in colour."""
     shades = TOKEN_STYLES.get(name, COMPLETION_STYLES)
     text = Text(f"{len(ids)} tokens\n", style="not bold")
@@ -96,11 +106,13 @@ def _worth(side: str, values: TokenLogps, tokens: list[str]) -> Table:
     if values.policy:
         changes = [after - before for after, before in zip(values.policy, values.reference, strict=True)]
         columns |= {"policy": values.policy, "policy - reference": changes}
+
     table = Table(box=box.SIMPLE, title=f"{side}: log-probs in nats", title_justify="left", show_footer=True)
     table.add_column("position", "sum", justify="right")
     table.add_column("token")
     for name, column in columns.items():
         table.add_column(name, f"{sum(column):.3f}", justify="right")
+
     for index, token in enumerate(tokens):
         numbers = [column[index] for column in columns.values()]
         table.add_row(

@@ -86,6 +86,7 @@ def _stage(run: RunReader, made: Made, stage: Stage, driven: bool) -> StageStatu
     begun = folder.read_json(IN_PROGRESS)
     if not begun:
         return StageStatus(stage.name, "not begun", stage.unit)
+
     status = StageStatus(stage.name, "in progress" if driven else "interrupted", stage.unit)
     status.seconds = round(time.time() - begun["began"], 1) if driven else None
     if stage.name == "training":
@@ -123,6 +124,7 @@ def _trained(run: RunReader, made: Made, status: StageStatus) -> StageStatus:
         status.total = total_steps(len(heldout) - (pc.sum(heldout).as_py() or 0), run.job)
     if not steps:
         return status
+
     last = steps[-1]
     status.stored, status.loss, status.margin = int(last["step"]), last["loss"], last["rewards/margins"]
     if status.state == "in progress" and status.total:
@@ -148,10 +150,12 @@ def _line(status: StageStatus) -> str:
     parts = [f"{status.stored}{of} {status.unit}"] if status.stored or of else []
     if status.dropped:
         parts.append(f"{status.dropped} dropped")
+
     if status.loss is not None and status.margin is not None:
         parts.append(f"loss {status.loss:.4f}  margin {status.margin:.3f}")
     if status.left_s is not None:
         parts.append(f"{status.left_s:.0f} s left")
     if status.seconds is not None:
         parts.append(f"{status.seconds:.0f} s" if finished else f"begun {status.seconds:.0f} s ago")
+
     return f"{status.stage:<12}{status.state:<13}{'  '.join(parts)}".rstrip()

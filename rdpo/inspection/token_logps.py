@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rdpo.cluster.hardware import take_device
 from rdpo.execution.reader import RunReader
@@ -57,7 +56,7 @@ def _merged(folder: StageFolder) -> Path:
     return Path(folder.local(MERGED))
 
 
-def _by_side(policy: Policy, row: Mapping[str, Any]) -> dict[str, list[float]]:
+def _by_side(policy: Policy, row: Row) -> dict[str, list[float]]:
     import torch
 
     batch = policy.batch([row["prompt_ids"]], *([row[f"{side}_ids"]] for side in SIDES))

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 
 import pyarrow as pa
 
@@ -36,6 +37,7 @@ def agreement(parts: Iterable[pa.Table], settings: Pairs) -> dict[str, Agreement
             if against is None:
                 # Pairs of earlier versions do not say it; of theirs only the names tell.
                 against = (pair["rejected_from"], pair["chosen_from"]) in named
+
             sides = ("rejected_scores", "chosen_scores") if against else ("chosen_scores", "rejected_scores")
             first, second = (pair[side] or {} for side in sides)
             for name, score in first.items():
@@ -73,4 +75,7 @@ class Tally:
 
 def count_defects(parts: Iterable[pa.Table]) -> dict[str, int]:
     """How many rows have each defect."""
-    return dict(Counter(defect for part in parts for defects in part["defects"].to_pylist() for defect in defects))
+    counts: Counter[str] = Counter()
+    for part in parts:
+        counts.update(chain.from_iterable(part["defects"].to_pylist()))
+    return dict(counts)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 
 import numpy as np
 import pyarrow as pa
 
-from rdpo.records import SIDES, Row
+from rdpo.records import SIDES, Row, rows_of
 
 COLUMNS = ["prompt_ids", *(f"{side}_ids" for side in SIDES), *(f"reference_{side}_logps" for side in SIDES)]
 
@@ -18,13 +19,14 @@ KnownLogps = dict[bytes, float]
 
 def answer_key(prompt_ids: Sequence[int], answer_ids: Sequence[int]) -> bytes:
     """16 bytes that stand for an answer behind its prompt."""
+    # With the prompt's length, else the same tokens divided elsewhere would be the same answer.
     tokens = np.array([len(prompt_ids), *prompt_ids, *answer_ids], dtype=np.int64)
     return hashlib.blake2b(tokens.tobytes(), digest_size=16).digest()
 
 
 def known_logps(tables: Iterable[pa.Table]) -> KnownLogps:
     """The log-probs of all answers, chosen or rejected, in rows of reference stages (with `COLUMNS`)."""
-    return dict(entry for table in tables for row in table.to_pylist() for entry in _entries(row))
+    return dict(chain.from_iterable(map(_entries, rows_of(tables))))
 
 
 def _entries(row: Row) -> Iterator[tuple[bytes, float]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
@@ -20,7 +21,7 @@ from rdpo.config import Pairs as Settings
 from rdpo.config.task import Task, Turn
 from rdpo.errors import InputError
 from rdpo.preference.shaping import Shaping, find_length_coef, matrix, mean_length_gap
-from rdpo.records import HELDOUT, ID_COLUMN, QUESTION, SIDES, Row, drop, prompt_id, table_of, unit_draw
+from rdpo.records import HELDOUT, ID_COLUMN, QUESTION, SIDES, Row, drop, prompt_id, rows_of, table_of, unit_draw
 from rdpo.synthesis.defects import defects
 from rdpo.synthesis.instructions import beginning, load_task, question_of
 
@@ -63,11 +64,12 @@ def drawn_together(prompts: Iterable[pa.Table]) -> dict[str, str]:
     """
     first: dict[str, tuple[str, int, str]] = {}
     several: set[str] = set()
-    for row in (row for part in prompts for row in part.to_pylist()):
+    for row in rows_of(prompts):
         question, found = row[QUESTION], (row["source"], row["line"], prompt_id(row["prompt"]))
         known = first.setdefault(question, found)
         if known[2] != found[2]:
             several.add(question)
+        # By source and line, for parts come in no order.
         first[question] = min(known, found)
     return {question: first[question][2] for question in several}
 
@@ -76,12 +78,14 @@ def shaping_of(parts: Iterable[pa.Table], settings: Settings) -> Shaping | None:
     """How long samples are held back, found on all rows if `length_coef` is `auto`; None without best and worst."""
     if not {settings.chosen, settings.rejected} & {BEST, WORST}:
         return None
+
     scores, lengths = [], []
-    for row in (row for part in parts for row in part.to_pylist()):
+    for row in rows_of(parts):
         usable = _usable(row, settings)
         if len(usable) >= settings.min_samples:
             scores.append([row[f"{name}_score"] for name in usable])
             lengths.append([float(len(row[name])) for name in usable])
+
     wide = matrix(scores), matrix(lengths)
     if settings.length_coef == "auto":
         return find_length_coef(*wide) if scores else Shaping(0.0, 0.0)
@@ -99,10 +103,11 @@ def copies(table: pa.Table, count: int) -> pa.Table:
 
 def copy_names(ids: pa.ChunkedArray, count: int, start: int = 0) -> pa.ChunkedArray:
     """Ids of rows for their pairs from number `start` on: the first keeps the row's."""
-    named = [
-        ids if pair == 0 else pc.binary_join_element_wise(ids, str(pair), COPY) for pair in range(start, start + count)
-    ]
-    return pa.chunked_array([chunk for array in named for chunk in array.chunks], pa.string())
+    chunks: list[pa.Array] = []
+    for pair in range(start, start + count):
+        named = ids if pair == 0 else pc.binary_join_element_wise(ids, str(pair), COPY)
+        chunks += named.chunks
+    return pa.chunked_array(chunks, pa.string())
 
 
 def _sides(row: Row, settings: Settings) -> Sides:
@@ -115,10 +120,12 @@ def _pair(row: Row, job: Job, task: Task | None, length_coef: float, drawn_by: s
     settings, sides = job.pairs, _sides(row, job.pairs)
     # The same prompts whatever the seed, so that runs with other seeds are measured on the same pairs.
     heldout = unit_draw(0, drawn_by, "heldout pairs") < settings.heldout_fraction
+    # Those that are held out measure what is right, so no noise is put into them.
     flipped = not heldout and unit_draw(job.seed, row[ID_COLUMN], "flip") < settings.flip
     pair = pair_row(row, settings, sides, length_coef) | {HELDOUT: heldout}
     if {sides.chosen, sides.rejected} & {BEST, WORST} and len(_usable(row, settings)) < settings.min_samples:
         pair = drop(pair, "fewer usable samples than pairs.min_samples")
+
     if settings.condition and task:
         pair["prompt"] = question_of(beginning(task, settings.condition), row, job.synthesis.values)
     revises = task is not None and any(turn.after for turn in task.turns)
@@ -141,11 +148,15 @@ def scored_answers(job: Job) -> list[str]:
 
 def answers_of(settings: Settings, turns: list[Turn] | None) -> list[str]:
     """`scored_answers` of a task's turns; None: the pairs come with the prompts."""
-    known = [name for turn in turns for name in turn.names] if turns is not None else list(SIDES)
-    sampled = [name for turn in turns or [] if turn.name == settings.among and turn.samples > 1 for name in turn.names]
-    wanted: list[str] = []
+    known = list(chain.from_iterable(turn.names for turn in turns)) if turns is not None else list(SIDES)
+    several = [turn for turn in turns or [] if turn.name == settings.among and turn.samples > 1]
+    sampled = list(chain.from_iterable(turn.names for turn in several))
     named = [settings.chosen, settings.rejected]
-    for side in (*named, *(side for sides in settings.also for side in (sides.chosen, sides.rejected))):
+    for sides in settings.also:
+        named += [sides.chosen, sides.rejected]
+
+    wanted: list[str] = []
+    for side in named:
         of_side = sampled if side in (BEST, WORST) else [name for name in known if name == side]
         if not of_side:
             more = f"; a turn `{settings.among}` with `samples` would make best and worst" if not sampled else ""
@@ -161,6 +172,7 @@ def pair_row(row: Row, settings: Settings, sides: Sides | None = None, length_co
     swapped = settings.direction == "reward" and row[f"{rejected}_score"] > row[f"{chosen}_score"]
     if swapped:
         chosen, rejected = rejected, chosen
+
     pair = {
         ID_COLUMN: row[ID_COLUMN],
         "prompt": row["prompt"],
@@ -173,7 +185,8 @@ def pair_row(row: Row, settings: Settings, sides: Sides | None = None, length_co
     }
     if row.get(QUESTION):
         pair[QUESTION] = row[QUESTION]
-    for side, turn in (("chosen", chosen), ("rejected", rejected)):
+
+    for side, turn in zip(SIDES, (chosen, rejected), strict=True):
         pair[f"score_{side}"] = row[f"{turn}_score"]
         pair[f"{side}_scores"] = row[f"{turn}_scores"]
         pair[f"{side}_finished"] = row[f"{turn}_finish_reason"] == "stop"
@@ -186,6 +199,7 @@ def _turn(row: Row, settings: Settings, side: str, length_coef: float) -> str:
     if side not in (BEST, WORST):
         return side
     names = _usable(row, settings) or _samples(row, settings.among)
+    # `max` and `min` take the first of equals, so that which sample it is does not depend on chance.
     shaped = {name: row[f"{name}_score"] - length_coef * len(row[name]) for name in names}
     return max(shaped, key=shaped.__getitem__) if side == BEST else min(shaped, key=shaped.__getitem__)
 
@@ -220,6 +234,7 @@ def sound(pair: Row, settings: Settings) -> Row:
 def exchanged(pair: Row) -> Row:
     """The pair with its sides in each other's place, scores and all."""
     other = {"chosen": "rejected", "rejected": "chosen"}
+    # By the columns' names alone, so that a new column of a side changes places too.
     other_way = {name: pair[re.sub("chosen|rejected", lambda side: other[side[0]], name)] for name in pair}
     return {**other_way, "reward_gap": -pair["reward_gap"], "swapped": not pair["swapped"]}
 
@@ -232,5 +247,5 @@ def wide_enough(pair: Row, settings: Settings) -> Row:
 
 
 def _cut_off(pair: Row, which: str) -> bool:
-    sides = {"never": (), "chosen": ("chosen",), "any": ("chosen", "rejected")}[which]
+    sides = {"never": (), "chosen": ("chosen",), "any": SIDES}[which]
     return not all(pair[f"{side}_finished"] for side in sides)

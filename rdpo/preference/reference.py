@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
@@ -27,6 +27,7 @@ from rdpo.records import SCORE_COLUMNS, SIDES, Row, alive, drop
 
 if TYPE_CHECKING:
     import ray.data
+    from ray import ObjectRef
 
     from rdpo.modeling.model import Policy
 
@@ -82,8 +83,9 @@ def tokenize_pair(row: Row, chat: Chat, max_length: int, vocabulary: int | None 
     try:
         found = chat.pair_ids(row["prompt"], answers)
     except ValueError as error:
-        without: dict[str, Any] = {name: [] for name in ID_COLUMNS}
+        without: Row = {name: [] for name in ID_COLUMNS}
         return drop({**row, **without, "dropped": None}, f"chat template refuses the pair: {str(error)[:REASON_CHARS]}")
+
     ids = {f"{name}_ids": tokens for name, tokens in found.items()}
     row = {**row, **ids, "dropped": None}
     if not (ids["chosen_ids"] and ids["rejected_ids"]):
@@ -108,11 +110,12 @@ class Reference:
     `known`: an object reference to `KnownLogps`. `run_dir`: where it is noted how the model was read.
     """
 
-    def __init__(self, job: Job, known: Any = None, run_dir: str | None = None):
+    def __init__(self, job: Job, known: ObjectRef[KnownLogps] | None = None, run_dir: str | None = None):
         import ray
 
         self.job, self.settings, self.run_dir = job, job.reference, run_dir
         self.known: KnownLogps = ray.get(known) if known else {}
+        # The model is loaded with the first pair that needs it: a run whose log-probs are all known loads none.
         self.device = take_device(self.settings.gpus, self.settings.cpus)
         student = ModelRef.student(job)
         self.chat, self.vocabulary = load_chat(student, job.date), student.config().get_text_config().vocab_size
@@ -151,11 +154,13 @@ class Reference:
         columns = ([pair[name] for pair in pairs] for name in ID_COLUMNS)
         with torch.inference_mode():
             logps = self.policy(self.policy.batch(*columns).to(self.device)).cpu()
+        # The sequences of a batch are all chosen answers, then all rejected ones.
         for pair, chosen, rejected in zip(pairs, *logps.view(2, len(pairs)).tolist(), strict=True):
             pair["reference_chosen_logps"], pair["reference_rejected_logps"] = chosen, rejected
 
 
 def _schema(pairs: pa.Schema) -> pa.Schema:
+    # Named, not inferred: a block in which all rows are dropped would have null columns, which fit no other block's.
     ids = [pa.field(name, pa.list_(pa.int32())) for name in ID_COLUMNS]
     logps = [pa.field(f"reference_{side}_logps", pa.float64()) for side in SIDES]
     kept = [field for field in pairs if field.name not in ("dropped", *SCORE_COLUMNS)]

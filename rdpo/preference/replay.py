@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 from rdpo.config import Job, Pairs, Replay, Synthesis
 from rdpo.preference.pairs import COPY, make_pairs
 from rdpo.preference.rewards import score_answers
-from rdpo.records import HELDOUT, ID_COLUMN, QUESTION, SIDES, alive, digest
+from rdpo.records import HELDOUT, ID_COLUMN, QUESTION, SIDES, alive, digest, rows_of
 from rdpo.synthesis.given import given_answers
 from rdpo.synthesis.prompts import beside, read_prompts, without_duplicates
 
@@ -82,6 +82,7 @@ def draw_mix(generated: Keyed, offline: Keyed, heldout: frozenset[str], share: f
             reasons[name] = LEFT_OVER
         else:
             drawn += 1
+
     last = None if used == len(generated) else place(ordered[used - 1][0], seed) if used else ""
     return Mix(used, last, drawn, reasons)
 
@@ -130,7 +131,7 @@ def keyed(pairs: Iterable[pa.Table], questions: Mapping[str, str]) -> Keyed:
 
 def keyed_ready(batches: Iterable[pa.Table]) -> Keyed:
     """Ready pairs with their questions."""
-    return [(row[ID_COLUMN], row[QUESTION]) for batch in batches for row in batch.to_pylist()]
+    return [(row[ID_COLUMN], row[QUESTION]) for row in rows_of(batches)]
 
 
 def offline_pairs(job: Job, replay: Replay) -> ray.data.Dataset:
@@ -143,8 +144,10 @@ def offline_pairs(job: Job, replay: Replay) -> ray.data.Dataset:
             "pairs": Pairs(chosen="chosen", rejected="rejected"),
         }
     )
+    # Held, for each is read twice below: once for what can be used, once for what cannot.
     read = without_duplicates(read_prompts(reading).materialize()).materialize()
     given = given_answers(read.filter(alive), reading).materialize()
+
     paired = make_pairs(score_answers(given.filter(alive), reading, list(SIDES)), reading)
     unusable = [rows.filter(lambda row: not alive(row)).select_columns(COMMON) for rows in (read, given)]
     return paired.union(*unusable)

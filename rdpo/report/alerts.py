@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
-from rdpo.files.manifest import Manifest
+from rdpo.files.manifest import Manifest, Summary
 from rdpo.report.columns import PairColumns
 from rdpo.stages.table import STAGES
 
@@ -34,7 +33,7 @@ def _of_lineage(manifests: Mapping[str, Manifest]) -> Iterator[str]:
             yield f"{stage.name} was made from other {', '.join(changed)} than are here now; `rdpo run` makes it again."
 
 
-def _of_pairs(summary: dict[str, Any], pairs: PairColumns | None) -> Iterator[str]:
+def _of_pairs(summary: Summary, pairs: PairColumns | None) -> Iterator[str]:
     for reward, sides in summary.get("agreement", {}).items():
         if sides["constant"]:
             yield f"{reward} gives every answer the same score; it tells nothing here."
@@ -46,7 +45,7 @@ def _of_pairs(summary: dict[str, Any], pairs: PairColumns | None) -> Iterator[st
         yield f"The {way} the chosen answer, the larger the reward gap: the reward may be one for length."
 
 
-def _of_training(summary: dict[str, Any]) -> Iterator[str]:
+def _of_training(summary: Summary) -> Iterator[str]:
     if not summary.get("steps"):
         return
     first, last = summary["first"], summary["last"]
@@ -56,20 +55,27 @@ def _of_training(summary: dict[str, Any]) -> Iterator[str]:
         yield "At the end of training the policy still prefers the rejected side of most pairs."
 
 
-def _of_evaluation(summary: dict[str, Any]) -> Iterator[str]:
+def _of_evaluation(summary: Summary) -> Iterator[str]:
     if not summary.get("prompts"):
         return
     if summary["prompts"] < FEW_PROMPTS:
         more = "hold out more by prompts.heldout_fraction, or raise evaluation.limit"
         yield f"Only {summary['prompts']} held-out prompts were compared, so the win rate says little; {more}."
-    length, stops = ({model: of[model]["mean"] for model in of} for of in (summary["length"], summary["stop_rate"]))
+
+    length, stops = _means(summary["length"]), _means(summary["stop_rate"])
     if length["trained"] > LENGTH_GROWS * length["start"]:
         yield "Answers grew by more than half; compare rewards at equal length before believing the win rate."
     if stops["trained"] < stops["start"] - STOPS_FALL:
         yield "The trained model stops by itself less often than the start model."
+
     rose = [reward["reward"] for reward in summary["rewards"] if reward["weight"] and reward["difference"]["low"] > 0]
     fell = [
         reward["reward"] for reward in summary["rewards"] if not reward["weight"] and reward["difference"]["high"] < 0
     ]
     if rose and fell:
         yield f"{', '.join(rose)} rose while {', '.join(fell)}, not optimised, fell: the reward may be gamed."
+
+
+def _means(estimates: dict[str, dict[str, float]]) -> dict[str, float]:
+    """The means of both models."""
+    return {model: estimate["mean"] for model, estimate in estimates.items()}

@@ -7,13 +7,19 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from markupsafe import Markup
+from numpy.typing import NDArray
 
 from rdpo.evaluation.intervals import Estimate, Values
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.colors import Colormap
+    from matplotlib.figure import Figure
 
 BEFORE, AFTER, OTHER = "#7a808a", "#3d78e0", "#c75a3b"
 PALETTE = (AFTER, OTHER, "#3a8f5c", "#9a5bc4", "#a07a1c", "#2a8c9c", "#c4508a", BEFORE)
@@ -45,14 +51,20 @@ def curves(steps: Values, series: Mapping[str, Values], colours: Sequence[str] =
     figure, axis = _figure()
     for (name, values), colour in zip(series.items(), colours, strict=False):
         groups = np.array_split(np.arange(len(steps)), min(len(steps), POINTS))
-        places, means = (np.array([of[group].mean() for group in groups]) for of in (steps, values))
+        places, means = _of_groups(np.mean, steps, groups), _of_groups(np.mean, values, groups)
         if len(steps) > POINTS:
-            ends = (np.array([end(values[group]) for group in groups]) for end in (np.min, np.max))
-            axis.fill_between(places, *ends, color=colour, alpha=0.2, linewidth=0)
+            least, greatest = _of_groups(np.min, values, groups), _of_groups(np.max, values, groups)
+            axis.fill_between(places, least, greatest, color=colour, alpha=0.2, linewidth=0)
         axis.plot(places, means, color=colour, linewidth=1.3, label=name, marker="o" if len(steps) == 1 else None)
+
     axis.locator_params(axis="x", integer=True)
     _legend(axis, len(series))
     return _labelled(figure, axis, "step", "")
+
+
+def _of_groups(figure: Callable[[Values], np.float64], values: Values, groups: Sequence[NDArray[np.intp]]) -> Values:
+    """One figure of each group of values."""
+    return np.array([figure(values[group]) for group in groups])
 
 
 def scatter(x: Values, y: Values, x_label: str, y_label: str, diagonal: bool = False) -> Markup:
@@ -101,11 +113,12 @@ def interval_lines(series: Mapping[str, Mapping[float, Estimate]], x_label: str,
     return _labelled(figure, axis, x_label, y_label)
 
 
-def _figure(size: tuple[float, float] = SMALL) -> tuple[Any, Any]:
+def _figure(size: tuple[float, float] = SMALL) -> tuple[Figure, Axes]:
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, layout="constrained")
+    # Without pyplot, which keeps every figure until it is closed and looks for a display.
     FigureCanvasSVG(figure)
     axis = figure.subplots()
     axis.spines[["top", "right"]].set_visible(False)
@@ -121,7 +134,7 @@ def _edges(values: Values) -> Values:
     return np.histogram_bin_edges(values, bins=BINS)
 
 
-def _legend(axis: Any, entries: int) -> None:
+def _legend(axis: Axes, entries: int) -> None:
     """Above the axes, where it covers nothing."""
     if entries > 1:
         axis.legend(
@@ -129,7 +142,7 @@ def _legend(axis: Any, entries: int) -> None:
         )
 
 
-def _limit(axis: Any, x: Values, y: Values) -> None:
+def _limit(axis: Axes, x: Values, y: Values) -> None:
     """The same limits for both axes, so that the diagonal is one."""
     least, greatest = min(x.min(), y.min()), max(x.max(), y.max())
     room = 0.05 * (greatest - least) or 1.0
@@ -137,19 +150,20 @@ def _limit(axis: Any, x: Values, y: Values) -> None:
     axis.set_ylim(least - room, greatest + room)
 
 
-def _shades() -> Any:
+def _shades() -> Colormap:
     from matplotlib.colors import LinearSegmentedColormap, to_rgba
 
     return LinearSegmentedColormap.from_list("density", [to_rgba(AFTER, 0.25), to_rgba(AFTER, 1.0)])
 
 
-def _labelled(figure: Any, axis: Any, x_label: str, y_label: str) -> Markup:
+def _labelled(figure: Figure, axis: Axes, x_label: str, y_label: str) -> Markup:
     """The figure as an SVG element that takes the page's text colour and font."""
     from matplotlib import rc_context
 
     axis.set_xlabel(x_label, fontsize=FONT_SIZE)
     axis.set_ylabel(y_label, fontsize=FONT_SIZE)
     buffer = io.StringIO()
+    # Text stays text, in the page's font; the salt gives its elements the same names each time.
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "rdpo"}):
         figure.savefig(buffer, format="svg", transparent=True, metadata=NO_METADATA)
     text = buffer.getvalue()

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from rdpo.evaluation.compare import MODELS
 from rdpo.evaluation.intervals import Values
 from rdpo.files.stage_folder import StageFolder
 from rdpo.records import ID_COLUMN, SIDES
-
-MODELS = ("start", "trained")
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class PairColumns:
         Of pairs that both scored; NaN where there are none.
         """
         sides = {name: np.sign(self.chosen[name] - self.rejected[name]) for name in self.chosen}
-        agreed = {(one, other): (1 + sides[one] * sides[other]) / 2 for one in sides for other in sides}
+        agreed = {(one, other): (1 + sides[one] * sides[other]) / 2 for one, other in product(sides, repeat=2)}
         # Not every row has the data set's own scores.
         known = {names: shares[np.isfinite(shares)] for names, shares in agreed.items()}
         return {names: float(shares.mean()) if len(shares) else float("nan") for names, shares in known.items()}
@@ -82,8 +82,8 @@ class PromptColumns:
     def by_length(self, reward: str) -> LengthSplit:
         """A reward's win rate apart for answers that grew and those that did not."""
         longer = self.growth > 0
-        scores = [self.scores[model][reward] for model in reversed(MODELS)]
-        grown, others = (_share_above(*(values[where] for values in scores)) for where in (longer, ~longer))
+        start, trained = (self.scores[model][reward] for model in MODELS)
+        grown, others = (_share_above(trained[where], start[where]) for where in (longer, ~longer))
         correlation = rank_correlation(self.change(reward), self.growth)
         return LengthSplit(int(longer.sum()), grown, int((~longer).sum()), others, correlation)
 
@@ -118,7 +118,7 @@ def pair_columns(folder: StageFolder) -> PairColumns:
 
 def prompt_columns(folder: StageFolder) -> PromptColumns:
     """The numbers of an evaluation stage, in the order of the ids."""
-    names = [f"{model}_{what}" for model in MODELS for what in ("scores", "score", "tokens")]
+    names = [f"{model}_{what}" for model, what in product(MODELS, ("scores", "score", "tokens"))]
     table = folder.table(columns=[ID_COLUMN, *names])
     table = table.sort_by(ID_COLUMN) if table.num_rows else table
     return PromptColumns(

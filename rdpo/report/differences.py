@@ -30,9 +30,11 @@ def difference(before: str, after: str) -> Difference:
     """The difference of two model texts; where they have hardly a word in common, nothing is marked."""
     left, right = (WORDS.findall(shown(text)) for text in (before, after))
     matcher = SequenceMatcher(None, [word.strip() for word in left], [word.strip() for word in right])
+
     kept = matcher.ratio()
     if kept < FEW:
         return Difference(escape("".join(left)), escape("".join(right)), kept)
+
     changes = matcher.get_opcodes()
     return Difference(
         Markup("").join(_marked("del", left[start:end], kind) for kind, start, end, _, _ in changes),

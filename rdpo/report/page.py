@@ -51,7 +51,7 @@ def _environment() -> Environment:
     return environment
 
 
-def _written_out(value: Any) -> Any:
+def _written_out(value: object) -> object:
     """Whatever a template prints, fit for a page; our own drawings as they are."""
     return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 

@@ -10,7 +10,7 @@ from rdpo.files.manifest import Manifest
 
 
 @dataclass
-class Source:
+class ReadSource:
     """A model, file or function with its fingerprint, and the stages that read it."""
 
     name: str
@@ -18,12 +18,12 @@ class Source:
     stages: list[str] = field(default_factory=list)
 
 
-def sources(manifests: Mapping[str, Manifest], student: str) -> list[Source]:
+def sources(manifests: Mapping[str, Manifest], student: str) -> list[ReadSource]:
     """All sources in the order of the stages; one that has changed between two stages is listed twice."""
-    found: dict[tuple[str, str], Source] = {}
+    found: dict[tuple[str, str], ReadSource] = {}
     for stage, manifest in manifests.items():
         for name, fingerprint in _named(manifest.settings, student):
-            source = found.setdefault((name, fingerprint), Source(name, fingerprint))
+            source = found.setdefault((name, fingerprint), ReadSource(name, fingerprint))
             if stage not in source.stages:
                 source.stages.append(stage)
     return list(found.values())
@@ -36,6 +36,7 @@ def _named(settings: Any, student: str) -> Iterator[tuple[str, str]]:
             yield from _named(value, student)
     if not isinstance(settings, dict):
         return
+
     if settings.get("weights"):
         # A teacher or a judge that the job does not name is the student itself.
         yield settings.get("teacher") or settings.get("model") or student, settings["weights"]
@@ -47,5 +48,7 @@ def _named(settings: Any, student: str) -> Iterator[tuple[str, str]]:
         yield settings.get("source") or "known pairs", settings["content"]
     if settings.get("function"):
         yield settings["function"], settings["source"]
+
+    # Models also stand in tables within tables, a reward in a list of them.
     for value in settings.values():
         yield from _named(value, student)

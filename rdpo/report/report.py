@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
 from markupsafe import Markup
 
 from rdpo.config import Job
-from rdpo.evaluation.compare import KL_ANSWERS, LOG_RATIO
+from rdpo.evaluation.compare import KL_ANSWERS, LOG_RATIO, MODELS
 from rdpo.evaluation.intervals import Estimate, Values, with_interval
 from rdpo.execution.reader import RunReader
 from rdpo.execution.run import Run
@@ -24,6 +25,7 @@ from rdpo.report.page import SCRIPT, write_page
 from rdpo.report.provenance import sources
 from rdpo.report.samples import Sample, conversations, evaluated_samples
 from rdpo.stages.table import WITHOUT_ROWS, names_of
+from rdpo.training.metrics import StepMetrics
 
 CURVES = {
     "loss": ["loss"],
@@ -45,6 +47,7 @@ EXTREMES = 3
 
 Manifests = dict[str, Manifest]
 Section = dict[str, Any]
+"""What one part of the page is filled with."""
 
 
 def write_report(run_dir: str, under_way: bool = False) -> str:
@@ -60,6 +63,7 @@ def write_report(run_dir: str, under_way: bool = False) -> str:
     run = RunReader(run_dir)
     job, stages = run.job, names_of(run.job)
     manifests = run.finished(stages)
+
     pairs = pair_columns(run.folder("pairs")) if "pairs" in manifests else None
     summaries = {name: manifest.summary for name, manifest in manifests.items()}
     return write_page(
@@ -118,6 +122,7 @@ def headline(run_dir: str) -> list[str]:
             f"win rate    {rate['mean']:.3f} (95% interval {rate['low']:.3f} to {rate['high']:.3f}) of the trained "
             f"model by {reward['reward']}, {kind}; mean {reward['start_mean']:.3f} -> {reward['trained_mean']:.3f}"
         )
+
     if summary.get("length"):
         length = {side: value["mean"] for side, value in summary["length"].items()}
         stop = {side: value["mean"] for side, value in summary["stop_rate"].items()}
@@ -125,6 +130,7 @@ def headline(run_dir: str) -> list[str]:
             f"on {summary['prompts']} held-out prompts: {_moved(summary)}tokens "
             f"{length['start']:.0f} -> {length['trained']:.0f}, stop rate {stop['start']:.2f} -> {stop['trained']:.2f}"
         )
+
     if retention:
         factor = retention["perplexity_factor"]
         interval = f"95% interval {factor['low']:.3f} to {factor['high']:.3f}"
@@ -181,15 +187,18 @@ def _pairs(pairs: PairColumns) -> Section:
     gaps = {"kept": pairs.kept_gaps, "dropped": pairs.dropped_gaps}
     lengths = {"rejected": pairs.rejected_chars, "chosen": pairs.chosen_chars}
     drawn = {}
+
     if any(map(len, gaps.values())):
         label = "score of chosen minus score of rejected"
         drawn["reward gap"] = charts.histogram(gaps, label, "pairs", [charts.AFTER, charts.BEFORE])
+
     if len(pairs.kept_gaps):
         drawn["length of the answers"] = charts.histogram(lengths, "characters", "pairs", [charts.OTHER, charts.AFTER])
         longer = pairs.chosen_chars - pairs.rejected_chars
         drawn["reward gap by length"] = charts.scatter(
             longer, pairs.kept_gaps, "characters that chosen is longer", "reward gap"
         )
+
     return {"columns": pairs, "charts": drawn}
 
 
@@ -198,9 +207,9 @@ def _training(run: RunReader) -> Section | None:
     steps = run.metrics
     if not steps:
         return None
-    names = {name for step in steps for name in step}
-    series = {name: np.array([step.get(name) for step in steps], dtype=float) for name in names}
-    drawn = {title: _curves(series, [name for name in of if name in series]) for title, of in CURVES.items()}
+
+    series = {name: _series(steps, name) for name in set(chain.from_iterable(steps))}
+    drawn = {title: _curves(series, names) for title, names in CURVES.items()}
     return {
         "charts": {title: drawing for title, drawing in drawn.items() if drawing},
         "steps": len(steps),
@@ -210,8 +219,14 @@ def _training(run: RunReader) -> Section | None:
     }
 
 
-def _curves(series: Mapping[str, Values], names: Sequence[str]) -> Markup | None:
+def _series(steps: Sequence[StepMetrics], name: str) -> Values:
+    """A metric (n,) over the steps, NaN where a step does not have it."""
+    return np.array([step.get(name) for step in steps], dtype=float)
+
+
+def _curves(series: Mapping[str, Values], metrics: Sequence[str]) -> Markup | None:
     """Metrics over the steps at which they were measured; None if they never were."""
+    names = [name for name in metrics if name in series]
     measured = np.isfinite([series[name] for name in names]).any(0) if names else np.array(False)
     if not measured.any():
         return None
@@ -233,8 +248,8 @@ def _evaluation(run: RunReader) -> Section:
     }
 
 
-def _reward_charts(columns: PromptColumns, reward: str) -> dict[str, Any]:
-    start, trained = (columns.scores[model][reward] for model in ("start", "trained"))
+def _reward_charts(columns: PromptColumns, reward: str) -> dict[str, Markup]:
+    start, trained = (columns.scores[model][reward] for model in MODELS)
     models = {"start model": start, "trained model": trained}
     return {
         "scores": charts.histogram(models, reward, "prompts"),

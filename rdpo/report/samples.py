@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, zip_longest
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 from markupsafe import Markup
 
 from rdpo.config import Job
+from rdpo.evaluation.compare import MODELS
 from rdpo.evaluation.intervals import Values
 from rdpo.files.stage_folder import StageFolder
-from rdpo.records import ID_COLUMN, Row, text_of
-from rdpo.report.columns import MODELS, PromptColumns
+from rdpo.records import ID_COLUMN, Row, by_id, rows_of, text_of
+from rdpo.report.columns import PromptColumns
 from rdpo.report.differences import Difference, difference
 from rdpo.report.page import escaped
 
@@ -59,7 +59,8 @@ class Sample:
     @property
     def size(self) -> int:
         """Bytes of its texts."""
-        return sum(len(text.encode()) for text in (self.prompt, *(answer.text for answer in self.answers)))
+        texts = [self.prompt, *(answer.text for answer in self.answers)]
+        return sum(len(text.encode()) for text in texts)
 
 
 def conversations(folder: StageFolder, job: Job) -> list[Conversation]:
@@ -67,7 +68,7 @@ def conversations(folder: StageFolder, job: Job) -> list[Conversation]:
     if not folder.parts():
         return []
     ids = pc.sort_indices(folder.ids(ID_COLUMN))[:CONVERSATIONS]
-    rows = rows_of(folder, folder.ids(ID_COLUMN).take(ids).to_pylist())
+    rows = rows_with(folder, folder.ids(ID_COLUMN).take(ids).to_pylist())
     return [_conversation(row, job) for row in rows]
 
 
@@ -78,7 +79,8 @@ def evaluated_samples(folder: StageFolder, columns: PromptColumns, limit: int) -
     """
     places = {name: place for place, name in enumerate(columns.ids)}
     chosen = [columns.ids[place] for place in most_telling(columns.gain, limit)]
-    rows = {row[ID_COLUMN]: row for row in rows_of(folder, chosen)}
+    rows = by_id(rows_with(folder, chosen))
+
     samples, room = [], SAMPLES_BYTES
     for name in chosen:
         sample = _sample(rows[name], columns, places[name])
@@ -98,11 +100,11 @@ def most_telling(gain: Values, limit: int) -> list[int]:
     return list(dict.fromkeys([*taken, *range(len(gain))]))[:limit]
 
 
-def rows_of(folder: StageFolder, ids: Sequence[str]) -> list[Row]:
+def rows_with(folder: StageFolder, ids: Sequence[str]) -> list[Row]:
     """The kept rows with these ids, by id; of each part only they are held."""
     wanted = pa.array(ids, pa.string())
-    rows = [row for table in folder.tables() for row in table.filter(pc.is_in(table[ID_COLUMN], wanted)).to_pylist()]
-    return sorted(rows, key=lambda row: row[ID_COLUMN])
+    parts = (table.filter(pc.is_in(table[ID_COLUMN], wanted)) for table in folder.tables())
+    return sorted(rows_of(parts), key=lambda row: row[ID_COLUMN])
 
 
 def _conversation(row: Row, job: Job) -> Conversation:
@@ -128,5 +130,5 @@ def _sample(row: Row, columns: PromptColumns, place: int) -> Sample:
 
 def _answers(row: Row) -> Iterator[Answer]:
     for model in MODELS:
-        figures: dict[str, Any] = {name: row[f"{model}_{name}"] for name in ("tokens", "finish_reason", "scores")}
-        yield Answer(model, escaped(row[model]), **{**figures, "scores": figures["scores"] or {}})
+        tokens, reason, scores = (row[f"{model}_{name}"] for name in ("tokens", "finish_reason", "scores"))
+        yield Answer(model, escaped(row[model]), tokens, reason, scores or {})

@@ -12,7 +12,6 @@ import ast
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from rdpo.records import ROLES, SIDES, Messages, clean
 
@@ -33,7 +32,7 @@ class Pair:
     answers: dict[str, str]
 
 
-def derive_pair(raw: Mapping[str, Any], column: str) -> Pair:
+def derive_pair(raw: Mapping[str, object], column: str) -> Pair:
     """The pair of a row whose prompt, if it has one of its own, stands in `column`.
 
     Raises:
@@ -53,7 +52,7 @@ def derive_pair(raw: Mapping[str, Any], column: str) -> Pair:
     return Pair(shared, {side: messages[-1]["content"] for side, messages in wholes.items()})
 
 
-def check_columns(raw: Mapping[str, Any]) -> None:
+def check_columns(raw: Mapping[str, object]) -> None:
     """Look for columns that belong to the conversation and have no place in it here.
 
     Raises:
@@ -63,7 +62,7 @@ def check_columns(raw: Mapping[str, Any]) -> None:
         raise Unusable("tools: the tools that the assistant may call would be lost; such rows cannot be used yet")
 
 
-def read_prompt(value: Any) -> Messages:
+def read_prompt(value: object) -> Messages:
     """A prompt from text or messages.
 
     Raises:
@@ -75,7 +74,7 @@ def read_prompt(value: Any) -> Messages:
     return messages
 
 
-def is_prompt(value: Any) -> bool:
+def is_prompt(value: object) -> bool:
     """Whether a value can be read as a prompt."""
     try:
         read_prompt(value)
@@ -102,7 +101,7 @@ def _user(text: str) -> Messages:
     return [{"role": "user", "content": text}]
 
 
-def _read(value: Any, column: str | None) -> str | Messages:
+def _read(value: object, column: str | None) -> str | Messages:
     """Text, or messages with nothing but role and content."""
     if isinstance(value, str):
         value = _from_text(value, column)
@@ -115,7 +114,7 @@ def _read(value: Any, column: str | None) -> str | Messages:
     return [_message(message, column) for message in value]
 
 
-def _from_text(text: str, column: str | None) -> Any:
+def _from_text(text: str, column: str | None) -> object:
     """The messages that a text is the JSON or the Python form of; any other text as it is."""
     bare = text.strip()
     if not (bare.startswith("[") and bare.endswith("]") and "role" in bare and "content" in bare):
@@ -135,13 +134,13 @@ def _from_text(text: str, column: str | None) -> Any:
     return text
 
 
-def _literal(text: str) -> Any:
+def _literal(text: str) -> object:
     if len(text) > LITERAL_CHARS:
         raise ValueError("too long")
     return ast.literal_eval(text)
 
 
-def _message(message: Any, column: str | None) -> dict[str, str]:
+def _message(message: object, column: str | None) -> dict[str, str]:
     if not isinstance(message, dict) or message.get("role") not in ROLES:
         raise Unusable(_place(column, f"a message needs a role out of {', '.join(ROLES)}"))
 
@@ -158,7 +157,7 @@ def _message(message: Any, column: str | None) -> dict[str, str]:
     return {"role": role, "content": content}
 
 
-def _content(value: Any, role: str, column: str | None) -> str:
+def _content(value: object, role: str, column: str | None) -> str:
     """The text of a message: a string, or parts that are all text."""
     if isinstance(value, str):
         return clean(value)

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rdpo.records import ID_COLUMN, Row, drop
+
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
 
 TOGETHER = 2
 ALONE = TOGETHER + 1
@@ -40,7 +43,7 @@ class CrashCounts:
             self.begun.pop(name, None)
 
 
-def open_crash_counts() -> Any:
+def open_crash_counts() -> ActorHandle:
     """The counts of one pool, which live as long as their handle is held; where they are lost, counting begins anew."""
     import ray
 
@@ -54,8 +57,9 @@ def _id(row: Row) -> str:
 class CrashGuard:
     """Works on rows, all at the same time, and counts each beginning and end, so that crashes are known."""
 
-    def __init__(self, crash_counts: Any):
+    def __init__(self, crash_counts: ActorHandle):
         self.crash_counts = crash_counts
+        # One suspect at a time, so that a death names the row.
         self.alone = asyncio.Lock()
 
     async def carry(
@@ -63,6 +67,7 @@ class CrashGuard:
     ) -> list[Row]:
         """The worked rows, in order; one whose engine died each time is dropped. `name` tells rows apart."""
         names = [name(row) for row in rows]
+        # Before any work: what is not counted when the engine dies is not known to have been at work.
         deaths = await self.crash_counts.begin.remote(names)
         begun = [
             work(row) if count < TOGETHER else self._carry_alone(row, known_as, work)

@@ -37,6 +37,7 @@ def defects(row: Row, response: str, revision: str) -> list[Defect]:
     texts = {name.removesuffix("_finish_reason") for name in row if name.endswith("_finish_reason")}
     critiques = [_straight(row[name]) for name in texts - {response, revision}]
     first, last = _straight(row[response]), _straight(row[revision])
+
     found: dict[Defect, bool] = {
         "refusal": bool(REFUSAL.match(last)),
         "empty_critique": any(len(text.split()) < EMPTY_WORDS for text in critiques),
@@ -45,6 +46,7 @@ def defects(row: Row, response: str, revision: str) -> list[Defect]:
         "quotes_critique": any(_share_words(text, last) for text in critiques),
         "preamble": bool(PREAMBLE.match(last)),
     }
+
     return [name for name, present in found.items() if present]
 
 

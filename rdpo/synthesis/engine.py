@@ -14,12 +14,16 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rdpo.cluster.hardware import available_cores, compute_dtype, computed_dtype
 from rdpo.config import Engine as EngineSettings
 from rdpo.config import Sampling, largest
 from rdpo.modeling.weights import ModelRef
+
+if TYPE_CHECKING:
+    from psutil import Process
+    from vllm import RequestOutput, SamplingParams
 
 CPU_BATCHED_TOKENS = 4096
 GPU_BATCHED_TOKENS = 8192
@@ -49,7 +53,7 @@ class Generation:
 
 
 class EngineError(ValueError):
-    """One request that the engine will not answer; the others go on."""
+    """One request that the engine will not answer; the others are answered."""
 
 
 class ContextError(EngineError):
@@ -71,6 +75,7 @@ class Engine:
     def __init__(self, folder: str, settings: EngineSettings, seed: int, adapter: str | None = None):
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        # vLLM reads these as it is imported.
         os.environ.update(engine_environment(settings))
         from vllm import AsyncEngineArgs
         from vllm.lora.request import LoRARequest
@@ -108,6 +113,7 @@ class Engine:
                 self._turn.notify_all()
 
     async def _load(self, folder: str) -> None:
+        # What the prefix cache holds was computed with the weights before.
         await self.engine.collective_rpc("reload_weights", kwargs={"weights_path": folder})
         await self.engine.reset_prefix_cache()
         self.folder = folder
@@ -133,6 +139,7 @@ class Engine:
             max_tokens=min(sampling.max_tokens, room),
             seed=seed,
             stop_token_ids=list(stop_ids),
+            # Else every token is a message from the engine's process.
             output_kind=RequestOutputKind.FINAL_ONLY,
             **extra,
         )
@@ -149,10 +156,11 @@ class Engine:
             tuple(answer.token_ids),
         )
 
-    async def _final(self, prompt_ids: list[int], parameters: Any) -> Any:
+    async def _final(self, prompt_ids: list[int], parameters: SamplingParams) -> RequestOutput:
         from vllm import TokensPrompt
 
         self._requests += 1
+        # vLLM tells requests apart by their names, and would mix two of the same.
         prompt, name = TokensPrompt(prompt_token_ids=prompt_ids), str(self._requests)
         final: Any = None
         try:
@@ -161,9 +169,11 @@ class Engine:
         except Exception as error:
             self._leave_if_dead()
             raise EngineError(f"the engine refuses it: {type(error).__name__}: {error}") from error
-        return final
+        found: RequestOutput = final
+        return found
 
     def _leave_if_dead(self) -> None:
+        # Ray takes an actor whose process ends for dead, and makes a new one; an exception would only fail these rows.
         if self.engine.errored:
             os._exit(1)
 
@@ -171,13 +181,14 @@ class Engine:
         """End the engine's processes and give their memory back; one that does not end is killed."""
         import psutil
 
+        # Looked for before: those of an engine that has ended are not found under this process any more.
         children = [child for child in psutil.Process().children(recursive=True) if _is_engine(child)]
         self.engine.shutdown()
         for child in psutil.wait_procs(children, timeout=ENDS_WITHIN_S)[1]:
             child.kill()
 
 
-def _is_engine(process: Any) -> bool:
+def _is_engine(process: Process) -> bool:
     import psutil
 
     try:
@@ -202,6 +213,7 @@ def engine_arguments(folder: str, settings: EngineSettings, seed: int) -> dict[s
         "pipeline_parallel_size": settings.pipeline_parallel,
         "enable_prefix_caching": True,
         "seed": seed,
+        # Not what the model's folder says of sampling: the job says it all.
         "generation_config": "vllm",
         "disable_log_stats": True,
         **(_gpu_arguments(settings) if settings.gpus else _cpu_arguments(settings)),

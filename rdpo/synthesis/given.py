@@ -8,7 +8,7 @@ give, and the scores as a reward named `given`.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
@@ -44,7 +44,7 @@ def answered(row: Row) -> Row:
     return _scored(row, given)
 
 
-def _scored(row: Row, given: dict[str, Any]) -> Row:
+def _scored(row: Row, given: Row) -> Row:
     """The row with the data set's own scores, if it has both."""
     scores = [given.get(f"score_{side}") for side in SIDES]
     # In a CSV file what is missing is an empty text.
@@ -58,7 +58,7 @@ def _scored(row: Row, given: dict[str, Any]) -> Row:
     return row
 
 
-def _number(score: Any) -> float:
+def _number(score: object) -> float:
     """A score as a number, also out of a file in which all is text; NaN if it is none."""
     if isinstance(score, bool) or not isinstance(score, int | float | str):
         return math.nan

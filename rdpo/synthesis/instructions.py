@@ -1,7 +1,7 @@
 """Task files: the wording of the teacher's turns is data, not code.
 
-A task is a TOML file with a list of `[[turns]]`. A turn either begins a conversation or goes on
-`after` an earlier one; its `user` template may use `prompt`, the answers of earlier turns by name,
+A task is a TOML file with a list of `[[turns]]`. A turn either begins a conversation or continues
+one, `after` an earlier turn; its `user` template may use `prompt`, the answers of earlier turns by name,
 and the other columns of the prompt's row. A turn with `samples = 4` is spoken four times, as NAME_1 to
 NAME_4. Templates are rendered in a sandbox.
 """
@@ -15,16 +15,16 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jinja2 import StrictUndefined, TemplateSyntaxError, meta
+from jinja2 import StrictUndefined, Template, TemplateSyntaxError, meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from pydantic import ValidationError
 
 from rdpo.config import check_kind
 from rdpo.config.task import Task, Turn
 from rdpo.errors import InputError, did_you_mean
-from rdpo.records import Messages, Row, extra_of, text_of
+from rdpo.records import HELDOUT, ID_COLUMN, Messages, Row, extra_of, text_of
 
-COLUMNS = {"source", "line", "prompt", "prompt_id", "prompt_length", "split", "extra", "dropped", "heldout"}
+COLUMNS = {"source", "line", "prompt", ID_COLUMN, "prompt_length", "split", "extra", "dropped", HELDOUT}
 """Columns that rows have before the first turn, or get for the pairs; a turn of that name would overwrite one."""
 SHIPPED = files("rdpo.synthesis") / "tasks"
 _SANDBOX = ImmutableSandboxedEnvironment(undefined=StrictUndefined, autoescape=False)
@@ -157,11 +157,11 @@ def question_of(turn: Turn, row: Row, words: Mapping[str, str]) -> Messages:
 
 
 @lru_cache(maxsize=256)
-def _compiled(template: str) -> Any:
+def _compiled(template: str) -> Template:
     return _SANDBOX.from_string(template)
 
 
-def render(template: str, values: Mapping[str, Any]) -> str:
+def render(template: str, values: Mapping[str, object]) -> str:
     """The template filled in, in the sandbox.
 
     Raises:
@@ -174,13 +174,13 @@ def render(template: str, values: Mapping[str, Any]) -> str:
         raise ValueError(f"template: {error}") from None
 
 
-def rendered_prefill(turn: Turn, values: Mapping[str, Any]) -> str:
+def rendered_prefill(turn: Turn, values: Mapping[str, object]) -> str:
     """The words that a turn's answer begins with.
 
     Raises:
         ValueError: a name is missing or the template does what the sandbox forbids.
     """
-    # Jinja takes one line break from the end of a template; here it may be what an answer is to go on from.
+    # Jinja takes one line break from the end of a template; here it may be what an answer is to continue.
     return render(turn.prefill, values) + ("\n" if turn.prefill.endswith("\n") else "")
 
 
@@ -189,7 +189,9 @@ def template_values(row: Row, words: Mapping[str, str]) -> dict[str, Any]:
     return {**words, **extra_of(row), "prompt": text_of(row["prompt"])}
 
 
-def turn_messages(turn: Turn, row: Row, values: Mapping[str, Any], conversations: Mapping[str, Messages]) -> Messages:
+def turn_messages(
+    turn: Turn, row: Row, values: Mapping[str, object], conversations: Mapping[str, Messages]
+) -> Messages:
     """The conversation that a turn answers; `conversations` are those of earlier turns, answers included."""
     if turn.after is not None:
         return [*conversations[turn.after], {"role": "user", "content": render(turn.user or "", values)}]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from datasketch import MinHash, MinHashLSH
 
-from rdpo.records import HELDOUT, ID_COLUMN, Row, extra_of, plain_text
+from rdpo.records import HELDOUT, ID_COLUMN, Row, extra_of, plain_text, rows_of
 from rdpo.synthesis.prompts import BARE
 
 if TYPE_CHECKING:
@@ -66,12 +66,11 @@ def near_heldout(folder: StageFolder, templates: bool) -> set[str]:
     With `templates` the bare prompts are compared, without what was put around them.
     """
     heldout, others = [], []
-    for part in folder.tables(columns=COLUMNS):
-        for row in part.to_pylist():
-            if row["split"] == HELDOUT:
-                heldout.append(_asked(row, templates))
-            else:
-                others.append((row[ID_COLUMN], _asked(row, templates)))
+    for row in rows_of(folder.tables(columns=COLUMNS)):
+        if row["split"] == HELDOUT:
+            heldout.append(_asked(row, templates))
+        else:
+            others.append((row[ID_COLUMN], _asked(row, templates)))
     return near_duplicates(heldout, others)
 
 

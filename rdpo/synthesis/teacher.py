@@ -33,6 +33,7 @@ from rdpo.synthesis.instructions import load_task, rendered_prefill, template_va
 
 if TYPE_CHECKING:
     import ray.data
+    from ray.actor import ActorHandle
 
 REASON_CHARS = 300
 
@@ -45,7 +46,10 @@ def teacher_model(job: Job) -> str:
 def synthesize(rows: ray.data.Dataset, job: Job) -> ray.data.Dataset:
     """Add the answers of every turn of the task to the rows of prompts."""
     endpoint = job.synthesis.endpoint
-    speaker = partial(EndpointSpeaker, key=endpoint_key(endpoint)) if endpoint else EngineSpeaker
+    speaker: Callable[[Job], Speaker] = EngineSpeaker
+    if endpoint:
+        # The key goes along: a worker on another machine does not have the driver's environment.
+        speaker = partial(EndpointSpeaker, key=endpoint_key(endpoint), settings=endpoint)
     return teacher_pool(job).map(rows, Teacher, job=job, speaker_class=speaker, crash_counts=open_crash_counts())
 
 
@@ -60,6 +64,7 @@ def teacher_pool(job: Job) -> Pool:
 def client_pool(engine: EngineSettings, endpoint: EndpointSettings) -> EngineSettings:
     """One actor without an engine, with enough rows in flight to keep all of the endpoint's places taken."""
     client = engine.model_copy(update={"concurrency": 1, "gpus": 0, "cpus": 1})
+    # Twice as many rows as places, so that one is there when a place becomes free.
     blocks = max(2, -(-2 * endpoint.concurrency // client.rows_in_block))
     return client.model_copy(update={"batches_in_flight": blocks})
 
@@ -97,9 +102,8 @@ class EngineSpeaker:
 class EndpointSpeaker:
     """A server elsewhere."""
 
-    def __init__(self, job: Job, key: SecretStr):
-        assert job.synthesis.endpoint is not None
-        self.endpoint = Endpoint(job.synthesis.endpoint, key)
+    def __init__(self, job: Job, key: SecretStr, settings: EndpointSettings):
+        self.endpoint = Endpoint(settings, key)
 
     async def say(self, messages: Messages, turn: Turn, sampling: Sampling, seed: int) -> Generation:
         """The answer by the server."""
@@ -112,11 +116,11 @@ class EndpointSpeaker:
 class Teacher:
     """A Ray Data actor that speaks every turn of a row's conversation."""
 
-    def __init__(self, job: Job, speaker_class: Callable[[Job], Speaker], crash_counts: Any):
+    def __init__(self, job: Job, speaker_class: Callable[[Job], Speaker], crash_counts: ActorHandle):
         self.crash_guard = CrashGuard(crash_counts)
-        assert job.synthesis.task is not None
+        task = load_task(job.synthesis.task or "")
         self.speaker = speaker_class(job)
-        self.conversation = Conversation(job, load_task(job.synthesis.task), job.synthesis.sampling, self.speaker.say)
+        self.conversation = Conversation(job, task, job.synthesis.sampling, self.speaker.say)
 
     async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
         """Carry a block of rows through all turns."""
@@ -127,6 +131,7 @@ class Teacher:
         return await self.conversation(row)
 
     def __del__(self) -> None:
+        # Ray ends an actor without another word; the processes of its engine would outlive it.
         if hasattr(self, "speaker"):
             self.speaker.shutdown()
 
@@ -145,6 +150,7 @@ class Conversation:
         conversations: dict[str, Messages] = {}
         values = template_values(row, self.job.synthesis.values)
         for turn in self.task.turns:
+            # All samples at once: the engine computes their common beginning once, and them in one batch.
             spoken = await asyncio.gather(*[self._speak(turn, name, row, values, conversations) for name in turn.names])
             reason = next((reason for reason in spoken if reason), None)
             if reason:
@@ -164,6 +170,8 @@ class Conversation:
             generation = await self.say(messages, turn.model_copy(update={"prefill": prefill}), sampling, seed)
         except ValueError as error:
             return f"{name}: {error}"[:REASON_CHARS]
+
+        # With the prefill: the student is to write these words by itself.
         answer = row[name] = clean(prefill + generation.text).strip()
         row[f"{name}_finish_reason"] = generation.finish_reason
         row[f"{name}_tokens"] = generation.tokens
@@ -200,9 +208,5 @@ def check_conversations(task: Task, chat: Chat, system: str | None) -> None:
 
 def turn_sampling(turn: Turn, common: Sampling) -> Sampling:
     """The task's common sampling with a turn's own settings over it."""
-    own: dict[str, Any] = {
-        "temperature": turn.temperature,
-        "top_p": turn.top_p,
-        "max_tokens": turn.max_tokens,
-    }
+    own = {"temperature": turn.temperature, "top_p": turn.top_p, "max_tokens": turn.max_tokens}
     return common.model_copy(update={key: value for key, value in own.items() if value is not None})

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING
 
 from rdpo.files.stores import cache_dir, is_remote
 from rdpo.records import visible
@@ -95,6 +95,7 @@ class Console:
         self._log = logging.getLogger("rdpo.run")
         self._log.propagate = False
         self._log.setLevel(logging.INFO)
+        # Python keeps a logger as long as the process lives: the next run must not write into this one's file too.
         self._log.handlers = [logging.FileHandler(log_file)] if log_file else [logging.NullHandler()]
         self._log.handlers[0].setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         self.events = EventLog(log_file and log_file.with_name(EVENTS))
@@ -113,7 +114,7 @@ class Console:
         """A line of what came of the run."""
         self.say(text)
 
-    def tell(self, event: str, **facts: Any) -> None:
+    def tell(self, event: str, **facts: object) -> None:
         """A fact for a machine that listens; people hear of it by `say`."""
         self.events.write((event, facts))
 
@@ -137,7 +138,7 @@ class Console:
         self.listeners = kept
 
     def _notify(self, event: Callable[[Listener], None]) -> None:
-        """Tell all listeners; one that fails hears no more, and the run goes on."""
+        """Tell all listeners; one that fails hears no more, and the run continues."""
         for listener in list(self.listeners):
             try:
                 event(listener)
@@ -163,6 +164,7 @@ class Console:
         """Redraw the live line."""
         self._notify(lambda listener: listener.progress(meter))
         if self.live:
+            # A line that wraps could not be wiped.
             width = os.get_terminal_size(self.stream.fileno()).columns
             self.stream.write("\r\x1b[2K" + meter.line()[: width - 1])
             self.stream.flush()
@@ -227,12 +229,12 @@ class JsonConsole(QuietConsole):
         """A line for the logs; the `result` event has its facts."""
         self.say(text)
 
-    def tell(self, event: str, **facts: Any) -> None:
+    def tell(self, event: str, **facts: object) -> None:
         """One event."""
         super().tell(event, **facts)
         self._speak(event, **facts)
 
-    def _speak(self, event: str, **facts: Any) -> None:
+    def _speak(self, event: str, **facts: object) -> None:
         print(event_line(event, **facts), file=self.stream, flush=True)
 
 
@@ -251,6 +253,8 @@ def quiet_console(log_dir: Path, console_class: type[Console] = Console) -> Iter
     """
     log_dir.mkdir(parents=True, exist_ok=True)
     logging.raiseExceptions = False
+
+    # By file descriptors, not by `sys.stdout`: vLLM, NCCL and Ray's daemons write from C++ and from other processes.
     _flush()
     screen, errors = os.dup(1), os.dup(2)
     stream = os.fdopen(os.dup(screen), "w", buffering=1, encoding="utf-8", errors="replace")
@@ -260,6 +264,7 @@ def quiet_console(log_dir: Path, console_class: type[Console] = Console) -> Iter
     os.dup2(write_end, 1)
     os.dup2(write_end, 2)
     os.close(write_end)
+
     try:
         yield console_class(stream, log_dir / "run.log")
     finally:

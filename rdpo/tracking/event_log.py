@@ -10,12 +10,11 @@ import contextlib
 import json
 import time
 from pathlib import Path
-from typing import Any
 
 FILE = "events.jsonl"
 
 
-def event_line(event: str, **facts: Any) -> str:
+def event_line(event: str, **facts: object) -> str:
     """One event as a line of JSON, in ASCII, so that nothing in a text can act on a terminal."""
     when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     return json.dumps({"event": event, "time": when, **facts})
@@ -29,7 +28,7 @@ class EventLog:
         self.run: str | None = None
         self.stage: str | None = None
 
-    def write(self, *events: tuple[str, dict[str, Any]], level: str = "info") -> None:
+    def write(self, *events: tuple[str, dict[str, object]], level: str = "info") -> None:
         """Append events, each a name with its facts, for the present run and stage."""
         if self.path is None:
             return

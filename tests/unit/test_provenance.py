@@ -2,7 +2,7 @@
 
 from rdpo.config import Job
 from rdpo.files.manifest import Manifest
-from rdpo.report.provenance import Source, sources
+from rdpo.report.provenance import ReadSource, sources
 from rdpo.stages.table import STAGES
 from tests.support.jobs import write_jsonl
 
@@ -31,4 +31,4 @@ def test_a_model_that_changed_between_two_stages_stands_twice():
         stage: Manifest(stage, "k", {"student": {"model": "m", "weights": weights}}, {})
         for stage, weights in (("reference", "1"), ("training", "2"))
     }
-    assert sources(manifests, "m") == [Source("m", "1", ["reference"]), Source("m", "2", ["training"])]
+    assert sources(manifests, "m") == [ReadSource("m", "1", ["reference"]), ReadSource("m", "2", ["training"])]

@@ -8,9 +8,10 @@ one line in `registry.py`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rdpo.config import Job
+from rdpo.files.manifest import Settings
 from rdpo.preference.rewards.registry import kind_of
 from rdpo.preference.scores import combine_table
 from rdpo.synthesis.given import REWARD as GIVEN
@@ -28,6 +29,7 @@ def score_answers(rows: ray.data.Dataset, job: Job, answers: list[str], together
     models can run them all; `together` lets rows flow from one to the next.
     """
     for index, reward in enumerate(job.rewards):
+        # A reward that is not done yet would hold its GPU while the next one asks for it.
         if index and not together:
             rows = rows.materialize()
         rows = kind_of(reward).score(rows, job, answers)
@@ -57,7 +59,7 @@ def check_named_rewards(job: Job) -> None:
         kind_of(reward).check_named(job)
 
 
-def reward_settings(job: Job) -> list[dict[str, Any]]:
+def reward_settings(job: Job) -> list[Settings]:
     """The rewards, with fingerprints of their models and of their functions' source: a part of a stage's key."""
     return [kind_of(reward).settings(job) for reward in job.rewards]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -15,6 +16,7 @@ from rdpo.cluster.hardware import compute_dtype, computed_dtype, take_device
 from rdpo.cluster.pools import Pool
 from rdpo.config import TEMPLATE_DATE, ClassifierReward, Job
 from rdpo.errors import InputError
+from rdpo.files.manifest import Settings
 from rdpo.modeling.loading import check_loaded, check_token_ids, outline, positions_of
 from rdpo.modeling.template import date_settings
 from rdpo.modeling.weights import CONFIG, ModelRef, fingerprint, load_tokenizer, local_model, model_config
@@ -24,6 +26,8 @@ from rdpo.records import Messages, drop, table_of, text_of
 
 if TYPE_CHECKING:
     import ray.data
+    import torch
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 REASON_CHARS = 300
 LABELS = ("num_labels", "id2label")
@@ -41,7 +45,7 @@ class ClassifierKind(RewardKind[ClassifierReward]):
         """
         checked_classifier(self.reward, job.prompts.system, job.date)
 
-    def settings(self, job: Job) -> dict[str, Any]:
+    def settings(self, job: Job) -> Settings:
         """Its fields, and the model's weights."""
         weights = fingerprint(*job.model_or_student(self.reward.model)[:2])
         precision = computed_dtype(self.reward.dtype, self.reward.gpus)
@@ -75,6 +79,7 @@ class Classifier:
         from transformers.modeling_layers import GenericForSequenceClassification
 
         self.reward, self.answers, self.day = reward, answers, day
+
         checked = checked_classifier(reward)
         self.tokenizer, self.max_length = checked.tokenizer, checked.max_length
         self.device = take_device(reward.gpus)
@@ -172,7 +177,7 @@ class Classifier:
         places = (place for place in reversed(range(len(ids))) if ids[place] != self.pad_id)
         return next(places, 0)
 
-    def _padded(self, encoded: list[Encoded]) -> dict[str, Any]:
+    def _padded(self, encoded: list[Encoded]) -> dict[str, torch.Tensor]:
         """One tensor (B, T) for each input, filled up on the right; what is filled up is not attended to."""
         import torch
 
@@ -185,7 +190,7 @@ class Classifier:
         return padded
 
 
-def _rendered(tokenizer: Any, messages: Messages, day: date, limit: dict[str, Any]) -> Encoded:
+def _rendered(tokenizer: PreTrainedTokenizerBase, messages: Messages, day: date, limit: dict[str, Any]) -> Encoded:
     try:
         encoded = tokenizer.apply_chat_template(
             messages, tokenize=True, return_dict=True, strftime_now=day.strftime, **limit
@@ -202,8 +207,8 @@ class CheckedClassifier:
 
     where: str
     folder: str
-    config: Any
-    tokenizer: Any
+    config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
     max_length: int
 
 
@@ -234,6 +239,7 @@ def checked_classifier(
     check_loaded(where, model, info, other_head=True)
 
     tokenizer = load_tokenizer(reward.model)
+    # Of a conversation that is too long the answer stays: it is what is scored.
     tokenizer.truncation_side = "left"
     check_token_ids(where, model, tokenizer)
     if system and tokenizer.chat_template and not reward.answer_only:
@@ -248,12 +254,12 @@ def _says_labels(folder: str) -> bool:
     return any(name in written for name in LABELS)
 
 
-def _stored_outputs(info: Any) -> set[int]:
+def _stored_outputs(info: Mapping[str, Any]) -> set[int]:
     """Outputs of those stored tensors whose shape is another than the configuration's."""
     return {stored[0] for _, stored, _ in info["mismatched_keys"]}
 
 
-def _check_system(where: str, tokenizer: Any, system: str, day: date) -> None:
+def _check_system(where: str, tokenizer: PreTrainedTokenizerBase, system: str, day: date) -> None:
     turns = (("system", system), ("user", "x"), ("assistant", "x"))
     try:
         _rendered(tokenizer, [{"role": role, "content": content} for role, content in turns], day, {})

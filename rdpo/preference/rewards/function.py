@@ -8,12 +8,13 @@ import math
 import os
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
 from rdpo.config import FunctionReward, Job
 from rdpo.errors import InputError, did_you_mean
+from rdpo.files.manifest import Settings
 from rdpo.preference.rewards.imports import helper_hash
 from rdpo.preference.rewards.kind import RewardKind
 from rdpo.preference.scores import record_scores
@@ -39,7 +40,7 @@ class FunctionKind(RewardKind[FunctionReward]):
     def check(self, job: Job) -> None:
         """Nothing beyond its import."""
 
-    def settings(self, job: Job) -> dict[str, Any]:
+    def settings(self, job: Job) -> Settings:
         """Its fields, the source of its module, and that of the user's other modules which that imports."""
         helpers = helper_hash(self.reward.function.partition(":")[0])
         found = {**self.reward.model_dump(), "source": source_hash(self.reward.function)}
@@ -63,8 +64,10 @@ def load_function(name: str, path: str | None = None) -> Callable[..., float]:
         InputError: it cannot be imported, is not callable or not written in Python.
     """
     path = path or os.getcwd()
+    # Ray starts workers in a directory of its own; the module lies in the driver's.
     if path not in sys.path:
         sys.path.insert(0, path)
+
     module, _, attribute = name.partition(":")
     try:
         function = getattr(importlib.import_module(module), attribute)
@@ -72,10 +75,13 @@ def load_function(name: str, path: str | None = None) -> Callable[..., float]:
         meant = did_you_mean(attribute, vars(sys.modules[module])) if module in sys.modules else ""
         said = f"{type(error).__name__}: {error}{meant}"
         raise InputError(f"reward function {name}: {said} (looked in {path} too)") from None
+
     if not callable(function):
         raise InputError(f"reward function {name} is not callable")
+    # Its source is a part of the stage's key; of a built-in function there is none to compare.
     if not _written_in_python(function):
         raise InputError(f"reward function {name} is built in; write a function of your own that calls it")
+
     found: Callable[..., float] = function
     return found
 
@@ -86,7 +92,7 @@ def source_hash(name: str) -> str:
     return digest(sorted(inspect.getsource(module) for module in modules if module and inspect.getsourcefile(module)))
 
 
-def _written_in_python(function: Any) -> bool:
+def _written_in_python(function: Callable[..., object]) -> bool:
     """Whether its module's source can be read, as the key of the rewards stage needs."""
     module = inspect.getmodule(function)
     return module is not None and getattr(module, "__file__", None) is not None and bool(inspect.getsourcefile(module))
@@ -101,6 +107,7 @@ def score_by_function(batch: pa.Table, reward: FunctionReward, answers: list[str
             try:
                 score = float(function(row["prompt"], row[answer], row))
             except Exception as error:
+                # A function of the user's may raise anything, and one bad row must not end the stage.
                 rows[position] = row = drop(row, f"reward {reward.name}: {type(error).__name__}: {error}"[:300])
                 score = math.nan
             rows[position] = record_scores([row], answer, reward.name, [score])[0]

@@ -7,7 +7,7 @@ The self-reward of DICE (arXiv 2406.09760). The log-probs come from the forward 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
@@ -15,6 +15,7 @@ from rdpo.cluster.hardware import compute_dtype, computed_dtype, take_device
 from rdpo.cluster.pools import Pool
 from rdpo.config import ImplicitReward, Job
 from rdpo.errors import InputError
+from rdpo.files.manifest import Settings
 from rdpo.modeling.chat import Chat, load_chat, rendering_settings
 from rdpo.modeling.ratios import Ratios
 from rdpo.modeling.student import checked_model
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from rdpo.modeling.model import Policy
 
 CHUNK = 1024
-PROBE = "Ein Satz, 3 numbers: 12, 345; naïve 日本 <|end|>"
+PROBE_TEXT = "Ein Satz, 3 numbers: 12, 345; naïve 日本 <|end|>"
 
 
 class ImplicitKind(RewardKind[ImplicitReward]):
@@ -43,7 +44,7 @@ class ImplicitKind(RewardKind[ImplicitReward]):
         """
         checked_implicit(self.reward, job)
 
-    def settings(self, job: Job) -> dict[str, Any]:
+    def settings(self, job: Job) -> Settings:
         """Its fields, and the weights of both models."""
         trained, reference = trained_of(self.reward, job), reference_of(self.reward, job)
         precision = computed_dtype(self.reward.dtype, self.reward.gpus)
@@ -122,7 +123,8 @@ def checked_implicit(reward: ImplicitReward, job: Job) -> Chat:
     """
     trained, reference = trained_of(reward, job), reference_of(reward, job)
     chat, other = load_chat(trained, job.date), load_chat(reference, job.date)
-    probe = [{"role": "user", "content": PROBE}]
+    # Their log-probs are compared token by token, so both must read the same tokens.
+    probe = [{"role": "user", "content": PROBE_TEXT}]
     if chat.prompt_ids(probe) != other.prompt_ids(probe):
         raise InputError(f"rewards.{reward.name}: {trained.name} and {reference.name} have different tokenizers")
     for model in {trained, reference}:

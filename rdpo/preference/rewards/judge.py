@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from rdpo.cluster.pools import Pool, engine_pool
 from rdpo.config import Job, JudgeReward, Sampling
+from rdpo.files.manifest import Settings
 from rdpo.modeling.chat import Chat, load_chat, rendering_settings
 from rdpo.modeling.weights import ModelRef
 from rdpo.preference.ratings import (
@@ -28,11 +29,12 @@ from rdpo.preference.rewards.kind import RewardKind
 from rdpo.preference.scores import record_scores
 from rdpo.records import ID_COLUMN, Row, draw_seed, drop, table_of, text_of
 from rdpo.synthesis.crashes import CrashGuard, open_crash_counts
-from rdpo.synthesis.engine import Engine, engine_settings
+from rdpo.synthesis.engine import Engine, Generation, engine_settings
 from rdpo.synthesis.instructions import render
 
 if TYPE_CHECKING:
     import ray.data
+    from ray.actor import ActorHandle
 
 REASON_CHARS = 300
 
@@ -60,7 +62,7 @@ class JudgeKind(RewardKind[JudgeReward]):
         if self.reward.score == "expected":
             rating_values(chat, self.reward)
 
-    def settings(self, job: Job) -> dict[str, Any]:
+    def settings(self, job: Job) -> Settings:
         """Its fields, and the judge's weights."""
         model = ModelRef.of(job, self.reward.model)
         rendering = rendering_settings(model, job.date, reasons_first(self.reward))
@@ -99,7 +101,7 @@ class Judge:
     probability to be preferred to the row's other answers, over both orders in which they can be shown.
     """
 
-    def __init__(self, reward: JudgeReward, answers: list[str], job: Job, crash_counts: Any):
+    def __init__(self, reward: JudgeReward, answers: list[str], job: Job, crash_counts: ActorHandle):
         self.reward, self.answers, self.job, self.crash_guard = reward, answers, job, CrashGuard(crash_counts)
         self.chat = judge_chat(reward, job)
         self.values = {} if reward.score == "written" else rating_values(self.chat, reward)
@@ -136,11 +138,9 @@ class Judge:
     async def _preferences(self, row: Row) -> list[float]:
         """How often each answer is preferred to the others; each pair is shown once in each order."""
         orders = list(permutations(self.answers, 2))
-        shown = dict(
-            zip(orders, await asyncio.gather(*[self._first_wins(row, *order) for order in orders]), strict=True)
-        )
+        answered = await asyncio.gather(*[self._first_wins(row, *order) for order in orders])
         wins: dict[str, list[float]] = {answer: [] for answer in self.answers}
-        for (first, second), first_wins in shown.items():
+        for (first, second), first_wins in zip(orders, answered, strict=True):
             wins[first].append(first_wins)
             wins[second].append(1.0 - first_wins)
         return [fmean(wins[answer]) for answer in self.answers]
@@ -149,8 +149,9 @@ class Judge:
         asked = {"prompt": text_of(row["prompt"]), "first": row[first], "second": row[second]}
         return await self._expected(asked, row, f"{first}:{second}")
 
-    async def _expected(self, asked: dict[str, Any], row: Row, role: str) -> float:
+    async def _expected(self, asked: dict[str, str], row: Row, role: str) -> float:
         ids = list(self.values)
+        # What is read are the probabilities of that token, not the token.
         one = Sampling(temperature=0.0, top_p=1.0, max_tokens=1)
         reply = await self._reply(asked, row, role, one, (), logprobs=len(ids), logprob_token_ids=ids)
         logprobs = reply.logprobs or {}
@@ -159,14 +160,14 @@ class Judge:
             raise ValueError(f"the judge's ratings have {share:.2g} of its next token's probability together")
         return expected_rating(self.values, logprobs)
 
-    async def _written(self, asked: dict[str, Any], row: Row, role: str) -> float:
+    async def _written(self, asked: dict[str, str], row: Row, role: str) -> float:
         reply = await self._reply(asked, row, role, self.reward.sampling, self.chat.stop_ids)
         scale = [rating_value(rating, position) for position, rating in enumerate(self.reward.ratings)]
         return written_rating(reply.text, min(scale), max(scale))
 
     async def _reply(
-        self, asked: dict[str, Any], row: Row, role: str, sampling: Sampling, stop_ids: tuple[int, ...], **extra: Any
-    ) -> Any:
+        self, asked: dict[str, str], row: Row, role: str, sampling: Sampling, stop_ids: tuple[int, ...], **extra: Any
+    ) -> Generation:
         question = [{"role": "user", "content": render(self.reward.rubric, asked)}]
         seed = draw_seed(self.job.seed, row[ID_COLUMN], f"{self.reward.name}:{role}")
         if reasons_first(self.reward):
@@ -176,6 +177,7 @@ class Judge:
         return await self.engine.generate(prompt_ids, sampling, seed, stop_ids, **extra)
 
     def __del__(self) -> None:
+        # Ray ends an actor without another word; the processes of its engine would outlive it.
         if hasattr(self, "engine"):
             self.engine.shutdown()
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
 
 from rdpo.config.rewards import RewardSection
+from rdpo.files.manifest import Settings
 
 if TYPE_CHECKING:
     import ray.data
@@ -46,7 +47,7 @@ class RewardKind(ABC, Generic[R]):
         """
 
     @abstractmethod
-    def settings(self, job: Job) -> dict[str, Any]:
+    def settings(self, job: Job) -> Settings:
         """What its scores depend on, as a part of a stage's key: its fields, and what its models and files hold."""
 
     def pools(self, job: Job) -> list[Pool]:

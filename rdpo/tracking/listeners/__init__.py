@@ -32,7 +32,7 @@ def check_trackers(job: Job) -> None:
 
 @contextmanager
 def listening(job: Job, run_dir: str, console: Console) -> Iterator[None]:
-    """Within this context the job's trackers and Ray's metrics hear what the console is told.
+    """Within this context the job's trackers and Ray's metrics hear what the console says.
 
     A tracker begins with the first stage that does something; one that cannot is left out with a warning.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from rdpo.files.manifest import Manifest
 
@@ -26,7 +25,7 @@ def stage_figures(manifest: Manifest) -> dict[str, float]:
     return {f"{manifest.stage}/{name}": value for name, value in found.items()}
 
 
-def _means(summary: Mapping[str, Any], under: str = "") -> Iterator[tuple[str, float]]:
+def _means(summary: Mapping[str, object], under: str = "") -> Iterator[tuple[str, float]]:
     """The figures of a summary; of an estimate its mean, of a list's members by their reward's name."""
     for name, value in summary.items():
         if isinstance(value, bool) or value is None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from rdpo.config import Job
 from rdpo.files.manifest import Manifest
@@ -28,6 +27,7 @@ class MLflow(Listener):
 
         self.client, place = mlflow.MlflowClient(), absolute(run_dir)
         experiment = mlflow.set_experiment(job.tracking.project).experiment_id
+        # MLflow's filters are a language of their own, in which a quote would end the text.
         quoted = place.replace("'", "\\'")
         found = self.client.search_runs([experiment], f"tags.`{PLACE}` = '{quoted}'", max_results=1)
         run = found[0] if found else self.client.create_run(experiment, run_name=job.name, tags={PLACE: place})
@@ -53,7 +53,7 @@ class MLflow(Listener):
             self.client.log_metric(self.id, name, value, step=step)
 
 
-def _flat(settings: Mapping[str, Any], under: str = "") -> Iterator[tuple[str, Any]]:
+def _flat(settings: Mapping[str, object], under: str = "") -> Iterator[tuple[str, object]]:
     for name, value in settings.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{under}{name}.")

@@ -8,11 +8,14 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rdpo.files.manifest import Manifest
 from rdpo.tracking.console import Listener, Meter
 from rdpo.tracking.listeners.figures import step_figures
+
+if TYPE_CHECKING:
+    from ray.util.metrics import Gauge
 
 MEANINGS = {
     "rows": "Rows, or optimizer steps of training, that a stage has done",
@@ -28,7 +31,7 @@ class RayMetrics(Listener):
     """Gauges of Ray; silent as long as the run has not needed Ray."""
 
     def __init__(self, run: str):
-        self.run, self.gauges = run, dict[str, Any]()
+        self.run, self.gauges = run, dict[str, "Gauge"]()
 
     def progress(self, meter: Meter) -> None:
         """How far a stage is."""
@@ -49,6 +52,7 @@ class RayMetrics(Listener):
         self._set("stage_seconds", manifest.seconds, manifest.stage)
 
     def _set(self, name: str, value: float, stage: str) -> None:
+        # To look is not to import: a run that needs no Ray starts none.
         if "ray" not in sys.modules or not sys.modules["ray"].is_initialized():
             return
         if name not in self.gauges:

@@ -35,4 +35,5 @@ class TensorBoard(Listener):
     def _add(self, figures: Mapping[str, float], step: int) -> None:
         for name, value in figures.items():
             self.writer.add_scalar(name, value, step)
+        # It writes when its buffer is full, which takes many steps.
         self.writer.flush()
