@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
 from rdpo.cluster.pools import Pool
 from rdpo.config import RESOURCES, Cluster, largest, smallest
 from rdpo.errors import InputError
+from rdpo.tracking.tables import aligned
 
 NODE_GROUP = "ray.io/node-group"
 """Label of a node that a cluster launcher or KubeRay has started, so that more may follow."""
@@ -100,12 +101,11 @@ def _gpus(pools: Sequence[Pool], kind: str | None) -> float:
     return sum(pool.gpus * smallest(pool.size) for pool in pools if kind in (None, pool.nodes))
 
 
-def placement_table(pools: Sequence[Pool]) -> Iterator[str]:
+def placement_table(pools: Sequence[Pool]) -> list[str]:
     """Which pool takes what and runs where, as lines of text."""
-    yield f"{'stage':<12}{'pool':<28}{'actors':>8}{'CPUs each':>11}{'GPUs each':>11}  nodes"
+    cells = [["stage", "pool", "actors", "CPUs each", "GPUs each", "nodes"]]
     for pool in pools:
         low, high = smallest(pool.size), largest(pool.size)
         actors = str(high) if low == high else f"{low}-{high}"
-        yield (
-            f"{pool.stage:<12}{pool.setting:<28}{actors:>8}{pool.cpus:>11}{pool.gpus:>11g}  {pool.nodes or 'anywhere'}"
-        )
+        cells.append([pool.stage, pool.setting, actors, str(pool.cpus), f"{pool.gpus:g}", pool.nodes or "anywhere"])
+    return aligned(cells, right=[2, 3, 4])

@@ -17,6 +17,7 @@ from rdpo.evaluation.generate import add_divergence
 from rdpo.evaluation.intervals import Estimate, groups_of, mean_interval, with_interval
 from rdpo.records import ID_COLUMN, Row, alive, by_id, digest, drop, extra_of, table_of
 from rdpo.synthesis.prompts import beside, read_prompts
+from rdpo.tracking.tables import aligned
 
 if TYPE_CHECKING:
     import ray.data
@@ -88,13 +89,12 @@ def table(measured: dict[tuple[str, int], list[Row]]) -> list[str]:
     by_text = {run: by_id(rows) for run, rows in measured.items()}
     shared = sorted(set.intersection(*map(set, by_text.values())))
     arms = dict.fromkeys(arm for arm, _ in measured)
-    width = max(map(len, arms)) + 2
-    lines = ["", f"other texts, {len(shared)}", f"{'':<{width}}perplexity, times the start model's (95%)"]
+    cells = [["", "perplexity, times the start model's (95%)"]]
     for arm in arms if shared else ():
         own = [rows for (name, _), rows in by_text.items() if name == arm]
         runs = [_in_order(rows, shared) for rows in own]
-        lines.append(f"{arm:<{width}}{with_interval(_factor(runs, runs[0]), '.3f')}")
-    return lines
+        cells.append([arm, with_interval(_factor(runs, runs[0]), ".3f")])
+    return ["", f"other texts, {len(shared)}", *aligned(cells)]
 
 
 def _in_order(rows: dict[str, Row], texts: Sequence[str]) -> list[Row]:

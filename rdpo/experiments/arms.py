@@ -18,6 +18,7 @@ import numpy as np
 from rdpo.evaluation.compare import measures_kl
 from rdpo.evaluation.intervals import Estimate, Values, groups_of, mean_interval, share_interval, wins, with_interval
 from rdpo.records import Row, by_id
+from rdpo.tracking.tables import aligned
 
 
 @dataclass(frozen=True)
@@ -141,14 +142,12 @@ def coverage(what: str, measured: Mapping[tuple[str, int], Collection[str]]) -> 
 
 def table(results: list[ArmResult], baseline: str) -> list[str]:
     """The results as lines of text, a block for each reward."""
+    head = ["", "mean", "against start (95%)", "beats start", f"beats {baseline}", "KL, nats", "tokens"]
     lines = []
-    width = max(len(result.arm) for result in results) + 2 if results else 0
     for reward, of_reward in by_reward(results).items():
         prompts, seeds = of_reward[0].prompts, of_reward[0].seeds
         lines += ["", f"{reward} ({use_of(of_reward)}), {prompts} prompts, {seeds} seeds"]
-        head = f"{'':<{width}}{'mean':>8}  {'against start (95%)':<30}{'beats start':<24}"
-        lines.append(f"{head}{'beats ' + baseline:<24}{'KL, nats':<20}{'tokens':>6}")
-        lines += [_line(result, width) for result in of_reward]
+        lines += aligned([head, *map(_cells, of_reward)], right=[1, 6])
     return lines
 
 
@@ -166,13 +165,16 @@ def use_of(results: list[ArmResult]) -> str:
     return f"optimised by {', '.join(users)}" if users else "independent"
 
 
-def _line(result: ArmResult, width: int) -> str:
-    kl = with_interval(result.kl, ".1f") if result.kl else "-"
-    return (
-        f"{result.arm:<{width}}{result.mean:>8.3f}  {with_interval(result.difference, '+.3f'):<30}"
-        f"{with_interval(result.wins_start, '.2f'):<24}{with_interval(result.wins_baseline, '.2f'):<24}"
-        f"{kl:<20}{result.tokens:>6.0f}"
-    )
+def _cells(result: ArmResult) -> list[str]:
+    return [
+        result.arm,
+        f"{result.mean:.3f}",
+        with_interval(result.difference, "+.3f"),
+        with_interval(result.wins_start, ".2f"),
+        with_interval(result.wins_baseline, ".2f"),
+        with_interval(result.kl, ".1f") if result.kl else "-",
+        f"{result.tokens:.0f}",
+    ]
 
 
 def to_csv(results: list[ArmResult]) -> str:

@@ -176,14 +176,12 @@ def compare_arms(comparison: Comparison, jobs: Jobs, run_dir: str, console: Cons
     check_heldout(comparison, jobs, run_dir, console)
     run_arms(comparison, jobs, run_dir, console)
 
-    found, evaluated, until = [], {}, comparison.until
     runs = {run: RunReader(arm_dir(run_dir, *run), job) for run, job in jobs.items()}
-    if until == "evaluation":
-        evaluated = {run: reader.folder("evaluation").table().to_pylist() for run, reader in runs.items()}
-        weights = {arm: _weights(job) for (arm, _), job in jobs.items()}
-        found = arms.arm_results(evaluated, weights, comparison.rivals)
+    made = {run: _finished(reader, comparison.until) for run, reader in runs.items()}
+    evaluated = {run: _rows(runs[run], "evaluation") for run in runs if "evaluation" in made[run]}
+    weights = {arm: _weights(job) for (arm, _), job in jobs.items()}
+    found = arms.arm_results(evaluated, weights, comparison.rivals) if evaluated else []
 
-    made = {run: _finished(reader, until) for run, reader in runs.items()}
     # An arm that trains nothing measures no margins.
     left = {run: heldout_margins(runs[run].folder("training")) for run in runs if "training" in made[run]}
     margins = {run: of_run for run, of_run in left.items() if of_run}
@@ -191,26 +189,23 @@ def compare_arms(comparison: Comparison, jobs: Jobs, run_dir: str, console: Cons
     selected = {arm for (arm, _), job in jobs.items() if job.training.select == "best"}
     measured = heldout.heldout_results(margins, comparison.rivals, prompts, selected)
 
-    with_texts = [run for run in runs if "retention" in made[run]]
-    lost = retention.table({run: runs[run].folder("retention").table().to_pylist() for run in with_texts})
-    counts = arms.coverage("prompts", {run: _ids(rows) for run, rows in evaluated.items()})
-    counts += arms.coverage("pairs", {run: list(of_run) for run, of_run in margins.items()})
-
-    for line in [
-        *counts,
-        *arms.table(found, comparison.baseline),
-        *heldout.table(measured, comparison.baseline),
-        *lost,
-    ]:
+    lost = {run: _rows(runs[run], "retention") for run in runs if "retention" in made[run]}
+    lines = arms.coverage("prompts", {run: _ids(rows) for run, rows in evaluated.items()})
+    lines += arms.coverage("pairs", {run: list(of_run) for run, of_run in margins.items()})
+    lines += arms.table(found, comparison.baseline) + heldout.table(measured, comparison.baseline)
+    for line in lines + retention.table(lost):
         console.say(line)
 
-    for name, content in (
-        ("comparison", found and arms.to_csv(found)),
-        ("heldout", measured and heldout.to_csv(measured)),
-    ):
-        if content:
-            Folder(run_dir).write_bytes(f"{name}.csv", content.encode())
+    if found:
+        Folder(run_dir).write_bytes("comparison.csv", arms.to_csv(found).encode())
+    if measured:
+        Folder(run_dir).write_bytes("heldout.csv", heldout.to_csv(measured).encode())
     console.say(f"\nreport      {write_comparison(run_dir, comparison, found, measured)}")
+
+
+def _rows(run: RunReader, stage: str) -> list[Row]:
+    rows: list[Row] = run.folder(stage).table().to_pylist()
+    return rows
 
 
 def _weights(job: Job) -> dict[str, float]:

@@ -15,6 +15,7 @@ import numpy as np
 
 from rdpo.evaluation.intervals import Estimate, Values, mean_interval, share_interval, with_interval
 from rdpo.experiments.arms import estimate_columns, estimate_figures
+from rdpo.tracking.tables import aligned
 from rdpo.training.heldout import correct
 
 SELECTED = "selected by these pairs (training.select), so that their figures are too high"
@@ -96,19 +97,23 @@ def table(results: list[HeldoutResult], baseline: str) -> list[str]:
     """The results as lines of text."""
     if not results:
         return []
-    width = max(len(result.arm) for result in results) + 2
-
     against = f"against {baseline}"
+    cells = [["", "prefers chosen", against, "margin", against], *map(_cells, results)]
     title = f"held-out pairs, {results[0].pairs} pairs, {results[0].seeds} seeds; intervals 95%"
-    lines = ["", title, f"{'':<{width}}{'prefers chosen':<23}{against:<26}{'margin':<22}{against}"]
-    for result in results:
-        accuracy, better = with_interval(result.accuracy, ".3f"), with_interval(result.against, "+.3f")
-        margin, wider = with_interval(result.margin, ".2f"), with_interval(result.margin_against, "+.2f")
-        lines.append(f"{result.arm:<{width}}{accuracy:<23}{better:<26}{margin:<22}{wider}")
-
+    lines = ["", title, *aligned(cells)]
     if chosen := [result.arm for result in results if result.selected]:
         lines.append(f"{SELECTED}: {', '.join(chosen)}")
     return lines
+
+
+def _cells(result: HeldoutResult) -> list[str]:
+    return [
+        result.arm,
+        with_interval(result.accuracy, ".3f"),
+        with_interval(result.against, "+.3f"),
+        with_interval(result.margin, ".2f"),
+        with_interval(result.margin_against, "+.2f"),
+    ]
 
 
 def to_csv(results: list[HeldoutResult]) -> str:

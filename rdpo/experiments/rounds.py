@@ -24,6 +24,7 @@ from rdpo.preference.rewards.registry import kind_of
 from rdpo.stages.checks import prepare
 from rdpo.stages.table import stages_of
 from rdpo.tracking.console import Console
+from rdpo.tracking.tables import aligned
 
 MODEL = "model"
 
@@ -117,23 +118,27 @@ class Outcome:
 
 def table(outcomes: Sequence[Outcome]) -> list[str]:
     """The rounds as lines of text, a block for each reward."""
+    head = ["round", "pairs", "start", "trained", "beats its start (95%)", "KL, nats", "tokens", "length gap"]
     lines = []
     for place, reward in enumerate(outcomes[0].summary["rewards"]):
         kind = "optimised" if reward["weight"] else "independent"
         lines += ["", f"{reward['reward']} ({kind}), {outcomes[0].summary['prompts']} prompts"]
-        head = f"{'round':<8}{'pairs':>6}{'start':>9}{'trained':>9}  {'beats its start (95%)':<24}"
-        lines.append(f"{head}{'KL, nats':<20}{'tokens':>6}{'length gap':>12}")
-        lines += [_line(outcome, place) for outcome in outcomes]
+        lines += aligned([head, *(_cells(outcome, place) for outcome in outcomes)], right=[1, 2, 3, 6, 7])
     return lines
 
 
-def _line(outcome: Outcome, place: int) -> str:
+def _cells(outcome: Outcome, place: int) -> list[str]:
     reward, summary = outcome.summary["rewards"][place], outcome.summary
     rate, has_kl = reward["win_rate"], summary["kl"] and KL_ANSWERS in summary
-    kl = with_interval(Estimate(**summary["kl"]), ".1f") if has_kl else "-"
     wins = f"{rate['mean']:.2f} ({rate['low']:.2f} to {rate['high']:.2f})"
     gap = outcome.shaping.get("mean_length_gap", float("nan"))
-    return (
-        f"{outcome.number:<8}{outcome.pairs:>6}{reward['start_mean']:>9.3f}{reward['trained_mean']:>9.3f}  {wins:<24}"
-        f"{kl:<20}{summary['length']['trained']['mean']:>6.0f}{gap:>12.1f}"
-    )
+    return [
+        str(outcome.number),
+        str(outcome.pairs),
+        f"{reward['start_mean']:.3f}",
+        f"{reward['trained_mean']:.3f}",
+        wins,
+        with_interval(Estimate(**summary["kl"]), ".1f") if has_kl else "-",
+        f"{summary['length']['trained']['mean']:.0f}",
+        f"{gap:.1f}",
+    ]

@@ -13,6 +13,7 @@ from rdpo.errors import InputError, did_you_mean
 from rdpo.evaluation.intervals import Estimate, mean_interval, with_interval
 from rdpo.execution.reader import RunReader
 from rdpo.inspection.chat import load_speakers
+from rdpo.tracking.tables import aligned
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -115,10 +116,9 @@ def _difference(start: dict[int, Any], trained: dict[int, Any]) -> Estimate | No
 
 def table(found: list[Change]) -> list[str]:
     """The changes as lines of text."""
-    lines = [f"{'task':<28}{'metric':<22}{'n':>7}{'start':>9}{'trained':>9}  difference (95% interval)"]
+    cells = [["task", "metric", "n", "start", "trained", "difference (95% interval)"]]
     for change in found:
-        gain = change.difference
-        difference = with_interval(gain, "+.3f") if gain else ""
-        numbers = f"{change.documents:>7,}{change.start:>9.3f}{change.trained:>9.3f}"
-        lines.append(f"{change.task:<28}{change.metric:<22}{numbers}  {difference}".rstrip())
-    return lines
+        difference = with_interval(change.difference, "+.3f") if change.difference else ""
+        numbers = [f"{change.documents:,}", f"{change.start:.3f}", f"{change.trained:.3f}"]
+        cells.append([change.task, change.metric, *numbers, difference])
+    return aligned(cells, right=[2, 3, 4])

@@ -23,6 +23,7 @@ from rdpo.execution.reader import RunReader
 from rdpo.files.folder import IN_PROGRESS
 from rdpo.files.manifest import Manifest
 from rdpo.stages.pools import pools_of
+from rdpo.tracking.tables import aligned
 
 STAGES = ("synthesis", "rewards", "reference", "training", "evaluation")
 ANYWHERE = "anywhere"
@@ -229,26 +230,18 @@ def cost_table(job: Job, prompts: int | None, rates: Rates, prices: Mapping[str,
         raise InputError("--rates: how many prompts? give --prompts, or synthesis.limit in the job")
 
     costs = stage_costs(job, prompts, rates, prices)
-    yield _line("stage", "rows", "hours", "dollars" if prices else "")
-    for cost in costs:
-        yield _line(cost.stage, f"{cost.rows:,.0f}", f"{cost.hours:,.2f}", f"{cost.dollars:,.2f}" if prices else "")
-
     # Stages that stream as one execution take as long as the longer of them.
     both = [cost.hours for cost in costs if cost.stage in ("synthesis", "rewards")]
     hours = sum(cost.hours for cost in costs) - (min(both) if rates.together and len(both) > 1 else 0.0)
-
     reserved = reserved_dollars(job, hours, prices)
-    for kind, dollars in reserved.items():
-        yield _line(f"{kind}, reserved", "", f"{hours:,.2f}", f"{dollars:,.2f}")
-
     total = sum(cost.dollars for cost in costs) + sum(reserved.values())
-    yield _line("in all", "", f"{hours:,.2f}", f"{total:,.2f}" if prices else "")
+
+    cells = [["stage", "rows", "hours", "dollars"]]
+    cells += [[cost.stage, f"{cost.rows:,.0f}", f"{cost.hours:,.2f}", f"{cost.dollars:,.2f}"] for cost in costs]
+    cells += [[f"{kind}, reserved", "", f"{hours:,.2f}", f"{dollars:,.2f}"] for kind, dollars in reserved.items()]
+    cells.append(["in all", "", f"{hours:,.2f}", f"{total:,.2f}"])
+    yield from aligned(cells if prices else [row[:-1] for row in cells], right=[1, 2, 3])
     yield from _assumed(job, prompts, rates, bool(prices))
-
-
-def _line(*cells: str) -> str:
-    stage, rows, hours, dollars = cells
-    return f"{stage:<24}{rows:>12}{hours:>10}{dollars:>12}".rstrip()
 
 
 def _assumed(job: Job, prompts: int, rates: Rates, priced: bool) -> Iterator[str]:

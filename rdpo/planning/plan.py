@@ -21,6 +21,7 @@ from rdpo.modeling.packing import PairSize
 from rdpo.modeling.student import student_dtype
 from rdpo.planning.communication import bytes_sent, sent
 from rdpo.planning.memory import GIB, Rehearsal, rehearse, typical_pair, worker_memory
+from rdpo.tracking.tables import aligned
 from rdpo.training.backend import backend_of
 
 ASSUMED_MFU = 0.4
@@ -68,13 +69,11 @@ def _headline(job: Job, rehearsal: Rehearsal, gpu: str | None) -> str:
 
 
 def _memory(parts: dict[str, int], limit: float | None) -> Iterator[str]:
-    yield f"{'GiB per worker':<22}"
-    for name, amount in parts.items():
-        if amount:
-            yield f"  {name:<20}{amount / GIB:>8.2f}"
-
     total = sum(parts.values()) / GIB
-    yield f"  {'total':<20}{total:>8.2f}" + (f" of {limit:.0f}" if limit else "")
+    cells = [[f"  {name}", f"{amount / GIB:.2f}", ""] for name, amount in parts.items() if amount]
+    cells.append(["  total", f"{total:.2f}", f"of {limit:.0f}" if limit else ""])
+    yield from aligned([["GiB per worker", "", ""], *cells], right=[1])
+
     if limit and total > limit:
         yield (
             "does not fit: more workers share weights and optimizer under ZeRO-3; training.lora needs hardly any "
