@@ -19,6 +19,8 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import pyarrow as pa
 
 Messages = list[dict[str, str]]
@@ -66,18 +68,22 @@ def digest(*parts: object) -> str:
 
 
 class Fingerprint(str):
-    """A hash of what a stage reads; `former`: the one that earlier versions took of the same content, where it differs.
+    """A hash of what a stage reads; `former` makes the one that earlier versions took of the same content.
 
     Settings on file hold one of the two, as plain text.
     """
 
-    former: str
+    former: Callable[[], str]
 
-    def __new__(cls, text: str, former: str | None = None) -> Fingerprint:
-        """The hash itself."""
+    def __new__(cls, text: str, former: Callable[[], str] | None = None) -> Fingerprint:
+        """The hash itself; by default earlier versions took the same."""
         made = super().__new__(cls, text)
-        made.former = former or text
+        made.former = former or (lambda: text)
         return made
+
+    def __reduce__(self) -> tuple[type[str], tuple[str]]:
+        """On file and in other processes it is text."""
+        return (str, (str(self),))
 
 
 def prompt_id(messages: Messages) -> str:

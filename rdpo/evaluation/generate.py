@@ -49,12 +49,13 @@ def answer_columns(name: str) -> tuple[str, str, str]:
 
 
 def answer_prompts(
-    rows: list[Row], job: Job, models: dict[str, str], known: Mapping[str, Mapping[str, Row]] | None = None
+    rows: list[Row], job: Job, models: Mapping[str, ModelRef], known: Mapping[str, Mapping[str, Row]] | None = None
 ) -> list[Row]:
     """The prompts' rows with the answers of several models of one architecture, by column.
 
-    Each engine answers with one model after the other, so that it is started once. What is `known`, by column and
-    prompt, is not asked again: the three columns of `answer_columns`.
+    `models` are names, as each node has its own cache of models. Each engine answers with one model after the other, so
+    that it is started once. What is `known`, by column and prompt, is not asked again: the three columns of
+    `answer_columns`.
     """
     import ray.data
 
@@ -116,9 +117,9 @@ def side_by_side(answered: list[Row], columns: list[str]) -> list[Row]:
 class Answerer:
     """A Ray Data actor that answers prompts, each with the model it is meant for; all draw with the same seeds."""
 
-    def __init__(self, job: Job, models: dict[str, str], crash_counts: ActorHandle):
+    def __init__(self, job: Job, models: Mapping[str, ModelRef], crash_counts: ActorHandle):
         self.job, self.crash_guard = job, CrashGuard(crash_counts)
-        self.models = {column: str(local_model(name)) for column, name in models.items()}
+        self.models = {column: str(model.folder()) for column, model in models.items()}
         self.chat = load_chat(ModelRef.student(job), job.date)
         self.engine = Engine(next(iter(self.models.values())), job.evaluation.engine, job.seed)
 

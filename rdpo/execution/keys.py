@@ -76,7 +76,7 @@ def _as_formerly(settings: Any) -> Any:
     if isinstance(settings, list):
         return [_as_formerly(value) for value in settings]
     if isinstance(settings, Fingerprint):
-        return settings.former
+        return settings.former()
     if not isinstance(settings, dict):
         return settings
 

@@ -188,7 +188,7 @@ def load_chat(model: ModelRef, day: date = TEMPLATE_DATE, only_asks: bool = Fals
     """
     from transformers import GenerationConfig
 
-    folder, tokenizer = model.folder(), model.tokenizer()
+    folder, tokenizer = model.folder(weights=False), model.tokenizer()
     has_generation = (folder / "generation_config.json").is_file()
     try:
         stops = GenerationConfig.from_pretrained(folder).eos_token_id if has_generation else None

@@ -20,8 +20,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from filelock import FileLock
 
 from rdpo.errors import InputError
+from rdpo.files.digests import file_digest
 from rdpo.files.folder import IN_PROGRESS, MANIFEST
 from rdpo.files.stores import cache_dir, fetched, is_remote
+from rdpo.modeling.hub import hub_hashes
 from rdpo.records import Fingerprint, digest
 
 if TYPE_CHECKING:
@@ -32,10 +34,6 @@ ADAPTER_CONFIG = "adapter_config.json"
 WEIGHTS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 CODE = "*.py"
 """Code that ships with a model: fetched, hashed, run and published where the job trusts it, else left where it is."""
-
-
-Stamp = tuple[str, int, int]
-"""A file's name, its size in bytes, and when it was last changed in nanoseconds."""
 
 
 class ModelRef(NamedTuple):
@@ -55,13 +53,13 @@ class ModelRef(NamedTuple):
         """The job's student."""
         return cls.of(job, None)
 
-    def folder(self) -> Path:
-        """Its folder on this machine; downloads or converts it if need be.
+    def folder(self, weights: bool = True) -> Path:
+        """Its folder on this machine; downloads or converts it if need be, from the hub without its `weights`.
 
         Raises:
             InputError: there is no such model, or it has no safetensors weights.
         """
-        return local_model(self.name, self.revision, code=self.trust)
+        return local_model(self.name, self.revision, weights, code=self.trust)
 
     def fingerprint(self) -> str:
         """A hash of its weights, configuration and tokenizer."""
@@ -74,7 +72,7 @@ class ModelRef(NamedTuple):
 
     def code_fingerprint(self) -> str:
         """A hash of the Python code that ships with it."""
-        total, folder = hashlib.blake2b(digest_size=16), self.folder()
+        total, folder = hashlib.blake2b(digest_size=16), self.folder(weights=False)
         for file in sorted(folder.rglob(CODE)):
             total.update(str(file.relative_to(folder)).encode() + b"\0" + file.read_bytes())
         return total.hexdigest()
@@ -106,6 +104,11 @@ def local_model(name: str, revision: str | None = None, weights: bool = True, co
         # What a store holds may have changed since the last call.
         return _checked_folder(fetched(name), weights)
     return _model_of_name(name, revision, weights, code)
+
+
+def is_on_hub(name: str) -> bool:
+    """Whether a name is a hub id, and stands for nothing on this machine or in a store."""
+    return not is_remote(name) and _place(name) is None
 
 
 def named_anywhere(name: str) -> str:
@@ -147,24 +150,26 @@ def _place(name: str) -> Path | None:
 def fingerprint(name: str, revision: str | None = None) -> Fingerprint:
     """A hash of the weights, configuration and tokenizer that a name stands for.
 
-    The manifest of a model that a run has published says when it was made, not what it is; only earlier versions
-    counted it.
+    A model of the hub is known by the hashes that the hub has of its files, and is not downloaded. The manifest of a
+    model that a run has published says when it was made, not what it is; only earlier versions counted it.
     """
-    folder = local_model(name, revision)
-    stamps = _stamps(folder)
-    of_model = [stamp for stamp in stamps if stamp[0] not in (MANIFEST, IN_PROGRESS)]
-    return Fingerprint(_folder_fingerprint(folder, of_model), former=_folder_fingerprint(folder, stamps))
+    if is_on_hub(name):
+        of_hub = digest(list(hub_hashes(name, revision, WEIGHTS).items()))
+        return Fingerprint(of_hub, former=lambda: _folder_fingerprint(_files(local_model(name, revision))))
+    files = _files(local_model(name, revision))
+    of_model = [file for file in files if file.name not in (MANIFEST, IN_PROGRESS)]
+    return Fingerprint(_folder_fingerprint(of_model), former=lambda: _folder_fingerprint(files))
 
 
 def tokenizer_fingerprint(name: str, revision: str | None = None) -> str:
     """A hash of what a model's tokenizer and chat template are read from; its weights are not looked at."""
     folder = local_model(name, revision, weights=False)
     others = (CONFIG, "generation_config.json", MANIFEST, IN_PROGRESS)
-    stamps = [stamp for stamp in _stamps(folder) if stamp[0] not in others and not _of_weights(stamp[0])]
+    files = [file for file in _files(folder) if file.name not in others and not _of_weights(file.name)]
     # Of the model's configuration only these say which class reads the files.
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     chosen = {field: config.get(field) for field in ("model_type", "tokenizer_class", "auto_map")}
-    return digest(_folder_fingerprint(folder, stamps), chosen)
+    return digest(_folder_fingerprint(files), chosen)
 
 
 def _of_weights(name: str) -> bool:
@@ -178,8 +183,7 @@ def _path(name: str) -> Path:
 
 def adapter_fingerprint(folder: str) -> str:
     """A hash of an adapter's weights and configuration."""
-    path = local_adapter(folder)
-    return _folder_fingerprint(path, _stamps(path))
+    return _folder_fingerprint(_files(local_adapter(folder)))
 
 
 def local_adapter(name: str) -> Path:
@@ -205,7 +209,7 @@ def model_config(name: str, revision: str | None = None, trust_remote_code: bool
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
-    folder = local_model(name, revision, code=trust_remote_code)
+    folder = local_model(name, revision, weights=False, code=trust_remote_code)
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, TypeError, StrictDataclassError) as error:
@@ -227,30 +231,23 @@ def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
     """
     from transformers import AutoTokenizer
 
-    folder = local_model(name, revision, code=trust_remote_code)
+    folder = local_model(name, revision, weights=False, code=trust_remote_code)
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise InputError(f"model {name}: {_unreadable(error, 'tokenizer')}") from None
 
 
-def _stamps(folder: Path) -> list[Stamp]:
-    files = sorted(path for pattern in WEIGHTS for path in folder.glob(pattern))
-    return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for pattern in WEIGHTS for path in folder.glob(pattern))
 
 
-def _folder_fingerprint(folder: Path, stamps: Iterable[Stamp]) -> str:
+def _folder_fingerprint(files: Iterable[Path]) -> str:
     total = hashlib.blake2b(digest_size=16)
-    for stamp in stamps:
-        total.update(stamp[0].encode())
-        total.update(_file_digest(folder, stamp))
+    for file in files:
+        total.update(file.name.encode())
+        total.update(file_digest(file))
     return total.hexdigest()
-
-
-@lru_cache(maxsize=1024)
-def _file_digest(folder: Path, stamp: Stamp) -> bytes:
-    with open(folder / stamp[0], "rb") as file:
-        return hashlib.file_digest(file, "blake2b").digest()
 
 
 def _package_file(name: str) -> Path:

@@ -70,20 +70,17 @@ def evaluate(rows: ray.data.Dataset, run: Run) -> ray.data.Dataset:
 
     from rdpo.evaluation.compare import DRAWN
     from rdpo.evaluation.generate import START, TRAINED, add_divergence, answer_prompts, questions
-    from rdpo.files.stores import is_remote
     from rdpo.modeling.weights import ModelRef
     from rdpo.preference.rewards import score_answers
     from rdpo.training.checkpoint import MERGED
 
     job = run.job
-    student = ModelRef.student(job)
-    # A store's name holds on every machine of a cluster; the place of this machine's copy does not.
-    start = student.name if is_remote(student.name) else str(student.folder())
     trained = run.folder("policy").address(MERGED)
+    models = {START: ModelRef.student(job), TRAINED: ModelRef(trained)}
     prompts = rows.take_all()
     asked = {row[ID_COLUMN]: row["prompt"] for row in questions(prompts, job)}
     known = {START: _start_answers(run, asked)}
-    answered = answer_prompts(prompts, job, {START: start, TRAINED: trained}, known)
+    answered = answer_prompts(prompts, job, models, known)
     scored = score_answers(ray.data.from_arrow(table_of(answered)), job, [START, TRAINED]).materialize()
     return add_divergence(scored, job, trained, DRAWN)
 

@@ -154,7 +154,7 @@ def content_hash(source: str) -> str:
     if source.startswith(PREFIX):
         # Earlier versions went by the name alone.
         hub = HubSource.of(source)
-        return Fingerprint(f"{PREFIX}{hub.name}@{hub.commit()}", former=source)
+        return Fingerprint(f"{PREFIX}{hub.name}@{hub.commit()}", former=lambda: source)
 
     total = hashlib.blake2b(digest_size=16)
     for path in source_files(source):

@@ -22,6 +22,7 @@ from rdpo.evaluation.generate import (
     side_by_side,
 )
 from rdpo.modeling.ratios import Ratios
+from rdpo.modeling.weights import ModelRef
 from rdpo.synthesis.engine import Generation
 from tests.support.jobs import valid_job
 from tests.support.models import byte_tokenizer, save_model
@@ -70,7 +71,7 @@ def test_answers_that_are_known_are_not_asked_again(job_table, monkeypatch):
     monkeypatch.setattr("rdpo.evaluation.generate.open_crash_counts", lambda: None)
     monkeypatch.setattr("ray.data.from_arrow", lambda table: table)
     rows = [{"prompt_id": name, "prompt": [{"role": "user", "content": name}], "extra": "{}"} for name in "ab"]
-    models = {START: "old", TRAINED: "better"}
+    models = {START: ModelRef("old"), TRAINED: ModelRef("better")}
     known = {"start": "known", "start_finish_reason": "stop", "start_tokens": 9}
     job_table["evaluation"] = {"kl_answers": 0}
     merged = answer_prompts(rows, Job.model_validate(job_table), models, {START: {"a": known}})
@@ -178,7 +179,11 @@ def test_prompts_for_kl_are_the_first_and_self_refinement_has_none(job_table, mo
     monkeypatch.setattr("rdpo.evaluation.generate.open_crash_counts", lambda: None)
     monkeypatch.setattr("ray.data.from_arrow", lambda table: table)
     rows = [{"prompt_id": name, "prompt": [{"role": "user", "content": name}], "extra": "{}"} for name in "ba"]
-    answer_prompts(rows, Job.model_validate({**job_table, "evaluation": settings}), {START: "old", TRAINED: "new"})
+    answer_prompts(
+        rows,
+        Job.model_validate({**job_table, "evaluation": settings}),
+        {START: ModelRef("old"), TRAINED: ModelRef("new")},
+    )
     assert [row["prompt_id"] for row in asked if row["contender"] == DRAWN] == drawn
 
 

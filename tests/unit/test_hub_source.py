@@ -45,7 +45,7 @@ def test_a_data_set_that_moved_on_is_another_content(answers):
     assert content_hash("hf:own/er") == before, "within one process it stays the same"
     hub._commit.cache_clear()
     assert content_hash("hf:own/er") == f"hf:own/er@{NEW}" != before
-    assert before.former == "hf:own/er"
+    assert before.former() == "hf:own/er"
 
 
 def test_a_tag_and_its_commit_are_one_content_and_a_commit_is_not_asked_for(answers):

@@ -8,6 +8,7 @@ import pytest
 
 from rdpo.cluster.pools import SHARE
 from rdpo.config import Job, largest, smallest
+from rdpo.modeling.weights import ModelRef
 from rdpo.stages.pools import pools_of
 
 PACKAGE = Path(__file__).parents[2] / "rdpo"
@@ -72,7 +73,7 @@ def asked(job, monkeypatch):
     teacher.synthesize(rows, job)
     score_answers(rows, job, ["response"], together=True)
     add_reference(rows, job)
-    generate.answer_prompts([{"prompt_id": "p", "prompt": [], "extra": "{}"}], job, {"start": "m"})
+    generate.answer_prompts([{"prompt_id": "p", "prompt": [], "extra": "{}"}], job, {"start": ModelRef("m")})
     generate.add_divergence(rows, job, "trained", "trained")
     return rows.asked
 
