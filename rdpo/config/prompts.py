@@ -16,8 +16,8 @@ class Prompts(Section):
 
     source: Source
     """A JSONL, Parquet or CSV file or a folder of them, on disk or in an object store (`s3://…`), or `hf:DATASET` for a
-    Hugging Face dataset, with `@` and a branch, tag or commit behind it for another than the newest. JSON and CSV files may be compressed (`.jsonl.gz`,
-    `.jsonl.zst`)."""
+    Hugging Face dataset, with `@` and a branch, tag or commit behind it for another than the newest. JSON and CSV files
+    may be compressed (`.jsonl.gz`, `.jsonl.zst`)."""
     subset: str | None = None
     """Configuration name of a Hugging Face dataset."""
     dataset_split: str = "train"

@@ -79,7 +79,7 @@ STAGE = Stage(
     "synthesis",
     inputs=("prompts",),
     settings=settings,
-    rows=RowWork(training_prompts, write_answers, summary, generates=True),
+    rows=RowWork(training_prompts, write_answers, summary, generates=True, has_failed=bool),
     packages=("rdpo", "vllm", "torch", "transformers"),
     command="synthesize",
 )
