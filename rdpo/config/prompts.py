@@ -58,7 +58,8 @@ class Synthesis(Section):
     nothing is synthesised: the source of the prompts is a preference data set, with the columns `chosen`
     and `rejected`, perhaps `score_chosen` and `score_rejected`."""
     values: dict[str, str] = Field(default_factory=dict)
-    """Words that the task's templates use by name, the style of a counterfactual task for example."""
+    """Words that the task's templates use by name, the style of a counterfactual task for example. None may be named
+    like a column of the prompts, or like the answer of an earlier turn where a template uses it."""
     split: Annotated[str, AfterValidator(_trained_on)] = TRAIN
     """Which split of the prompts is trained on: `train`, or one that the source's `split` column names. Those that are
     held out for evaluation are refused."""
