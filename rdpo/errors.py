@@ -1,4 +1,4 @@
-"""The two ways a run can fail that are not bugs: bad input, and a broken promise about the data."""
+"""The ways a run can fail that are not bugs: bad input, a server that is gone, a broken promise about the data."""
 
 from __future__ import annotations
 
@@ -11,6 +11,10 @@ class InputError(Exception):
 
     The command line prints the message without a traceback and exits with code 2.
     """
+
+
+class EndpointDown(RuntimeError):
+    """A server answers nothing any more; the run stops, and can go on later."""
 
 
 class ConservationError(RuntimeError):

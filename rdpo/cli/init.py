@@ -24,9 +24,10 @@ from rdpo.errors import InputError, did_you_mean
 from rdpo.modeling.weights import check_model_name
 from rdpo.preference.rewards.function import load_function
 from rdpo.records import SIDES, Row, visible
+from rdpo.synthesis.columns import columns_of
 from rdpo.synthesis.conversation import is_prompt
 from rdpo.synthesis.instructions import load_task
-from rdpo.synthesis.sources import columns_of, first_rows, source_files
+from rdpo.synthesis.sources import first_rows, source_files
 
 Answers = dict[str, str]
 FUNCTION = re.compile(r"[\w.]+:\w+")

@@ -16,7 +16,8 @@ class Prompts(Section):
 
     source: Source
     """A JSONL, Parquet or CSV file or a folder of them, on disk or in an object store (`s3://…`), or `hf:DATASET` for a
-    Hugging Face dataset, with `@` and a branch, tag or commit behind it for another than the newest."""
+    Hugging Face dataset, with `@` and a branch, tag or commit behind it for another than the newest. JSON and CSV files
+    may be compressed (`.jsonl.gz`, `.jsonl.zst`)."""
     subset: str | None = None
     """Configuration name of a Hugging Face dataset."""
     dataset_split: str = "train"
@@ -57,7 +58,8 @@ class Synthesis(Section):
     nothing is synthesised: the source of the prompts is a preference data set, with the columns `chosen`
     and `rejected`, perhaps `score_chosen` and `score_rejected`."""
     values: dict[str, str] = Field(default_factory=dict)
-    """Words that the task's templates use by name, the style of a counterfactual task for example."""
+    """Words that the task's templates use by name, the style of a counterfactual task for example. None may be named
+    like a column of the prompts, or like the answer of an earlier turn where a template uses it."""
     split: Annotated[str, AfterValidator(_trained_on)] = TRAIN
     """Which split of the prompts is trained on: `train`, or one that the source's `split` column names. Those that are
     held out for evaluation are refused."""

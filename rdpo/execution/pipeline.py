@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
+
 from rdpo.cluster.installed import versions
 from rdpo.config import Job, to_toml
 from rdpo.errors import InputError
@@ -28,10 +30,12 @@ from rdpo.files.duplicates import remove_duplicates
 from rdpo.files.folder import Folder
 from rdpo.files.manifest import Manifest
 from rdpo.files.stage_folder import TOKENS, StageFolder
+from rdpo.records import text_of
 from rdpo.tracking.console import Meter
 from rdpo.tracking.listeners import listening
 
 REASONS_SHOWN = 20
+EXAMPLE_CHARS = 80
 
 
 def run_stages(run: Run, stages: Sequence[Stage]) -> None:
@@ -170,6 +174,7 @@ def _work(run: Run, chain: Sequence[Stage], folders: Sequence[StageFolder], mete
 
 def _commit(run: Run, stage: Stage, folder: StageFolder, manifest: Manifest) -> None:
     if stage.rows:
+        _check_kept(run, stage, folder)
         if stage.id_column and (removed := remove_duplicates(folder, stage.id_column)):
             run.console.warn(f"{stage.name}: {removed} rows were stored twice, by tasks done again; one of each stays")
         manifest.summary = {"rows_in": stage.rows.source(run).count, **stage.rows.summarize(run, folder)}
@@ -186,6 +191,35 @@ def _commit(run: Run, stage: Stage, folder: StageFolder, manifest: Manifest) -> 
         run.console.say(f"{'':<12}dropped {count}: {reason}{_place(first.get(reason, ''), count)}")
     if others := reasons[REASONS_SHOWN:]:
         run.console.say(f"{'':<12}dropped {sum(count for _, count in others)}: {len(others)} other reasons")
+
+
+def _check_kept(run: Run, stage: Stage, folder: StageFolder) -> None:
+    """Look whether a stage that dropped all rows has failed as a whole; its rows stay to be done then.
+
+    Raises:
+        InputError: it has.
+    """
+    reasons = {} if folder.count() else folder.reasons()
+    if not (stage.rows and stage.id_column and reasons and stage.rows.has_failed(reasons)):
+        return
+    _log_dropped(run, folder, stage.id_column)
+    reason, count = max(reasons.items(), key=lambda item: item[1])
+    example = _example(folder, stage.id_column, reason)
+    run.check()
+    folder.clear_parts()
+    raise InputError(
+        f"{stage.name}: no row of {sum(reasons.values())} is left; {count} times: {reason}, for example {example}; all "
+        "stay to be done: correct what refuses or fails, and the same command does them"
+    )
+
+
+def _example(folder: StageFolder, id_column: str, reason: str) -> str:
+    """A row that was dropped for this reason, by its id and the beginning of its prompt."""
+    for part in folder.tables("dropped"):
+        for row in part.filter(pc.equal(part["dropped"], reason)).slice(0, 1).to_pylist():
+            asked = f" ({text_of(row['prompt'])[:EXAMPLE_CHARS]!r})" if row.get("prompt") else ""
+            return f"row {row[id_column]}{asked}"
+    raise ValueError(f"no row was dropped for: {reason}")
 
 
 def _log_dropped(run: Run, folder: StageFolder, id_column: str) -> dict[str, str]:

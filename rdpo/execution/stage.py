@@ -69,13 +69,15 @@ class RowWork:
     """What a stage does that maps rows to rows.
 
     `summarize` looks at the finished folder. `generates`: the rows' `*_tokens` are this stage's work and
-    count for its rate.
+    count for its rate. `has_failed`: whether the reasons why all rows were dropped, with how many each, mean that the
+    stage failed as a whole; it is not committed then, and its rows stay to be done.
     """
 
     source: Callable[[RunReader], Source]
     make: Callable[[ray.data.Dataset, Run], ray.data.Dataset]
     summarize: Callable[[Run, StageFolder], dict[str, Any]] = lambda run, folder: {}
     generates: bool = False
+    has_failed: Callable[[Mapping[str, int]], bool] = lambda reasons: False
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from rdpo.execution.stage import RowWork, Source
 from rdpo.files.manifest import WriteProgress
 from rdpo.files.rows import stored
 from rdpo.files.stage_folder import StageFolder
+from rdpo.files.unfinished import finished_rows, forget_end, raise_end
 from rdpo.records import ID_COLUMN
 from rdpo.tracking.console import Meter
 
@@ -29,20 +30,28 @@ if TYPE_CHECKING:
 
 
 def stream_rows(run: Run, links: Sequence[tuple[RowWork, StageFolder]], meter: Meter) -> None:
-    """Run a chain of stages, each from what the one before stores; `meter` counts the last one's rows."""
+    """Run a chain of stages, each from what the one before stores; `meter` counts the last one's rows.
+
+    Raises:
+        InputError, EndpointDown: the work on some rows was ended from outside; all others are stored.
+    """
     last = links[-1][1]
     meter.total = links[0][0].source(run).count
     meter.advance(last.count() + last.count("dropped"))
     rows: ray.data.Dataset | None = None
     for work, folder in links:
+        forget_end(folder)
         # Both the rows that the stage before passes on now, and those that it stored in an interrupted run.
         rows = _joined(rows, _not_done(work.source(run), folder))
         if rows is not None:
-            rows = stored(work.make(rows, run), folder, ID_COLUMN, pass_on=folder is not last)
+            rows = finished_rows(work.make(rows, run), folder)
+            rows = stored(rows, folder, ID_COLUMN, pass_on=folder is not last)
     if rows is not None:
         _drain(rows, meter, any(work.generates for work, _ in links))
         if not pools_ended():
             run.console.warn(f"actors of {last.name} have not ended and still hold memory")
+    for _, folder in links:
+        raise_end(folder)
     # What an earlier stage of the chain dropped has not come by.
     meter.done = meter.total
 

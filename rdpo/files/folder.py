@@ -123,6 +123,10 @@ class Folder:
         found = (path.rsplit("/", 1)[1] for path in self.fs.ls(base, detail=False) if path.endswith(suffix))
         return sorted(prefix + name for name in found)
 
+    def remove(self, name: str) -> None:
+        """Remove a file."""
+        self.fs.rm(self._at(name))
+
     def clear(self) -> None:
         """Remove the folder and all that is in it."""
         if self.fs.exists(self.root):

@@ -23,10 +23,11 @@ from rdpo.execution.reader import RunReader
 from rdpo.files.folder import Folder
 from rdpo.files.manifest import Manifest
 from rdpo.files.stage_folder import StageFolder
-from rdpo.records import HELDOUT, ID_COLUMN, text_of
+from rdpo.records import HELDOUT, ID_COLUMN, QUESTION, text_of
 
 PAIR_COLUMNS = (
     ID_COLUMN,
+    QUESTION,
     "prompt",
     "chosen",
     "rejected",

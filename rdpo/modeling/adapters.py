@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING
 
 from rdpo.config import Lora
@@ -46,7 +46,7 @@ def with_adapter(model: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
             autocast_adapter_dtype=False,
         )
     except (ValueError, re.error) as error:
-        raise InputError(f"{SETTING}: {' '.join(str(error).split())[:300]}") from None
+        raise InputError(f"{SETTING}: {' '.join(str(error).split())[:300]}; {_could_be(model)}") from None
 
     _check_found(adapted, lora)
     _check_shared(adapted)
@@ -60,11 +60,29 @@ def _check_found(adapted: PeftModel, lora: Lora) -> None:
     names = adapted.base_model.targeted_module_names
     unknown = [target for target in lora.target_modules if not _is_among(target, names)]
     if unknown:
-        raise InputError(f"{SETTING}: {type(adapted.get_base_model()).__name__} has no module {', '.join(unknown)}")
+        model = adapted.get_base_model()
+        raise InputError(
+            f"{SETTING}: {type(model).__name__} has no module {', '.join(unknown)} that can be adapted; "
+            f"{_could_be(model)}"
+        )
 
 
 def _is_among(target: str, names: Iterable[str]) -> bool:
     return any(name == target or name.endswith(f".{target}") for name in names)
+
+
+def _could_be(model: PreTrainedModel, but: Collection[str] = ()) -> str:
+    """Which modules can be targeted: linear layers by the ends of their names, without the output layer."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    head, found = model.get_output_embeddings(), set()
+    for name, module in model.named_modules():
+        own = name.removesuffix(".base_layer")
+        if isinstance(module, nn.Linear | Conv1D) and module is not head and own not in but and ".lora_" not in own:
+            found.add(own.rpartition(".")[2])
+    names = sorted(found)
+    return f"linear layers that can be named are {', '.join(names)}" if names else "it has no linear layers to name"
 
 
 def _check_shared(adapted: PeftModel) -> None:
@@ -95,23 +113,33 @@ def _check_shared(adapted: PeftModel) -> None:
             )
 
 
-def check_reached(adapted: PeftModel, hidden: Tensor) -> None:
+def check_reached(adapted: PeftModel, hidden: Tensor, one_of_many: bool = False) -> None:
     """Raise if a loss on the hidden states gives no gradient to an adapter.
 
     Args:
         adapted: the model with its adapter.
         hidden: last hidden states that it made of any tokens; on the `meta` device nothing is computed.
+        one_of_many: of experts, of which few read the tokens, one with a gradient speaks for the others of its layer.
 
     Raises:
         InputError: an adapter is not reached, with its name.
     """
     hidden.float().sum().backward()
-    missed = [name for name, weight in adapted.named_parameters() if weight.requires_grad and weight.grad is None]
+    trained = {name: weight.grad is not None for name, weight in adapted.named_parameters() if weight.requires_grad}
     adapted.zero_grad(set_to_none=True)
+    reached = {_expert(name) for name, has_gradient in trained.items() if has_gradient} if one_of_many else set()
+    missed = [name for name, has_gradient in trained.items() if not has_gradient and _expert(name) not in reached]
+
     modules = list(dict.fromkeys(name.partition(".lora_")[0].removeprefix("base_model.model.") for name in missed))
     if modules:
         more = f" and {len(modules) - SHOWN} more" if len(modules) > SHOWN else ""
         raise InputError(
             f"{SETTING}: no gradient reaches {', '.join(modules[:SHOWN])}{more}, which would not be trained; "
-            "name modules that text passes through"
+            f"name modules that text passes through; {_could_be(adapted.get_base_model(), modules)}"
         )
+
+
+def _expert(name: str) -> str:
+    """The name of a parameter without the number of its expert: all numbers but the first, which is the layer's."""
+    first, number, rest = re.split(r"(\.\d+\.)", name, maxsplit=1) if re.search(r"\.\d+\.", name) else (name, "", "")
+    return first + number + re.sub(r"\.?\d+\.", ".", rest)

@@ -5,6 +5,7 @@ transformers draws at random what a checkpoint lacks, leaves aside what it has t
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -52,6 +53,23 @@ def outline(where: str, auto_class: Any, folder: str | Path, trust_remote_code: 
             trust_remote_code=trust_remote_code,
             **options,
         )
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise InputError(f"{where} cannot be loaded: {str(error).strip().splitlines()[0][:200]}") from None
+
+
+def architecture_outline(where: str, auto_class: Any, config: PretrainedConfig, trust_remote_code: bool = False) -> Any:
+    """A model without its numbers as its configuration describes it, whatever its checkpoint holds; not quantised.
+
+    Raises:
+        InputError: transformers cannot make it.
+    """
+    import torch
+
+    plain = copy.deepcopy(config)
+    del plain.quantization_config
+    try:
+        with torch.device("meta"):
+            return auto_class.from_config(plain, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise InputError(f"{where} cannot be loaded: {str(error).strip().splitlines()[0][:200]}") from None
 

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rdpo.cluster.hardware import compute_dtype
+from rdpo.errors import InputError
 from rdpo.modeling.weights import ModelRef
 
 if TYPE_CHECKING:
-    from rdpo.config import Job
+    from rdpo.config import Job, Lora
     from rdpo.modeling.chat import Chat
     from rdpo.modeling.model import ForwardSettings, Policy, Tuning
     from rdpo.modeling.probe import ReadAs
@@ -84,9 +85,12 @@ def check_student(job: Job, chat: Chat) -> None:
     from rdpo.modeling.saving import check_config_saves
 
     where, student = f"student.model {job.student.model}", ModelRef.student(job)
+    if is_quantised(student) and job.training.max_steps != 0 and job.training.lora is None:
+        raise InputError(
+            f"{where}: its weights are stored quantised, and cannot be trained as they are; set training.lora, or give "
+            "the model in 16 or 32 bits"
+        )
     model = checked_model(where, student, chat)
-    if model is None:
-        return
 
     lengths = {
         "reference.max_length": job.reference.max_length,
@@ -96,42 +100,81 @@ def check_student(job: Job, chat: Chat) -> None:
         check_length(where, model, setting, tokens)
     check_config_saves(where, model.config)
     if job.training.max_steps != 0:
-        _check_adapter(as_policy(model, forward_settings(job), tuning_of(job)))
+        _check_adapter(as_policy(model, forward_settings(job), tuning_of(job)), job.training.lora)
 
 
-def checked_model(where: str, model: ModelRef, chat: Chat) -> Any | None:
+def is_quantised(model: ModelRef) -> bool:
+    """Whether a model's weights are stored quantised."""
+    return bool(getattr(model.config(), "quantization_config", None))
+
+
+def checked_model(where: str, model: ModelRef, chat: Chat) -> Any:
     """A causal language model without its numbers, compared with its checkpoint and its tokenizer.
 
-    None where the checkpoint is quantised: what it holds is not what its architecture has, and loading will tell.
+    Of a quantised checkpoint only the names and shapes of its architecture are looked at: what it holds is something
+    else, and loading will tell.
 
     Raises:
         InputError: tensors are missing, not used or of another shape, or token ids lie beyond the embedding.
     """
     from transformers import AutoModelForCausalLM
 
-    from rdpo.modeling.loading import check_loaded, check_token_ids, outline
+    from rdpo.modeling.loading import architecture_outline, check_loaded, check_token_ids, outline
 
-    if getattr(model.config(), "quantization_config", None):
-        return None
-    outlined, info = outline(where, AutoModelForCausalLM, model.folder(), model.trust)
-    check_loaded(where, outlined, info)
+    if is_quantised(model):
+        outlined = architecture_outline(where, AutoModelForCausalLM, model.config(), model.trust)
+    else:
+        outlined, info = outline(where, AutoModelForCausalLM, model.folder(), model.trust)
+        check_loaded(where, outlined, info)
     check_token_ids(where, outlined, chat.tokenizer, used={*chat.prompt_ids(PROBE), chat.end_id})
     return outlined
 
 
-def _check_adapter(policy: Policy) -> None:
-    """Raise if the adapter would not be trained: tried on the device that has no numbers."""
-    from rdpo.modeling.adapters import check_reached
+def _check_adapter(policy: Policy, lora: Lora | None) -> None:
+    """Raise if the adapter would not be trained: tried on the device that has no numbers, or else on zeros."""
+    from rdpo.modeling.adapters import ALL_LINEAR, SETTING, check_reached
 
-    if not policy.adapted:
+    if not policy.adapted or lora is None:
         return
-    batch = replace(policy.batch([[0, 0]], [[0, 0]], [[0]]), attention_mask=None).to("meta")
+    batch = replace(policy.batch([[0, 0]], [[0, 0]], [[0]]), attention_mask=None)
     try:
-        hidden = policy.train().hidden_states(batch)
-    except RuntimeError:
-        # A forward that looks at numbers, as where experts are chosen, cannot run without them.
+        check_reached(policy.model, policy.train().hidden_states(batch.to("meta")))
         return
-    check_reached(policy.model, hidden)
+    except InputError:
+        raise
+    except Exception:
+        # A forward that looks at numbers, as where experts are chosen, cannot run without them.
+        fill_with_zeros(policy)
+
+    try:
+        check_reached(policy.model, policy.hidden_states(batch.to("cpu")), one_of_many=True)
+    except InputError:
+        raise
+    except Exception as error:
+        # Where kernels are for GPUs alone, nothing can be tried here; what reaches all layers is taken on trust.
+        if lora.target_modules != ALL_LINEAR:
+            said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            raise InputError(
+                f"{SETTING}: whether these would be trained cannot be tried here ({said}); use {ALL_LINEAR!r}"
+            ) from None
+
+
+def fill_with_zeros(policy: Policy) -> None:
+    """Give an outlined model zeros for numbers, so that its forward runs: one stored zero for each frozen weight."""
+    import torch
+    from torch import nn
+
+    for module in policy.modules():
+        for name, weight in module._parameters.items():
+            if weight is not None and weight.is_meta:
+                zeros = torch.zeros(weight.shape) if weight.requires_grad else torch.zeros(()).expand(weight.shape)
+                module._parameters[name] = nn.Parameter(zeros, requires_grad=weight.requires_grad)
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                module._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype)
+    if hasattr(policy.causal, "set_experts_implementation"):
+        # The others copy the weights of all experts together.
+        policy.causal.set_experts_implementation("eager")
 
 
 def forward_settings(job: Job, quantised: bool = True) -> ForwardSettings:

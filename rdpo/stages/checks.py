@@ -52,9 +52,12 @@ def check_named(job: Job) -> None:
     """
     from rdpo.preference.pairs import scored_answers
     from rdpo.preference.rewards import check_named_rewards
+    from rdpo.synthesis.instructions import check_words, load_task
     from rdpo.synthesis.prompts import check_templates
 
     check_templates(job.prompts)
+    if job.synthesis.task:
+        check_words(load_task(job.synthesis.task), job.synthesis.values)
     scored_answers(job)
     check_named_rewards(job)
 
@@ -64,10 +67,12 @@ def _check_teacher(job: Job) -> None:
     from rdpo.modeling.weights import ModelRef, local_adapter
     from rdpo.preference.pairs import scored_answers
     from rdpo.synthesis.endpoint import check_endpoint
-    from rdpo.synthesis.instructions import beginning, check_prefills, load_task
+    from rdpo.synthesis.instructions import beginning, check_prefills, check_words, load_task
     from rdpo.synthesis.teacher import check_conversations
 
     scored_answers(job)
+    if job.synthesis.task:
+        check_words(load_task(job.synthesis.task), job.synthesis.values)
     for section, condition in (("pairs", job.pairs.condition), ("evaluation", job.evaluation.condition)):
         if condition:
             beginning(load_task(job.synthesis.task or ""), condition, f"{section}.condition")

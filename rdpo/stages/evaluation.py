@@ -114,11 +114,16 @@ def summary(run: Run, folder: StageFolder) -> dict[str, Any]:
     return summarize(evaluated, weights)
 
 
+def has_failed(reasons: Mapping[str, int]) -> bool:
+    """Whether it was the rewards that left no row; answers that cannot be compared are a result."""
+    return max(reasons, key=lambda reason: reasons[reason], default="").startswith("reward ")
+
+
 STAGE = Stage(
     "evaluation",
     inputs=("prompts", "policy"),
     settings=settings,
-    rows=RowWork(heldout_prompts, evaluate, summary, generates=True),
+    rows=RowWork(heldout_prompts, evaluate, summary, generates=True, has_failed=has_failed),
     reads={"policy": Reads(below="merged/")},
     packages=("rdpo", "vllm", "torch", "transformers"),
     command="evaluate",

@@ -33,7 +33,7 @@ STAGE = Stage(
     "rewards",
     inputs=("synthesis",),
     settings=settings,
-    rows=RowWork(lambda run: run.source("synthesis"), score),
+    rows=RowWork(lambda run: run.source("synthesis"), score, has_failed=bool),
     joins=True,
     packages=("rdpo", "vllm", "torch", "transformers"),
     command="score",

@@ -51,14 +51,19 @@ def training_prompts(run: RunReader) -> Source:
 
 def write_answers(rows: ray.data.Dataset, run: Run) -> ray.data.Dataset:
     """The teacher's turns, or the answers that come with the prompts."""
+    from rdpo.records import ID_COLUMN
     from rdpo.synthesis.given import given_answers
-    from rdpo.synthesis.instructions import check_fields, load_task
+    from rdpo.synthesis.instructions import check_apart, check_fields, load_task
     from rdpo.synthesis.teacher import synthesize
 
     if not run.job.synthesis.task:
         return given_answers(rows, run.job)
-    first = next(run.folder("prompts").tables()).slice(0, 1)
-    check_fields(load_task(run.job.synthesis.task), first.to_pylist()[0], run.job.synthesis.values)
+    prompts, words = run.folder("prompts"), run.job.synthesis.values
+    first = next(prompts.tables()).slice(0, 1)
+    if words:
+        parts = prompts.tables(columns=[ID_COLUMN, "extra"])
+        check_apart(words.keys(), (row for part in parts for row in part.to_pylist()))
+    check_fields(load_task(run.job.synthesis.task), first.to_pylist()[0], words)
     return synthesize(rows, run.job)
 
 
@@ -79,7 +84,7 @@ STAGE = Stage(
     "synthesis",
     inputs=("prompts",),
     settings=settings,
-    rows=RowWork(training_prompts, write_answers, summary, generates=True),
+    rows=RowWork(training_prompts, write_answers, summary, generates=True, has_failed=bool),
     packages=("rdpo", "vllm", "torch", "transformers"),
     command="synthesize",
 )

@@ -19,7 +19,7 @@ from pydantic import SecretStr
 
 from rdpo.config import Endpoint as EndpointSettings
 from rdpo.config import Sampling
-from rdpo.errors import InputError
+from rdpo.errors import EndpointDown, InputError
 from rdpo.records import Messages
 from rdpo.synthesis.engine import Generation
 
@@ -37,10 +37,6 @@ LONGEST_PAUSE_S = 600.0
 USED_UP = ("insufficient_quota", "billing_hard_limit_reached", "billing_not_active")
 """Codes of 429 that no waiting helps against."""
 HARMLESS: Messages = [{"role": "user", "content": "Say hello."}]
-
-
-class EndpointDown(RuntimeError):
-    """The server answers nothing any more; the run stops, and can go on later."""
 
 
 class Unanswered(ValueError):

@@ -9,7 +9,7 @@ NAME_4. Templates are rendered in a sandbox.
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
@@ -122,6 +122,47 @@ def check_fields(task: Task, row: Row, words: Mapping[str, str]) -> None:
                 )
         known.update(turn.names)
     _check_different(task, row, words)
+
+
+def check_words(task: Task, words: Collection[str]) -> None:
+    """Check that no template uses a word of the job by a name that it knows as something else.
+
+    A word may be named like a turn, as long as no later turn uses it: the answer has the name from then on.
+
+    Raises:
+        InputError: a word is named like the prompt, or like an answer where a template uses it.
+    """
+    if "prompt" in words:
+        raise InputError("synthesis.values: `prompt` is what templates know the prompt as; give the word another name")
+    answered: set[str] = set()
+    for turn in task.turns:
+        used = {name for template in (turn.system, turn.user, turn.prefill) for name in _names_in(template, turn)}
+        if taken := used & answered & set(words):
+            name = min(taken)
+            raise InputError(
+                f"synthesis.values: turn `{turn.name}` uses `{name}`, which is a word of the job and an answer of the "
+                "task; give the word another name"
+            )
+        answered.update(turn.names)
+
+
+def _names_in(template: str | None, turn: Turn) -> set[str]:
+    return check_template(template or "", f"synthesis.task: turn `{turn.name}`")
+
+
+def check_apart(words: Collection[str], rows: Iterable[Row]) -> None:
+    """Check that no row of the prompts has a column named like a word of the job: a template could mean either.
+
+    Raises:
+        InputError: one has.
+    """
+    for row in rows:
+        if shared := extra_of(row).keys() & words:
+            name = min(shared)
+            raise InputError(
+                f"synthesis.values: `{name}` is also a column of the prompts (row {row[ID_COLUMN]}), and a template "
+                "could mean either; rename the word in the job and the task, or the column"
+            )
 
 
 def _check_different(task: Task, row: Row, words: Mapping[str, str]) -> None:

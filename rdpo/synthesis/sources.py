@@ -1,4 +1,7 @@
-"""Where prompts come from: JSONL, Parquet and CSV files, or a Hugging Face data set, as numbered raw rows."""
+"""Where prompts come from: JSONL, Parquet and CSV files, or a Hugging Face data set, as numbered raw rows.
+
+JSON and CSV files may be compressed. Parquet compresses by itself.
+"""
 
 from __future__ import annotations
 
@@ -18,15 +21,19 @@ import pyarrow.parquet as pq
 from rdpo.config import Job
 from rdpo.config import Prompts as Settings
 from rdpo.errors import InputError
+from rdpo.files.compressed import ENDINGS, ending_by_content, open_unpacked, plain_name
 from rdpo.files.folder import IN_PROGRESS, MANIFEST
 from rdpo.files.stores import file_system, open_file
-from rdpo.records import SIDES, Fingerprint
+from rdpo.records import Fingerprint
+from rdpo.synthesis.columns import check_columns, needed_columns
 from rdpo.synthesis.hub import PREFIX, HubSource
 
 if TYPE_CHECKING:
     import ray.data
 
-FORMATS = (".jsonl", ".json", ".parquet", ".csv")
+TEXT_FORMATS = (".jsonl", ".json", ".csv")
+PACKED_FORMATS = tuple(form + ending for form in TEXT_FORMATS for ending in ENDINGS)
+FORMATS = (*TEXT_FORMATS, ".parquet", *PACKED_FORMATS)
 READ_ROWS = 512
 READ_CHARS = 64 << 20
 LINE_BYTES = 16 << 20
@@ -172,43 +179,57 @@ def read_rows(path: str) -> Iterator[Numbered]:
     """Numbered rows of one file, from 1; a row that cannot be read is the reason as a string."""
     if path.endswith(".parquet"):
         yield from _parquet_rows(path)
-    elif path.endswith(".csv"):
+        return
+
+    with open_unpacked(path) as file:
+        beginning: bytes = file.read(LOOKED_AT_BYTES)
+    _check_unpacked(beginning, path)
+    if plain_name(path).endswith(".csv"):
         yield from _csv_rows(path)
+    elif _is_array(beginning, path) and (entries := _array(path)) is not None:
+        yield from ((number, _checked_object(entry, "entry")) for number, entry in enumerate(entries, start=1))
     else:
-        yield from _json_rows(path)
+        yield from _json_lines(path)
 
 
-def _json_rows(path: str) -> Iterator[Numbered]:
-    with open_file(path) as file:
-        if _is_array(file, path):
-            entries = _array(file, path)
-            if entries is not None:
-                yield from ((number, _checked_object(entry, "entry")) for number, entry in enumerate(entries, start=1))
-                return
-            file.seek(0)
+def _check_unpacked(beginning: bytes, path: str) -> None:
+    """Look whether the text of a file is still compressed.
+
+    Raises:
+        InputError: it is.
+    """
+    ending = ending_by_content(beginning)
+    if ending is None:
+        return
+    remedy = f"let its name end in {ending}" if plain_name(path) == path else "unpack it once"
+    raise InputError(f"prompts.source: {path}: line 1 is compressed data, and no text; {remedy}")
+
+
+def _json_lines(path: str) -> Iterator[Numbered]:
+    with open_unpacked(path) as file:
         for number, line in enumerate(_lines(file), start=1):
             if line.strip():
                 yield number, _parse_json(line)
 
 
-def _is_array(file: Any, path: str) -> bool:
-    """Whether a file is one JSON array; the file is at its beginning afterwards.
+def _is_array(beginning: bytes, path: str) -> bool:
+    """Whether a file is one JSON array.
 
     In JSON lines a line may be a list too, which is no row; that is said line by line.
     """
-    beginning: bytes = file.read(LOOKED_AT_BYTES).removeprefix(codecs.BOM_UTF8).lstrip()
-    file.seek(0)
-    first_line = beginning.split(b"\n", 1)[0]
-    return beginning.startswith(b"[") and (path.endswith(".json") or first_line.strip() == b"[")
+    text = beginning.removeprefix(codecs.BOM_UTF8).lstrip()
+    first_line = text.split(b"\n", 1)[0]
+    return text.startswith(b"[") and (plain_name(path).endswith(".json") or first_line.strip() == b"[")
 
 
-def _array(file: Any, path: str) -> list[Any] | None:
+def _array(path: str) -> list[Any] | None:
     """The entries of a file that is one JSON array; None if it is none, and may be JSON lines with a broken first one.
 
     Raises:
         InputError: a `.json` file holds a broken array, or an array is too large to be read at once.
     """
-    content = file.read(ARRAY_BYTES + 1)
+    with open_unpacked(path) as file:
+        content = file.read(ARRAY_BYTES + 1)
     if len(content) > ARRAY_BYTES:
         raise InputError(
             f"prompts.source: {path} is a JSON array of more than {ARRAY_BYTES >> 20} MiB; write one object a line"
@@ -216,7 +237,7 @@ def _array(file: Any, path: str) -> list[Any] | None:
     try:
         entries: list[Any] = json.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        if not path.endswith(".json"):
+        if not plain_name(path).endswith(".json"):
             return None
         raise InputError(
             f"prompts.source: {path} begins like a JSON array and is none: {error}; write one object a line"
@@ -260,7 +281,7 @@ def _deeper(value: Any, levels: int) -> bool:
 
 
 def _csv_rows(path: str) -> Iterator[Numbered]:
-    with open_file(path) as file:
+    with open_unpacked(path) as file:
         text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="replace", newline="")
         # By default a field of more than 131,072 characters ends the reading; lines are bounded anyway.
         csv.field_size_limit(LINE_BYTES)
@@ -339,13 +360,6 @@ def _hub_rows(settings: Settings, needed: list[list[str]]) -> ray.data.Dataset:
     return ray.data.from_huggingface(wanted.add_column("rdpo_line", range(1, len(wanted) + 1)))
 
 
-def needed_columns(job: Job) -> list[list[str]]:
-    """The columns that the source must have, one of each list."""
-    if job.synthesis.task is None:
-        return [[job.prompts.column, "chosen"], ["chosen"], ["rejected"]]
-    return [[job.prompts.column]]
-
-
 def first_rows(path: str) -> list[dict[str, Any]]:
     """The rows near the beginning of a file that can be read.
 
@@ -356,39 +370,3 @@ def first_rows(path: str) -> list[dict[str, Any]]:
     if not first:
         raise InputError(f"prompts.source: {path} has no readable row in its first {LOOKED_AT} lines")
     return first
-
-
-def columns_of(rows: Iterable[dict[str, Any]]) -> list[str]:
-    """The columns that any of the rows has, in the order in which they are met."""
-    return list(dict.fromkeys(name for row in rows for name in row))
-
-
-def check_columns(source: str, rows: Sequence[dict[str, Any]], needed: Sequence[Sequence[str]]) -> None:
-    """Look for the needed columns, one of each choice, in the rows near a source's beginning.
-
-    Raises:
-        InputError: none of them has it.
-    """
-    columns = columns_of(rows)
-    for choice in needed:
-        if not set(choice) & set(columns):
-            raise _no_such_column(source, choice[0], columns)
-
-    prompt = needed[0][0]
-    if prompt not in columns and all(_is_plain_text(row.get("chosen")) for row in rows):
-        raise InputError(
-            f"prompts.column: {source} has no column `{prompt}`, and `chosen` is text; write the prompt in a column of "
-            "its own, or both sides as lists of messages"
-        )
-
-
-def _is_plain_text(value: Any) -> bool:
-    """Whether it is text that cannot be messages written as text."""
-    return isinstance(value, str) and not value.lstrip().startswith("[")
-
-
-def _no_such_column(source: str, column: str, columns: list[str]) -> InputError:
-    has = f"{source} has no column `{column}`; it has {', '.join(map(repr, columns))}"
-    if column in SIDES:
-        return InputError(f"prompts.source: {has}; a preference data set needs it, a source of prompts synthesis.task")
-    return InputError(f"prompts.column: {has}")

@@ -22,7 +22,8 @@ from rdpo.config import Endpoint as EndpointSettings
 from rdpo.config import Engine as EngineSettings
 from rdpo.config import Job, Sampling
 from rdpo.config.task import Task, Turn
-from rdpo.errors import InputError
+from rdpo.errors import EndpointDown, InputError
+from rdpo.files.unfinished import unfinished
 from rdpo.modeling.chat import Chat, load_chat
 from rdpo.modeling.weights import ModelRef, local_adapter
 from rdpo.records import ID_COLUMN, Messages, Row, clean, draw_seed, drop, table_of
@@ -70,7 +71,9 @@ def client_pool(engine: EngineSettings, endpoint: EndpointSettings) -> EngineSet
 
 
 class Speaker(Protocol):
-    """Who speaks a turn."""
+    """Who speaks a turn; after one of the errors in `ends` it speaks no other."""
+
+    ends: tuple[type[Exception], ...]
 
     async def say(self, messages: Messages, turn: Turn, sampling: Sampling, seed: int) -> Generation:
         """The answer to a conversation, without the turn's prefill, which is rendered already."""
@@ -81,6 +84,8 @@ class Speaker(Protocol):
 
 class EngineSpeaker:
     """A vLLM engine of this process."""
+
+    ends: tuple[type[Exception], ...] = ()
 
     def __init__(self, job: Job):
         model = ModelRef.of(job, job.synthesis.teacher)
@@ -101,6 +106,8 @@ class EngineSpeaker:
 
 class EndpointSpeaker:
     """A server elsewhere."""
+
+    ends: tuple[type[Exception], ...] = (InputError, EndpointDown)
 
     def __init__(self, job: Job, key: SecretStr, settings: EndpointSettings):
         self.endpoint = Endpoint(settings, key)
@@ -127,8 +134,11 @@ class Teacher:
         yield table_of(await self.crash_guard.carry(batch.to_pylist(), self.converse))
 
     async def converse(self, row: Row) -> Row:
-        """Carry one row through all turns."""
-        return await self.conversation(row)
+        """Carry one row through all turns; one that the speaker's end leaves without them is marked `unfinished`."""
+        try:
+            return await self.conversation(row)
+        except self.speaker.ends as error:
+            return unfinished(row, error)
 
     def __del__(self) -> None:
         # Ray ends an actor without another word; the processes of its engine would outlive it.

@@ -144,14 +144,16 @@ def test_what_failed_while_it_was_made_is_not_put_into_the_store(bucket):
     assert folder.files() == ["in_progress.json"]
 
 
-@pytest.mark.parametrize("ending", ["jsonl", "csv", "parquet"])
+@pytest.mark.parametrize("ending", ["jsonl", "csv", "parquet", "jsonl.gz", "jsonl.zst"])
 def test_prompts_are_read_from_the_store_as_from_the_disk(bucket, tmp_path, ending):
     from rdpo.synthesis.sources import content_hash, read_rows, source_files
 
     rows = [{"prompt": f"question ä {index} " + "long " * 200, "split": "train"} for index in range(300)]
     local = tmp_path / f"prompts.{ending}"
-    if ending == "jsonl":
-        write_jsonl(local, rows)
+    if ending.startswith("jsonl"):
+        write_jsonl(tmp_path / "prompts.plain", rows)
+        with pa.output_stream(local) as stream:
+            stream.write((tmp_path / "prompts.plain").read_bytes())
     elif ending == "csv":
         with local.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, ["prompt", "split"])

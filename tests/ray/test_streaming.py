@@ -8,10 +8,12 @@ import pyarrow as pa
 import pytest
 
 from rdpo.config import Job
+from rdpo.errors import EndpointDown, InputError
 from rdpo.execution.pipeline import run_stages
 from rdpo.execution.run import Run
 from rdpo.execution.stage import RowWork, Source, Stage
 from rdpo.files.stage_folder import StageFolder
+from rdpo.files.unfinished import NOTE, unfinished
 from rdpo.records import drop, table_of
 from rdpo.tracking.console import Console
 
@@ -33,14 +35,20 @@ def source(run):
     return Source(lambda: ray.data.from_items(rows, override_num_blocks=8), len(IDS), lambda: pa.chunked_array([IDS]))
 
 
-def worker(name, diary, pause=0.0, drops=(), stop_at=None):
-    """Work of a stage that notes each row it makes, drops some, and may break down at one."""
+def worker(name, diary, pause=0.0, drops=(), stop_at=None, ends_by=None):
+    """Work of a stage that notes each row it makes, drops some, and may break down at one.
+
+    With `ends_by` it finishes no row whose number is odd, as after an account has ended.
+    """
 
     def make_block(block: pa.Table) -> pa.Table:
         rows = block.to_pylist()
         for index, row in enumerate(rows):
             if row["prompt_id"] == stop_at and diary.joinpath("stop").exists():
                 raise Stop(stop_at)
+            if ends_by and int(row["prompt_id"]) % 2:
+                rows[index] = unfinished({**row, name: 0}, ends_by)
+                continue
             time.sleep(pause)
             with open(diary / f"{name}-{row['prompt_id']}", "a") as entry:
                 entry.write(json.dumps(time.time()) + "\n")
@@ -60,12 +68,12 @@ def worker(name, diary, pause=0.0, drops=(), stop_at=None):
 
 def stages(first, second):
     return [
-        Stage("synthesis", (), lambda job: {}, rows=RowWork(source, first)),
+        Stage("synthesis", (), lambda job: {}, rows=RowWork(source, first, has_failed=bool)),
         Stage(
             "rewards",
             ("synthesis",),
             lambda job: {},
-            rows=RowWork(lambda run: run.source("synthesis"), second),
+            rows=RowWork(lambda run: run.source("synthesis"), second, has_failed=bool),
             joins=True,
         ),
     ]
@@ -122,3 +130,37 @@ def test_what_a_stopped_run_has_stored_is_not_made_again(ray_cluster, tmp_path, 
         assert set(counts) == set(IDS)
         assert all(counts[row][0] == 1 for row in stored[stage])
         assert sorted(StageFolder(str(tmp_path), stage).table()["prompt_id"].to_pylist()) == IDS
+
+
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("error", [InputError("the quota is used up"), EndpointDown("nothing answers")])
+def test_finished_rows_are_stored_before_what_ended_the_others_ends_the_run(
+    ray_cluster, tmp_path, diary, error, together
+):
+    with pytest.raises(type(error), match=str(error)):
+        run_together(tmp_path, worker("a", diary, ends_by=error), worker("b", diary), together)
+    folders = {"a": StageFolder(str(tmp_path), "synthesis"), "b": StageFolder(str(tmp_path), "rewards")}
+    assert sorted(folders["a"].done_ids("prompt_id").to_pylist()) == IDS[::2]
+    assert "unfinished" not in folders["a"].schema().names
+    assert set(made(diary, "b")) == (set(IDS[::2]) if together else set())
+    assert not any(folder.exists("manifest.json") for folder in folders.values())
+
+    run = run_together(tmp_path, worker("a", diary), worker("b", diary), together)
+    assert run.manifests["synthesis"].rows_out == run.manifests["rewards"].rows_out == ROWS
+    assert {count for name in "ab" for count, _ in made(diary, name).values()} == {1}
+    assert not any(NOTE in name for manifest in run.manifests.values() for name in manifest.files)
+
+
+@pytest.mark.parametrize("failing", ["a", "b"])
+def test_a_stage_that_keeps_no_row_is_not_committed_and_is_done_once_the_cause_is_gone(
+    ray_cluster, tmp_path, diary, failing
+):
+    broken = {name: worker(name, diary, drops=IDS if name == failing else ()) for name in "ab"}
+    stage = {"a": "synthesis", "b": "rewards"}[failing]
+    with pytest.raises(InputError, match=rf"{stage}: no row of 40 is left; 40 times: unwanted, for example row \d\d;"):
+        run_together(tmp_path, broken["a"], broken["b"])
+    assert (StageFolder(str(tmp_path), "synthesis").manifest() is None) == (failing == "a")
+    assert StageFolder(str(tmp_path), "rewards").manifest() is None
+    run = run_together(tmp_path, worker("a", diary), worker("b", diary))
+    assert run.manifests["rewards"].rows_out == ROWS
+    assert {count for count, _ in made(diary, "a").values()} == ({2} if failing == "a" else {1})

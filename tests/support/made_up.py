@@ -8,7 +8,7 @@ from rdpo.execution.reader import JOB_FILE
 from rdpo.files.folder import Folder
 from rdpo.files.manifest import Manifest
 from rdpo.files.stage_folder import StageFolder
-from rdpo.records import prompt_id, table_of
+from rdpo.records import prompt_id, question_id, table_of
 
 HOSTILE = "<script>alert(1)</script>\u202e"
 
@@ -21,6 +21,7 @@ def pair(number):
     prompt = message("user", f"question {number}")
     return {
         "prompt_id": prompt_id(prompt),
+        "question_id": question_id(prompt),
         "prompt": prompt,
         "chosen": message("assistant", f"Plain answer {number}."),
         "rejected": message("assistant", f"Arr, answer {number}! {HOSTILE}"),

@@ -8,6 +8,8 @@ from rdpo.config import Lora
 from rdpo.errors import InputError
 from rdpo.modeling.adapters import check_reached
 from rdpo.modeling.model import ForwardSettings, Tuning, as_policy
+from rdpo.modeling.student import _check_adapter
+from tests.support.architectures import small_model
 from tests.support.models import llama, tiny_config
 from tests.support.students import checked, job_of
 
@@ -46,3 +48,60 @@ def test_an_adapter_that_no_gradient_reaches_is_named(tokenizer):
     hidden = policy.hidden_states(policy.batch([[1, 2]], [[3]], [[4]]))
     with pytest.raises(InputError, match=r"no gradient reaches model.layers.1.aside, which would not be trained"):
         check_reached(policy.model, hidden)
+
+
+LINEAR = "linear layers that can be named are k_proj, o_proj, q_proj, v_proj"
+REFUSED_OF_EXPERTS = {
+    "a router that is no linear layer": ("mixtral", ["gate"], LINEAR),
+    "experts that are no linear layers": ("mixtral", ["gate_up_proj"], LINEAR),
+    "all experts": ("mixtral", ["experts"], LINEAR),
+    "a router whose output is not one tensor": ("phimoe", ["router"], "cannot be tried here.*use 'all-linear'"),
+    "weights that are read beside their layer": (
+        "jamba",
+        "all-linear",
+        "no gradient reaches model.layers.0.mamba.dt_proj.* named are down_proj, gate_proj, in_proj, out_proj, router",
+    ),
+}
+
+
+def tried(model_type, targets):
+    lora = Lora(rank=2, target_modules=targets)
+    _check_adapter(as_policy(small_model(model_type).to("meta"), SETTINGS, Tuning(lora)), lora)
+
+
+@pytest.mark.parametrize("case", REFUSED_OF_EXPERTS)
+def test_targets_among_experts_that_no_gradient_reaches_are_refused_with_those_that_can_be(case):
+    model_type, targets, says = REFUSED_OF_EXPERTS[case]
+    with pytest.raises(InputError, match=rf"training\.lora\.target_modules: .*{says}"):
+        tried(model_type, targets)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "targets"), [("mixtral", "all-linear"), ("mixtral", ["q_proj"]), ("jamba", ["router", "x_proj"])]
+)
+def test_targets_in_a_model_whose_forward_looks_at_numbers_are_taken(model_type, targets):
+    tried(model_type, targets)
+
+
+def test_an_expert_that_reads_the_text_speaks_for_those_that_do_not(tokenizer):
+    class Experts(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts = torch.nn.ModuleList(torch.nn.Linear(64, 64) for _ in range(4))
+            self.idle = torch.nn.ModuleList(torch.nn.Linear(64, 64) for _ in range(4))
+
+        def forward(self, states):
+            # The choice is a number, which a model without numbers does not have.
+            return self.experts[int(states.sum().item() > 1e9)](states)
+
+    def model():
+        made = LlamaForCausalLM(tiny_config(tokenizer))
+        made.model.layers[1].mlp = Experts()
+        return made.to("meta")
+
+    for targets in (["experts.0", "experts.1", "experts.2"], r".*\.experts\.\d"):
+        lora = Lora(rank=2, target_modules=targets)
+        _check_adapter(as_policy(model(), SETTINGS, Tuning(lora)), lora)
+    lora = Lora(rank=2, target_modules=r".*\.idle\.\d")
+    with pytest.raises(InputError, match=r"no gradient reaches model\.layers\.1\.mlp\.idle\.0, "):
+        _check_adapter(as_policy(model(), SETTINGS, Tuning(lora)), lora)

@@ -143,3 +143,17 @@ def test_links_in_the_documents_lead_somewhere():
         for target in re.findall(r"\]\(([^)#]+)\)", document.read_text(encoding="utf-8")):
             if not target.startswith("http"):
                 assert (document.parent / target).exists(), f"{document.name}: {target}"
+
+
+def test_every_reason_why_a_row_is_no_conversation_is_in_the_remedies():
+    remedies = (ROOT / "docs" / "remedies.md").read_text(encoding="utf-8").replace("`", "")
+    source = (ROOT / "rdpo" / "synthesis" / "conversation.py").read_text(encoding="utf-8")
+    reasons = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("Unusable", "_place"):
+            for one in ast.walk(node):
+                if isinstance(one, ast.Constant) and isinstance(one.value, str):
+                    reasons.append(one.value.replace("`", "").strip(" :,;"))
+    reasons = [reason for reason in reasons if len(reason) > 9]
+    assert len(reasons) > 12
+    assert not [reason for reason in reasons if reason not in remedies]

@@ -5,8 +5,12 @@ import json
 import pytest
 
 from rdpo.cli import main
+from rdpo.config import Job
 from rdpo.errors import InputError
 from rdpo.inspection.export import export
+from rdpo.records import question_id
+from rdpo.synthesis.prompts import prompt_row
+from rdpo.synthesis.sources import read_rows
 from tests.support.made_up import made_up_run
 
 
@@ -30,7 +34,9 @@ def test_pairs_load_with_their_splits_and_scores(pairs, tmp_path):
     assert row["chosen"] == [{"role": "assistant", "content": "Plain answer 1."}]
     assert (row["score_chosen"], row["score_rejected"], row["reward_gap"]) == (2.0, 0.5, 1.5)
     assert row["chosen_scores"] == {"length": 2.0}
+    assert row["question_id"] == question_id(row["prompt"])
     card = (tmp_path / "pairs" / "README.md").read_text(encoding="utf-8")
+    assert "| `question_id` | identity of the question" in card
     assert "| test | 2 | held out from training |" in card
     assert "- 1: `reward gap is below pairs.min_gap`" in card
 
@@ -75,3 +81,15 @@ def test_what_is_not_made_or_would_be_written_over_is_refused(run_dir, tmp_path)
     (tmp_path / "run" / "evaluation" / "manifest.json").unlink()
     with pytest.raises(InputError, match="the evaluation stage is not finished"):
         export(run_dir, "answers", str(tmp_path / "answers"))
+
+
+def test_exported_pairs_that_are_read_again_ask_the_question_that_they_asked(run_dir, tmp_path, job_table):
+    export(run_dir, "pairs", str(tmp_path / "pairs"))
+    del job_table["synthesis"], job_table["rewards"]
+    job_table["prompts"]["system"] = "Be brief."
+    job = Job.model_validate(job_table)
+    rows = [row for _, row in read_rows(str(tmp_path / "pairs" / "data" / "train.parquet"))]
+    # As a run whose templates stand around its prompts leaves them.
+    wrapped = [{**row, "prompt": [{"role": "user", "content": f"In rhyme: {index}"}]} for index, row in enumerate(rows)]
+    again = [prompt_row("train.parquet", line, row, job) for line, row in enumerate(wrapped)]
+    assert [row["question_id"] for row in again] == [row["question_id"] for row in rows]

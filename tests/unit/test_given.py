@@ -9,9 +9,9 @@ from rdpo.config import Job
 from rdpo.errors import InputError
 from rdpo.preference.pairs import pairs_table
 from rdpo.preference.scores import combine_table
+from rdpo.synthesis.columns import check_columns, needed_columns
 from rdpo.synthesis.given import answered
 from rdpo.synthesis.prompts import prompt_row
-from rdpo.synthesis.sources import check_columns, needed_columns
 
 
 @pytest.fixture

@@ -3,7 +3,15 @@
 import pytest
 
 from rdpo.errors import InputError
-from rdpo.synthesis.instructions import SHIPPED, check_fields, load_task, render, turn_messages
+from rdpo.synthesis.instructions import (
+    SHIPPED,
+    check_apart,
+    check_fields,
+    check_words,
+    load_task,
+    render,
+    turn_messages,
+)
 
 ROW = {"prompt": [{"role": "user", "content": "why?"}], "extra": '{"topic": "rain"}'}
 SHIPPED_TASKS = sorted(path.name.removesuffix(".toml") for path in SHIPPED.iterdir())
@@ -64,6 +72,27 @@ def test_turns_that_ask_the_same_are_refused(tmp_path):
     check_fields(load_task(str(path)), ROW, {"style": " Be brief."})
     with pytest.raises(InputError, match="ask the same"):
         check_fields(load_task(str(path)), ROW, {"style": ""})
+
+
+def test_a_word_of_the_job_named_like_the_prompt_or_an_earlier_answer_is_refused(tmp_path):
+    path = tmp_path / "task.toml"
+    path.write_text('name = "t"\n' + TURNS.format(first="", second='user = "{{ response }}, in {{ revision }}"'))
+    task = load_task(str(path))
+    # The shipped counterfactual task calls its turns by its words.
+    check_words(task, {"style", "revision"})
+    check_words(load_task("counterfactual"), {"treatment", "negative"})
+    with pytest.raises(InputError, match="turn `revision` uses `response`, which is a word of the job and an answer"):
+        check_words(task, {"style", "response"})
+    with pytest.raises(InputError, match=r"synthesis\.values: `prompt` is what templates know the prompt as"):
+        check_words(task, {"prompt"})
+
+
+def test_a_column_of_any_row_named_like_a_word_of_the_job_is_refused():
+    rows = [{**ROW, "prompt_id": "a"}, {**ROW, "prompt_id": "b", "extra": '{"style": null}'}]
+    check_apart({"tone"}, rows)
+    check_apart({"style"}, rows[:1])
+    with pytest.raises(InputError, match=r"`style` is also a column of the prompts \(row b\).*rename the word"):
+        check_apart({"style"}, rows)
 
 
 def test_sandbox_refuses_python_internals():

@@ -177,3 +177,34 @@ def test_a_configuration_of_wrong_types_is_refused(tmp_path, tokenizer):
     file.write_text(json.dumps(json.loads(file.read_text()) | {"hidden_size": "wide"}))
     with pytest.raises(InputError, match=r"its config\.json cannot be read: .*hidden_size"):
         ModelRef(model).config()
+
+
+QUANTISED = {
+    "all weights": ({}, {}, "stored quantised, and cannot be trained as they are; set training.lora"),
+    "ids": ({"vocab_size": 200}, {"training": {"lora": {"rank": 2}}}, "the embedding has 200 rows"),
+    "targets": ({}, {"training": {"lora": {"rank": 2, "target_modules": ["query"]}}}, "can be named are down_proj"),
+    "lengths": (
+        {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}, "max_position_embeddings": 128},
+        {"training": {"lora": {"rank": 2}}},
+        "as if each stood alone up to 128 tokens",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", QUANTISED)
+def test_of_a_quantised_student_what_its_configuration_says_is_looked_at(case, tmp_path, tokenizer):
+    changes, tables, says = QUANTISED[case]
+    model = llama(tmp_path / "model", tokenizer)
+    file = Path(model) / "config.json"
+    stored = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
+    file.write_text(json.dumps(json.loads(file.read_text()) | stored | changes))
+    with pytest.raises(InputError, match=says):
+        checked(job_of(model, tmp_path, **tables))
+
+
+def test_a_quantised_student_whose_adapter_can_be_trained_is_taken(tmp_path, tokenizer):
+    model = llama(tmp_path / "model", tokenizer)
+    file = Path(model) / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": {"quant_method": "fp8"}}))
+    checked(job_of(model, tmp_path, training={"lora": {"rank": 2}}))
+    checked(job_of(model, tmp_path, training={"max_steps": 0}))

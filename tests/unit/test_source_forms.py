@@ -1,15 +1,19 @@
 """The form of a source is seen from the whole of its beginning, not from its first row."""
 
 import csv
+import io
 import json
 
+import pyarrow as pa
 import pytest
 
 from rdpo.config import Job
 from rdpo.errors import InputError
+from rdpo.files.compressed import ENDINGS
+from rdpo.synthesis.columns import check_columns, needed_columns
 from rdpo.synthesis.given import answered
 from rdpo.synthesis.prompts import prompt_row
-from rdpo.synthesis.sources import check_columns, file_splits, first_rows, needed_columns, read_rows
+from rdpo.synthesis.sources import content_hash, file_splits, first_rows, read_rows, source_files
 
 ROWS = [{"prompt": f"question {i}", "chosen": "a", "rejected": "b"} for i in range(3)]
 
@@ -47,6 +51,64 @@ def test_one_broken_first_line_does_not_make_an_array_of_json_lines(tmp_path):
     path = tmp_path / "pairs.jsonl"
     path.write_text("[\n" + "\n".join(map(json.dumps, ROWS)))
     assert list(read_rows(str(path))) == [(1, "line is not JSON"), *enumerate(ROWS, start=2)]
+
+
+def in_form(rows, form):
+    """The rows as the bytes of a file with this ending."""
+    if form == ".json":
+        return json.dumps(rows).encode()
+    if form == ".jsonl":
+        return "\n".join(map(json.dumps, rows)).encode()
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()
+
+
+def packed(content, ending):
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, ENDINGS[ending]) as stream:
+        stream.write(content)
+    return sink.getvalue().to_pybytes()
+
+
+@pytest.mark.parametrize("ending", sorted(ENDINGS))
+@pytest.mark.parametrize("form", [".jsonl", ".json", ".csv"])
+def test_a_compressed_file_has_the_rows_of_the_plain_one(tmp_path, form, ending):
+    for name, content in (("train", in_form(ROWS, form)), ("test", in_form(ROWS[:1], form))):
+        (tmp_path / f"{name}{form}{ending}").write_bytes(packed(content, ending))
+        (tmp_path / f"{name}.txt").write_bytes(content)
+    test, train = files = source_files(str(tmp_path))
+    assert [row for _, row in read_rows(train)] == ROWS
+    assert file_splits(files) == {test: "test", train: "train"}
+    assert content_hash(train) != content_hash(test)
+
+
+def test_json_lines_with_a_broken_first_one_are_read_compressed_too(tmp_path):
+    path = tmp_path / "pairs.jsonl.gz"
+    path.write_bytes(packed(b"[\n" + in_form(ROWS, ".jsonl"), ".gz"))
+    assert list(read_rows(str(path))) == [(1, "line is not JSON"), *enumerate(ROWS, start=2)]
+
+
+@pytest.mark.parametrize("ending", sorted(ENDINGS))
+@pytest.mark.parametrize("form", [".jsonl", ".json", ".csv"])
+def test_compressed_data_under_a_plain_name_is_one_message(tmp_path, form, ending):
+    path = tmp_path / f"pairs{form}"
+    path.write_bytes(packed(in_form(ROWS, form), ending))
+    with pytest.raises(InputError, match=f"pairs{form}: line 1 is compressed data, and no text; .* end in {ending}"):
+        first_rows(str(path))
+    twice = tmp_path / f"pairs{form}.gz"
+    twice.write_bytes(packed(path.read_bytes(), ".gz"))
+    with pytest.raises(InputError, match="unpack it once"):
+        first_rows(str(twice))
+
+
+@pytest.mark.parametrize("name", ["pairs.jsonl.bz2", "pairs.parquet.gz", "pairs.gz"])
+def test_other_compressed_files_are_of_no_known_format(tmp_path, name):
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(InputError, match=r"no file of a known format .*jsonl\.gz"):
+        source_files(str(tmp_path / name))
 
 
 def test_dialogues_as_text_are_refused_with_the_form_that_is_needed(tmp_path, job):

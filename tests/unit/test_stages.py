@@ -3,17 +3,20 @@
 import io
 import os
 import sys
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pytest
 
 from rdpo.config import Job
+from rdpo.errors import InputError
 from rdpo.execution.keys import stage_key
 from rdpo.execution.pipeline import run_stages
 from rdpo.execution.run import Run
 from rdpo.execution.stage import Stage
 from rdpo.files.stage_folder import StageFolder
 from rdpo.modeling import weights as models
+from rdpo.stages import synthesis
 from rdpo.stages.table import STAGES
 from rdpo.tracking.console import Console
 
@@ -131,3 +134,16 @@ def test_what_is_edited_while_a_stage_is_made_makes_it_outdated(job_table, tmp_p
         run_stages(run, [stage])
         made.append(StageFolder(run.dir, "prompts").table()["made_of"].to_pylist())
     assert made == [["old"], ["new"]]
+
+
+def test_a_column_named_like_a_word_of_the_job_is_found_before_the_teacher_speaks(job_table, tmp_path):
+    job_table["synthesis"] |= {"task": "counterfactual", "values": {"treatment": "a", "negative": "b"}}
+    job_table["pairs"] = {"chosen": "treatment", "rejected": "negative"}
+    folder = StageFolder(str(tmp_path), "prompts")
+    rows = [
+        {"prompt_id": name, "prompt": [], "extra": extra} for name, extra in [("x", "{}"), ("y", '{"negative": 1}')]
+    ]
+    folder.write_parts(pa.Table.from_pylist(rows), "prompt_id")
+    run = SimpleNamespace(job=Job.model_validate(job_table), folder=lambda name: folder)
+    with pytest.raises(InputError, match=r"`negative` is also a column of the prompts \(row y\)"):
+        synthesis.write_answers(None, run)
