@@ -19,8 +19,8 @@ from rdpo.execution.run import Run
 from rdpo.files.stage_folder import StageFolder
 from rdpo.stages.table import stages_of
 from rdpo.tracking.console import Console
+from tests.support.chat_server import completion
 from tests.support.jobs import write_job, write_jsonl
-from tests.unit.test_endpoint import completion
 
 pytestmark = pytest.mark.ray
 

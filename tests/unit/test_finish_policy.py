@@ -186,7 +186,7 @@ def test_code_is_fetched_where_it_is_trusted_alone(tmp_path, monkeypatch):
     asked = []
 
     def download(name, revision, allow_patterns):
-        asked.append((name, revision, "*.py" in allow_patterns))
+        asked.append((name, revision, "*.py" in allow_patterns, "*.safetensors" in allow_patterns))
         save_model(tmp_path / "hub", LlamaForCausalLM(tiny_config(byte_tokenizer())), byte_tokenizer())
         return str(tmp_path / "hub")
 
@@ -194,7 +194,9 @@ def test_code_is_fetched_where_it_is_trusted_alone(tmp_path, monkeypatch):
     for trust in (False, True):
         model = ModelRef("someone/coded-model", "v1", trust)
         model.config(), model.tokenizer(), model.folder()
-    assert asked == [("someone/coded-model", "v1", False), ("someone/coded-model", "v1", True)]
+    of = ("someone/coded-model", "v1")
+    # Weights are fetched where the model itself is wanted, not for its configuration or tokenizer.
+    assert asked == [(*of, trust, weights) for trust in (False, True) for weights in (False, True)]
     assert AutoTokenizer.from_pretrained(tmp_path / "hub").eos_token == "<|im_end|>"
 
 

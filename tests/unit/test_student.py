@@ -27,6 +27,9 @@ class TrainedRun:
     def __init__(self, job, merged):
         self.job, self.merged = job, merged
 
+    def job_of(self, stage):
+        return self.job
+
     def manifest(self, stage):
         return stage
 
