@@ -10,18 +10,21 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rdpo.cluster.hardware import compute_dtype
 from rdpo.modeling.weights import ModelRef
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from rdpo.config import Job
     from rdpo.modeling.chat import Chat
     from rdpo.modeling.model import ForwardSettings, Policy, Tuning
     from rdpo.modeling.probe import ReadAs
 
-PROBE = [{"role": "user", "content": "x"}]
+QUESTION = [{"role": "user", "content": "x"}]
+"""By which it is found out what ids every text has: those that the chat template writes."""
 
 
 def student_dtype(job: Job) -> str:
@@ -99,7 +102,7 @@ def check_student(job: Job, chat: Chat) -> None:
         _check_adapter(as_policy(model, forward_settings(job), tuning_of(job)))
 
 
-def checked_model(where: str, model: ModelRef, chat: Chat) -> Any | None:
+def checked_model(where: str, model: ModelRef, chat: Chat) -> PreTrainedModel | None:
     """A causal language model without its numbers, compared with its checkpoint and its tokenizer.
 
     None where the checkpoint is quantised: what it holds is not what its architecture has, and loading will tell.
@@ -115,7 +118,7 @@ def checked_model(where: str, model: ModelRef, chat: Chat) -> Any | None:
         return None
     outlined, info = outline(where, AutoModelForCausalLM, model.folder(), model.trust)
     check_loaded(where, outlined, info)
-    check_token_ids(where, outlined, chat.tokenizer, used={*chat.prompt_ids(PROBE), chat.end_id})
+    check_token_ids(where, outlined, chat.tokenizer, used={*chat.prompt_ids(QUESTION), chat.end_id})
     return outlined
 
 
