@@ -60,6 +60,7 @@ def run(
     """
     checked = _job(job, overrides or {})
     check_until(checked, until)
+
     place = str(run_dir) if run_dir else default_dir(checked)
     try:
         execute(checked, place, fresh=fresh, until=until)

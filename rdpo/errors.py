@@ -24,6 +24,7 @@ class ConservationError(RuntimeError):
 def input_error_within(error: BaseException | None) -> InputError | None:
     """The bad input behind an error that a worker raised, if there is one."""
     while error is not None:
+        # Errors of Ray have what a worker raised as `cause`, Python's own as `__cause__`.
         cause = getattr(error, "cause", None)
         if isinstance(error, InputError):
             return error

@@ -46,6 +46,7 @@ def _dry_run(job: Job, run_dir: str) -> int:
         from rdpo.execution.reader import round_dir
         from rdpo.experiments.rounds import job_of_round
 
+        # What the next round starts from is only known once this one is made.
         print(f"# round 1 of {job.rounds.count}")
         job, run_dir = job_of_round(job, 1, [job.student.model]), round_dir(run_dir, 1)
     for name, state in planned(job, run_dir, stages_of(job)).items():
@@ -100,6 +101,7 @@ def compare(options: argparse.Namespace) -> int:
     options.run_dir = options.run_dir or os.path.join("runs", comparison.name)
     with run_console(options.run_dir) as console, ray_stopped_after():
         if options.seeds:
+            # Other commands may be at work on the other seeds, so there is no table yet.
             check_heldout(comparison, jobs, options.run_dir, console, options.seeds)
             run_arms(comparison, jobs, options.run_dir, console, options.seeds)
             console.say("\nthe table: the same command without --seed, once all seeds are done")

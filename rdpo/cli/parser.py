@@ -70,6 +70,7 @@ def build() -> tuple[argparse.ArgumentParser, Commands]:
 
 def _add_place(parser: argparse._ActionsContainer, name: str, metavar: str, kind: str, help: str | None = None) -> None:
     action = parser.add_argument(name, metavar=metavar, help=help)
+    # By this attribute shtab knows what to offer.
     action.complete = kind  # type: ignore[attr-defined]
 
 

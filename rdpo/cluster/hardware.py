@@ -60,9 +60,11 @@ def available_cores() -> list[int]:
 def take_device(gpus: float, cpus: int | None = None) -> str:
     """The device of an actor: its GPU, or the CPU with torch's threads set to `cpus`, by default all cores."""
     if gpus:
+        # The only GPU that it sees is the one that Ray has given it.
         return "cuda"
     import torch
 
+    # By itself torch takes all cores, in each of several actors.
     torch.set_num_threads(cpus or len(available_cores()))
     return "cpu"
 
@@ -98,4 +100,5 @@ def peak_memory_gib(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / (1 << 30)
     import resource
 
+    # Linux counts it in KiB.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20)

@@ -9,6 +9,7 @@ from types import FrameType
 
 def heed_sigterm() -> None:
     """Turn SIGTERM into a KeyboardInterrupt of the main thread."""
+    # Python takes handlers of signals from the main thread alone.
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _interrupt)
 

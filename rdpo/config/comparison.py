@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any, Literal
+from itertools import product
+from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from rdpo.config.files import with_changes
-from rdpo.config.section import Section
+from rdpo.config.section import Section, Table
 from rdpo.errors import InputError, did_you_mean
 
 
@@ -45,9 +46,9 @@ class Comparison(Section):
     """The last stage. `training` is enough where `pairs.heldout_fraction` holds out pairs to measure on."""
     vary: Vary | None = None
     """A setting (a `[vary]` table) in whose values each arm is run, held against the baseline with the same value."""
-    all: dict[str, Any] = Field(default_factory=dict)
+    all: Table = Field(default_factory=dict)
     """Changes to the base job that all arms have, as tables like those of a job."""
-    arms: dict[str, dict[str, Any]] = Field(min_length=1)
+    arms: dict[str, Table] = Field(min_length=1)
     """Changes of each arm, by its name."""
 
     @model_validator(mode="after")
@@ -71,28 +72,19 @@ class Comparison(Section):
             if arm not in self.arms:
                 meant = did_you_mean(arm, self.arms)
                 raise InputError(f"--arm {arm}: no such arm{meant}; the arms are {', '.join(self.arms)}")
-        changes: dict[str, Any] = {"until": part.until or self.until}
+        changes: Table = {"until": part.until or self.until}
         if part.arms:
             kept = {*part.arms, self.baseline}
             changes["arms"] = {name: own for name, own in self.arms.items() if name in kept}
         if part.values:
-            changes["vary"] = self._varying(part.values)
+            changes["vary"] = _varying(self.vary, part.values)
         return self.model_copy(update=changes)
-
-    def _varying(self, values: Collection[float]) -> Vary:
-        known = self.vary.values if self.vary else []
-        for value in values:
-            if value not in known:
-                choices = f"the values are {', '.join(map(short, known))}" if known else "nothing varies"
-                raise InputError(f"--value {short(value)}: {choices}")
-        assert self.vary
-        return self.vary.model_copy(update={"values": [value for value in known if value in values]})
 
     @property
     def variants(self) -> list[Variant]:
         """The arms, each in every value of what varies."""
         values: list[float | None] = [*self.vary.values] if self.vary else [None]
-        return [Variant(arm, value) for value in values for arm in self.arms]
+        return [Variant(arm, value) for value, arm in product(values, self.arms)]
 
     @property
     def rivals(self) -> dict[str, str]:
@@ -110,7 +102,7 @@ class Variant:
     def __str__(self) -> str:
         return self.arm if self.value is None else f"{self.arm}@{short(self.value)}"
 
-    def of(self, table: dict[str, Any], comparison: Comparison) -> dict[str, Any]:
+    def of(self, table: Table, comparison: Comparison) -> Table:
         """The base job's tables with its changes."""
         changed = merged(merged(table, comparison.all), comparison.arms[self.arm])
         return with_changes(changed, {comparison.vary.key: self.value}) if comparison.vary else changed
@@ -128,6 +120,16 @@ class Part:
     """Another last stage than the file's."""
 
 
+def _varying(vary: Vary | None, values: Collection[float]) -> Vary | None:
+    """What varies, in these of its values alone."""
+    known = vary.values if vary else []
+    for value in values:
+        if value not in known:
+            choices = f"the values are {', '.join(map(short, known))}" if known else "nothing varies"
+            raise InputError(f"--value {short(value)}: {choices}")
+    return vary and vary.model_copy(update={"values": [value for value in known if value in values]})
+
+
 def short(value: float) -> str:
     """A number as the name of an arm has it: in few digits where they are the whole number, else in all."""
     text = f"{value:g}" if float(f"{value:g}") == value else repr(value)
@@ -135,7 +137,7 @@ def short(value: float) -> str:
     return text.replace("+", "") if value else "0"
 
 
-def merged(table: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+def merged(table: Table, changes: Table) -> Table:
     """A table with the changes over it, section by section; the table itself stays as it is."""
     result = dict(table)
     for name, value in changes.items():

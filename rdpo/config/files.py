@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from rdpo.config.job import Job
-from rdpo.config.section import Section, may_hold_secret
+from rdpo.config.section import Section, Table, may_hold_secret
 from rdpo.errors import InputError, did_you_mean
 from rdpo.records import clean
 
@@ -40,7 +41,7 @@ def load_job(path: str | Path, overrides: list[str] | None = None) -> Job:
     return job_of(table, str(path))
 
 
-def with_changes(table: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+def with_changes(table: Mapping[str, object], changes: Mapping[str, object]) -> Table:
     """A copy of a job's tables with some settings changed, by their names, as in `{"training.beta": 0.2}`.
 
     Raises:
@@ -52,7 +53,7 @@ def with_changes(table: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[s
     return changed
 
 
-def job_of(table: dict[str, Any], where: str) -> Job:
+def job_of(table: Table, where: str) -> Job:
     """The job that a table describes.
 
     Raises:
@@ -71,7 +72,7 @@ def job_of(table: dict[str, Any], where: str) -> Job:
     return job
 
 
-def check_kind(table: Mapping[str, Any], wanted: str, where: str | Path) -> None:
+def check_kind(table: Mapping[str, object], wanted: str, where: str | Path) -> None:
     """Whether a file is of the kind that is wanted here: a job, a task or a comparison.
 
     Raises:
@@ -82,7 +83,7 @@ def check_kind(table: Mapping[str, Any], wanted: str, where: str | Path) -> None
         raise InputError(f"{where}: is a {kinds[0]}, not a {wanted}; {TAKEN_BY[kinds[0]]}")
 
 
-def read_toml(path: str | Path) -> dict[str, Any]:
+def read_toml(path: str | Path) -> Table:
     """The tables of a TOML file.
 
     Raises:
@@ -114,12 +115,12 @@ def to_toml(job: Job) -> str:
     return tomli_w.dumps(to_table(job))
 
 
-def to_table(job: Job) -> dict[str, Any]:
+def to_table(job: Job) -> Table:
     """The tables of a resolved job; `job_of` reads them back."""
     return job.model_dump(mode="json", exclude_none=True)
 
 
-def _apply_override(table: dict[str, Any], override: str) -> None:
+def _apply_override(table: Table, override: str) -> None:
     if clean(override) != override:
         raise InputError(f"--set {override}: not UTF-8; write it as section.key=value")
     key, equals, text = override.partition("=")
@@ -128,7 +129,7 @@ def _apply_override(table: dict[str, Any], override: str) -> None:
     _put(table, key.strip(), _toml_value(text), f"--set {override}")
 
 
-def _put(table: dict[str, Any], name: str, value: Any, change: str) -> None:
+def _put(table: Table, name: str, value: object, change: str) -> None:
     """Set the value at `section.key`; `change` is what a message calls the change."""
     *sections, last = name.split(".")
     target: Any = table
@@ -155,7 +156,7 @@ def _section(child: Any, section: str, change: str) -> Any:
     return child
 
 
-def _toml_value(text: str) -> Any:
+def _toml_value(text: str) -> object:
     try:
         table = tomllib.loads(f"value = {text}")
     except (ValueError, RecursionError):
@@ -173,7 +174,7 @@ def explained(where: str | Path, error: ValidationError) -> str:
     return "\n".join(lines)
 
 
-def _remedy(problem: Any, field: str) -> str:
+def _remedy(problem: ErrorDetails, field: str) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "extra_forbidden":
         return f"unknown key; remove it or correct its name{_suggestion(field)}"
@@ -189,7 +190,7 @@ def _remedy(problem: Any, field: str) -> str:
     return f"{message} (got {value[:80]})" if len(value) < 200 and not _may_be_secret(field, problem) else message
 
 
-def _may_be_secret(field: str, problem: Any) -> bool:
+def _may_be_secret(field: str, problem: ErrorDetails) -> bool:
     """Whether a value is better not repeated: that of an endpoint, a whole table, an address with a key."""
     value = problem.get("input")
     return "endpoint" in field.split(".") or isinstance(value, dict) or may_hold_secret(str(value))
@@ -200,7 +201,7 @@ def _suggestion(field: str) -> str:
     return did_you_mean(key, _known_keys(section))
 
 
-def _meant(problem: Any) -> str:
+def _meant(problem: ErrorDetails) -> str:
     """What was meant by a word that is none of those a field takes."""
     context = problem.get("ctx", {})
     known = QUOTED.findall(str(context.get("expected") or context.get("expected_tags") or ""))

@@ -9,7 +9,8 @@ import datetime
 import inspect
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -94,9 +95,12 @@ def _losses() -> Iterator[str]:
     yield "An option that a loss does not take is refused:\n"
     yield "| `loss` | options besides `beta` and `sft_coef` | `reward_as` |\n|---|---|---|"
     for name, takes in LOSS_OPTIONS.items():
-        columns = (", ".join(f"`{one}`" for one in sorted(part)) for part in (takes - REWARD_USES, takes & REWARD_USES))
-        yield f"| `{name}` | {' | '.join(columns)} |"
+        yield f"| `{name}` | {_quoted(takes - REWARD_USES)} | {_quoted(takes & REWARD_USES)} |"
     yield ""
+
+
+def _quoted(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in sorted(names))
 
 
 def _rewards(shared: Shared) -> Iterator[str]:
@@ -143,28 +147,27 @@ def _models(model: type[Section], field: str) -> list[type[Section]]:
     return _in(model.model_fields[field].annotation)
 
 
-def _in(annotation: Any) -> list[type[Section]]:
+def _in(annotation: object) -> list[type[Section]]:
     """The tables that an annotation speaks of."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return [annotation]
-    return [model for part in get_args(annotation) for model in _in(part)]
+    return list(chain.from_iterable(map(_in, get_args(annotation))))
 
 
 def _type(field: FieldInfo) -> str:
-    limits = [*field.metadata, *_limits(field.annotation)]
-    bounds = [
-        words.format(getattr(limit, name)) for limit in limits for name, words in BOUNDS.items() if hasattr(limit, name)
-    ]
+    bounds = []
+    for limit in [*field.metadata, *_limits(field.annotation)]:
+        bounds += [words.format(getattr(limit, name)) for name, words in BOUNDS.items() if hasattr(limit, name)]
     return ", ".join([_words(field.annotation), *dict.fromkeys(bounds)])
 
 
-def _limits(annotation: Any) -> list[Any]:
+def _limits(annotation: object) -> list[object]:
     """The limits within an annotation: of a list's items, of one of several types."""
     if get_origin(annotation) is Literal:
         return []
     fields = [part for part in getattr(annotation, "__metadata__", ()) if isinstance(part, FieldInfo)]
-    own = [limit for field in fields for limit in field.metadata]
-    return own + [limit for part in get_args(annotation) for limit in _limits(part)]
+    own = chain.from_iterable(field.metadata for field in fields)
+    return [*own, *chain.from_iterable(map(_limits, get_args(annotation)))]
 
 
 def _words(annotation: Any, several: bool = False) -> str:

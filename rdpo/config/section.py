@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -13,6 +13,9 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
+
+Table = dict[str, Any]
+"""A table of a TOML file, as it is read: values by their keys, checked by nobody yet."""
 
 PLACEMENT = "placement"
 """Mark of a field that only says where and in what portions work is done, as `Annotated[int, PLACEMENT]`: changing it

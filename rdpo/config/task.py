@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 from pydantic import Field
 
 from rdpo.config.section import Section
@@ -20,7 +22,7 @@ class Turn(Section):
     """Template of what is asked; by default the prompt as it is. It may use `{{ prompt }}` (the prompt as text),
     earlier answers by name, the other columns of the prompt's row, and the job's `synthesis.values`."""
     prefill: str = ""
-    """Template of the words that the answer begins with; a server as teacher cannot go on from any."""
+    """Template of the words that the answer begins with; a server as teacher cannot continue any."""
     temperature: float | None = Field(default=None, ge=0)
     """In place of the job's."""
     top_p: float | None = Field(default=None, gt=0, le=1)
@@ -51,4 +53,4 @@ class Task(Section):
     @property
     def answers(self) -> list[str]:
         """Names of all answers, in order."""
-        return [name for turn in self.turns for name in turn.names]
+        return list(chain.from_iterable(turn.names for turn in self.turns))

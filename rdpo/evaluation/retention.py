@@ -31,6 +31,7 @@ def texts(job: Job, retention: Retention) -> list[Row]:
     prompts = beside(job.prompts, retention.source, retention.column, retention.limit)
     # With a task the source is one of prompts, not of pairs.
     trial = job.model_copy(update={"prompts": prompts, "synthesis": Synthesis(task="best_of")})
+
     found: dict[str, Row] = {}
     for row in read_prompts(trial).take_all():
         answered = answer_of(row, retention.answer) if alive(row) else row

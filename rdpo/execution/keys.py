@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from functools import lru_cache
+from itertools import chain
 from typing import Any, get_args
 
 from rdpo.cluster.hardware import COMPUTED
 from rdpo.config import MEMORY, MEMORY_OPTIONS, PLACEMENT, Job, Section
+from rdpo.files.manifest import Settings
 from rdpo.records import Fingerprint, digest
 
 FORMAT, FORMER_FORMAT = 2, 1
@@ -31,17 +33,17 @@ ADDED = frozenset({COMPUTED, "tokenizer", "imports", "engine_code", "judge_seed"
 """Settings that earlier versions did not write down."""
 
 
-def stage_key(name: str, settings: dict[str, Any], inputs: dict[str, str]) -> str:
+def stage_key(name: str, settings: Settings, inputs: dict[str, str]) -> str:
     """Hash of everything a stage's output depends on."""
     return digest(FORMAT, name, what_counts(settings), inputs)
 
 
-def former_key(name: str, settings: dict[str, Any], inputs: dict[str, str]) -> str:
+def former_key(name: str, settings: Settings, inputs: dict[str, str]) -> str:
     """The key that earlier versions gave to a stage of the same settings."""
     return digest(FORMER_FORMAT, name, _as_formerly(settings), inputs)
 
 
-def same_settings(one: Any, other: Any) -> bool:
+def same_settings(one: object, other: object) -> bool:
     """Whether two stages' settings, or parts of them, make the same of the same."""
     return digest(what_counts(one)) == digest(what_counts(other))
 
@@ -101,7 +103,7 @@ def _everywhere() -> frozenset[str]:
 
 
 @lru_cache(maxsize=8)
-def _of_kind(kind: Any) -> frozenset[str]:
+def _of_kind(kind: object) -> frozenset[str]:
     """Names of the fields that do not count for one kind of reward, whatever they mean elsewhere."""
     for section in sections(Job):
         own = section.model_fields.get("kind")
@@ -112,9 +114,10 @@ def _of_kind(kind: Any) -> frozenset[str]:
 
 @lru_cache(maxsize=8)
 def _marked_anywhere(*marks: str) -> frozenset[str]:
-    return frozenset(
-        name for section in sections(Job) for name in section.model_fields if _is_marked(section, name, marks)
-    )
+    found: set[str] = set()
+    for section in sections(Job):
+        found.update(name for name in section.model_fields if _is_marked(section, name, marks))
+    return frozenset(found)
 
 
 @lru_cache(maxsize=1)
@@ -123,10 +126,15 @@ def _nested() -> frozenset[str]:
     names = {START, STUDENT}
     for section in sections(Job):
         for name, field in section.model_fields.items():
-            inner = [each for one in sections_in(field.annotation) for each in sections(one)]
-            if any(_is_marked(one, own) for one in inner for own in one.model_fields):
+            if any(map(_has_marked, sections_in(field.annotation))):
                 names.add(name)
     return frozenset(names)
+
+
+def _has_marked(section: type[Section]) -> bool:
+    """Whether a section, or one in it, has a marked field."""
+    fields = ((one, name) for one in sections(section) for name in one.model_fields)
+    return any(_is_marked(one, name) for one, name in fields)
 
 
 def _is_marked(section: type[Section], name: str, marks: Collection[str] = (PLACEMENT, MEMORY)) -> bool:
@@ -141,8 +149,8 @@ def sections(section: type[Section]) -> Iterator[type[Section]]:
             yield from sections(inner)
 
 
-def sections_in(annotation: Any) -> list[type[Section]]:
+def sections_in(annotation: object) -> list[type[Section]]:
     """The sections that a field's type speaks of."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return [annotation]
-    return [section for part in get_args(annotation) for section in sections_in(part)]
+    return list(chain.from_iterable(map(sections_in, get_args(annotation))))

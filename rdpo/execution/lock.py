@@ -48,6 +48,8 @@ STALE_S = 60.0
 # `holder` has the file lock for a moment.
 LOOK_S = 1.0
 
+Holder = dict[str, Any]
+"""What a lock object says of the driver that holds it."""
 Say = Callable[[str], None]
 Check = Callable[[], None]
 """Asks whether a run is still held by this driver; an InputError if not."""
@@ -234,7 +236,8 @@ class StoreLock:
     def _try_conditions(self) -> None:
         """Whether the store refuses what it should: one that overlooks conditions would let everybody in."""
         stale = self._version
-        assert stale
+        if stale is None:
+            raise RuntimeError("only a lock that is held can be tried")
         self._renew()
         for write in (self.object.create, lambda content: self.object.replace(content, stale)):
             try:
@@ -258,7 +261,7 @@ class StoreLock:
         clock = ConditionalObject(f"{self.run_dir}/{CLOCK}-{self.id}")
         return (clock.stamp(b"{}") - found.written).total_seconds()
 
-    def _refused(self, holder: dict[str, Any]) -> InputError:
+    def _refused(self, holder: Holder) -> InputError:
         who = f" ({_named(holder)})" if "pid" in holder else ""
         return InputError(
             f"{self.run_dir}: another rdpo command works in this run{who}; wait for it or end it; one that died "
@@ -266,20 +269,20 @@ class StoreLock:
         )
 
 
-def _content(found: Stored | None) -> dict[str, Any]:
+def _content(found: Stored | None) -> Holder:
     """What a lock object says; nothing where there is none."""
     return dict(json.loads(found.content)) if found else {}
 
 
-def _written(content: dict[str, Any]) -> bytes:
+def _written(content: Holder) -> bytes:
     return json.dumps(content, indent=2).encode()
 
 
-def _named(holder: dict[str, Any]) -> str:
+def _named(holder: Holder) -> str:
     return f"process {holder['pid']} on {holder['host']}"
 
 
-def _gone(holder: dict[str, Any]) -> bool:
+def _gone(holder: Holder) -> bool:
     """Whether a process of this machine has ended; of another machine's it cannot be said."""
     if holder["machine"] != _machine():
         return False

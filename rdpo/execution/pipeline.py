@@ -28,7 +28,7 @@ from rdpo.execution.stage import Stage
 from rdpo.execution.streaming import stream_rows
 from rdpo.files.duplicates import remove_duplicates
 from rdpo.files.folder import Folder
-from rdpo.files.manifest import Manifest
+from rdpo.files.manifest import Manifest, Settings, Summary
 from rdpo.files.stage_folder import TOKENS, StageFolder
 from rdpo.records import text_of
 from rdpo.tracking.console import Meter
@@ -52,11 +52,13 @@ def _in_order(run: Run, stages: Sequence[Stage]) -> None:
         if _up_to_date(run, chain[0]):
             continue
         if repair := _reopened(run, chain[0], stages):
+            # The inputs once more, then this stage from the top.
             waiting = [*repair, *chain, *waiting]
             continue
         if not run.prepared:
             resume.check(run, chain[0], chain[0].settings(run.job))
             _prepare(run)
+        # Stages that may take up rows while these are made go along.
         while run.streams and waiting and waiting[0].joins:
             chain.append(waiting.pop(0))
         _make(run, chain)
@@ -93,7 +95,7 @@ def _up_to_date(run: Run, stage: Stage) -> bool:
     return False
 
 
-def is_up_to_date(manifest: Manifest, stage: Stage, settings: dict[str, Any], inputs: Mapping[str, Manifest]) -> bool:
+def is_up_to_date(manifest: Manifest, stage: Stage, settings: Settings, inputs: Mapping[str, Manifest]) -> bool:
     """Whether a committed stage is what these settings and inputs would make."""
     if manifest.columns is None:
         # Earlier versions knew an input by the digest of its key and files, and some stages had fewer inputs.
@@ -126,6 +128,7 @@ def _reopened(run: Run, stage: Stage, stages: Sequence[Stage]) -> list[Stage]:
         damaged = [] if name in run.made else folder.damaged()
         if not damaged:
             continue
+
         what = damaged[0] + (f" and {len(damaged) - 1} other files" if damaged[1:] else "")
         maker = next((other for other in stages if other.name == name), None)
         if maker is None:
@@ -138,7 +141,7 @@ def _reopened(run: Run, stage: Stage, stages: Sequence[Stage]) -> list[Stage]:
     return repair
 
 
-def _begun(run: Run, stage: Stage, settings: dict[str, Any]) -> Manifest:
+def _begun(run: Run, stage: Stage, settings: Settings) -> Manifest:
     """The manifest of a stage that has its inputs but no rows yet."""
     inputs = _read(stage, {name: run.require(name, stage.name) for name in stage.inputs})
     return Manifest(stage.name, stage_key(stage.name, settings, inputs), settings, inputs)
@@ -156,6 +159,7 @@ def _make(run: Run, chain: Sequence[Stage]) -> None:
         run.console.tell("stage_begin", stage=stage.name)
     with run.console.stage("+".join(stage.name for stage in chain), None, chain[0].unit) as meter:
         summary = _work(run, chain, folders, meter)
+
     for stage, folder, own in zip(chain, folders, settings, strict=True):
         manifest = _begun(run, stage, own)
         manifest.summary, manifest.tokens = summary, meter.tokens
@@ -164,7 +168,7 @@ def _make(run: Run, chain: Sequence[Stage]) -> None:
         _commit(run, stage, folder, manifest)
 
 
-def _work(run: Run, chain: Sequence[Stage], folders: Sequence[StageFolder], meter: Meter) -> dict[str, Any]:
+def _work(run: Run, chain: Sequence[Stage], folders: Sequence[StageFolder], meter: Meter) -> Summary:
     if chain[0].execute:
         return chain[0].execute(run, folders[0], meter)
     works = [stage.rows for stage in chain if stage.rows]
@@ -185,6 +189,7 @@ def _commit(run: Run, stage: Stage, folder: StageFolder, manifest: Manifest) -> 
     run.made.add(stage.name)
     run.console.made(manifest)
     run.console.tell("stage_end", stage=stage.name, state="made", **_counts(manifest))
+
     first = _log_dropped(run, folder, stage.id_column) if stage.id_column else {}
     reasons = sorted(manifest.dropped.items(), key=lambda item: -item[1])
     for reason, count in reasons[:REASONS_SHOWN]:
@@ -248,7 +253,7 @@ def _counts(manifest: Manifest) -> dict[str, Any]:
 
 
 def planned(job: Job, run_dir: str, stages: Sequence[Stage]) -> dict[str, str]:
-    """What `run_stages` would do with each stage: nothing, go on, or make it.
+    """What `run_stages` would do with each stage: nothing, resume it, or make it.
 
     A stage whose input would be made again counts as made again too: whether the input comes out as it was, so that the
     stage stays, is only known then.

@@ -14,9 +14,10 @@ from rdpo.errors import InputError
 from rdpo.execution.keys import former_key, stage_key, what_counts
 from rdpo.execution.run import Run
 from rdpo.execution.stage import Stage
+from rdpo.files.manifest import Settings
 
 
-def begin(run: Run, stage: Stage, settings: dict[str, Any]) -> None:
+def begin(run: Run, stage: Stage, settings: Settings) -> None:
     """Get a stage's folder ready: what is half made of the same settings and inputs stays; other work goes, as is said.
 
     Raises:
@@ -37,7 +38,7 @@ def begin(run: Run, stage: Stage, settings: dict[str, Any]) -> None:
     )
 
 
-def check(run: Run, stage: Stage, settings: dict[str, Any]) -> None:
+def check(run: Run, stage: Stage, settings: Settings) -> None:
     """Look at what is half made of a stage.
 
     Raises:
@@ -48,7 +49,8 @@ def check(run: Run, stage: Stage, settings: dict[str, Any]) -> None:
     other = [name for name in stage.packages if name in then and then[name] != now[name]]
     if not (other and folder.holds_work() and _goes_on(run, stage, settings)):
         return
-    made, here = (", ".join(f"{name} {of[name]}" for name in other) for of in (then, now))
+
+    made, here = _in_words(other, then), _in_words(other, now)
     raise InputError(
         f"{folder.path}: half made with {made}, and here is {here}: one stage would hold what both make; install "
         f"{' '.join(f'{name}=={then[name]}' for name in other)} to go on, or remove that folder to begin the "
@@ -56,18 +58,22 @@ def check(run: Run, stage: Stage, settings: dict[str, Any]) -> None:
     )
 
 
-def _goes_on(run: Run, stage: Stage, settings: dict[str, Any]) -> bool:
+def _in_words(packages: list[str], at: dict[str, str]) -> str:
+    return ", ".join(f"{name} {at[name]}" for name in packages)
+
+
+def _goes_on(run: Run, stage: Stage, settings: Settings) -> bool:
     folder = run.folder(stage.name)
     return folder.manifest() is None and folder.begun.get("key") in _keys(run, stage, settings)
 
 
-def _keys(run: Run, stage: Stage, settings: dict[str, Any]) -> tuple[str, str]:
+def _keys(run: Run, stage: Stage, settings: Settings) -> tuple[str, str]:
     """The key that the stage is begun with, and the one that earlier versions began it with."""
     attempts = {name: run.folder(name).attempt_id for name in stage.inputs}
     return stage_key(stage.name, settings, attempts), former_key(stage.name, settings, attempts)
 
 
-def _other(then: Any, now: dict[str, Any]) -> list[str]:
+def _other(then: Any, now: Settings) -> list[str]:
     """Names of the settings that were other ones; none where an earlier version did not note them."""
     if not isinstance(then, dict):
         return []

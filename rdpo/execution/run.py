@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 from rdpo.config import Job
 from rdpo.execution.lock import Check, Say
 from rdpo.execution.reader import RunReader
 from rdpo.execution.stage import Stage
-from rdpo.files.manifest import Manifest
+from rdpo.files.manifest import Manifest, Settings
 from rdpo.files.stage_folder import StageFolder
 from rdpo.tracking.console import Console
 
@@ -56,7 +55,7 @@ class Run(RunReader):
         """Manifest of a stage, the known one before that on file; None while it is not finished."""
         return self.manifests.get(stage) or super().manifest(stage)
 
-    def made_by_siblings(self, stage: str) -> Iterator[tuple[StageFolder, dict[str, Any]]]:
+    def made_by_siblings(self, stage: str) -> Iterator[tuple[StageFolder, Settings]]:
         """The committed folders of a stage in run directories that this one may take from, with their settings."""
         for folder in (StageFolder(sibling, stage) for sibling in self.siblings):
             if manifest := folder.manifest():

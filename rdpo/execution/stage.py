@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rdpo.records import ID_COLUMN, digest
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rdpo.config import Job
     from rdpo.execution.reader import RunReader
     from rdpo.execution.run import Run
-    from rdpo.files.manifest import Manifest
+    from rdpo.files.manifest import Manifest, Settings, Summary
     from rdpo.files.stage_folder import StageFolder
     from rdpo.tracking.console import Meter
 
@@ -75,7 +75,7 @@ class RowWork:
 
     source: Callable[[RunReader], Source]
     make: Callable[[ray.data.Dataset, Run], ray.data.Dataset]
-    summarize: Callable[[Run, StageFolder], dict[str, Any]] = lambda run, folder: {}
+    summarize: Callable[[Run, StageFolder], Summary] = lambda run, folder: {}
     generates: bool = False
     has_failed: Callable[[Mapping[str, int]], bool] = lambda reasons: False
 
@@ -97,8 +97,8 @@ class Stage:
 
     name: str
     inputs: tuple[str, ...]
-    settings: Callable[[Job], dict[str, Any]]
-    execute: Callable[[Run, StageFolder, Meter], dict[str, Any]] | None = None
+    settings: Callable[[Job], Settings]
+    execute: Callable[[Run, StageFolder, Meter], Summary] | None = None
     rows: RowWork | None = None
     joins: bool = False
     reads: Mapping[str, Reads] = field(default_factory=dict)

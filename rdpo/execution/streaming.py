@@ -9,7 +9,7 @@ rows that it has not yet seen.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -25,6 +25,7 @@ from rdpo.tracking.console import Meter
 
 if TYPE_CHECKING:
     import ray.data
+    from ray import ObjectRef
 
     from rdpo.execution.run import Run
 
@@ -38,6 +39,7 @@ def stream_rows(run: Run, links: Sequence[tuple[RowWork, StageFolder]], meter: M
     last = links[-1][1]
     meter.total = links[0][0].source(run).count
     meter.advance(last.count() + last.count("dropped"))
+
     rows: ray.data.Dataset | None = None
     for work, folder in links:
         forget_end(folder)
@@ -46,7 +48,9 @@ def stream_rows(run: Run, links: Sequence[tuple[RowWork, StageFolder]], meter: M
         if rows is not None:
             rows = finished_rows(work.make(rows, run), folder)
             rows = stored(rows, folder, ID_COLUMN, pass_on=folder is not last)
+
     if rows is not None:
+        # Nothing is worked on before this: Ray Data makes what is asked for.
         _drain(rows, meter, any(work.generates for work, _ in links))
         if not pools_ended():
             run.console.warn(f"actors of {last.name} have not ended and still hold memory")
@@ -74,7 +78,7 @@ def _not_done(source: Source, folder: StageFolder) -> ray.data.Dataset | None:
     return source.rows().map_batches(_without, fn_kwargs={"done": ray.put(done)}, batch_format="pyarrow")
 
 
-def _without(batch: pa.Table, done: Any) -> pa.Table:
+def _without(batch: pa.Table, done: ObjectRef[pa.ChunkedArray]) -> pa.Table:
     import ray
 
     return batch.filter(pc.invert(pc.is_in(batch[ID_COLUMN], ray.get(done))))

@@ -95,6 +95,7 @@ def _check_rewards(jobs: Jobs, path: str) -> None:
 
 
 def _measures(job: Job) -> dict[str, dict[str, Any]]:
+    # Each arm may weigh a reward as it likes; what it measures must be the same.
     return {reward.name: {**reward.model_dump(), "weight": None} for reward in job.rewards}
 
 
@@ -151,6 +152,7 @@ def check_heldout(
         with _driven(job, folders[run], folders.values(), console) as one:
             run_stages(one, list(_stages(job, "prompts")))
             found[run] = set(heldout_prompts(one).ids().to_pylist())
+    # Only prompts have been made so far, in minutes; the arms may take days.
     _check_same(found)
 
 

@@ -63,6 +63,7 @@ def heldout_results(
     arms = dict.fromkeys(arm for arm, _ in margins)
     tables = {arm: _margins(_runs_of(arm, margins), pairs) for arm in arms}
     right = {arm: correct(table) for arm, table in tables.items()}
+    # Pairs of one prompt are alike, and count as one.
     groups = [(prompts or {}).get(pair, pair) for pair in pairs]
 
     return [

@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -136,6 +137,7 @@ class StageFolder(Folder):
         manifest = other.manifest()
         if manifest is None:
             return False
+
         begun = [IN_PROGRESS] if other.exists(IN_PROGRESS) else []
         try:
             with ThreadPoolExecutor(OPEN_AT_ONCE) as takers:
@@ -145,6 +147,7 @@ class StageFolder(Folder):
             whole = False
             if not isinstance(error, FileNotFoundError) and other._state() == before:
                 raise
+
         if not whole:
             self.clear()
             return False
@@ -261,7 +264,8 @@ class StageFolder(Folder):
 
     def ids(self, id_column: str, below: str = "") -> pa.ChunkedArray:
         """Ids of the kept (or dropped) rows, as the parts hold them."""
-        chunks = [chunk for table in self.tables(below, [id_column]) for chunk in table[id_column].chunks]
+        columns = (table[id_column] for table in self.tables(below, [id_column]))
+        chunks = list(chain.from_iterable(column.chunks for column in columns))
         return pa.chunked_array(chunks, pa.string())
 
     def done_ids(self, id_column: str) -> pa.ChunkedArray:

@@ -148,6 +148,7 @@ def _rows_of(a: Side, b: Side, stage: str) -> Iterator[str]:
     ids = [side.folder(stage).ids(ID_COLUMN) for side in (a, b)]
     if not any(map(len, ids)):
         return
+    # Ids are hashes of content: a row that has changed is another row.
     only = [one.filter(pc.invert(pc.is_in(one, other))) for one, other in (ids, reversed(ids))]
     if any(map(len, only)):
         parts = (f"{len(names)} only in {side}{_some(names)}" for side, names in zip("AB", only, strict=True))

@@ -39,6 +39,7 @@ def push(run_dir: str, what: str, repository: str, public: bool = False) -> str:
 def _upload(folder: Path, run: RunReader, what: str, repository: str, public: bool) -> str:
     api, kind = HfApi(), KINDS[what]
     try:
+        # Before the hub is asked, which would say of a name that is none that it is not found.
         validate_repo_id(repository)
         api.create_repo(repository, repo_type=kind, private=not public, exist_ok=True)
         commit = api.upload_folder(

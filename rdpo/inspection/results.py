@@ -109,6 +109,7 @@ def _win(reward: str, row: Row) -> float | None:
 def _line(name: str, pick: Pick, rows_a: list[Row], rows_b: list[Row]) -> str:
     of_a, of_b = (_measured(pick, rows) for rows in (rows_a, rows_b))
     before = {row[ID_COLUMN]: value for row, value in of_a}
+    # Paired: of the rows that both runs have.
     gains = [(row, value - before[row[ID_COLUMN]]) for row, value in of_b if row[ID_COLUMN] in before]
 
     is_share = name.endswith(SHARES)

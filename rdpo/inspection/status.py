@@ -128,6 +128,7 @@ def _trained(run: RunReader, made: Made, status: StageStatus) -> StageStatus:
     last = steps[-1]
     status.stored, status.loss, status.margin = int(last["step"]), last["loss"], last["rewards/margins"]
     if status.state == "in progress" and status.total:
+        # Of the last ones: the first steps also fill caches and compile.
         pace = fmean(step["seconds"] for step in steps[-RECENT_STEPS:])
         status.left_s = round(pace * (status.total - last["step"]), 1)
     return status

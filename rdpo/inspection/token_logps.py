@@ -59,6 +59,7 @@ def _merged(folder: StageFolder) -> Path:
 def _by_side(policy: Policy, row: Row) -> dict[str, list[float]]:
     import torch
 
+    # One pair: its first sequence is the chosen answer, its second the rejected one.
     batch = policy.batch([row["prompt_ids"]], *([row[f"{side}_ids"]] for side in SIDES))
     device = next(policy.parameters()).device
     with torch.inference_mode():

@@ -31,11 +31,13 @@ def save_model(model: PreTrainedModel, folder: Path, **options: Any) -> None:
         model.save_pretrained(folder, **options)
     finally:
         whole.generation_config = kept
+    # What was written there are the settings of the stand-in.
     (folder / GENERATION_CONFIG).unlink(missing_ok=True)
 
 
 def copy_companions(source: Path, target: Path, code: bool) -> None:
     """Copy a model's tokenizer and settings of generation, and where it is trusted its `code`."""
+    # All of a model's files but its weights.
     for pattern in WEIGHTS[1:]:
         for file in source.glob(pattern):
             if file.name != CONFIG and not file.name.endswith(".index.json"):

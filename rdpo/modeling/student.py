@@ -10,19 +10,22 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rdpo.cluster.hardware import compute_dtype
 from rdpo.errors import InputError
 from rdpo.modeling.weights import ModelRef
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from rdpo.config import Job, Lora
     from rdpo.modeling.chat import Chat
     from rdpo.modeling.model import ForwardSettings, Policy, Tuning
     from rdpo.modeling.probe import ReadAs
 
-PROBE = [{"role": "user", "content": "x"}]
+QUESTION = [{"role": "user", "content": "x"}]
+"""By which it is found out what ids every text has: those that the chat template writes."""
 
 
 def student_dtype(job: Job) -> str:
@@ -108,7 +111,7 @@ def is_quantised(model: ModelRef) -> bool:
     return bool(getattr(model.config(), "quantization_config", None))
 
 
-def checked_model(where: str, model: ModelRef, chat: Chat) -> Any:
+def checked_model(where: str, model: ModelRef, chat: Chat) -> PreTrainedModel:
     """A causal language model without its numbers, compared with its checkpoint and its tokenizer.
 
     Of a quantised checkpoint only the names and shapes of its architecture are looked at: what it holds is something
@@ -126,7 +129,7 @@ def checked_model(where: str, model: ModelRef, chat: Chat) -> Any:
     else:
         outlined, info = outline(where, AutoModelForCausalLM, model.folder(), model.trust)
         check_loaded(where, outlined, info)
-    check_token_ids(where, outlined, chat.tokenizer, used={*chat.prompt_ids(PROBE), chat.end_id})
+    check_token_ids(where, outlined, chat.tokenizer, used={*chat.prompt_ids(QUESTION), chat.end_id})
     return outlined
 
 

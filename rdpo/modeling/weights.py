@@ -14,6 +14,7 @@ import os
 import shutil
 from collections.abc import Iterable
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,6 +28,8 @@ from rdpo.modeling.hub import hub_hashes
 from rdpo.records import Fingerprint, digest
 
 if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
     from rdpo.config import Job
 
 CONFIG = "config.json"
@@ -77,7 +80,7 @@ class ModelRef(NamedTuple):
             total.update(str(file.relative_to(folder)).encode() + b"\0" + file.read_bytes())
         return total.hexdigest()
 
-    def config(self) -> Any:
+    def config(self) -> PretrainedConfig:
         """Its configuration.
 
         Raises:
@@ -85,7 +88,7 @@ class ModelRef(NamedTuple):
         """
         return model_config(*self)
 
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> PreTrainedTokenizerBase:
         """Its tokenizer.
 
         Raises:
@@ -200,7 +203,7 @@ def local_adapter(name: str) -> Path:
     return path.resolve()
 
 
-def model_config(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+def model_config(name: str, revision: str | None = None, trust_remote_code: bool = False) -> PretrainedConfig:
     """The configuration of a model.
 
     Raises:
@@ -223,7 +226,7 @@ def _unreadable(error: Exception, what: str) -> str:
     return f"its {what} cannot be read: {str(error).strip().splitlines()[0][:200]}"
 
 
-def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a model.
 
     Raises:
@@ -239,7 +242,7 @@ def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted(path for pattern in WEIGHTS for path in folder.glob(pattern))
+    return sorted(chain.from_iterable(map(folder.glob, WEIGHTS)))
 
 
 def _folder_fingerprint(files: Iterable[Path]) -> str:
@@ -257,6 +260,7 @@ def _package_file(name: str) -> Path:
         raise InputError(f"model {name}: the Python package `{package}` is not installed")
     root = Path(found.submodule_search_locations[0]).resolve()
     path = (root / inside).resolve()
+    # Not by `..` to somewhere else on this machine.
     if not path.is_relative_to(root) or not path.exists():
         raise InputError(f"model {name}: the package has no `{inside}`")
     return path
@@ -292,7 +296,9 @@ def _dequantised(file: Path) -> Path:
     stat = file.stat()
     stamp = f"{file.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
     folder = cache_dir() / "models" / f"{file.stem}-{hashlib.blake2b(stamp.encode(), digest_size=6).hexdigest()}"
+
     folder.parent.mkdir(parents=True, exist_ok=True)
+    # Several actors of one machine begin at the same time, and each wants the same model.
     with FileLock(f"{folder}.lock"):
         if not folder.is_dir():
             partial = folder.with_name(f"{folder.name}.partial")
@@ -307,8 +313,10 @@ def _convert_gguf(file: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     source: dict[str, Any] = {"gguf_file": file.name, "trust_remote_code": False}
+
     quantised = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **source)
     config = quantised.config
+    # Else whoever loads the folder would look for weights in few bits.
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     config.dtype = torch.bfloat16

@@ -154,8 +154,8 @@ def heaviest(job: Job, sizes: Sequence[PairSize], packed: bool) -> list[PairSize
     steps = islice(step_pairs(len(sizes), job), epoch_steps(len(sizes), training.batch_size))
     plans = (plan_step(pairs, sizes, workers, training.tokens_per_batch, packed) for pairs in steps)
     micros = chain.from_iterable(chain.from_iterable(plans))
-    pairs_of = ([sizes[pair] for pair in micro.pairs] for micro in micros)
-    return max(pairs_of, key=lambda pairs: batch_tokens(pairs, packed), default=list(sizes[:1]))
+    sizes_of = (list(map(sizes.__getitem__, micro.pairs)) for micro in micros)
+    return max(sizes_of, key=lambda pairs: batch_tokens(pairs, packed), default=list(sizes[:1]))
 
 
 def _step_peak(policy: Policy, pairs: Sequence[PairSize]) -> int:

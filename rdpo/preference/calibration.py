@@ -59,6 +59,7 @@ def calibrate(job: Job) -> list[ray.data.Dataset]:
             "pairs": KNOWN,
         }
     )
+    # Held, for it is read twice: for the pairs, and for the lines that are none.
     read = without_duplicates(read_prompts(trial).materialize()).materialize()
     pairs = given_answers(read.filter(alive), trial).materialize()
     scored = score_answers(pairs.filter(alive), trial, list(SIDES))

@@ -80,6 +80,7 @@ def scatter(x: Values, y: Values, x_label: str, y_label: str, diagonal: bool = F
         axis.axhline(0, color=BEFORE, linewidth=0.8)
         axis.axvline(0, color=BEFORE, linewidth=0.8)
     if len(x) > POINTS:
+        # A point for each would make the page grow with the rows.
         axis.hexbin(x, y, gridsize=HEXAGONS, bins="log", mincnt=1, cmap=_shades(), linewidths=0)
     else:
         axis.plot(x, y, "o", color=AFTER, markersize=3.5, alpha=0.75, markeredgewidth=0)

@@ -105,6 +105,7 @@ def pair_columns(folder: StageFolder) -> PairColumns:
     """The numbers of a pairs stage."""
     numbers = ["chosen_scores", "rejected_scores", "reward_gap"]
     kept, dropped = folder.table(columns=[*numbers, *SIDES]), folder.table("dropped", numbers)
+    # A part in which all rows were dropped early has no scores, or columns of nulls.
     scored = pa.concat_tables([kept.select(numbers) if kept.num_rows else kept, dropped], promote_options="permissive")
     return PairColumns(
         chosen=_by_name(scored, "chosen_scores"),

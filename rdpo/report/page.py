@@ -20,6 +20,7 @@ SCRIPT = Markup((files("rdpo.report") / "templates" / "samples.js").read_text(en
 def write_page(run_dir: str, template: str, /, **content: Any) -> str:
     """Render a template as the report of a run directory; its path."""
     page = _environment().get_template(template).render(content)
+    # No file in UTF-8 takes half a character.
     Folder(run_dir).write_bytes(REPORT, page.encode("utf-8", "replace"))
     return f"{run_dir.rstrip('/')}/{REPORT}"
 
@@ -28,6 +29,7 @@ def content_policy(script: str = "") -> Markup:
     """A Content-Security-Policy under which a browser runs this script, if there is one, and loads nothing."""
     policy = "default-src 'none'; base-uri 'none'; form-action 'none'; style-src 'unsafe-inline'"
     if script:
+        # By its hash: no other script that got into the page would run.
         known = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
         policy += f"; script-src 'sha256-{known}'"
     return Markup(policy)

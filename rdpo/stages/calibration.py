@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rdpo.execution.stage import Stage
 from rdpo.records import ID_COLUMN
@@ -11,11 +11,12 @@ from rdpo.stages.settings import tokenizer_settings
 if TYPE_CHECKING:
     from rdpo.config import Job
     from rdpo.execution.run import Run
+    from rdpo.files.manifest import Settings, Summary
     from rdpo.files.stage_folder import StageFolder
     from rdpo.tracking.console import Meter
 
 
-def settings(job: Job) -> dict[str, Any]:
+def settings(job: Job) -> Settings:
     """Settings of the trial of the rewards, with the known pairs and the models as they are now."""
     from rdpo.preference.calibration import known_pairs, trial_prompts, tried_rewards
     from rdpo.preference.rewards import reward_settings
@@ -33,7 +34,7 @@ def settings(job: Job) -> dict[str, Any]:
     }
 
 
-def try_rewards(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:
+def try_rewards(run: Run, folder: StageFolder, meter: Meter) -> Summary:
     """The rewards on known pairs; how often each prefers the side it should.
 
     Raises:

@@ -31,11 +31,13 @@ def prepare(job: Job, say: Say) -> bool:
     check_student(job, chat)
     if not chat.ending:
         say(f"{student.name}: its chat template ends an answer without a token that ends generation; no end is trained")
+
     pools = pools_of(job)
     check_cpu_engines(pools)
     _check_teacher(job)
     check_rewards(job)
 
+    # Last: whatever is wrong above is said within seconds, before workers start.
     ray = start_ray(job)
     check_installed(ray)
     nodes = Nodes.of(ray)
@@ -79,6 +81,7 @@ def _check_teacher(job: Job) -> None:
     answers = load_task(job.synthesis.task).answers if job.evaluation.refine and job.synthesis.task else []
     if job.evaluation.refine and job.pairs.chosen not in answers:
         raise InputError(f"evaluation.refine: pairs.chosen = {job.pairs.chosen!r} is no turn; name one of {answers}")
+
     if not job.synthesis.endpoint:
         chat = load_chat(ModelRef.of(job, job.synthesis.teacher), job.date)
         if job.synthesis.task:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rdpo.execution.stage import Reads, RowWork, Source, Stage
-from rdpo.records import HELDOUT, ID_COLUMN, Messages, Row, table_of
+from rdpo.records import HELDOUT, ID_COLUMN, Messages, Row, rows_of, table_of
 from rdpo.stages.prompts import split_source
 from rdpo.stages.settings import prefill_settings, question_settings, rendering_of_student, student_settings
 
@@ -16,10 +16,11 @@ if TYPE_CHECKING:
     from rdpo.config import Job
     from rdpo.execution.reader import RunReader
     from rdpo.execution.run import Run
+    from rdpo.files.manifest import Settings, Summary
     from rdpo.files.stage_folder import StageFolder
 
 
-def settings(job: Job) -> dict[str, Any]:
+def settings(job: Job) -> Settings:
     """Settings of the evaluation stage."""
     from rdpo.config.evaluation import KL_ANSWERS
     from rdpo.preference.rewards import reward_settings
@@ -41,7 +42,7 @@ def settings(job: Job) -> dict[str, Any]:
     }
 
 
-def start_settings(job: Job) -> dict[str, Any]:
+def start_settings(job: Job) -> Settings:
     """What the start model's answers to the held-out prompts depend on, beside the prompts."""
     from rdpo.modeling.weights import ModelRef
     from rdpo.synthesis.engine import engine_settings
@@ -77,6 +78,7 @@ def evaluate(rows: ray.data.Dataset, run: Run) -> ray.data.Dataset:
     job = run.job
     trained = run.folder("policy").address(MERGED)
     models = {START: ModelRef.student(job), TRAINED: ModelRef(trained)}
+
     prompts = rows.take_all()
     asked = {row[ID_COLUMN]: row["prompt"] for row in questions(prompts, job)}
     known = {START: _start_answers(run, asked)}
@@ -97,7 +99,7 @@ def _start_answers(run: Run, asked: Mapping[str, Messages] | None = None) -> dic
         # What else their evaluation depends on is no matter of the start model.
         if not same_settings(theirs.get("start"), own) or not folder.parts():
             continue
-        for row in (row for part in folder.tables("", columns, ["prompt"]) for row in part.to_pylist()):
+        for row in rows_of(folder.tables("", columns, ["prompt"])):
             name, question = row.pop(ID_COLUMN), row.pop("prompt", None)
             # One prompt is another question where a turn asks it together with other columns of the row.
             if asked.get(name, question) == question:
@@ -105,7 +107,7 @@ def _start_answers(run: Run, asked: Mapping[str, Messages] | None = None) -> dic
     return known
 
 
-def summary(run: Run, folder: StageFolder) -> dict[str, Any]:
+def summary(run: Run, folder: StageFolder) -> Summary:
     """Start model and trained model compared by every reward."""
     from rdpo.evaluation.compare import summarize
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rdpo.execution.stage import Reads, Stage
 from rdpo.stages.policy import exported
@@ -11,16 +11,17 @@ from rdpo.stages.policy import exported
 if TYPE_CHECKING:
     from rdpo.config import Job
     from rdpo.execution.run import Run
+    from rdpo.files.manifest import Settings, Summary
     from rdpo.files.stage_folder import StageFolder
     from rdpo.tracking.console import Meter
 
 
-def settings(job: Job) -> dict[str, Any]:
+def settings(job: Job) -> Settings:
     """Settings of the published model."""
     return job.publish.model_dump()
 
 
-def publish_model(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:
+def publish_model(run: Run, folder: StageFolder, meter: Meter) -> Summary:
     """The Hugging Face folder, reloaded and compared; what was checked."""
     from rdpo.cluster.installed import versions
     from rdpo.evaluation.publish import publish

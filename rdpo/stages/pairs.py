@@ -19,11 +19,12 @@ if TYPE_CHECKING:
     from rdpo.config import Job
     from rdpo.execution.reader import RunReader
     from rdpo.execution.run import Run
+    from rdpo.files.manifest import Settings, Summary
     from rdpo.files.stage_folder import StageFolder
     from rdpo.preference.shaping import Shaping
 
 
-def settings(job: Job) -> dict[str, Any]:
+def settings(job: Job) -> Settings:
     """Settings of the pairs stage."""
     asked = question_settings(job, job.pairs.condition)
     return {**job.pairs.model_dump(), **asked, "seed": job.seed if job.pairs.flip else None}
@@ -68,7 +69,7 @@ def _shaping(run: Run) -> Shaping | None:
     return shaping_of(run.folder("rewards").tables(), run.job.pairs)
 
 
-def summary(run: Run, folder: StageFolder) -> dict[str, Any]:
+def summary(run: Run, folder: StageFolder) -> Summary:
     """How far the rewards agree with the teacher, the defects of its turns, and the price of length; says so."""
     from rdpo.preference.agreement import COLUMNS, SWAPPED, agreement, count_defects
 
@@ -87,6 +88,7 @@ def summary(run: Run, folder: StageFolder) -> dict[str, Any]:
         )
         if sides.constant:
             run.console.warn(f"{reward} gives every answer the same score; it tells nothing here")
+
     facts: dict[str, Any] = {"agreement": {reward: asdict(sides) for reward, sides in agreed.items()}}
     if shaping := _shaping(run):
         facts["shaping"] = asdict(shaping)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rdpo.execution.stage import Reads, Stage
 from rdpo.stages.settings import student_settings
@@ -12,16 +12,17 @@ if TYPE_CHECKING:
     from rdpo.config import Job
     from rdpo.execution.reader import RunReader
     from rdpo.execution.run import Run
+    from rdpo.files.manifest import Settings, Summary
     from rdpo.files.stage_folder import StageFolder
     from rdpo.tracking.console import Meter
 
 
-def settings(job: Job) -> dict[str, Any]:
+def settings(job: Job) -> Settings:
     """Settings of the whole model that is made of what training left."""
     return {"extrapolation": job.training.extrapolation, "student": student_settings(job)}
 
 
-def complete_policy(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:
+def complete_policy(run: Run, folder: StageFolder, meter: Meter) -> Summary:
     """A whole model folder, made of what training exported; that is here too if it is moved further (ExPO).
 
     Where nothing was trained it is the start model.
@@ -32,10 +33,12 @@ def complete_policy(run: Run, folder: StageFolder, meter: Meter) -> dict[str, An
 
     student, alpha = ModelRef.student(run.job), run.job.training.extrapolation
     base, trained = student.folder(), exported(run, "training")
+
     meter.advance(1)
     if trained is None:
         folder.put(base, MERGED)
         return {}
+
     if alpha:
         folder.put(trained, EXPORT)
         with folder.made(EXPORT, keep=True) as moved:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rdpo.errors import InputError
 from rdpo.execution.stage import Source, Stage
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rdpo.config import Job
     from rdpo.execution.reader import RunReader
     from rdpo.execution.run import Run
+    from rdpo.files.manifest import Settings, Summary
     from rdpo.files.stage_folder import StageFolder
     from rdpo.tracking.console import Meter
 
@@ -23,7 +24,7 @@ GIVEN = 2
 """How ready pairs are read: it goes up when other conversations come out of the same file."""
 
 
-def settings(job: Job) -> dict[str, Any]:
+def settings(job: Job) -> Settings:
     """Settings of the prompts stage, with the content of its source."""
     from rdpo.synthesis.prompts import SEED
     from rdpo.synthesis.sources import content_hash
@@ -41,7 +42,7 @@ def settings(job: Job) -> dict[str, Any]:
     }
 
 
-def take_prompts(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:
+def take_prompts(run: Run, folder: StageFolder, meter: Meter) -> Summary:
     """The source's rows as prompts, each once.
 
     Raises:
@@ -55,6 +56,7 @@ def take_prompts(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:
     drop_duplicates(folder, distinguishing(run.job))
     drop_heldout_questions(folder)
     near = _near_duplicates(run, folder)
+
     splits = _splits(folder)
     for split in (run.job.synthesis.split, HELDOUT):
         if split not in splits:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rdpo.errors import InputError
 from rdpo.execution.stage import Reads, RowWork, Source, Stage
@@ -17,10 +17,11 @@ if TYPE_CHECKING:
     from rdpo.config import Job
     from rdpo.execution.reader import RunReader
     from rdpo.execution.run import Run
+    from rdpo.files.manifest import Settings, Summary
     from rdpo.files.stage_folder import StageFolder
 
 
-def settings(job: Job) -> dict[str, Any]:
+def settings(job: Job) -> Settings:
     """Settings of the reference stage, with the student's weights."""
     return {**job.reference.model_dump(), "student": student_settings(job), **rendering_of_student(job)}
 
@@ -32,6 +33,7 @@ def _drawn_pairs(run: RunReader) -> Source:
     generated = run.source("pairs")
     if run.job.replay is None:
         return generated
+
     ready, seed = run.source("replay"), run.job.seed
     mix = run.require("replay", "reference").summary
     if "heldout" not in mix:
@@ -86,7 +88,7 @@ def refer(rows: ray.data.Dataset, run: Run) -> ray.data.Dataset:
     return add_reference(rows, run.job, known_logps(tables), run.dir)
 
 
-def summarize(run: Run, folder: StageFolder) -> dict[str, Any]:
+def summarize(run: Run, folder: StageFolder) -> Summary:
     """How the reference was read; says so where packed rows would not have been exact."""
     from rdpo.preference.reference import FORWARD
 

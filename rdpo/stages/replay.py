@@ -11,6 +11,7 @@ from rdpo.stages.settings import rendering_of_student
 if TYPE_CHECKING:
     from rdpo.config import Job
     from rdpo.execution.run import Run
+    from rdpo.files.manifest import Settings, Summary
     from rdpo.files.stage_folder import StageFolder
     from rdpo.tracking.console import Meter
 
@@ -18,7 +19,7 @@ DRAWN = 2
 """How the mix is drawn: it goes up when other pairs come out of the same ones."""
 
 
-def settings(job: Job) -> dict[str, Any]:
+def settings(job: Job) -> Settings:
     """Settings of the replay stage, with the content of its source."""
     from rdpo.modeling.weights import ModelRef
     from rdpo.synthesis.sources import content_hash
@@ -31,12 +32,13 @@ def settings(job: Job) -> dict[str, Any]:
     return {**job.replay.model_dump(), **system, "content": content, "drawn": DRAWN, "seed": job.seed}
 
 
-def draw_replay(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:
+def draw_replay(run: Run, folder: StageFolder, meter: Meter) -> Summary:
     """The ready pairs that are trained on beside the generated ones; all others are dropped with the reason."""
     from rdpo.files.rows import write_rows
     from rdpo.preference.replay import draw_mix, keyed, keyed_ready, offline_pairs, usable, with_reasons
 
-    assert run.job.replay is not None
+    if run.job.replay is None:
+        raise RuntimeError("a job without [replay] has no such stage")
     folder.clear_parts()
     pairs, (questions, heldout) = run.folder("pairs"), _questions(run)
     ready = offline_pairs(run.job, run.job.replay).materialize()

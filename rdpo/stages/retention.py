@@ -12,11 +12,12 @@ from rdpo.stages.settings import rendering_of_student
 if TYPE_CHECKING:
     from rdpo.config import Job
     from rdpo.execution.run import Run
+    from rdpo.files.manifest import Settings, Summary
     from rdpo.files.stage_folder import StageFolder
     from rdpo.tracking.console import Meter
 
 
-def settings(job: Job) -> dict[str, Any]:
+def settings(job: Job) -> Settings:
     """Settings of the retention stage, with the content of its source."""
     from rdpo.synthesis.sources import content_hash
 
@@ -27,7 +28,7 @@ def settings(job: Job) -> dict[str, Any]:
     return {**job.retention.model_dump(), **system, "content": content_hash(job.retention.source)}
 
 
-def measure_retention(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:
+def measure_retention(run: Run, folder: StageFolder, meter: Meter) -> Summary:
     """How much likelihood other texts have lost; says so.
 
     Raises:
@@ -37,7 +38,8 @@ def measure_retention(run: Run, folder: StageFolder, meter: Meter) -> dict[str, 
     from rdpo.files.rows import write_rows
     from rdpo.training.checkpoint import MERGED
 
-    assert run.job.retention is not None
+    if run.job.retention is None:
+        raise RuntimeError("a job without [retention] has no such stage")
     folder.clear_parts()
     rows = texts(run.job, run.job.retention)
     if not any(map(alive, rows)):

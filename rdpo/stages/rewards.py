@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rdpo.execution.stage import RowWork, Stage
 
@@ -11,9 +11,10 @@ if TYPE_CHECKING:
 
     from rdpo.config import Job
     from rdpo.execution.run import Run
+    from rdpo.files.manifest import Settings
 
 
-def settings(job: Job) -> dict[str, Any]:
+def settings(job: Job) -> Settings:
     """Settings of the rewards stage, with models and functions as they are now."""
     from rdpo.preference.pairs import scored_answers
     from rdpo.preference.rewards import reward_settings

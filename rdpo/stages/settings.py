@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rdpo.config import Job
+    from rdpo.files.manifest import Settings
 
 
-def student_settings(job: Job) -> dict[str, Any]:
+def student_settings(job: Job) -> Settings:
     """The student, the precision that it is computed in, and a fingerprint of its weights."""
     from rdpo.cluster.hardware import compute_dtype
     from rdpo.modeling.weights import ModelRef
@@ -19,7 +20,7 @@ def student_settings(job: Job) -> dict[str, Any]:
     return {**job.student.model_dump(), "dtype": dtype, "weights": student.fingerprint(), **code}
 
 
-def tokenizer_settings(job: Job) -> dict[str, Any]:
+def tokenizer_settings(job: Job) -> Settings:
     """The model by whose tokenizer prompts are measured, with a fingerprint of tokenizer and chat template."""
     from rdpo.modeling.weights import ModelRef
 
@@ -27,7 +28,7 @@ def tokenizer_settings(job: Job) -> dict[str, Any]:
     return {"student": job.student.model, "revision": job.student.revision, **read, **rendering_of_student(job)}
 
 
-def rendering_of_student(job: Job) -> dict[str, Any]:
+def rendering_of_student(job: Job) -> Settings:
     """What the student's chat template makes a stage depend on beside the model's files; nothing for most templates."""
     from rdpo.modeling.chat import rendering_settings
     from rdpo.modeling.weights import ModelRef
@@ -35,7 +36,7 @@ def rendering_of_student(job: Job) -> dict[str, Any]:
     return rendering_settings(ModelRef.student(job), job.date)
 
 
-def question_settings(job: Job, condition: str | None) -> dict[str, Any]:
+def question_settings(job: Job, condition: str | None) -> Settings:
     """The words of the task, where a stage asks one of its questions."""
     from rdpo.synthesis.instructions import load_task
 
@@ -44,7 +45,7 @@ def question_settings(job: Job, condition: str | None) -> dict[str, Any]:
     return {"turns": load_task(job.synthesis.task).model_dump(), "words": job.synthesis.values}
 
 
-def prefill_settings(job: Job) -> dict[str, Any]:
+def prefill_settings(job: Job) -> Settings:
     """A mark, where words that answers begin with are a template: they were once taken as they stand."""
     from rdpo.synthesis.instructions import load_task
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rdpo.execution.stage import RowWork, Source, Stage
 from rdpo.stages.prompts import split_source
@@ -14,12 +14,13 @@ if TYPE_CHECKING:
     from rdpo.config import Job
     from rdpo.execution.reader import RunReader
     from rdpo.execution.run import Run
+    from rdpo.files.manifest import Settings, Summary
     from rdpo.files.stage_folder import StageFolder
 
 PROMPT_LENGTH = "_prompt_length"
 
 
-def settings(job: Job) -> dict[str, Any]:
+def settings(job: Job) -> Settings:
     """Settings of the synthesis stage, with the task's wording and the teacher's weights."""
     from rdpo.modeling.chat import rendering_settings
     from rdpo.modeling.weights import ModelRef, adapter_fingerprint
@@ -67,7 +68,7 @@ def write_answers(rows: ray.data.Dataset, run: Run) -> ray.data.Dataset:
     return synthesize(rows, run.job)
 
 
-def summary(run: Run, folder: StageFolder) -> dict[str, Any]:
+def summary(run: Run, folder: StageFolder) -> Summary:
     """What an endpoint read, wrote and cost; says so."""
     from rdpo.files.stage_folder import TOKENS
     from rdpo.synthesis.endpoint import cost

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rdpo.errors import InputError
 from rdpo.execution.stage import Reads, Stage
@@ -12,6 +12,7 @@ from rdpo.stages.settings import student_settings
 if TYPE_CHECKING:
     from rdpo.config import Job
     from rdpo.execution.run import Run
+    from rdpo.files.manifest import Settings, Summary
     from rdpo.files.stage_folder import StageFolder
     from rdpo.tracking.console import Meter
 
@@ -23,7 +24,7 @@ READ = (
 """The columns that training reads: those of `rdpo.training.loop.PairTable`."""
 
 
-def settings(job: Job) -> dict[str, Any]:
+def settings(job: Job) -> Settings:
     """Settings of the training stage."""
     found = job.training.model_dump(exclude={"extrapolation"})
     if job.training.select == "best":
@@ -32,7 +33,7 @@ def settings(job: Job) -> dict[str, Any]:
     return {**found, "student": student_settings(job), "seed": job.seed}
 
 
-def train_policy(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:
+def train_policy(run: Run, folder: StageFolder, meter: Meter) -> Summary:
     """The policy as it leaves training; the first and the last step's metrics.
 
     Raises:
@@ -49,16 +50,20 @@ def train_policy(run: Run, folder: StageFolder, meter: Meter) -> dict[str, Any]:
     if job.training.max_steps == 0:
         folder.write_bytes(METRICS, b"")
         return {"steps": 0, "pairs": 0}
+
     meter.total = total_steps(len(data), job)
     if not meter.total:
         raise InputError(f"training: {len(data)} pairs make no optimizer step; add prompts or lower batch_size")
+
     gaps = data.table["reward_gap"].to_pylist()
     if warning := advice(gaps, GapScale.fitted(gaps, job.training.reward_norm), job.training):
         run.console.warn(warning)
+
     history = train(as_referred(job, run.dir), run.dir, folder, lambda metrics: _step(meter, metrics), run.console.warn)
     taken = [step for step in history if not step["skipped"]]
     if not taken:
         raise InputError("training: every step had a loss or gradient that is not finite; lower training.learning_rate")
+
     summary = {"steps": len(taken), "pairs": len(data), "first": taken[0], "last": taken[-1]}
     return {**summary, **_selected(run, history), **_heldout(run, folder)}
 
@@ -82,7 +87,7 @@ def _selected(run: Run, history: list[dict[str, float]]) -> dict[str, int]:
     return {"selected": step}
 
 
-def _heldout(run: Run, folder: StageFolder) -> dict[str, Any]:
+def _heldout(run: Run, folder: StageFolder) -> Summary:
     """How often the policy prefers the chosen side of held-out pairs, if there are any; says so."""
     import numpy as np
 

@@ -166,6 +166,7 @@ def check_apart(words: Collection[str], rows: Iterable[Row]) -> None:
 
 
 def _check_different(task: Task, row: Row, words: Mapping[str, str]) -> None:
+    # Two turns that ask the same, in the same way, make pairs that differ by chance alone.
     asked: dict[str, str] = {}
     for turn in task.turns:
         used = check_template((turn.user or "") + turn.prefill, turn.name)

@@ -79,6 +79,7 @@ class MetricSums:
 
     def reduced(self) -> StepMetrics:
         """Means over the pairs of all workers, and the step's `pairs` and `tokens`."""
+        # Sums, not means: workers have other numbers of pairs.
         if torch.distributed.is_initialized():
             torch.distributed.all_reduce(self.sums)
         *sums, pairs, tokens = self.sums.tolist()

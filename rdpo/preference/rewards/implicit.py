@@ -101,6 +101,7 @@ def _load(model: ModelRef, reward: ImplicitReward, device: str) -> Policy:
     dtype = compute_dtype(reward.dtype, reward.gpus > 0)
     policy = load_policy(model.folder(), ForwardSettings(dtype, CHUNK, trust_remote_code=model.trust))
     policy = policy.eval().to(device)
+    # Each by itself: the two may be of different architectures.
     settle_layout(policy, f"rewards.{reward.name}: {model.name}")
     return policy
 

@@ -171,6 +171,7 @@ class Judge:
         question = [{"role": "user", "content": render(self.reward.rubric, asked)}]
         seed = draw_seed(self.job.seed, row[ID_COLUMN], f"{self.reward.name}:{role}")
         if reasons_first(self.reward):
+            # A model that thinks may do so here: only the rating that it comes to is read.
             prompt_ids = self.chat.asking_ids(question)
         else:
             prompt_ids = self.chat.prompt_ids(question, self.reward.prefill)

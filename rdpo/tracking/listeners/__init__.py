@@ -76,6 +76,7 @@ class _Later(Listener):
                 self.tracker = self.begin()
             except Exception as error:
                 self.warn(f"tracking.to: {self.name} does not begin, the run goes on without it: {error}")
+                # One that does nothing, so that the other is not tried again at every step.
                 self.tracker = Listener()
         return self.tracker
 
