@@ -34,6 +34,10 @@ class Job:
 
     name, seed, trusted_code, tracking = "job", 0, (), Tracking()
 
+    @staticmethod
+    def model_dump(**_):
+        return {"name": "job"}
+
 
 def written(folder, console_class, **rows):
     screen = io.StringIO()
