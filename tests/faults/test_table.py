@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from rdpo.execution.reader import JOB_FILE, MARKER
 from rdpo.files.stage_folder import METRICS, StageFolder
 from tests.support.faults import FAULTS, PATIENCE_S, Victim
 from tests.support.jobs import ALL_STAGES, whole_job, write_job, write_jsonl
@@ -64,6 +65,9 @@ def whole(job, place):
 
 def begun(whole, run_dir, stage):
     """A run directory in which all stages before this one are done."""
+    run_dir.mkdir()
+    for file in (MARKER, JOB_FILE):
+        shutil.copy(whole / file, run_dir / file)
     for earlier in ALL_STAGES[: ALL_STAGES.index(stage)]:
         shutil.copytree(whole / earlier, run_dir / earlier)
     return run_dir
