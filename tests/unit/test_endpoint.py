@@ -30,7 +30,7 @@ def test_answer_with_counts_and_the_key_in_the_header():
 )
 def test_a_fault_is_asked_again(fault):
     server = Server(fault, fault)
-    # More attempts than faults: on a busy machine a connection may fail that never came to the server.
+    # More attempts than faults: a connection may fail that never came to the server.
     (answer,) = ask(server, retries=5)
     assert answer.text == "fine"
     assert len(server.asked) == 3
