@@ -34,7 +34,8 @@ def begin(run: Run, stage: Stage, settings: Settings) -> None:
         why = f"other {', '.join(other)}" if other else "its inputs were made again"
         run.console.say(f"{stage.name:<12}half made, and begun anew: {why}")
     folder.begin(
-        _keys(run, stage, settings)[0], {"settings": settings, "versions": versions(), "job": to_toml(run.job)}
+        stage_key(stage.name, settings, _attempts(run, stage)),
+        {"settings": settings, "versions": versions(), "job": to_toml(run.job)},
     )
 
 
@@ -64,13 +65,16 @@ def _in_words(packages: list[str], at: dict[str, str]) -> str:
 
 def _goes_on(run: Run, stage: Stage, settings: Settings) -> bool:
     folder = run.folder(stage.name)
-    return folder.manifest() is None and folder.begun.get("key") in _keys(run, stage, settings)
+    begun = folder.begun
+    if not begun or folder.manifest() is not None:
+        return False
+    # Earlier versions noted no settings. Their key takes a whole model to make, so it is not asked for without need.
+    key_of = stage_key if "settings" in begun else former_key
+    return begun.get("key") == key_of(stage.name, settings, _attempts(run, stage))
 
 
-def _keys(run: Run, stage: Stage, settings: Settings) -> tuple[str, str]:
-    """The key that the stage is begun with, and the one that earlier versions began it with."""
-    attempts = {name: run.folder(name).attempt_id for name in stage.inputs}
-    return stage_key(stage.name, settings, attempts), former_key(stage.name, settings, attempts)
+def _attempts(run: Run, stage: Stage) -> dict[str, str]:
+    return {name: run.folder(name).attempt_id for name in stage.inputs}
 
 
 def _other(then: Any, now: Settings) -> list[str]:

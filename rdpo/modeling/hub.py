@@ -27,12 +27,17 @@ def hub_hashes(name: str, revision: str | None, patterns: tuple[str, ...]) -> Ha
     except Exception as error:
         found = _cached(name, revision, patterns)
         if found is None:
-            reason = str(error).strip().split("\n")[0]
-            raise InputError(
-                f"model {name}: no such folder here, and the hub does not give it ({type(error).__name__}: "
-                f"{reason}); check the name, the network, or HF_TOKEN for a gated model"
-            ) from None
+            raise not_given(name, error) from None
         return found
+
+
+def not_given(name: str, error: Exception) -> InputError:
+    """What a person is told of a model that the hub does not give."""
+    reason = str(error).strip().split("\n")[0]
+    return InputError(
+        f"model {name}: no such folder here, and the hub does not give it ({type(error).__name__}: {reason}); "
+        "check the name, the network, or HF_TOKEN for a gated model"
+    )
 
 
 def _asked(name: str, revision: str | None, patterns: tuple[str, ...]) -> Hashes:

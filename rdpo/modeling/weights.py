@@ -24,7 +24,7 @@ from rdpo.errors import InputError
 from rdpo.files.digests import file_digest
 from rdpo.files.folder import IN_PROGRESS, MANIFEST
 from rdpo.files.stores import cache_dir, fetched, is_remote
-from rdpo.modeling.hub import hub_hashes
+from rdpo.modeling.hub import hub_hashes, not_given
 from rdpo.records import Fingerprint, digest
 
 if TYPE_CHECKING:
@@ -284,11 +284,7 @@ def _downloaded(name: str, revision: str | None, weights: bool, code: bool) -> P
     try:
         folder = snapshot_download(name, revision=revision, allow_patterns=patterns)
     except Exception as error:
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(
-            f"model {name}: no such folder here, and the hub does not give it ({type(error).__name__}: "
-            f"{reason}); check the name, the network, or HF_TOKEN for a gated model"
-        ) from None
+        raise not_given(name, error) from None
     return _checked_folder(Path(folder), weights)
 
 

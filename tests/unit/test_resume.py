@@ -16,6 +16,7 @@ from rdpo.execution.run import Run
 from rdpo.execution.stage import Reads, Stage
 from rdpo.files.folder import MANIFEST
 from rdpo.files.manifest import Manifest
+from rdpo.records import Fingerprint
 from rdpo.stages import pairs, reference, training
 from rdpo.tracking.console import Console
 
@@ -107,6 +108,20 @@ def test_what_is_half_made_goes_on_with_settings_that_do_not_count(half_made):
     run, said = half_made
     resume.begin(run, STAGE, {"seed": 0, "engine": {"cpus": 4}})
     assert run.folder("synthesis").count() == 1 and said.getvalue() == ""
+
+
+def test_the_key_of_earlier_versions_is_not_made_without_need(half_made):
+    """For a model of the hub it takes all of its weights."""
+
+    def former():
+        raise AssertionError("the weights were asked for")
+
+    run, _ = half_made
+    asking = Fingerprint("w", former=former)
+    resume.begin(run, STAGE, {"seed": 1, "weights": asking})
+    resume.begin(run, STAGE, {"seed": 1, "weights": asking})
+    manifest = Manifest("synthesis", stage_key("synthesis", {"weights": asking}, {}), {}, {}, columns={})
+    assert is_up_to_date(manifest, STAGE, {"weights": asking}, {})
 
 
 def test_what_is_half_made_and_begun_anew_is_said_with_the_settings_that_differ(half_made):
