@@ -31,8 +31,8 @@ class Nodes:
         return cls([node["Resources"] for node in alive], any(NODE_GROUP in node["Labels"] for node in alive))
 
     def room(self, pool: Pool) -> int:
-        """How many actors of a pool they hold, were they empty."""
-        return sum(_times(node, pool.actor) for node in self.resources)
+        """How many processes of a pool they hold, were they empty."""
+        return sum(_times(node, pool.process) for node in self.resources)
 
     def gpus(self, name: str | None = None) -> float:
         """GPUs of all of them, or of those of a kind."""
@@ -54,7 +54,7 @@ def check_room(pools: Sequence[Pool], nodes: Nodes) -> list[Pool]:
         InputError: a pool does not fit, and there is no autoscaler.
     """
     # Of empty nodes: what runs there now may have ended before this pool starts.
-    lacking = [pool for pool in pools if nodes.room(pool) < smallest(pool.size)]
+    lacking = [pool for pool in pools if nodes.room(pool) < smallest(pool.processes)]
     if lacking and not nodes.grows:
         raise InputError(_misfit(lacking[0], nodes))
     return lacking
@@ -63,7 +63,7 @@ def check_room(pools: Sequence[Pool], nodes: Nodes) -> list[Pool]:
 def _misfit(pool: Pool, nodes: Nodes) -> str:
     shapes = Counter(_in_words(node) for node in nodes.resources)
     there = "; ".join(f"{count} x {shape}" for shape, count in shapes.items())
-    wanted = f"{pool.setting}: {smallest(pool.size)} x {pool}"
+    wanted = f"{pool.setting}: {smallest(pool.processes)} x {pool}"
     if pool.nodes and not any(pool.nodes in node for node in nodes.resources):
         start = f"""`ray start --resources='{{"{pool.nodes}": 1}}'`"""
         return f"{wanted}: no node declares {pool.nodes}; start one with {start}, or change cluster.placement ({there})"
@@ -98,14 +98,14 @@ def fit_side_by_side(pools: Sequence[Pool], cluster: Cluster, nodes: Nodes) -> b
 
 def _gpus(pools: Sequence[Pool], kind: str | None) -> float:
     """GPUs that the pools take on nodes of a kind, or anywhere."""
-    return sum(pool.gpus * smallest(pool.size) for pool in pools if kind in (None, pool.nodes))
+    return sum(pool.gpus * smallest(pool.processes) for pool in pools if kind in (None, pool.nodes))
 
 
 def placement_table(pools: Sequence[Pool]) -> list[str]:
     """Which pool takes what and runs where, as lines of text."""
-    cells = [["stage", "pool", "actors", "CPUs each", "GPUs each", "nodes"]]
+    cells = [["stage", "pool", "processes", "CPUs each", "GPUs each", "nodes"]]
     for pool in pools:
-        low, high = smallest(pool.size), largest(pool.size)
-        actors = str(high) if low == high else f"{low}-{high}"
-        cells.append([pool.stage, pool.setting, actors, str(pool.cpus), f"{pool.gpus:g}", pool.nodes or "anywhere"])
+        low, high = smallest(pool.processes), largest(pool.processes)
+        count = str(high) if low == high else f"{low}-{high}"
+        cells.append([pool.stage, pool.setting, count, str(pool.cpus), f"{pool.gpus:g}", pool.nodes or "anywhere"])
     return aligned(cells, right=[2, 3, 4])

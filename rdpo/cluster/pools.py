@@ -24,7 +24,8 @@ SHARE = 0.001
 FULL = 1.0
 BLOCK_ROWS = 64
 """Rows that an actor is given at a time, unless its pool says otherwise."""
-POOL_ACTOR = "MapWorker"
+POOL_ACTORS = ("MapWorker", "Shard")
+"""What the classes of a pool's actors begin with: Ray Data's own, and the processes that one of them may lead."""
 ENDS_WITHIN_S = 60.0
 PAUSE_S = 0.5
 
@@ -34,7 +35,8 @@ class Pool:
     """Actors of one stage that hold a model, as many as `size`, with `cpus` and `gpus` for each, on nodes named so.
 
     An actor is given `block_rows` rows at a time, and works on `at_once` such blocks at the same time. `environment`
-    holds variables of its process.
+    holds variables of its process. With `shards` above 1 an actor holds no model and takes nothing: it leads so many
+    processes, each of which takes `cpus` and `gpus` and holds a part of every weight.
     """
 
     stage: str
@@ -45,15 +47,28 @@ class Pool:
     nodes: str | None
     block_rows: int = BLOCK_ROWS
     at_once: int = 1
+    shards: int = 1
     environment: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return f"{self.cpus} CPU, {self.gpus:g} GPU on {self.nodes or 'any node'}"
 
     @property
-    def actor(self) -> dict[str, float]:
-        """What Ray sets aside for one of its actors."""
-        return {"CPU": self.cpus, "GPU": self.gpus, **(share_of(self.nodes) or {})}
+    def kind(self) -> dict[str, float] | None:
+        """The custom resource that keeps its processes on nodes of their kind; None is anywhere."""
+        return share_of(self.nodes)
+
+    @property
+    def process(self) -> dict[str, float]:
+        """What Ray sets aside for one of its processes."""
+        return {"CPU": self.cpus, "GPU": self.gpus, **(self.kind or {})}
+
+    @property
+    def processes(self) -> Concurrency:
+        """How many processes hold its models, over all its actors."""
+        if isinstance(self.size, int):
+            return self.size * self.shards
+        return self.size[0] * self.shards, self.size[1] * self.shards
 
     def map(self, rows: ray.data.Dataset, actor: type, **arguments: Any) -> ray.data.Dataset:
         """Stream rows through the pool.
@@ -73,6 +88,7 @@ class Pool:
             max_tasks_in_flight_per_actor=self.at_once + 1,
             max_concurrent_calls_per_actor=self.at_once,
         )
+        leads = self.shards > 1
         blocks = rows.repartition(target_num_rows_per_block=self.block_rows)
         return blocks.map_batches(
             actor,
@@ -80,9 +96,9 @@ class Pool:
             batch_format="pyarrow",
             batch_size=self.block_rows,
             compute=strategy,
-            num_cpus=self.cpus,
-            num_gpus=self.gpus,
-            resources=share_of(self.nodes),
+            num_cpus=0 if leads else self.cpus,
+            num_gpus=0 if leads else self.gpus,
+            resources=None if leads else self.kind,
             runtime_env={"env_vars": dict(self.environment)} if self.environment else None,
         )
 
@@ -133,7 +149,7 @@ def pools_ended(within_s: float = ENDS_WITHIN_S) -> bool:
             actors = list_actors(address=context.gcs_address, filters=mine)
         except (ConnectionError, RayStateApiException):
             return True
-        if not any(actor.class_name.startswith(POOL_ACTOR) for actor in actors):
+        if not any(actor.class_name.startswith(POOL_ACTORS) for actor in actors):
             return True
         if time.monotonic() > deadline:
             return False

@@ -155,6 +155,8 @@ class Job(Section):
                 "student: quantization trains an adapter over weights that are not partitioned; "
                 "give training.lora, and training.zero_stage 2 or lower"
             )
+        if self.student.quantization != "none" and self.reference.shards > 1:
+            raise ValueError("reference: weights in four bits cannot be partitioned; give shards = 1")
         if self.training.batch_size < largest(self.training.num_workers):
             raise ValueError(
                 f"training: batch_size {self.training.batch_size} is below num_workers "

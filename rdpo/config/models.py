@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import Field, JsonValue, field_validator, model_validator
 
-from rdpo.config.section import MEMORY, PLACEMENT, Address, Concurrency, Dtype, Section
+from rdpo.config.section import MEMORY, PLACEMENT, Address, Concurrency, Dtype, Section, largest, smallest
 
 GPU_BATCH_ROWS, CPU_BATCH_ROWS = 64, 16
 
@@ -96,6 +97,31 @@ class Engine(Section):
     def _check_groups(self) -> Engine:
         if max(self.gpus, 1) % self.pipeline_parallel:
             raise ValueError(f"gpus = {self.gpus} cannot be divided into pipeline_parallel = {self.pipeline_parallel}")
+        return self
+
+
+class Readers(Section):
+    """Actors that read log-probs; each holds its models in one process, or partitioned over several."""
+
+    concurrency: Annotated[Concurrency, PLACEMENT] = 1
+    """Number of actors, or `[smallest, largest]`."""
+    gpus: Annotated[float, PLACEMENT] = Field(default=0, ge=0)
+    """GPUs of one process, 1 at most; a fraction shares a GPU. A model that one GPU cannot hold needs `shards`."""
+    shards: Annotated[int, PLACEMENT] = Field(default=1, ge=1)
+    """Processes of one actor, over which every weight is partitioned (ZeRO-3): for models that no device holds. They
+    read different rows at the same time, and may lie on several nodes."""
+
+    @model_validator(mode="after")
+    def _check_processes(self) -> Readers:
+        if self.gpus > 1:
+            raise ValueError(
+                f"gpus = {self.gpus:g}: one process reads on one GPU; "
+                f"give gpus = 1 and shards = {math.ceil(self.gpus)} to partition the model over as many"
+            )
+        if self.shards > 1 and self.gpus not in (0, 1):
+            raise ValueError(f"gpus = {self.gpus:g}: each of several shards takes a whole GPU, or none")
+        if self.shards > 1 and smallest(self.concurrency) < largest(self.concurrency):
+            raise ValueError("concurrency: actors of several shards are a fixed number; give one number")
         return self
 
 

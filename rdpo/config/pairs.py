@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from rdpo.config.section import MEMORY, PLACEMENT, Concurrency, Section, Source
+from rdpo.config.models import Readers
+from rdpo.config.section import MEMORY, PLACEMENT, Section, Source
 
 BEST, WORST = "best", "worst"
 
@@ -75,15 +76,12 @@ class Replay(Section):
     """Use only the first so many of them."""
 
 
-class Reference(Section):
+class Reference(Readers):
     """The cached log-probs of the reference, computed by the forward that training uses."""
 
-    concurrency: Annotated[Concurrency, PLACEMENT] = 1
-    """Number of reference actors, or `[smallest, largest]`."""
-    gpus: Annotated[float, PLACEMENT] = Field(default=0, ge=0)
-    """GPUs of one actor."""
     cpus: Annotated[int | None, PLACEMENT] = Field(default=None, ge=1)
-    """CPU cores of one actor; by default all cores of the machine without GPUs, one with them."""
+    """CPU cores of one process; by default all cores of the machine without GPUs, or its shard's part of them; one
+    with GPUs."""
     max_length: int = Field(default=1024, ge=16)
     """Pairs whose prompt and longer completion together have more tokens are dropped, never cut."""
     tokens_per_batch: Annotated[int, MEMORY] = Field(default=4096, ge=32)

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from rdpo.config.models import Engine, Sampling
+from rdpo.config.models import Engine, Readers, Sampling
 from rdpo.config.section import MEMORY, PLACEMENT, Address, Concurrency, Dtype, Section, Source
 
 
@@ -90,7 +90,7 @@ class JudgeReward(RewardSection):
         return self
 
 
-class ImplicitReward(RewardSection):
+class ImplicitReward(RewardSection, Readers):
     """DPO's implicit reward of a trained model against the model it was trained from (arXiv 2406.09760)."""
 
     kind: Literal["implicit"]
@@ -106,10 +106,6 @@ class ImplicitReward(RewardSection):
     """Precision of both forwards; `auto` as in `student.dtype`."""
     tokens_per_batch: Annotated[int, MEMORY] = Field(default=4096, ge=32)
     """Token budget of one forward, padding included."""
-    concurrency: Annotated[Concurrency, PLACEMENT] = 1
-    """Number of reward actors, or `[smallest, largest]`."""
-    gpus: Annotated[float, PLACEMENT] = Field(default=0, ge=0)
-    """GPUs of one actor, which holds both models."""
 
     @model_validator(mode="after")
     def _check_models(self) -> ImplicitReward:

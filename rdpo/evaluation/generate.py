@@ -17,21 +17,22 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from rdpo.cluster.hardware import take_device
 from rdpo.cluster.pools import Pool, engine_pool
 from rdpo.config import Job, Sampling
 from rdpo.config.task import Turn
 from rdpo.evaluation.compare import DRAWN, MODELS
 from rdpo.modeling.chat import load_chat
-from rdpo.modeling.ratios import Ratios
-from rdpo.modeling.student import student_reader
-from rdpo.modeling.weights import ModelRef, local_model
+from rdpo.modeling.readers import answer_logps
+from rdpo.modeling.student import frozen_student
+from rdpo.modeling.weights import ModelRef
 from rdpo.preference.reference import reference_pool
 from rdpo.records import ID_COLUMN, Messages, Row, alive, draw_seed, drop, table_of
 from rdpo.synthesis.crashes import CrashGuard, open_crash_counts
 from rdpo.synthesis.engine import Engine, Generation
 from rdpo.synthesis.instructions import beginning, load_task, question_of
 from rdpo.synthesis.teacher import Conversation
+from rdpo.training.backend import backend_of
+from rdpo.training.sharded import open_readers
 
 if TYPE_CHECKING:
     import ray.data
@@ -179,32 +180,76 @@ class Answerer:
             self.engine.shutdown()
 
 
-def add_divergence(rows: ray.data.Dataset, job: Job, trained: str, column: str) -> ray.data.Dataset:
-    """Add `kl` and `kl_length` of the trained model's answers in `column`."""
-    # It takes the place of the reference pool, which has ended by then.
-    pool = replace(reference_pool(job), block_rows=FORWARD_ROWS)
-    return pool.map(rows, Divergence, job=job, trained=trained, column=column)
+def divergence_pool(job: Job) -> Pool:
+    """The actors that measure KL. They take the place of the reference pool, which has ended by then."""
+    pool = reference_pool(job)
+    return replace(pool, block_rows=FORWARD_ROWS * pool.shards)
+
+
+def add_divergence(
+    rows: ray.data.Dataset, job: Job, trained: str, column: str, passes: int | None = None
+) -> ray.data.Dataset:
+    """Add `kl` and `kl_length` of the trained model's answers in `column`.
+
+    On the CPU an actor holds both models. A GPU may have room for one of them alone, so there the trained model reads
+    all rows before the start model does.
+
+    Args:
+        rows: with the answers.
+        job: the job.
+        trained: address of the trained model's folder.
+        column: the answers' name.
+        passes: 1 or 2, in place of that choice.
+    """
+    pool = divergence_pool(job)
+    models = {TRAINED: trained, START: None}
+    if passes is None:
+        passes = 2 if pool.gpus else 1
+    if passes == 1:
+        return pool.map(rows, Divergence, job=job, models=models, column=column)
+    for side, folder in models.items():
+        # Made before the next model is loaded.
+        rows = pool.map(rows, Divergence, job=job, models={side: folder}, column=column).materialize()
+    return rows
 
 
 class Divergence:
-    """A Ray Data actor that holds the start model and the trained one."""
+    """A Ray Data actor that holds the start model, the trained one, or both; the last to read a row makes its `kl`.
 
-    def __init__(self, job: Job, trained: str, column: str):
-        settings, chat = job.reference, load_chat(ModelRef.student(job), job.date)
-        device = take_device(settings.gpus, settings.cpus)
-        after, _ = student_reader(job, device, merged=local_model(trained))
-        before, _ = student_reader(job, device)
-        self.column, self.ratios = column, Ratios(chat, after, before, device, settings.tokens_per_batch)
+    `models`: addresses of their folders by side, None for the start.
+    """
+
+    def __init__(self, job: Job, models: Mapping[str, str | None], column: str):
+        self.column, self.chat = column, load_chat(ModelRef.student(job), job.date)
+        frozen = [frozen_student(job, folder) for folder in models.values()]
+        budget, pool = job.reference.tokens_per_batch, divergence_pool(job)
+        self.readers = dict(
+            zip(models, open_readers(frozen, pool, budget, backend_of(job), job.reference.cpus), strict=True)
+        )
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Measure a block of rows."""
         rows = batch.to_pylist()
         ids = f"{self.column}_ids"
         answered = [index for index, row in enumerate(rows) if alive(row) and (row.get(ids) or row.get(self.column))]
-        rows = [{**row, "kl": None, "kl_length": None} for row in rows]
-        for index, ratio in zip(answered, self.ratios([rows[index] for index in answered], self.column), strict=True):
-            if math.isnan(ratio.nats):
-                rows[index] = drop(rows[index], UNREADABLE)
-            else:
-                rows[index] |= {"kl": ratio.nats, "kl_length": ratio.tokens}
-        return table_of(rows)
+        for side, reader in self.readers.items():
+            rows = [{**row, f"{side}_logp": None, f"{side}_length": None} for row in rows]
+            found = answer_logps([rows[index] for index in answered], self.column, self.chat, reader)
+            for index, logp in zip(answered, found, strict=True):
+                rows[index] |= {f"{side}_logp": logp.nats, f"{side}_length": logp.tokens}
+        return table_of([_with_kl(row) for row in rows])
+
+
+def _with_kl(row: Row) -> Row:
+    """The row with its log-ratio, once both models have read it; dropped where one of them cannot."""
+    names = [f"{side}_{end}" for side in (TRAINED, START) for end in ("logp", "length")]
+    if not all(name in row for name in names):
+        return row
+
+    after, length, before, _ = (row.pop(name) for name in names)
+    row = {**row, "kl": None, "kl_length": None}
+    if after is None:
+        return row
+    if math.isnan(after - before):
+        return drop(row, UNREADABLE)
+    return {**row, "kl": after - before, "kl_length": length}

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rdpo.cluster.hardware import take_device
 from rdpo.execution.reader import RunReader
 from rdpo.files.stage_folder import StageFolder
-from rdpo.modeling.student import student_reader
+from rdpo.modeling.student import frozen_student
 from rdpo.records import SIDES, Row
 
 if TYPE_CHECKING:
@@ -41,8 +40,8 @@ class TokenReader:
         logging.disable_progress_bar()
         device = take_device(torch.cuda.is_available())
         trained = _merged(run.folder("policy")) if run.manifest("policy") else None
-        self.reference, _ = student_reader(run.job_of("reference"), device)
-        self.policy = student_reader(run.job_of("policy"), device, merged=trained)[0] if trained else None
+        self.reference, _ = frozen_student(run.job_of("reference")).open(device)
+        self.policy = frozen_student(run.job_of("policy"), trained).open(device)[0] if trained else None
 
     def read(self, row: Row) -> dict[str, TokenLogps]:
         """Of a row with `prompt_ids`, `chosen_ids` and `rejected_ids`: each side's log-probs by its name."""
@@ -50,10 +49,10 @@ class TokenReader:
         return {side: TokenLogps(len(row["prompt_ids"]), reference[side], policy.get(side)) for side in SIDES}
 
 
-def _merged(folder: StageFolder) -> Path:
+def _merged(folder: StageFolder) -> str:
     from rdpo.training.checkpoint import MERGED
 
-    return Path(folder.local(MERGED))
+    return str(folder.local(MERGED))
 
 
 def _by_side(policy: Policy, row: Row) -> dict[str, list[float]]:

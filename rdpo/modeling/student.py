@@ -2,8 +2,8 @@
 
 Precision, chunk of the head, layout, quantization and trust in the model's code are decided here, once. Training, the
 reference, the divergence of the evaluation and the log-probs of single tokens all take their policy from
-`student_forward`, or from `student_reader`, which has compared it with the model's own logits; numbers that are
-subtracted from each other come from the same arithmetic.
+`student_forward`, or from `frozen_student`, which is compared with the model's own logits before it is read; numbers
+that are subtracted from each other come from the same arithmetic.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from rdpo.cluster.hardware import compute_dtype
 from rdpo.errors import InputError
+from rdpo.modeling.readers import FrozenModel
 from rdpo.modeling.weights import ModelRef
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from rdpo.config import Job, Lora
     from rdpo.modeling.chat import Chat
     from rdpo.modeling.model import ForwardSettings, Policy, Tuning
-    from rdpo.modeling.probe import ReadAs
 
 QUESTION = [{"role": "user", "content": "x"}]
 """By which it is found out what ids every text has: those that the chat template writes."""
@@ -58,22 +58,15 @@ def student_forward(job: Job, merged: Path | None = None, to_train: bool = False
     return load_policy(folder, forward_settings(job, merged is None), tuning_of(job) if to_train else None)
 
 
-def student_reader(job: Job, device: str, merged: Path | None = None) -> tuple[Policy, ReadAs]:
-    """The student on a device, to be read only, and the layout in which its log-probs are those of its own logits.
+def frozen_student(job: Job, merged: str | None = None) -> FrozenModel:
+    """The student to be read only: as training starts from it, or as it left training.
 
     Args:
         job: as for `student_forward`.
-        device: where it is read.
-        merged: as for `student_forward`.
-
-    Raises:
-        InputError: as `student_forward`, or its log-probs are not those of its own logits.
+        merged: address of the trained model's folder, adapter merged; by default the start.
     """
-    from rdpo.modeling.probe import settle_layout
-
-    policy = student_forward(job, merged).eval().to(device)
-    where = f"student.model {job.student.model}"
-    return policy, settle_layout(policy, where, job.training.layout)
+    ref = ModelRef(merged, trust=job.student.trust_remote_code) if merged else ModelRef.student(job)
+    return FrozenModel(ref, forward_settings(job, merged is None), f"student.model {job.student.model}")
 
 
 def check_student(job: Job, chat: Chat) -> None:

@@ -57,7 +57,7 @@ class Price(Section):
         if self.per_gpu_hour is not None:
             if not pool.gpus:
                 raise InputError(f"--prices: {pool.setting} is on the CPU; price {_kind(pool)} by per_node_hour")
-            return math.ceil(largest(pool.size) * pool.gpus) * self.per_gpu_hour
+            return math.ceil(largest(pool.processes) * pool.gpus) * self.per_gpu_hour
         if self.per_node_hour is None:
             raise ValueError("a price has per_gpu_hour or per_node_hour")
 
@@ -66,7 +66,7 @@ class Price(Section):
             raise InputError(
                 f"--prices: no actor of {pool.setting} fits on a node of {_kind(pool)} with these GPUs, CPUs"
             )
-        return math.ceil(largest(pool.size) / min(places)) * self.per_node_hour
+        return math.ceil(largest(pool.processes) / min(places)) * self.per_node_hour
 
 
 def _kind(pool: Pool) -> str:
@@ -105,7 +105,7 @@ class Rates:
         if known is None or known[1] != pool.gpus:
             had = "no such pool" if known is None else f"{known[1]:g} GPU(s) for each of its actors"
             raise InputError(f"--rates {self.source}: {pool.setting} has {pool.gpus:g} GPU(s), there it is {had}")
-        return largest(pool.size) / known[0]
+        return largest(pool.processes) / known[0]
 
 
 def load_rates(source: str) -> Rates:
@@ -142,7 +142,7 @@ def _rates_of_run(run_dir: str) -> Rates:
     return Rates(
         run_dir,
         {stage: done[stage] / manifest.seconds for stage, manifest in manifests.items() if manifest.seconds},
-        {pool.setting: (largest(pool.size), pool.gpus) for pool in pools},
+        {pool.setting: (largest(pool.processes), pool.gpus) for pool in pools},
         {stage: (pairs if stage == "training" else done[stage]) / prompts for stage in manifests} if prompts else {},
         "rewards" in manifests["synthesis"].together,
     )

@@ -13,26 +13,29 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from rdpo.cluster.hardware import allocator_environment, take_device
-from rdpo.cluster.pools import Pool
+from rdpo.cluster.hardware import allocator_environment
+from rdpo.cluster.pools import BLOCK_ROWS, Pool
 from rdpo.config import Job
 from rdpo.errors import InputError
 from rdpo.files.stage_folder import StageFolder
 from rdpo.modeling.chat import Chat, load_chat
-from rdpo.modeling.packing import MicroBatch, PairSize, micro_batches
-from rdpo.modeling.student import student_reader
+from rdpo.modeling.packing import PairSize
+from rdpo.modeling.readers import Reader
+from rdpo.modeling.student import frozen_student
 from rdpo.modeling.weights import ModelRef
 from rdpo.preference.known_logps import KnownLogps, recalled
 from rdpo.records import SCORE_COLUMNS, SIDES, Row, alive, drop
+from rdpo.training.backend import backend_of
+from rdpo.training.sharded import open_reader
 
 if TYPE_CHECKING:
     import ray.data
     from ray import ObjectRef
 
-    from rdpo.modeling.model import Policy
-
 ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 REASON_CHARS = 200
+ROWS_OF_SHARD = 8
+"""Rows of a block for each process of a partitioned model at least, so that none of them idles for long."""
 
 FORWARD = "forward.json"
 """In the folder of the reference: the layout in which log-probs are those of the model's own logits."""
@@ -68,10 +71,19 @@ def as_referred(job: Job, run_dir: str) -> Job:
 
 
 def reference_pool(job: Job) -> Pool:
-    """The actors that hold the reference model."""
+    """The actors that hold the reference model, each of them one process or several."""
     settings, nodes = job.reference, job.cluster.placement.trainer
-    environment = allocator_environment() if settings.gpus else {}
-    return Pool("reference", "reference", settings.concurrency, 1, settings.gpus, nodes, environment=environment)
+    return Pool(
+        "reference",
+        "reference",
+        settings.concurrency,
+        1,
+        settings.gpus,
+        nodes,
+        block_rows=max(BLOCK_ROWS, ROWS_OF_SHARD * settings.shards),
+        shards=settings.shards,
+        environment=allocator_environment() if settings.gpus else {},
+    )
 
 
 def tokenize_pair(row: Row, chat: Chat, max_length: int, vocabulary: int | None = None) -> Row:
@@ -115,22 +127,28 @@ class Reference:
 
         self.job, self.settings, self.run_dir = job, job.reference, run_dir
         self.known: KnownLogps = ray.get(known) if known else {}
-        # The model is loaded with the first pair that needs it: a run whose log-probs are all known loads none.
-        self.device = take_device(self.settings.gpus, self.settings.cpus)
         student = ModelRef.student(job)
         self.chat, self.vocabulary = load_chat(student, job.date), student.config().get_text_config().vocab_size
 
     @cached_property
-    def policy(self) -> Policy:
+    def reader(self) -> Reader:
         """The reference model, once its log-probs are known to be those of its own logits.
+
+        It is loaded with the first pair that needs it: a run whose log-probs are all known loads none.
 
         Raises:
             InputError: they are not.
         """
-        policy, read_as = student_reader(self.job, self.device)
+        reader = open_reader(
+            frozen_student(self.job),
+            reference_pool(self.job),
+            self.settings.tokens_per_batch,
+            backend_of(self.job),
+            self.settings.cpus,
+        )
         if self.run_dir:
-            StageFolder(self.run_dir, "reference").write_json(FORWARD, asdict(read_as))
-        return policy
+            StageFolder(self.run_dir, "reference").write_json(FORWARD, asdict(reader.read_as))
+        return reader
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Tokenize a block of pairs and add their log-probs."""
@@ -143,20 +161,10 @@ class Reference:
         return pa.Table.from_pylist(rows, schema=_schema(batch.schema))
 
     def _fill(self, rows: list[Row], missing: list[int]) -> None:
-        sizes = [pair_size(row) for row in rows]
-        for micro in micro_batches(missing, sizes, self.settings.tokens_per_batch, self.policy.packed):
-            self._forward(rows, micro)
-
-    def _forward(self, rows: list[Row], micro: MicroBatch) -> None:
-        import torch
-
-        pairs = [rows[index] for index in micro.pairs]
-        columns = ([pair[name] for pair in pairs] for name in ID_COLUMNS)
-        with torch.inference_mode():
-            logps = self.policy(self.policy.batch(*columns).to(self.device)).cpu()
-        # The sequences of a batch are all chosen answers, then all rejected ones.
-        for pair, chosen, rejected in zip(pairs, *logps.view(2, len(pairs)).tolist(), strict=True):
-            pair["reference_chosen_logps"], pair["reference_rejected_logps"] = chosen, rejected
+        columns = ([rows[index][name] for index in missing] for name in ID_COLUMNS)
+        for side, logps in zip(SIDES, self.reader(*columns), strict=True):
+            for index, value in zip(missing, logps, strict=True):
+                rows[index][f"reference_{side}_logps"] = value
 
 
 def _schema(pairs: pa.Schema) -> pa.Schema:

@@ -42,7 +42,7 @@ def prepare(job: Job, say: Say) -> bool:
     check_installed(ray)
     nodes = Nodes.of(ray)
     for pool in check_room(pools, nodes):
-        say(f"{pool.setting} waits until nodes are started: {smallest(pool.size)} x {pool}")
+        say(f"{pool.setting} waits until nodes are started: {smallest(pool.processes)} x {pool}")
     return fit_side_by_side(pools, job.cluster, nodes)
 
 

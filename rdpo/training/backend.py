@@ -6,7 +6,7 @@ tests (`tests/support/plain_backend.py`): it shows the least that an engine has 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -36,7 +36,7 @@ class Backend(Protocol):
     """
 
     policy: Policy
-    """The policy that is trained. Call `forward` for its log-probs: an engine may have to gather weights for it."""
+    """The policy. For the log-probs of one that is trained, call `forward`: an engine may have to gather weights."""
 
     @classmethod
     def build(cls, job: Job, device: torch.device, converted: bool = False) -> Backend:
@@ -46,6 +46,19 @@ class Backend(Protocol):
             job: its `student` and `training` say all there is to say about it.
             device: this worker's.
             converted: a checkpoint that went through `convert` will be loaded.
+        """
+        ...
+
+    @classmethod
+    def read_only(cls, load: Callable[[], Policy], dtype: str, device: torch.device) -> Backend:
+        """Load a policy that is not trained, its weights partitioned over all workers; only `policy` is used of it.
+
+        Every worker calls the policy equally often.
+
+        Args:
+            load: loads it, in evaluation mode.
+            dtype: its precision.
+            device: this worker's.
         """
         ...
 

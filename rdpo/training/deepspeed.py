@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,25 +47,29 @@ class DeepSpeedBackend:
         DeepSpeed takes the worker's device from Ray Train's environment, not from `device`.
         """
         import deepspeed
-        from transformers.integrations import HfDeepSpeedConfig
 
-        config = zero_config(job.training, student_dtype(job), converted)
-        partitioned = job.training.zero_stage == 3
-        if device.type == "cpu":
-            # Else DeepSpeed compiles, for minutes, a sum over shared memory which only its inference uses.
-            deepspeed.ops.__compatible_ops__ = {}
-        deepspeed.init_distributed(auto_mpi_discovery=False)
-
-        # transformers looks for such an object while it loads weights: they are partitioned only as long as it lives.
-        partitioned_load = HfDeepSpeedConfig(config) if partitioned else None
-        policy = student_forward(job, to_train=True)
-        del partitioned_load
+        _begin(device)
+        config, partitioned = zero_config(job.training, student_dtype(job), converted), job.training.zero_stage == 3
+        with _partitioned_load(config) if partitioned else nullcontext():
+            policy = student_forward(job, to_train=True)
 
         policy.train()
         if partitioned:
             gather_by_layer(policy)
         trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
         return cls(policy, deepspeed.initialize(model=policy, model_parameters=trained, config=config)[0])
+
+    @classmethod
+    def read_only(cls, load: Callable[[], Policy], dtype: str, device: torch.device) -> DeepSpeedBackend:
+        """Load a policy for its log-probs alone: ZeRO-3 without an optimizer."""
+        import deepspeed
+
+        _begin(device)
+        config = _read_only_config(dtype)
+        with _partitioned_load(config):
+            policy = load()
+        gather_by_layer(policy)
+        return cls(policy, deepspeed.initialize(model=policy, config=config)[0])
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Summed completion log-probs (S,) in fp32."""
@@ -191,6 +196,27 @@ class DeepSpeedBackend:
         return {name: amount for name, amount in parts.items() if name not in offloaded}
 
 
+def _begin(device: torch.device) -> None:
+    """Let DeepSpeed take up the process group."""
+    import deepspeed
+
+    if device.type == "cpu":
+        # Else DeepSpeed compiles, for minutes, a sum over shared memory which only its inference uses.
+        deepspeed.ops.__compatible_ops__ = {}
+    deepspeed.init_distributed(auto_mpi_discovery=False)
+
+
+@contextmanager
+def _partitioned_load(config: dict[str, Any]) -> Iterator[None]:
+    """Within this context weights are partitioned while they are loaded."""
+    from transformers.integrations import HfDeepSpeedConfig
+
+    # transformers looks for such an object, which is forgotten when nobody holds it any more.
+    loading = HfDeepSpeedConfig(config)
+    yield
+    del loading
+
+
 def _offloaded(training: Training, stage: int) -> set[str]:
     """The parts of a worker's memory that lie on the CPU instead of its GPU."""
     if training.offload == "none" or not stage or not training.gpus_per_worker:
@@ -210,10 +236,7 @@ def zero_config(training: Training, dtype: str, universal: bool = False) -> dict
     if stage:
         zero["reduce_bucket_size"] = BUCKET
     if stage == 3:
-        zero["stage3_gather_16bit_weights_on_model_save"] = False
-        zero["stage3_prefetch_bucket_size"] = BUCKET
-        zero["stage3_param_persistence_threshold"] = PERSISTENT
-        zero["stage3_max_live_parameters"] = zero["stage3_max_reuse_distance"] = LIVE
+        zero |= _partitioning()
 
     if training.offload != "none" and stage >= 1:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": training.gpus_per_worker > 0}
@@ -235,6 +258,27 @@ def zero_config(training: Training, dtype: str, universal: bool = False) -> dict
         # optimizer then, whose checkpoints are not partitioned in the same way.
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     return config
+
+
+def _partitioning() -> dict[str, Any]:
+    """How ZeRO-3 gathers what it has partitioned."""
+    return {
+        "stage3_gather_16bit_weights_on_model_save": False,
+        "stage3_prefetch_bucket_size": BUCKET,
+        "stage3_param_persistence_threshold": PERSISTENT,
+        "stage3_max_live_parameters": LIVE,
+        "stage3_max_reuse_distance": LIVE,
+    }
+
+
+def _read_only_config(dtype: str) -> dict[str, Any]:
+    """DeepSpeed's configuration dictionary of a policy that is not trained."""
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "bf16": {"enabled": dtype == "bfloat16"},
+        "zero_optimization": {"stage": 3, **_partitioning()},
+        "steps_per_print": 1 << 30,
+    }
 
 
 def _engine_config(

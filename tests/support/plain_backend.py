@@ -10,14 +10,21 @@ from rdpo.modeling.student import student_forward
 class PlainBackend:
     """A policy and AdamW, see `rdpo.training.backend.Backend`; a checkpoint is one file."""
 
-    def __init__(self, policy, training):
-        self.policy, self.limit = policy, training.max_grad_norm
+    def __init__(self, policy, training=None):
+        self.policy = policy
+        if training is None:
+            return
+        self.limit = training.max_grad_norm
         self.trained = [weight for weight in policy.parameters() if weight.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, weight_decay=training.weight_decay)
 
     @classmethod
     def build(cls, job, device, converted=False):
         return cls(student_forward(job, to_train=True).to(device).train(), job.training)
+
+    @classmethod
+    def read_only(cls, load, dtype, device):
+        return cls(load().to(device))
 
     def forward(self, batch):
         return self.policy(batch)

@@ -104,6 +104,29 @@ def test_override_values_are_toml_or_text(tmp_path, job_table):
     assert (job.training.beta, job.name, job.training.lora.rank) == (0.2, "other", 4)
 
 
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"gpus": 2}, "gpus = 2: one process reads on one GPU; give gpus = 1 and shards = 2"),
+        ({"gpus": 0.5, "shards": 2}, "gpus = 0.5: each of several shards takes a whole GPU, or none"),
+        ({"shards": 2, "concurrency": (1, 2)}, "concurrency: actors of several shards are a fixed number"),
+    ],
+)
+def test_readers_take_the_gpus_that_they_can_use(job_table, section, message):
+    implicit = {"kind": "implicit", "name": "own", "reference": "m", **section}
+    for table in ({"reference": section}, {"rewards": [implicit]}):
+        with pytest.raises(ValueError, match=message):
+            Job.model_validate({**job_table, **table})
+
+
+def test_weights_in_four_bits_are_not_partitioned(job_table):
+    job_table["student"]["quantization"] = "nf4"
+    job_table["training"] |= {"lora": {"rank": 4}, "zero_stage": 1}
+    Job.model_validate({**job_table, "reference": {**job_table["reference"], "shards": 1}})
+    with pytest.raises(ValueError, match="weights in four bits cannot be partitioned; give shards = 1"):
+        Job.model_validate({**job_table, "reference": {**job_table["reference"], "shards": 2}})
+
+
 def test_no_file_and_no_toml(tmp_path):
     with pytest.raises(InputError, match="no such job file"):
         load_job(tmp_path / "none.toml")

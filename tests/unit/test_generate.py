@@ -18,11 +18,14 @@ from rdpo.evaluation.generate import (
     UNREADABLE,
     Answerer,
     Divergence,
+    add_divergence,
     answer_prompts,
     side_by_side,
 )
-from rdpo.modeling.ratios import Ratios
+from rdpo.modeling.probe import ReadAs
+from rdpo.modeling.readers import PolicyReader, answer_logps
 from rdpo.modeling.weights import ModelRef
+from rdpo.records import table_of
 from rdpo.synthesis.engine import Generation
 from tests.support.jobs import valid_job
 from tests.support.models import byte_tokenizer, save_model
@@ -135,8 +138,48 @@ def test_what_the_model_cannot_read_is_dropped_with_the_reason(tmp_path):
         for answer in ("short", "long " * 20)
     ]
     table = pa.Table.from_pylist([{**row, "dropped": None} for row in rows])
-    found = Divergence(Job.model_validate(valid_job(folder, tmp_path)), folder, "answer")(table).to_pylist()
+    job = Job.model_validate(valid_job(folder, tmp_path))
+    found = Divergence(job, {TRAINED: folder, START: None}, "answer")(table).to_pylist()
     assert [(row["kl"], row["dropped"]) for row in found] == [(0.0, None), (None, UNREADABLE)]
+
+
+def test_two_passes_with_a_model_each_measure_what_one_pass_with_both_does(wordy_models, tmp_path):
+    job = Job.model_validate(valid_job(wordy_models[1], tmp_path))
+    answers = ["short", "a longer answer", "", "dropped before"]
+    rows = [
+        {"prompt_id": text, "prompt": [{"role": "user", "content": "x"}], "answer": text}
+        | {"answer_finish_reason": "stop", "dropped": text if text.startswith("dropped") else None}
+        for text in answers
+    ]
+    table = table_of(rows)
+    once = Divergence(job, {TRAINED: wordy_models[0], START: None}, "answer")(table)
+    first = Divergence(job, {TRAINED: wordy_models[0]}, "answer")(table)
+    assert "kl" not in first.column_names
+    assert Divergence(job, {START: None}, "answer")(first).to_pylist() == once.to_pylist()
+    measured = once["kl"].to_pylist()
+    assert [kl is None for kl in measured] == [False, False, True, True]
+    assert measured[0] != measured[1]
+
+
+def test_a_gpu_holds_one_of_the_two_models_at_a_time(job_table, monkeypatch):
+    passes = []
+
+    class Rows:
+        def materialize(self):
+            passes[-1].append("made")
+            return self
+
+    def asked(pool, rows, actor, models, **_):
+        passes.append(list(models))
+        return rows
+
+    monkeypatch.setattr(Pool, "map", asked)
+    add_divergence(Rows(), Job.model_validate(job_table), "folder", "drawn")
+    assert passes == [[TRAINED, START]]
+    passes.clear()
+    job_table["reference"] |= {"gpus": 1}
+    add_divergence(Rows(), Job.model_validate(job_table), "folder", "drawn")
+    assert passes == [[TRAINED, "made"], [START, "made"]]
 
 
 class Drawing(Engine):
@@ -242,13 +285,15 @@ class TextOfOneToken:
 @pytest.mark.parametrize(("temperature", "holds"), [(1.0, True), (0.4, False)])
 def test_kl_is_the_exact_one_and_only_without_temperature(temperature, holds):
     policy, reference, generator = Bigram(1), Bigram(2), torch.Generator().manual_seed(0)
-    ratios = Ratios(TextOfOneToken(), policy, reference, "cpu", 10_000)
+    chat, read_as = TextOfOneToken(), ReadAs("padded", 0, packable=False)
     rows = [
         {"prompt": [], "drawn": "text", "drawn_finish_reason": "length", "prompt_id": str(place), "drawn_tokens": 3}
         | {"drawn_ids": policy.draw(0, LENGTH, generator, temperature)}
         for place in range(3000)
     ]
-    measured = [{**row, "kl": ratio.nats} for row, ratio in zip(rows, ratios(rows, DRAWN), strict=True)]
+    readers = (PolicyReader(model, read_as, "cpu", 10_000) for model in (policy, reference))
+    after, before = (answer_logps(rows, DRAWN, chat, reader) for reader in readers)
+    measured = [{**row, "kl": (one - other).nats} for row, one, other in zip(rows, after, before, strict=True)]
     kl = divergence(measured)["kl"]
     assert kl["high"] - kl["low"] < 0.3
     # Three standard errors where the interval has two.

@@ -7,8 +7,8 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2] / "rdpo"
 ORDER = (
-    *("cli", "api", "experiments", "report", "inspection", "planning", "stages", "execution", "evaluation", "training"),
-    *("preference", "synthesis", "modeling", "cluster", "tracking", "config", "files", "records", "errors"),
+    *("cli", "api", "experiments", "report", "inspection", "planning", "stages", "execution", "evaluation"),
+    *("preference", "synthesis", "training", "modeling", "cluster", "tracking", "config", "files", "records", "errors"),
 )
 ROOMS = {"evaluation", "training", "preference", "synthesis", "modeling"}
 ROOT = {"__init__.py", "__main__.py", "api.py", "errors.py", "records.py"}

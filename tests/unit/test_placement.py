@@ -97,7 +97,7 @@ def test_gpus_are_divided_into_groups():
 def test_every_pool_is_placed_by_what_it_does(job_with):
     judge = {**JUDGE, "engine": {"cpus": 3}}
     job = job_with(CLASSIFIER, judge, teacher=2, placement=KINDS, num_workers=(1, 2), cpus_per_worker=4)
-    assert [(pool.setting, pool.actor) for pool in pools_of(job)] == [
+    assert [(pool.setting, pool.process) for pool in pools_of(job)] == [
         ("synthesis.engine", {"CPU": 1, "GPU": 2, "spot": 0.001}),
         ("rewards.rm", {"CPU": 1, "GPU": 0, "small": 0.001}),
         ("rewards.judge.engine", {"CPU": 3, "GPU": 0, "small": 0.001}),

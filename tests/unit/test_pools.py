@@ -14,7 +14,7 @@ from rdpo.stages.pools import pools_of
 PACKAGE = Path(__file__).parents[2] / "rdpo"
 REWARDS = [
     {"kind": "classifier", "name": "rm", "model": "m", "gpus": 0.5, "concurrency": (1, 3)},
-    {"kind": "implicit", "name": "own", "reference": "m", "gpus": 2, "concurrency": 2},
+    {"kind": "implicit", "name": "own", "reference": "m", "gpus": 1, "shards": 3, "concurrency": 2},
     {"kind": "judge", "name": "judge", "rubric": "{{ answer }}", "engine": {"gpus": 4, "cpus": 3, "batch_rows": 5}},
     {"kind": "function", "name": "length", "function": "tests.rewards:length"},
 ]
@@ -41,6 +41,9 @@ class Dataset:
     def map_batches(self, actor, **options):
         if isinstance(actor, type):
             self.asked[actor.__name__] = {**options, "block_rows": self.rows}
+        return self
+
+    def materialize(self):
         return self
 
     def take_all(self):
@@ -85,8 +88,10 @@ def test_what_a_pool_declares_is_what_ray_is_asked_for(job, asked):
         for actor in ACTORS[setting]:
             options = asked[actor]
             compute = options["compute"]
-            assert {"CPU": options["num_cpus"], "GPU": options["num_gpus"], **options["resources"]} == pool.actor
-            assert options["resources"] == {pool.nodes: SHARE}
+            taken = {"CPU": options["num_cpus"], "GPU": options["num_gpus"], **(options["resources"] or {})}
+            # One that leads the processes of a partitioned model takes nothing itself.
+            assert taken == (pool.process if pool.shards == 1 else {"CPU": 0, "GPU": 0})
+            assert options["resources"] == ({pool.nodes: SHARE} if pool.shards == 1 else None)
             assert (compute.min_size, compute.max_size) == (smallest(pool.size), largest(pool.size))
             assert compute.max_concurrent_calls_per_actor == pool.at_once
             assert compute.max_tasks_in_flight_per_actor == pool.at_once + 1

@@ -236,13 +236,13 @@ def test_implicit_reward_is_beta_times_the_log_ratio(wordy_models, job_table, bu
     actor = Implicit(reward, ["answer"], job)
     scores = actor.score(rows, "answer")
     for row, score in zip(rows, scores, strict=True):
-        prompt = actor.ratios.chat.prompt_ids(row["prompt"])
-        answer = actor.ratios.chat.completion_ids(row["answer"], row["answer_finish_reason"] == "stop")
+        prompt = actor.chat.prompt_ids(row["prompt"])
+        answer = actor.chat.completion_ids(row["answer"], row["answer_finish_reason"] == "stop")
         trained, start = (plain_logp(folder, prompt, answer) for folder in wordy_models)
         assert score == pytest.approx(0.3 * (trained - start), abs=1e-4)
     assert scores[0] != scores[3]
     per_token = Implicit(implicit(wordy_models, beta=0.3, normalization="token_mean"), ["answer"], job)
-    length = len(actor.ratios.chat.completion_ids(ANSWERS[0], True))
+    length = len(actor.chat.completion_ids(ANSWERS[0], True))
     assert per_token.score(rows, "answer")[0] == pytest.approx(scores[0] / length, abs=1e-5)
 
 

@@ -50,10 +50,11 @@ def logps(policy):
 
 
 def test_the_start_is_in_four_bits_wherever_it_is_read_and_the_trained_model_nowhere(quantised, tiny_model):
-    divergence = Divergence(quantised, tiny_model, "trained").ratios
+    divergence = Divergence(quantised, {"trained": tiny_model, "start": None}, "trained").readers
     reader = TokenReader(TrainedRun(quantised, tiny_model))
-    starts = [Reference(quantised).policy, divergence.start, reader.reference, student_forward(quantised).eval()]
-    trained = [divergence.trained, reader.policy]
+    starts = [Reference(quantised).reader.policy, divergence["start"].policy, reader.reference]
+    starts += [student_forward(quantised).eval()]
+    trained = [divergence["trained"].policy, reader.policy]
     assert {four_bits(policy) for policy in starts} == {14}
     assert {four_bits(policy) for policy in trained} == {0}
     assert all(torch.equal(logps(policy), logps(starts[0])) for policy in starts)

@@ -11,23 +11,23 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from rdpo.cluster.hardware import compute_dtype, computed_dtype, take_device
+from rdpo.cluster.hardware import compute_dtype, computed_dtype
 from rdpo.cluster.pools import Pool
 from rdpo.config import ImplicitReward, Job
 from rdpo.errors import InputError
 from rdpo.files.manifest import Settings
 from rdpo.modeling.chat import Chat, load_chat, rendering_settings
-from rdpo.modeling.ratios import Ratios
+from rdpo.modeling.readers import FrozenModel, answer_logps
 from rdpo.modeling.student import checked_model
 from rdpo.modeling.weights import ModelRef
 from rdpo.preference.rewards.kind import RewardKind
 from rdpo.preference.scores import record_scores
 from rdpo.records import Row, table_of
+from rdpo.training.backend import backend_of
+from rdpo.training.sharded import open_readers
 
 if TYPE_CHECKING:
     import ray.data
-
-    from rdpo.modeling.model import Policy
 
 CHUNK = 1024
 PROBE_TEXT = "Ein Satz, 3 numbers: 12, 345; naïve 日本 <|end|>"
@@ -64,8 +64,13 @@ class ImplicitKind(RewardKind[ImplicitReward]):
         return self.reward if self.reward.model else self.reward.model_copy(update={"reference": start})
 
     def _pool(self, job: Job) -> Pool:
-        nodes = job.cluster.placement.reward
-        return Pool("rewards", self.where, self.reward.concurrency, 1, self.reward.gpus, nodes)
+        return implicit_pool(self.reward, job)
+
+
+def implicit_pool(reward: ImplicitReward, job: Job) -> Pool:
+    """The actors of an implicit reward, each of them one process or several."""
+    nodes = job.cluster.placement.reward
+    return Pool("rewards", f"rewards.{reward.name}", reward.concurrency, 1, reward.gpus, nodes, shards=reward.shards)
 
 
 class Implicit:
@@ -73,11 +78,10 @@ class Implicit:
 
     def __init__(self, reward: ImplicitReward, answers: list[str], job: Job):
         self.reward, self.answers = reward, answers
-        chat, device = checked_implicit(reward, job), take_device(reward.gpus)
-        trained, start = (
-            _load(model, reward, device) for model in (trained_of(reward, job), reference_of(reward, job))
-        )
-        self.ratios = Ratios(chat, trained, start, device, reward.tokens_per_batch)
+        self.chat = checked_implicit(reward, job)
+        models = [frozen_model(model, reward) for model in (trained_of(reward, job), reference_of(reward, job))]
+        pool, backend = implicit_pool(reward, job), backend_of(job)
+        self.trained, self.start = open_readers(models, pool, reward.tokens_per_batch, backend)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Score a block of rows."""
@@ -89,21 +93,19 @@ class Implicit:
     def score(self, rows: list[Row], answer: str) -> list[float]:
         """Implicit rewards of one answer of each row; NaN where it has no tokens."""
         mean = self.reward.normalization == "token_mean"
-        ratios = self.ratios(rows, answer)
+        after, before = (answer_logps(rows, answer, self.chat, reader) for reader in (self.trained, self.start))
+        ratios = [one - other for one, other in zip(after, before, strict=True)]
         return [self.reward.beta * ratio.nats / (max(ratio.tokens, 1) if mean else 1) for ratio in ratios]
 
 
-def _load(model: ModelRef, reward: ImplicitReward, device: str) -> Policy:
+def frozen_model(model: ModelRef, reward: ImplicitReward) -> FrozenModel:
     """One of the two models, in the reward's own precision and never quantised: neither is this run's reference."""
-    from rdpo.modeling.model import ForwardSettings, load_policy
-    from rdpo.modeling.probe import settle_layout
+    from rdpo.modeling.model import ForwardSettings
 
     dtype = compute_dtype(reward.dtype, reward.gpus > 0)
-    policy = load_policy(model.folder(), ForwardSettings(dtype, CHUNK, trust_remote_code=model.trust))
-    policy = policy.eval().to(device)
-    # Each by itself: the two may be of different architectures.
-    settle_layout(policy, f"rewards.{reward.name}: {model.name}")
-    return policy
+    return FrozenModel(
+        model, ForwardSettings(dtype, CHUNK, trust_remote_code=model.trust), f"rewards.{reward.name}: {model.name}"
+    )
 
 
 def trained_of(reward: ImplicitReward, job: Job) -> ModelRef:
