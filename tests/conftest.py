@@ -105,8 +105,10 @@ def ray_cluster():
     """A local Ray for the tests of a session."""
     import ray
 
-    context = ray.init(
-        "local", num_cpus=4, object_store_memory=200 << 20, dashboard_host="127.0.0.1", log_to_driver=False
+    from rdpo.cluster.connection import start_local
+
+    context = start_local(
+        ray, num_cpus=4, object_store_memory=200 << 20, dashboard_host="127.0.0.1", log_to_driver=False
     )
     ray.data.DataContext.get_current().enable_progress_bars = False
     yield context

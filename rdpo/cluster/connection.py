@@ -17,6 +17,9 @@ from rdpo.config import Job
 
 HEADROOM_CPUS = 2
 MIN_STORE_BYTES = 100 << 20
+STARTS = 3
+TOO_SLOW = "timed out during startup"
+"""In Ray's message about processes that did not start in time."""
 OWNER_ONLY, OTHERS = 0o600, 0o077
 
 
@@ -36,8 +39,8 @@ def start_ray(job: Job) -> Any:
         keep_token_private()
         # By default Ray's workers, and the engines in them, give way to every other process of the machine.
         os.environ.setdefault("RAY_worker_niceness", "0")
-        ray.init(
-            address="local",
+        start_local(
+            ray,
             num_cpus=(os.cpu_count() or 1) + HEADROOM_CPUS,
             object_store_memory=max(int(job.cluster.object_store_gib * (1 << 30)), MIN_STORE_BYTES),
             dashboard_host="127.0.0.1",
@@ -49,6 +52,34 @@ def start_ray(job: Job) -> Any:
     ray.data.DataContext.get_current().enable_progress_bars = False
     adapt_pools()
     return ray
+
+
+def start_local(ray: Any, **options: Any) -> Any:
+    """Start Ray on this machine, again if it was too slow; what `ray.init` returns.
+
+    Ray gives its own processes thirty seconds to start. On a busy machine they need more the first time, and less the
+    second time, when they are in the cache of the disk.
+
+    Args:
+        ray: the module.
+        options: arguments of `ray.init`.
+    """
+    import psutil
+
+    before, starts = set(psutil.Process().children(recursive=True)), 0
+    while True:
+        starts += 1
+        try:
+            return ray.init(address="local", **options)
+        except Exception as error:
+            # Ray has no class for it.
+            if TOO_SLOW not in str(error) or starts == STARTS:
+                raise
+        # Else two of each would run, and the first ones until this process ends.
+        for process in set(psutil.Process().children(recursive=True)) - before:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        ray.shutdown()
 
 
 def keep_token_private() -> None:

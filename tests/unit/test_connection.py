@@ -1,10 +1,12 @@
-"""Connecting to Ray: the token that lets code run on a cluster is its owner's alone."""
+"""Connecting to Ray: the token that lets code run on a cluster is its owner's alone; a slow start is made again."""
 
 import stat
+import subprocess
+import sys
 
 import pytest
 
-from rdpo.cluster.connection import keep_token_private
+from rdpo.cluster.connection import keep_token_private, start_local
 
 
 @pytest.fixture
@@ -44,3 +46,43 @@ def test_no_token_is_written_where_none_is_read(token, monkeypatch, name, value)
     monkeypatch.setenv(name, value)
     keep_token_private()
     assert not token.exists()
+
+
+class SlowRay:
+    """A Ray whose processes do not start in time so often."""
+
+    def __init__(self, slow, message="The current node timed out during startup."):
+        self.slow, self.message = slow, message
+        self.starts, self.processes = [], []
+
+    def init(self, **options):
+        self.starts.append(options)
+        self.processes.append(subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE))
+        if len(self.starts) <= self.slow:
+            raise Exception(self.message)
+        return "context"
+
+    def shutdown(self):
+        pass
+
+    def end(self):
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+
+def test_a_ray_that_was_too_slow_to_start_is_started_again_alone():
+    ray = SlowRay(2)
+    assert start_local(ray, num_cpus=3) == "context"
+    assert ray.starts == [{"address": "local", "num_cpus": 3}] * 3
+    assert [process.wait(timeout=20) for process in ray.processes[:2]] == [-9, -9]
+    assert ray.processes[2].poll() is None
+    ray.end()
+
+
+@pytest.mark.parametrize(("ray", "starts"), [(SlowRay(9), 3), (SlowRay(9, "no such address"), 1)])
+def test_a_ray_that_does_not_start_is_said(ray, starts):
+    with pytest.raises(Exception, match=ray.message):
+        start_local(ray)
+    assert len(ray.starts) == starts
+    ray.end()
