@@ -19,6 +19,8 @@ from rdpo.config import Concurrency, Engine, largest, smallest
 if TYPE_CHECKING:
     import ray.data
 
+    from rdpo.modeling.weights import ModelRef
+
 SHARE = 0.001
 """What an actor takes of its kind. Ray Train divides sums of it with a floor, which not every fraction survives."""
 FULL = 1.0
@@ -31,12 +33,27 @@ PAUSE_S = 0.5
 
 
 @dataclass(frozen=True)
+class Held:
+    """A model that every actor of a pool holds, as the plan of its memory needs to know it.
+
+    Either an `engine` answers with it, or it reads `tokens` positions in one forward, of which `head_rows` at a time
+    have logits (a classifier has none). `dtype` is the precision that the job asks for.
+    """
+
+    model: ModelRef
+    dtype: str
+    tokens: int = 0
+    head_rows: int = 0
+    engine: Engine | None = None
+
+
+@dataclass(frozen=True)
 class Pool:
     """Actors of one stage that hold a model, as many as `size`, with `cpus` and `gpus` for each, on nodes named so.
 
     An actor is given `block_rows` rows at a time, and works on `at_once` such blocks at the same time. `environment`
     holds variables of its process. With `shards` above 1 an actor holds no model and takes nothing: it leads so many
-    processes, each of which takes `cpus` and `gpus` and holds a part of every weight.
+    processes, each of which takes `cpus` and `gpus` and holds a part of every weight. `holds`: its models.
     """
 
     stage: str
@@ -49,6 +66,7 @@ class Pool:
     at_once: int = 1
     shards: int = 1
     environment: Mapping[str, str] = field(default_factory=dict)
+    holds: tuple[Held, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.cpus} CPU, {self.gpus:g} GPU on {self.nodes or 'any node'}"
@@ -103,8 +121,11 @@ class Pool:
         )
 
 
-def engine_pool(stage: str, setting: str, engine: Engine, nodes: str | None) -> Pool:
-    """The pool of a section of engines, several blocks at a time in each; on nodes of a kind, or anywhere."""
+def engine_pool(stage: str, setting: str, engine: Engine, nodes: str | None, model: ModelRef | None = None) -> Pool:
+    """The pool of a section of engines, several blocks at a time in each; on nodes of a kind, or anywhere.
+
+    `model` is what they answer with; a client of a server has none.
+    """
     return Pool(
         stage,
         setting,
@@ -114,6 +135,7 @@ def engine_pool(stage: str, setting: str, engine: Engine, nodes: str | None) -> 
         nodes,
         block_rows=engine.rows_in_block,
         at_once=engine.batches_in_flight,
+        holds=(Held(model, engine.dtype, engine=engine),) if model else (),
     )
 
 

@@ -85,7 +85,8 @@ def answer_prompts(
 
 def answer_pool(job: Job) -> Pool:
     """The engines that answer held-out prompts."""
-    return engine_pool("evaluation", "evaluation.engine", job.evaluation.engine, job.cluster.placement.teacher)
+    nodes, student = job.cluster.placement.teacher, ModelRef.student(job)
+    return engine_pool("evaluation", "evaluation.engine", job.evaluation.engine, nodes, student)
 
 
 def _recalled(row: Row, known: Mapping[str, Mapping[str, Row]]) -> Row | None:

@@ -45,10 +45,14 @@ CPU_SLACK = 0.6
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What a model needs, whatever the number of workers: weights in all and trained, bytes of one micro-batch."""
+    """What a model needs, whatever the number of workers: weights in all and trained, bytes of one micro-batch.
+
+    `layer` is how many trained weights its largest decoder layer has.
+    """
 
     weights: int
     trained: int
+    layer: int
     activations: int
     arithmetic: Arithmetic
     packed: bool
@@ -89,14 +93,19 @@ def rehearse(job: Job, sizes: Sequence[PairSize] = ()) -> Rehearsal:
         _pretend_on_cpu(policy)
         peak = _step_peak(policy, heaviest(job, sizes or [typical_pair(job)] * job.training.batch_size, policy.packed))
 
-    parameters = list(policy.parameters())
+    parameters, decoder = list(policy.parameters()), tuple(policy.layer_types())
     return Rehearsal(
         weights=sum(one.numel() for one in parameters),
-        trained=sum(one.numel() for one in parameters if one.requires_grad),
+        trained=_trained(policy),
+        layer=max((_trained(one) for one in policy.modules() if isinstance(one, decoder)), default=0),
         activations=peak,
         arithmetic=Arithmetic.of(policy),
         packed=policy.packed,
     )
+
+
+def _trained(module: torch.nn.Module) -> int:
+    return sum(weight.numel() for weight in module.parameters() if weight.requires_grad)
 
 
 class _FlashFootprint(torch.autograd.Function):
@@ -215,14 +224,24 @@ class Memory(TorchDispatchMode):
 
 def worker_memory(job: Job, rehearsal: Rehearsal) -> dict[str, int]:
     """Bytes by part that one of the job's training workers holds at its fullest, on its device."""
-    gpu, dtype = job.training.gpus_per_worker > 0, getattr(torch, student_dtype(job))
-    weights = Weights(rehearsal.weights, rehearsal.trained, _weight_bytes(job, rehearsal, dtype))
+    gpu = job.training.gpus_per_worker > 0
+    weights = _weights(job, rehearsal)
     return {
         "process": GPU_PROCESS if gpu else CPU_PROCESS,
         **backend_of(job).memory_parts(job, weights),
         "activations and head": rehearsal.activations,
         "allocator": 0 if gpu else int(rehearsal.activations * CPU_SLACK),
     }
+
+
+def offloaded_memory(job: Job, rehearsal: Rehearsal) -> dict[str, int]:
+    """Bytes by part that one of the job's training workers holds in CPU memory in place of its GPU's."""
+    return backend_of(job).offloaded_parts(job, _weights(job, rehearsal))
+
+
+def _weights(job: Job, rehearsal: Rehearsal) -> Weights:
+    size = _weight_bytes(job, rehearsal, getattr(torch, student_dtype(job)))
+    return Weights(rehearsal.weights, rehearsal.trained, size, rehearsal.layer)
 
 
 def _weight_bytes(job: Job, rehearsal: Rehearsal, dtype: torch.dtype) -> int:

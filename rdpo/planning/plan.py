@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from rdpo.cluster.gpus import GPUS, Gpu
+from rdpo.cluster.gpus import GPUS, PER_NODE, Gpu
 from rdpo.cluster.hardware import available_cores, worker_cores
 from rdpo.config import Job, smallest
 from rdpo.errors import InputError
@@ -20,7 +20,9 @@ from rdpo.modeling.flops import matmul_rate
 from rdpo.modeling.packing import PairSize
 from rdpo.modeling.student import student_dtype
 from rdpo.planning.communication import bytes_sent, sent
-from rdpo.planning.memory import GIB, Rehearsal, rehearse, typical_pair, worker_memory
+from rdpo.planning.memory import GIB, Rehearsal, offloaded_memory, rehearse, typical_pair, worker_memory
+from rdpo.planning.pools import pool_table
+from rdpo.stages.pools import pools_of
 from rdpo.tracking.tables import aligned
 from rdpo.training.backend import backend_of
 
@@ -49,6 +51,9 @@ def plan(job: Job, gpu: str | None, workers: int | None, sizes: Sequence[PairSiz
     parts = worker_memory(job, rehearsal)
     yield _headline(job, rehearsal, gpu)
     yield from _memory(parts, GPUS[gpu].memory_gib if gpu else None)
+    if offloaded := offloaded_memory(job, rehearsal):
+        yield _offloaded(job, offloaded)
+    yield from pool_table(pools_of(job), gpu)
 
     # Of a GPU only the rate of products in bfloat16 is known.
     if (gpu and student_dtype(job) == "bfloat16") or not job.training.gpus_per_worker:
@@ -79,6 +84,15 @@ def _memory(parts: dict[str, int], limit: float | None) -> Iterator[str]:
             "does not fit: more workers share weights and optimizer under ZeRO-3; training.lora needs hardly any "
             "optimizer; gradient_checkpointing and a smaller tokens_per_batch need less for activations"
         )
+
+
+def _offloaded(job: Job, parts: dict[str, int]) -> str:
+    each, workers = sum(parts.values()), min(smallest(job.training.num_workers), PER_NODE)
+    named = ", ".join(f"{name} {amount / GIB:,.1f}" for name, amount in parts.items())
+    return (
+        f"CPU memory under offload = {job.training.offload}: {each / GIB:,.1f} GiB for each worker ({named}), "
+        f"{workers * each / GIB:,.0f} for {workers} on a node"
+    )
 
 
 def _speed(job: Job, rehearsal: Rehearsal, gpu: str | None, sizes: Sequence[PairSize]) -> Iterator[str]:

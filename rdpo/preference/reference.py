@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 
 from rdpo.cluster.hardware import allocator_environment
-from rdpo.cluster.pools import BLOCK_ROWS, Pool
+from rdpo.cluster.pools import BLOCK_ROWS, Held, Pool
 from rdpo.config import Job
 from rdpo.errors import InputError
 from rdpo.files.stage_folder import StageFolder
@@ -83,6 +83,7 @@ def reference_pool(job: Job) -> Pool:
         block_rows=max(BLOCK_ROWS, ROWS_OF_SHARD * settings.shards),
         shards=settings.shards,
         environment=allocator_environment() if settings.gpus else {},
+        holds=(Held(ModelRef.student(job), job.student.dtype, settings.tokens_per_batch, job.training.logprob_chunk),),
     )
 
 

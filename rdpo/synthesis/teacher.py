@@ -59,7 +59,8 @@ def teacher_pool(job: Job) -> Pool:
     synthesis = job.synthesis
     if synthesis.endpoint:
         return engine_pool("synthesis", "synthesis.endpoint", client_pool(synthesis.engine, synthesis.endpoint), None)
-    return engine_pool("synthesis", "synthesis.engine", synthesis.engine, job.cluster.placement.teacher)
+    nodes, teacher = job.cluster.placement.teacher, ModelRef.of(job, synthesis.teacher)
+    return engine_pool("synthesis", "synthesis.engine", synthesis.engine, nodes, teacher)
 
 
 def client_pool(engine: EngineSettings, endpoint: EndpointSettings) -> EngineSettings:

@@ -21,11 +21,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Weights:
-    """What is held of a model whatever the number of workers: elements in all and trained, and bytes of all."""
+    """What is held of a model whatever the number of workers: elements in all and trained, and bytes of all.
+
+    `layer` is how many trained elements its largest decoder layer has.
+    """
 
     elements: int
     trained: int
     size: int
+    layer: int = 0
 
 
 class Backend(Protocol):
@@ -132,6 +136,11 @@ class Backend(Protocol):
     @staticmethod
     def memory_parts(job: Job, weights: Weights) -> dict[str, int]:
         """Bytes by part that one worker holds on its device beside the activations of a micro-batch."""
+        ...
+
+    @staticmethod
+    def offloaded_parts(job: Job, weights: Weights) -> dict[str, int]:
+        """Bytes by part that one worker holds in CPU memory in place of its GPU's."""
         ...
 
 

@@ -30,6 +30,8 @@ PERSISTENT = 100_000
 """ZeRO-3 keeps weights of so many elements or fewer whole on every worker (DeepSpeed's own default)."""
 BUCKET = 50_000_000
 """Elements that are reduced, or fetched ahead, in one message."""
+GROUP = 1_000_000_000
+"""Elements of one optimizer group (DeepSpeed's own default of `sub_group_size`)."""
 LIVE = 1_000_000_000
 """Elements of gathered weights that ZeRO-3 may keep; a smaller model stays whole from forward to backward."""
 
@@ -174,26 +176,19 @@ class DeepSpeedBackend:
 
     @staticmethod
     def memory_parts(job: Job, weights: Weights) -> dict[str, int]:
-        """Bytes by part (arXiv 1910.02054, section 3): what a stage partitions is divided by the workers.
+        """Bytes by part on the worker's device, see `_parts`."""
+        moved = _offloaded(job.training, stage_of(job.training, student_dtype(job)))
+        return {name: amount for name, amount in _parts(job, weights).items() if name not in moved}
 
-        What `training.offload` moves to the CPU is left out.
-        """
-        dtype = student_dtype(job)
-        stage, size = stage_of(job.training, dtype), getattr(torch, dtype).itemsize
-        workers = smallest(job.training.num_workers)
-        trained, share = weights.trained, -(-weights.trained // workers)
-
-        parts = {
-            "weights": weights.size // (workers if stage == 3 else 1),
-            "gathered weights": min(weights.elements, LIVE) * size if stage == 3 else 0,
-            "master weights": 4 * share if stage else 0,
-            "optimizer state": 8 * (share if stage else trained),
-            "gradients": size * (share if stage >= 2 else trained) + (4 * share if stage else 0),
-            "buckets": min(BUCKET, trained) * size if stage else 0,
-        }
-
-        offloaded = _offloaded(job.training, stage)
-        return {name: amount for name, amount in parts.items() if name not in offloaded}
+    @staticmethod
+    def offloaded_parts(job: Job, weights: Weights) -> dict[str, int]:
+        """Bytes by part that `training.offload` moves to the CPU."""
+        stage = stage_of(job.training, student_dtype(job))
+        moved, parts = _offloaded(job.training, stage), _parts(job, weights)
+        if "gradients" in moved:
+            # There the optimizer finds all of them, and not one group after the other.
+            parts["gradients of a step"] = 4 * -(-weights.trained // smallest(job.training.num_workers))
+        return {name: parts[name] for name in parts if name in moved}
 
 
 def _begin(device: torch.device) -> None:
@@ -217,11 +212,35 @@ def _partitioned_load(config: dict[str, Any]) -> Iterator[None]:
     del loading
 
 
+def _parts(job: Job, weights: Weights) -> dict[str, int]:
+    """Bytes by part of one worker (arXiv 1910.02054, section 3): what a stage partitions is divided by the workers."""
+    dtype = student_dtype(job)
+    stage, size = stage_of(job.training, dtype), getattr(torch, dtype).itemsize
+    workers = smallest(job.training.num_workers)
+    trained, share = weights.trained, -(-weights.trained // workers)
+
+    parts = {
+        "weights": weights.size // (workers if stage == 3 else 1),
+        "gathered weights": min(weights.elements, LIVE) * size if stage == 3 else 0,
+        "master weights": 4 * share if stage else 0,
+        "optimizer state": 8 * (share if stage else trained),
+        "buckets": min(BUCKET, trained) * size if stage else 0,
+    }
+    if stage == 3:
+        # They are summed in float32, and the optimizer sees those of a group of weights at a time.
+        gradients = {"gradients": 4 * share, "gradients of a step": 4 * min(share, GROUP)}
+        return {**parts, **gradients, "gradients of a layer": size * weights.layer}
+    gradients = {"gradients": size * (share if stage == 2 else trained), "gradients of a step": 4 * share}
+    return {**parts, **(gradients if stage else {"gradients": size * trained})}
+
+
 def _offloaded(training: Training, stage: int) -> set[str]:
     """The parts of a worker's memory that lie on the CPU instead of its GPU."""
     if training.offload == "none" or not stage or not training.gpus_per_worker:
         return set()
-    moved = {"master weights", "optimizer state"}
+    moved = {"master weights", "optimizer state", "gradients of a step"}
+    # Stage 1 has the gradients of a whole step on the GPU.
+    moved |= {"gradients"} if stage > 1 else set()
     return moved | {"weights"} if training.offload == "all" and stage == 3 else moved
 
 

@@ -81,3 +81,7 @@ class PlainBackend:
     @staticmethod
     def memory_parts(job, weights):
         return {"weights": weights.size, "optimizer state": 8 * weights.trained, "gradients": 4 * weights.trained}
+
+    @staticmethod
+    def offloaded_parts(job, weights):
+        return {}

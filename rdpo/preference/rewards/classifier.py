@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from rdpo.cluster.hardware import compute_dtype, computed_dtype, take_device
-from rdpo.cluster.pools import Pool
+from rdpo.cluster.pools import Held, Pool
 from rdpo.config import TEMPLATE_DATE, ClassifierReward, Job
 from rdpo.errors import InputError
 from rdpo.files.manifest import Settings
@@ -61,8 +61,9 @@ class ClassifierKind(RewardKind[ClassifierReward]):
         return self._pool(job).map(rows, Classifier, reward=self.reward, answers=answers, day=job.date)
 
     def _pool(self, job: Job) -> Pool:
-        nodes = job.cluster.placement.reward
-        return Pool("rewards", self.where, self.reward.concurrency, 1, self.reward.gpus, nodes)
+        reward, nodes = self.reward, job.cluster.placement.reward
+        held = Held(ModelRef(reward.model), reward.dtype, tokens=reward.batch_size * reward.max_length)
+        return Pool("rewards", self.where, reward.concurrency, 1, reward.gpus, nodes, holds=(held,))
 
 
 class Classifier:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 
 from rdpo.cluster.hardware import compute_dtype, computed_dtype
-from rdpo.cluster.pools import Pool
+from rdpo.cluster.pools import Held, Pool
 from rdpo.config import ImplicitReward, Job
 from rdpo.errors import InputError
 from rdpo.files.manifest import Settings
@@ -69,8 +69,17 @@ class ImplicitKind(RewardKind[ImplicitReward]):
 
 def implicit_pool(reward: ImplicitReward, job: Job) -> Pool:
     """The actors of an implicit reward, each of them one process or several."""
-    nodes = job.cluster.placement.reward
-    return Pool("rewards", f"rewards.{reward.name}", reward.concurrency, 1, reward.gpus, nodes, shards=reward.shards)
+    models = (trained_of(reward, job), reference_of(reward, job))
+    return Pool(
+        "rewards",
+        f"rewards.{reward.name}",
+        reward.concurrency,
+        1,
+        reward.gpus,
+        job.cluster.placement.reward,
+        shards=reward.shards,
+        holds=tuple(Held(model, reward.dtype, reward.tokens_per_batch, CHUNK) for model in models),
+    )
 
 
 class Implicit:

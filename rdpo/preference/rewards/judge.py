@@ -90,7 +90,8 @@ class JudgeKind(RewardKind[JudgeReward]):
         return (self.reward.model or job.student.model) != teacher
 
     def _pool(self, job: Job) -> Pool:
-        return engine_pool("rewards", f"{self.where}.engine", self.reward.engine, job.cluster.placement.reward)
+        nodes, judge = job.cluster.placement.reward, ModelRef.of(job, self.reward.model)
+        return engine_pool("rewards", f"{self.where}.engine", self.reward.engine, nodes, judge)
 
 
 class Judge:
