@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Annotated, Literal
 
@@ -50,7 +51,28 @@ class ClassifierReward(RewardSection):
     concurrency: Annotated[Concurrency, PLACEMENT] = 1
     """Number of reward actors, or `[smallest, largest]`."""
     gpus: Annotated[float, PLACEMENT] = Field(default=0, ge=0)
-    """GPUs of one actor; a fraction shares a GPU."""
+    """GPUs of one actor, 1 at most; a fraction shares a GPU."""
+    engine: Engine | None = None
+    """Engines (a `[rewards.engine]` table) in place of transformers: for a model that no GPU holds, whose layers are
+    split over `engine.gpus`, and for many answers to a prompt, which is read once. The model is a decoder."""
+
+    @model_validator(mode="after")
+    def _check_engine(self) -> ClassifierReward:
+        if self.gpus > 1:
+            raise ValueError(
+                f"gpus = {self.gpus:g}: one actor uses one GPU; for a larger model give engine = {{ gpus = "
+                f"{math.ceil(self.gpus)} }}, which splits every layer"
+            )
+        if self.engine is None:
+            return self
+        if own := {"gpus", "concurrency", "batch_size", "dtype"} & self.model_fields_set:
+            raise ValueError(f"{min(own)}: with an engine its own table says that; move it to engine, or remove it")
+        if self.max_length > self.engine.max_model_len:
+            raise ValueError(
+                f"max_length = {self.max_length}: engine.max_model_len = {self.engine.max_model_len} is less; "
+                "raise it to that or more"
+            )
+        return self
 
 
 class JudgeReward(RewardSection):

@@ -10,11 +10,11 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rdpo.cluster.hardware import available_cores, compute_dtype, computed_dtype
 from rdpo.config import Engine as EngineSettings
@@ -23,7 +23,9 @@ from rdpo.modeling.weights import ModelRef
 
 if TYPE_CHECKING:
     from psutil import Process
-    from vllm import RequestOutput, SamplingParams
+    from vllm import RequestOutput, SamplingParams, TokensPrompt
+
+T = TypeVar("T")
 
 CPU_BATCHED_TOKENS = 4096
 GPU_BATCHED_TOKENS = 8192
@@ -72,7 +74,8 @@ def engine_settings(engine: EngineSettings, model: ModelRef) -> dict[str, Any]:
 class Engine:
     """An asynchronous vLLM engine for one model at a time, perhaps with the LoRA adapter of a folder on it."""
 
-    def __init__(self, folder: str, settings: EngineSettings, seed: int, adapter: str | None = None):
+    def __init__(self, folder: str, settings: EngineSettings, seed: int, adapter: str | None = None, **own: Any):
+        """Start the engine; `own`: arguments of vLLM's that its user needs, whatever the job says."""
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         # vLLM reads these as it is imported.
@@ -85,6 +88,7 @@ class Engine:
             **engine_arguments(folder, settings, seed),
             **(_adapter_arguments(adapter) if adapter else {}),
             **settings.options,
+            **own,
         }
         self.max_model_len = settings.max_model_len
         self.engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
@@ -156,20 +160,43 @@ class Engine:
             tuple(answer.token_ids),
         )
 
+    async def score(self, ids: list[int]) -> float:
+        """The one output of a reward model's head, without an activation; of an engine with `runner="pooling"`.
+
+        Raises:
+            EngineError: the engine refuses the request.
+        """
+        from vllm import PoolingParams
+
+        pooling = PoolingParams(task="classify", use_activation=False)
+        final = await self._last(lambda prompt, name: self.engine.encode(prompt, pooling, name), ids)
+        [value] = final.outputs.data.float().tolist()
+        return float(value)
+
     async def _final(self, prompt_ids: list[int], parameters: SamplingParams) -> RequestOutput:
+        def generate(prompt: TokensPrompt, name: str) -> AsyncIterator[RequestOutput]:
+            found: AsyncIterator[RequestOutput] = self.engine.generate(
+                prompt, parameters, name, lora_request=self.adapter
+            )
+            return found
+
+        return await self._last(generate, prompt_ids)
+
+    async def _last(self, ask: Callable[[TokensPrompt, str], AsyncIterator[T]], ids: list[int]) -> T:
+        """The last output of a request."""
         from vllm import TokensPrompt
 
         self._requests += 1
         # vLLM tells requests apart by their names, and would mix two of the same.
-        prompt, name = TokensPrompt(prompt_token_ids=prompt_ids), str(self._requests)
+        prompt, name = TokensPrompt(prompt_token_ids=ids), str(self._requests)
         final: Any = None
         try:
-            async for output in self.engine.generate(prompt, parameters, name, lora_request=self.adapter):
+            async for output in ask(prompt, name):
                 final = output
         except Exception as error:
             self._leave_if_dead()
             raise EngineError(f"the engine refuses it: {type(error).__name__}: {error}") from error
-        found: RequestOutput = final
+        found: T = final
         return found
 
     def _leave_if_dead(self) -> None:

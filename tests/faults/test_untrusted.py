@@ -36,7 +36,7 @@ from rdpo.inspection.show import show_rows
 from rdpo.modeling.chat import load_chat
 from rdpo.modeling.model import ForwardSettings, load_policy
 from rdpo.modeling.weights import ModelRef, _model_of_name, local_adapter, local_model, model_config
-from rdpo.preference.rewards.classifier import checked_classifier
+from rdpo.preference.rewards.classifier_input import checked_classifier
 from rdpo.preference.rewards.function import load_function
 from rdpo.report.report import write_report
 from rdpo.stages.checks import prepare

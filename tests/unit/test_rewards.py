@@ -8,14 +8,22 @@ import pyarrow as pa
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import (
+    BertConfig,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+)
 from transformers import BertForSequenceClassification as Bert
-from transformers import GPT2Config, GPT2ForSequenceClassification, LlamaForCausalLM, LlamaForSequenceClassification
 from transformers import RobertaForSequenceClassification as Roberta
 
 from rdpo.config import ClassifierReward, FunctionReward, ImplicitReward, Job
 from rdpo.errors import InputError
 from rdpo.preference.ratings import expected_rating
-from rdpo.preference.rewards.classifier import Classifier, checked_classifier
+from rdpo.preference.rewards import reward_pools
+from rdpo.preference.rewards.classifier import Classifier
+from rdpo.preference.rewards.classifier_input import checked_classifier
 from rdpo.preference.rewards.function import load_function, score_by_function
 from rdpo.preference.rewards.implicit import Implicit, checked_implicit
 from rdpo.preference.scores import combine_table
@@ -49,6 +57,33 @@ def test_classifier_equals_a_plain_loop_whatever_the_batching(tiny_classifier, b
         )
         with torch.no_grad():
             assert score == pytest.approx(model(**ids).logits.item(), abs=1e-5)
+
+
+def test_an_engine_says_itself_where_it_runs():
+    base = {"kind": "classifier", "name": "rm", "model": "m"}
+    with pytest.raises(ValueError, match=r"gpus = 4: one actor uses one GPU; .* engine = \{ gpus = 4 \}"):
+        ClassifierReward(**base, gpus=4)
+    with pytest.raises(ValueError, match="gpus: with an engine its own table says that"):
+        ClassifierReward(**base, gpus=1, engine={"gpus": 4})
+    with pytest.raises(ValueError, match=r"max_length = 4096: engine\.max_model_len = 2048 is less"):
+        ClassifierReward(**base, max_length=4096, engine={"gpus": 4})
+
+
+def test_an_engine_reads_decoders_alone(tmp_path):
+    tokenizer = byte_tokenizer()
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_labels=1
+    )
+    folder = save_model(tmp_path, Bert(config), tokenizer)
+    checked_classifier(classifier(folder))
+    with pytest.raises(InputError, match="head stands on the last token, and BertForSequenceClassification is none"):
+        checked_classifier(ClassifierReward(kind="classifier", name="rm", model=folder, engine={}))
+
+
+def test_the_pool_of_an_engine_is_its_own(job_table):
+    reward = {"kind": "classifier", "name": "rm", "model": "m", "engine": {"gpus": 8, "concurrency": 2}}
+    [pool] = reward_pools(Job.model_validate({**job_table, "rewards": [reward]}))
+    assert (pool.setting, pool.size, pool.gpus) == ("rewards.rm.engine", 2, 8)
 
 
 def test_models_without_one_output_are_refused(tiny_model, tmp_path, tokenizer):
@@ -183,7 +218,7 @@ def test_a_text_beyond_the_positions_is_read_by_its_last_tokens(tmp_path, tokeni
     settings = {"vocab_size": len(tokenizer), "max_position_embeddings": table, "num_labels": 1, "pad_token_id": 1}
     folder = save_model(tmp_path, kind(kind.config_class(**sizes, **settings)), tokenizer)
     actor = Classifier(classifier(folder, answer_only=True), ["a"])
-    assert actor.max_length == 64
+    assert len(actor.input_ids(PROMPT, "word " * 99)["input_ids"]) == 64
     scores = actor.score([PROMPT] * 3, ["short", "long " * 60, ("long " * 60)[-64:]])
     assert all(map(math.isfinite, scores))
     assert scores[1] == pytest.approx(scores[2], abs=1e-6)

@@ -1,0 +1,151 @@
+"""A reward model with a classification head: what is known of it before it is loaded, and what it reads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rdpo.config import TEMPLATE_DATE, ClassifierReward
+from rdpo.errors import InputError
+from rdpo.modeling.loading import check_loaded, check_token_ids, outline, positions_of
+from rdpo.modeling.weights import CONFIG, load_tokenizer, local_model, model_config
+from rdpo.records import Messages, text_of
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+LABELS = ("num_labels", "id2label")
+Encoded = dict[str, list[int]]
+
+
+@dataclass(frozen=True)
+class Conversations:
+    """Conversations as a reward model reads them: its tokenizer, most tokens, and whether it sees the answer alone.
+
+    They are rendered with the reward model's own chat template if it has one, else as the text pair (prompt, answer).
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int
+    answer_only: bool
+    day: date
+
+    def input_ids(self, prompt: Messages, answer: str) -> Encoded:
+        """What the model reads of one answer: the last tokens of a conversation that is too long.
+
+        Raises:
+            ValueError: the chat template refuses the conversation.
+        """
+        limit: dict[str, Any] = {"truncation": True, "max_length": self.max_length}
+        if self.answer_only:
+            return dict(self.tokenizer(answer, **limit))
+        if self.tokenizer.chat_template:
+            messages = [*prompt, {"role": "assistant", "content": answer}]
+            return _rendered(self.tokenizer, messages, self.day, limit)
+        return dict(self.tokenizer(text_of(prompt), answer, **limit))
+
+
+def scores_last_token(model: type[PreTrainedModel]) -> bool:
+    """Whether an architecture's head stands on the last token that is not padding, as decoders' do."""
+    from transformers.modeling_layers import GenericForSequenceClassification
+
+    return model.forward is GenericForSequenceClassification.forward
+
+
+def last_token(ids: list[int], pad_id: int | None) -> int:
+    """The place that such a model, alone, reads its score from: the last that is not its own pad token."""
+    places = (place for place in reversed(range(len(ids))) if ids[place] != pad_id)
+    return next(places, 0)
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, messages: Messages, day: date, limit: dict[str, Any]) -> Encoded:
+    try:
+        encoded = tokenizer.apply_chat_template(
+            messages, tokenize=True, return_dict=True, strftime_now=day.strftime, **limit
+        )
+    except Exception as error:
+        # A template may raise whatever its author chose.
+        raise ValueError(f"chat template refuses the conversation: {error}") from None
+    return {key: list(value) for key, value in encoded.items()}
+
+
+@dataclass(frozen=True)
+class CheckedClassifier:
+    """A reward model that can be used: where it lies, its configuration, and how it reads conversations.
+
+    `scores_last`: its head stands on the last token that is not `pad_id`.
+    """
+
+    where: str
+    folder: str
+    config: PretrainedConfig
+    conversations: Conversations
+    scores_last: bool
+    pad_id: int | None
+
+
+def checked_classifier(
+    reward: ClassifierReward, system: str | None = None, day: date = TEMPLATE_DATE
+) -> CheckedClassifier:
+    """A reward model, after a look at its configuration, the names and shapes of its tensors, and its tokenizer.
+
+    No weights are read. `system`: the system message that every prompt will have; `day`: today, for templates that ask.
+
+    Raises:
+        InputError: it has no classification head, more than one output, tensors that do not fit, token ids beyond its
+            embedding, or a chat template that refuses every prompt; or an engine is to read it and cannot.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    folder, config = str(local_model(reward.model)), model_config(reward.model)
+    where = f"rewards.{reward.name}: {reward.model}"
+    if not any("SequenceClassification" in name for name in config.architectures or []):
+        raise InputError(f"{where} has no classification head ({config.architectures}); use kind = 'judge'")
+    model, info = outline(where, AutoModelForSequenceClassification, folder, config=config)
+    if not _says_labels(folder) and _stored_outputs(info) == {1}:
+        # transformers takes two outputs where a configuration says nothing; the weights know better.
+        config.num_labels = 1
+        model, info = outline(where, AutoModelForSequenceClassification, folder, config=config)
+    if config.num_labels != 1 and not (info["missing_keys"] or info["mismatched_keys"]):
+        raise InputError(f"{where} has {config.num_labels} outputs; a reward model has one")
+    check_loaded(where, model, info, other_head=True)
+
+    tokenizer = load_tokenizer(reward.model)
+    # Of a conversation that is too long the answer stays: it is what is scored.
+    tokenizer.truncation_side = "left"
+    check_token_ids(where, model, tokenizer)
+    if system and tokenizer.chat_template and not reward.answer_only:
+        _check_system(where, tokenizer, system, day)
+    most = min(reward.max_length, positions_of(model) or reward.max_length)
+
+    scores_last = scores_last_token(type(model))
+    if reward.engine and not scores_last:
+        raise InputError(
+            f"{where}: engines read decoders whose head stands on the last token, and {type(model).__name__} is none; "
+            "remove engine"
+        )
+    read = Conversations(tokenizer, most, reward.answer_only, day)
+    return CheckedClassifier(where, folder, config, read, scores_last, config.get_text_config().pad_token_id)
+
+
+def _says_labels(folder: str) -> bool:
+    """Whether the configuration itself says how many outputs there are."""
+    written = json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))
+    return any(name in written for name in LABELS)
+
+
+def _stored_outputs(info: Mapping[str, Any]) -> set[int]:
+    """Outputs of those stored tensors whose shape is another than the configuration's."""
+    return {stored[0] for _, stored, _ in info["mismatched_keys"]}
+
+
+def _check_system(where: str, tokenizer: PreTrainedTokenizerBase, system: str, day: date) -> None:
+    turns = (("system", system), ("user", "x"), ("assistant", "x"))
+    try:
+        _rendered(tokenizer, [{"role": role, "content": content} for role, content in turns], day, {})
+    except ValueError as error:
+        raise InputError(f"{where}: its {error}; every prompt has the system message of prompts.system") from None

@@ -1,0 +1,65 @@
+"""A reward model with a classification head on vLLM's engines: for one that no GPU holds, or many answers a prompt.
+
+An engine splits every layer over its GPUs, and finds the prompt of an answer in its prefix cache once another answer to
+it was read. It reads the last token's hidden state, as transformers does: the score is that of the model alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+
+from rdpo.config import ClassifierReward, Job
+from rdpo.config import Engine as EngineSettings
+from rdpo.preference.rewards.classifier_input import checked_classifier, last_token
+from rdpo.preference.scores import record_scores
+from rdpo.records import Row, drop, table_of
+from rdpo.synthesis.crashes import CrashGuard
+from rdpo.synthesis.engine import Engine
+
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
+
+REASON_CHARS = 300
+
+
+class PooledClassifier:
+    """A Ray Data actor with a vLLM engine whose model scores conversations."""
+
+    def __init__(self, reward: ClassifierReward, answers: list[str], job: Job, crash_counts: ActorHandle):
+        self.reward, self.answers, self.crash_guard = reward, answers, CrashGuard(crash_counts)
+        self.checked = checked_classifier(reward, day=job.date)
+        # A configuration may say two outputs where the weights have one.
+        outputs = {"num_labels": self.checked.config.num_labels}
+        self.engine = Engine(
+            self.checked.folder, reward.engine or EngineSettings(), job.seed, runner="pooling", hf_overrides=outputs
+        )
+
+    async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
+        """Score a block of rows."""
+        yield table_of(await self.crash_guard.carry(batch.to_pylist(), self.scored))
+
+    async def scored(self, row: Row) -> Row:
+        """One row with the scores of its answers; a conversation that cannot be read drops it."""
+        try:
+            scores = await asyncio.gather(*[self._score(row, answer) for answer in self.answers])
+        except ValueError as error:
+            row = drop(row, f"reward {self.reward.name}: {error}"[:REASON_CHARS])
+            scores = [math.nan] * len(self.answers)
+        for answer, score in zip(self.answers, scores, strict=True):
+            row = record_scores([row], answer, self.reward.name, [score])[0]
+        return row
+
+    async def _score(self, row: Row, answer: str) -> float:
+        ids = self.checked.conversations.input_ids(row["prompt"], row[answer])["input_ids"]
+        # The engine reads the last token whatever it is.
+        return await self.engine.score(ids[: last_token(ids, self.checked.pad_id) + 1])
+
+    def __del__(self) -> None:
+        # Ray ends an actor without another word; the processes of its engine would outlive it.
+        if hasattr(self, "engine"):
+            self.engine.shutdown()
