@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, JsonValue, field_validator, model_validator
+from pydantic import (
+    Field,
+    JsonValue,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from rdpo.config.section import MEMORY, PLACEMENT, Address, Concurrency, Dtype, Section, largest, smallest
 
@@ -49,6 +56,44 @@ class Sampling(Section):
     sorted at every step, which costs a CPU about a quarter of its speed."""
     max_tokens: int = Field(default=512, ge=1)
     """Most tokens of one answer; one that reaches them is cut off and marked `finish_reason = "length"`."""
+    top_k: int = Field(default=0, ge=0)
+    """Draw among so many likeliest tokens alone; 0: among all."""
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    """Leave out tokens less likely than this share of the likeliest one's probability."""
+    repetition_penalty: float = Field(default=1.0, gt=0)
+    """What the logits of tokens are divided by (negative ones multiplied) that the conversation or the answer has."""
+    presence_penalty: float = Field(default=0.0, ge=-2, le=2)
+    """What is taken from the logits of tokens that the answer has."""
+    frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
+    """The same, for each time that it has them."""
+    stop: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list)
+    """Texts at which an answer ends: it is kept up to there, and counts as ended by itself."""
+
+    @model_serializer(mode="wrap")
+    def _without_later_fields(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Keys are made of this table: one that says nothing of them is the table of earlier versions.
+        found: dict[str, Any] = handler(self)
+        at_rest = {
+            name
+            for name in self.beyond
+            if getattr(self, name) == Sampling.model_fields[name].get_default(call_default_factory=True)
+        }
+        return {name: value for name, value in found.items() if name not in at_rest}
+
+    @property
+    def beyond(self) -> tuple[str, ...]:
+        """Names of the fields beyond temperature, nucleus and length."""
+        return tuple(name for name in type(self).model_fields if name not in ("temperature", "top_p", "max_tokens"))
+
+    @property
+    def used(self) -> dict[str, Any]:
+        """Those of them that are set to something, by name."""
+        dumped = self.model_dump()
+        return {name: dumped[name] for name in self.beyond if name in dumped}
+
+    def untempered(self) -> Sampling:
+        """The same length, drawn from the model's own distribution."""
+        return Sampling(temperature=1.0, top_p=1.0, max_tokens=self.max_tokens)
 
 
 class Engine(Section):

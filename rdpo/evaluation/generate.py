@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 FORWARD_ROWS = 8
 START, TRAINED = MODELS
 UNREADABLE = "no tokens, one beyond the model's embedding, or more than the model has positions for"
-UNTEMPERED = {"temperature": 1.0, "top_p": 1.0}
 
 
 def answer_columns(name: str) -> tuple[str, str, str]:
@@ -139,7 +138,7 @@ class Answerer:
         row = {**row, column: "", f"{column}_finish_reason": "length", f"{column}_tokens": 0}
         sampling, role = self.job.evaluation.sampling, "evaluation"
         if column == DRAWN:
-            sampling, role = sampling.model_copy(update=UNTEMPERED), "divergence"
+            sampling, role = sampling.untempered(), "divergence"
 
         try:
             async with self.engine.holding(self.models[column]):

@@ -68,21 +68,31 @@ class Speaker:
         torch.manual_seed(seed)
         with torch.inference_mode():
             spoken = self.model.generate(
-                ids, attention_mask=torch.ones_like(ids), generation_config=self._generation(ids.shape[1])
+                ids,
+                attention_mask=torch.ones_like(ids),
+                generation_config=self._generation(ids.shape[1]),
+                tokenizer=self.chat.tokenizer,
             )[0, ids.shape[1] :]
-        text = self.chat.tokenizer.decode(spoken, skip_special_tokens=True).strip()
+        text = self.chat.tokenizer.decode(spoken, skip_special_tokens=True)
+        ends = [text.find(stop) for stop in self.sampling.stop if stop in text]
+        text = text[: min(ends, default=len(text))].strip()
         self.messages = [*messages, {"role": "assistant", "content": text}]
-        return text, int(spoken[-1]) in self.chat.stop_ids
+        return text, bool(ends) or int(spoken[-1]) in self.chat.stop_ids
 
     def _generation(self, length: int) -> GenerationConfig:
         from transformers import GenerationConfig
 
         # By itself transformers draws among the 50 likeliest tokens alone; vLLM, which evaluates, among all.
-        drawn = {"temperature": self.sampling.temperature, "top_p": self.sampling.top_p, "top_k": 0}
+        sampling, used = self.sampling, self.sampling.used
+        drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+        drawn |= {"min_p": sampling.min_p} if sampling.min_p else {}
+        always = {name: used[name] for name in ("repetition_penalty",) if name in used}
+        always |= {"stop_strings": sampling.stop} if sampling.stop else {}
         room = self.context - length if self.context else self.sampling.max_tokens
         return GenerationConfig(
             do_sample=self.sampling.temperature > 0,
-            **(drawn if self.sampling.temperature else {}),
+            **(drawn if sampling.temperature else {}),
+            **always,
             max_new_tokens=min(self.sampling.max_tokens, room),
             eos_token_id=list(self.chat.stop_ids),
             pad_token_id=self.chat.end_id,
@@ -100,6 +110,8 @@ def chat_with(run_dir: str) -> None:
     sampling = job.evaluation.sampling
     drawn = f"temperature {sampling.temperature:g}, top_p {sampling.top_p:g}, at most {sampling.max_tokens} tokens"
     console.print(Text(shown(f"start    {job.student.model}\ntrained  {run_dir}")))
+    if ignored := [name for name in ("presence_penalty", "frequency_penalty") if name in sampling.used]:
+        drawn += f", without {' and '.join(ignored)}, which is the engines' alone"
     console.print(Text(f"{drawn}, on {speakers[0].model.device}; " + ", ".join(map(" to ".join, COMMANDS.items()))))
 
     seed = job.seed

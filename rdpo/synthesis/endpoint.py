@@ -80,6 +80,10 @@ def cost(read: int, written: int, prices: tuple[float, float]) -> float:
     return (read * prices[0] + written * prices[1]) / 1e6
 
 
+OPENAI = frozenset({"stop", "presence_penalty", "frequency_penalty"})
+"""Fields of `Sampling` that OpenAI's own protocol has, beyond those that are always sent."""
+
+
 class Endpoint:
     """A client of one server for one model.
 
@@ -194,7 +198,11 @@ class Endpoint:
             "top_p": sampling.top_p,
             "seed": seed,
             self.settings.token_limit: sampling.max_tokens,
+            **{name: value for name, value in sampling.used.items() if name in OPENAI},
         }
+        if others := {name: value for name, value in sampling.used.items() if name not in OPENAI}:
+            # Known to vLLM's server and others of its kind.
+            request["extra_body"] = others
         try:
             response = await self.client.chat.completions.create(**request)
         except APIStatusError as error:

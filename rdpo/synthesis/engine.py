@@ -143,6 +143,7 @@ class Engine:
             max_tokens=min(sampling.max_tokens, room),
             seed=seed,
             stop_token_ids=list(stop_ids),
+            **sampling.used,
             # Else every token is a message from the engine's process.
             output_kind=RequestOutputKind.FINAL_ONLY,
             **extra,

@@ -55,6 +55,37 @@ def test_an_engine_answers_with_the_weights_that_are_asked_for(wordy_models, tok
     assert asyncio.run(main()) == [*first, *second, *first]
 
 
+@pytest.mark.long
+def test_an_engine_draws_as_it_is_told(wordy_models, tokenizer):
+    """Greedy is what one likeliest token is, and what is as likely as the likeliest; a stop text ends an answer."""
+    drawn = Sampling(temperature=1.0, max_tokens=40)
+    asked = [
+        drawn.model_copy(update={"top_k": 1, "max_tokens": 8}),
+        drawn.model_copy(update={"min_p": 1.0, "max_tokens": 8}),
+        Sampling(temperature=0.0, max_tokens=8, repetition_penalty=50.0),
+    ]
+
+    async def main():
+        engine = Engine(wordy_models[0], Settings(max_model_len=64, kv_cache_gib=1, dtype="float32"), 0)
+
+        async def say(sampling):
+            return await engine.generate(PROMPTS[0], sampling, 3, (tokenizer.eos_token_id,))
+
+        try:
+            whole = (await say(drawn)).text
+            stop = next(letter for letter in whole[1:] if letter.isascii() and letter.isprintable())
+            stopped = await say(drawn.model_copy(update={"stop": [stop]}))
+            return [await say(one) for one in asked], whole[: whole.index(stop)], stopped
+        finally:
+            engine.shutdown()
+
+    (likeliest, least, new), beginning, stopped = asyncio.run(main())
+    assert whole_characters(likeliest.text) == whole_characters(least.text) == greedy(wordy_models[0], tokenizer)[0]
+    assert len(set(new.token_ids)) == len(new.token_ids)
+    assert not set(new.token_ids) & set(PROMPTS[0])
+    assert (stopped.text, stopped.finish_reason) == (beginning, "stop")
+
+
 def test_a_teacher_wears_its_adapter(wordy_models, tokenizer, tmp_path):
     import torch
     from peft import LoraConfig, get_peft_model

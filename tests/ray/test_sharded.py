@@ -93,6 +93,7 @@ class DiesOnce(Reference):
         return super().__call__(batch)
 
 
+@pytest.mark.long
 def test_a_process_that_is_killed_is_replaced_and_no_row_is_lost(models, whole, tmp_path):
     job = job_of(models[0], tmp_path, shards=2)
     blocks = [pa.Table.from_pylist([pair(number) for number in range(*ends)]) for ends in ((0, 15), (15, 30))]

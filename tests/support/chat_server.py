@@ -61,9 +61,10 @@ class Server:
         site = web.TCPSite(runner, "127.0.0.1", 0)
         await site.start()
         port = site._server.sockets[0].getsockname()[1]
+        sampling = SAMPLING.model_copy(update=settings.pop("sampling", {}))
         settings = {"pause_s": 0.01, "timeout_s": 1.0, "retries": 2, **settings}
         endpoint = Endpoint(Settings(url=f"http://127.0.0.1:{port}/v1", model="m", **settings), SecretStr("geheim"))
-        asked = [endpoint.say([{"role": "user", "content": text}], SAMPLING, 11) for text in conversations]
+        asked = [endpoint.say([{"role": "user", "content": text}], sampling, 11) for text in conversations]
         try:
             return await asyncio.gather(*asked, return_exceptions=True)
         finally:

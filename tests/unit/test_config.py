@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from rdpo.config import PLACEMENT, Job, load_job, to_toml
+from rdpo.config import PLACEMENT, Job, Sampling, load_job, to_toml
 from rdpo.errors import InputError
 from rdpo.execution.keys import sections
 from rdpo.experiments.comparison import load_comparison
@@ -117,6 +117,16 @@ def test_readers_take_the_gpus_that_they_can_use(job_table, section, message):
     for table in ({"reference": section}, {"rewards": [implicit]}):
         with pytest.raises(ValueError, match=message):
             Job.model_validate({**job_table, **table})
+
+
+def test_sampling_that_says_nothing_new_is_the_table_of_before():
+    assert Sampling().model_dump() == {"temperature": 0.7, "top_p": 1.0, "max_tokens": 512}
+    asked = Sampling(top_k=5, stop=["END"], presence_penalty=0.5)
+    assert asked.used == {"top_k": 5, "presence_penalty": 0.5, "stop": ["END"]}
+    assert asked.model_dump() == {**Sampling().model_dump(), **asked.used}
+    assert asked.untempered().used == {}
+    with pytest.raises(ValueError, match="stop"):
+        Sampling(stop=[""])
 
 
 def test_weights_in_four_bits_are_not_partitioned(job_table):

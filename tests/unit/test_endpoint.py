@@ -23,6 +23,14 @@ def test_answer_with_counts_and_the_key_in_the_header():
     assert (asked["model"], asked["max_tokens"], asked["temperature"]) == ("m", 5, 0.7)
     assert asked["seed"] == 11
     assert server.keys == ["Bearer geheim"]
+    assert not {"stop", "top_k", "min_p", "presence_penalty"} & asked.keys()
+
+
+def test_what_openai_has_no_word_for_is_asked_as_vllms_server_knows_it():
+    server = Server(completion())
+    ask(server, sampling={"top_k": 5, "min_p": 0.1, "stop": ["END"], "presence_penalty": 0.5})
+    asked = server.asked[0]
+    assert (asked["top_k"], asked["min_p"], asked["stop"], asked["presence_penalty"]) == (5, 0.1, ["END"], 0.5)
 
 
 @pytest.mark.parametrize(
