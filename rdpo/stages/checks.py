@@ -36,6 +36,7 @@ def prepare(job: Job, say: Say) -> bool:
     check_cpu_engines(pools)
     _check_teacher(job)
     check_rewards(job)
+    check_other_sources(job)
 
     # Last: whatever is wrong above is said within seconds, before workers start.
     ray = start_ray(job)
@@ -44,6 +45,22 @@ def prepare(job: Job, say: Say) -> bool:
     for pool in check_room(pools, nodes):
         say(f"{pool.setting} waits until nodes are started: {smallest(pool.processes)} x {pool}")
     return fit_side_by_side(pools, job.cluster, nodes)
+
+
+def check_other_sources(job: Job) -> None:
+    """Look at the sources that are read only after long work.
+
+    Raises:
+        InputError: one cannot be read, or has not the columns that it must have.
+    """
+    from rdpo.evaluation.retention import text_source
+    from rdpo.preference.replay import ready_source
+    from rdpo.synthesis.sources import check_source
+
+    if job.replay:
+        check_source(*ready_source(job, job.replay))
+    if job.retention:
+        check_source(*text_source(job, job.retention))
 
 
 def check_named(job: Job) -> None:

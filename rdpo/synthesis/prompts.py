@@ -41,10 +41,12 @@ from rdpo.records import (
     split_name,
     unit_draw,
 )
+from rdpo.synthesis.columns import Reading
 from rdpo.synthesis.conversation import Unusable, check_columns, derive_pair, read_prompt
+from rdpo.synthesis.formats import Raw
 from rdpo.synthesis.given import pair_id
 from rdpo.synthesis.instructions import check_template, render
-from rdpo.synthesis.sources import Raw, raw_rows
+from rdpo.synthesis.sources import raw_rows
 
 if TYPE_CHECKING:
     import ray.data
@@ -79,15 +81,21 @@ BLOCK_ROWS = 4096
 SHOWN_CHARS = 500
 
 
-def read_prompts(job: Job) -> ray.data.Dataset:
+def read_prompts(job: Job, reading: Reading | None = None) -> ray.data.Dataset:
     """All rows of the job's source, usable and dropped; a prompt that stands there twice is there twice.
+
+    Args:
+        job: its `prompts` say what is read, and its student's chat template measures it.
+        reading: how another source is read that stands in the place of the job's own.
 
     Raises:
         InputError: the source is missing or empty, or has no such column.
     """
     # The cut between reading and rendering lets all cores render what one file holds; one that is not strict would be
     # fused with both sides of it.
-    raw = raw_rows(job).repartition(target_num_rows_per_block=BLOCK_ROWS, strict=True)
+    raw = raw_rows(job.prompts, reading or Reading.of_prompts(job)).repartition(
+        target_num_rows_per_block=BLOCK_ROWS, strict=True
+    )
     return raw.map_batches(_prompt_table, fn_kwargs={"job": job}, batch_format="pyarrow", batch_size=None)
 
 
