@@ -135,8 +135,10 @@ def _parsed(row: Row, raw: dict[str, Any], job: Job) -> Row:
     row[QUESTION] = _question(raw, messages, settings.system)
     split, reason = _split(raw.get("split"), prompt_id(messages), settings), None
     if templates := _templates(settings, split):
-        others[BARE] = messages[-1]["content"]
-        messages, reason = _wrapped(messages, templates, others)
+        reason = _taken_name(others)
+        others.setdefault(BARE, messages[-1]["content"])
+        if not reason:
+            messages, reason = _wrapped(messages, templates, others)
 
     name = pair_id(messages, answers) if given else prompt_id(messages)
     row = {**row, "extra": _as_json(others), "split": split, "prompt": messages, ID_COLUMN: name}
@@ -192,6 +194,13 @@ def check_templates(settings: Settings) -> None:
 
 def _templates(settings: Settings, split: str) -> list[str]:
     return settings.heldout_templates or settings.templates if split == HELDOUT else settings.templates
+
+
+def _taken_name(others: Mapping[str, Any]) -> str | None:
+    """The reason why a row with these other columns cannot be put into a template; None if it can."""
+    meaning = {"prompt": "the text of the prompt", BARE: "where the prompt is kept as it was without its template"}
+    taken = next((name for name in meaning if name in others), None)
+    return f"{taken}: prompts.templates know this name as {meaning[taken]}; rename the column" if taken else None
 
 
 def _wrapped(messages: Messages, templates: list[str], others: dict[str, Any]) -> tuple[Messages, str | None]:
