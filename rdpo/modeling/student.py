@@ -99,6 +99,19 @@ def check_student(job: Job, chat: Chat) -> None:
         _check_adapter(as_policy(model, forward_settings(job), tuning_of(job)), job.training.lora)
 
 
+def check_architecture(job: Job) -> ReadAs | None:
+    """Try, on a small random model of the student's configuration, whether rdpo reads its architecture exactly.
+
+    Returns how that model is read; None if none could be built.
+
+    Raises:
+        InputError: its log-probs would not be those of its own logits, or not in the layout that the job asks for.
+    """
+    from rdpo.modeling.miniature import check_miniature
+
+    return check_miniature(f"student.model {job.student.model}", ModelRef.student(job).config(), forward_settings(job))
+
+
 def is_quantised(model: ModelRef) -> bool:
     """Whether a model's weights are stored quantised."""
     return bool(getattr(model.config(), "quantization_config", None))

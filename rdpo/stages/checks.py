@@ -19,7 +19,7 @@ def prepare(job: Job, say: Say) -> bool:
     from rdpo.cluster.installed import check_cpu_engines, check_installed
     from rdpo.cluster.placement import Nodes, check_room, fit_side_by_side
     from rdpo.modeling.chat import load_chat
-    from rdpo.modeling.student import check_student
+    from rdpo.modeling.student import check_architecture, check_student
     from rdpo.modeling.weights import ModelRef
     from rdpo.preference.rewards import check_rewards
     from rdpo.stages.pools import pools_of
@@ -29,6 +29,7 @@ def prepare(job: Job, say: Say) -> bool:
     student = ModelRef.student(job)
     chat = load_chat(student, job.date)
     check_student(job, chat)
+    check_architecture(job)
     if not chat.ending:
         say(f"{student.name}: its chat template ends an answer without a token that ends generation; no end is trained")
 
