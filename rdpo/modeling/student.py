@@ -141,7 +141,7 @@ def checked_model(where: str, model: ModelRef, chat: Chat) -> PreTrainedModel:
 
 def _check_adapter(policy: Policy, lora: Lora | None) -> None:
     """Raise if the adapter would not be trained: tried on the device that has no numbers, or else on zeros."""
-    from rdpo.modeling.adapters import ALL_LINEAR, SETTING, check_reached
+    from rdpo.modeling.adapters import ALL_LINEAR, SETTING, check_reached, check_wraps
 
     if not policy.adapted or lora is None:
         return
@@ -160,6 +160,7 @@ def _check_adapter(policy: Policy, lora: Lora | None) -> None:
     except InputError:
         raise
     except Exception as error:
+        check_wraps(policy.model, lambda: policy.hidden_states(batch.to("cpu")))
         # Where kernels are for GPUs alone, nothing can be tried here; what reaches all layers is taken on trust.
         if lora.target_modules != ALL_LINEAR:
             said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
