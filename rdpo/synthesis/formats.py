@@ -10,7 +10,7 @@ import csv
 import io
 import json
 from collections.abc import Iterator
-from typing import Any
+from typing import IO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -33,7 +33,7 @@ LOOKED_AT_BYTES = 4096
 ARRAY_BYTES = 1 << 30
 SHOWN_CHARS = 200
 
-Raw = dict[str, Any] | str
+Raw = dict[str, object] | str
 Numbered = tuple[int, Raw]
 
 
@@ -118,7 +118,7 @@ def _is_array(beginning: bytes, path: str) -> bool:
     return text.startswith(b"[") and (plain_name(path).endswith(".json") or first_line.strip() == b"[")
 
 
-def _array(path: str) -> list[Any] | None:
+def _array(path: str) -> list[object] | None:
     """The entries of a file that is one JSON array; None if it is none, and may be JSON lines with a broken first one.
 
     Raises:
@@ -129,7 +129,7 @@ def _array(path: str) -> list[Any] | None:
     if len(content) > ARRAY_BYTES:
         raise InputError(f"{path} is a JSON array of more than {ARRAY_BYTES >> 20} MiB; write one object a line")
     try:
-        entries: list[Any] = json.loads(content.decode("utf-8-sig"))
+        entries: list[object] = json.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         if not plain_name(path).endswith(".json"):
             return None
@@ -137,7 +137,7 @@ def _array(path: str) -> list[Any] | None:
     return entries
 
 
-def _lines(file: Any) -> Iterator[bytes]:
+def _lines(file: IO[bytes]) -> Iterator[bytes]:
     """The lines of a binary file; of one that is too long only the beginning, one byte more than may be."""
     while line := file.readline(LINE_BYTES + 1):
         rest = line
@@ -146,7 +146,7 @@ def _lines(file: Any) -> Iterator[bytes]:
         yield line
 
 
-def _parse_json(line: bytes) -> dict[str, Any] | str:
+def _parse_json(line: bytes) -> dict[str, object] | str:
     if len(line) > LINE_BYTES:
         return f"line is longer than {LINE_BYTES >> 20} MiB"
     try:
@@ -158,14 +158,14 @@ def _parse_json(line: bytes) -> dict[str, Any] | str:
     return _checked_object(value, "line")
 
 
-def _checked_object(value: Any, what: str) -> dict[str, Any] | str:
+def _checked_object(value: object, what: str) -> dict[str, object] | str:
     # What Python can just read it may be unable to write a few calls further down.
     if _deeper(value, NESTED):
         return f"{what} is nested more than {NESTED} levels deep"
     return value if isinstance(value, dict) else f"{what} is not a JSON object"
 
 
-def _deeper(value: Any, levels: int) -> bool:
+def _deeper(value: object, levels: int) -> bool:
     """Whether lists and tables are nested in more levels."""
     if not isinstance(value, dict | list):
         return False
@@ -188,7 +188,7 @@ def _csv_rows(path: str) -> Iterator[Numbered]:
             ) from None
 
 
-def _csv_lines(file: Any, path: str) -> Iterator[str]:
+def _csv_lines(file: IO[str], path: str) -> Iterator[str]:
     for number, line in enumerate(iter(lambda: file.readline(LINE_BYTES + 1), ""), start=1):
         if len(line) > LINE_BYTES:
             raise InputError(f"{path}: line {number} is longer than {LINE_BYTES >> 20} MiB; write JSONL or Parquet")
@@ -208,7 +208,7 @@ def _parquet_rows(path: str) -> Iterator[Numbered]:
             raise InputError(f"{path} is not a readable Parquet file: {error}") from None
 
 
-def _check_row_groups(metadata: Any, path: str) -> None:
+def _check_row_groups(metadata: pq.FileMetaData, path: str) -> None:
     """Look at what the file says it unpacks to, before it does.
 
     Raises:

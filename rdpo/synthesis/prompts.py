@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -121,7 +121,7 @@ def prompt_row(source: str, line: int, raw: Raw, job: Job) -> Row:
     return row if alive(row) else {**row, ID_COLUMN: place}
 
 
-def _parsed(row: Row, raw: dict[str, Any], job: Job) -> Row:
+def _parsed(row: Row, raw: dict[str, object], job: Job) -> Row:
     """The row with prompt, id and split."""
     settings, given = job.prompts, job.synthesis.task is None
     others = {key: value for key, value in raw.items() if key not in (settings.column, "split")}
@@ -145,7 +145,7 @@ def _parsed(row: Row, raw: dict[str, Any], job: Job) -> Row:
     return drop(row, reason) if reason else row
 
 
-def _question(raw: Mapping[str, Any], messages: Messages, system: str | None) -> str:
+def _question(raw: Mapping[str, object], messages: Messages, system: str | None) -> str:
     """The question of a row, without what the job puts around each prompt."""
     stated = raw.get(QUESTION)
     # Pairs of another run have their prompts in its templates; they say what was asked before.
@@ -155,7 +155,7 @@ def _question(raw: Mapping[str, Any], messages: Messages, system: str | None) ->
     return question_id(messages[1:] if given else messages)
 
 
-def _conversation(raw: dict[str, Any], settings: Settings, given: bool) -> tuple[Messages, dict[str, str]]:
+def _conversation(raw: dict[str, object], settings: Settings, given: bool) -> tuple[Messages, dict[str, str]]:
     """The prompt of a raw row, and both answers if they are given.
 
     Raises:
@@ -196,14 +196,14 @@ def _templates(settings: Settings, split: str) -> list[str]:
     return settings.heldout_templates or settings.templates if split == HELDOUT else settings.templates
 
 
-def _taken_name(others: Mapping[str, Any]) -> str | None:
+def _taken_name(others: Mapping[str, object]) -> str | None:
     """The reason why a row with these other columns cannot be put into a template; None if it can."""
     meaning = {"prompt": "the text of the prompt", BARE: "where the prompt is kept as it was without its template"}
     taken = next((name for name in meaning if name in others), None)
     return f"{taken}: prompts.templates know this name as {meaning[taken]}; rename the column" if taken else None
 
 
-def _wrapped(messages: Messages, templates: list[str], others: dict[str, Any]) -> tuple[Messages, str | None]:
+def _wrapped(messages: Messages, templates: list[str], others: dict[str, object]) -> tuple[Messages, str | None]:
     """The messages with the last one put into one of the templates; with the reason if that cannot be done."""
     template = templates[draw_seed(SEED, prompt_id(messages), "template") % len(templates)]
     try:
@@ -213,11 +213,11 @@ def _wrapped(messages: Messages, templates: list[str], others: dict[str, Any]) -
     return [*messages[:-1], {**messages[-1], "content": clean(content)}], None
 
 
-def _as_json(columns: dict[str, Any]) -> str:
+def _as_json(columns: dict[str, object]) -> str:
     return clean(json.dumps(columns, ensure_ascii=False, default=str))
 
 
-def _split(value: Any, row_id: str, settings: Settings) -> str:
+def _split(value: object, row_id: str, settings: Settings) -> str:
     if isinstance(value, str) and value:
         return clean(split_name(value))
     return HELDOUT if unit_draw(SEED, row_id, "split") < settings.heldout_fraction else TRAIN

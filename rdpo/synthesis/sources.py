@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
@@ -197,7 +197,7 @@ def _own(path: str) -> bool:
     return path.rsplit("/", 1)[1] in (MANIFEST, IN_PROGRESS)
 
 
-def first_rows(path: str) -> list[dict[str, Any]]:
+def first_rows(path: str) -> list[dict[str, object]]:
     """The rows near the beginning of a file that can be read.
 
     Raises:
