@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from rdpo.config import Job, Lora
     from rdpo.modeling.chat import Chat
     from rdpo.modeling.model import ForwardSettings, Policy, Tuning
+    from rdpo.modeling.probe import ReadAs
 
 QUESTION = [{"role": "user", "content": "x"}]
 """By which it is found out what ids every text has: those that the chat template writes."""
