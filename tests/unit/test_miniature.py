@@ -6,7 +6,7 @@ from rdpo.errors import InputError
 from rdpo.modeling.miniature import check_miniature, shrunk
 from rdpo.modeling.model import ForwardSettings
 from rdpo.modeling.student import check_architecture
-from tests.support.architectures import SMALL, causal_types, small_model
+from tests.support.architectures import SMALL, causal_types, settled, small_model
 from tests.support.models import save_model
 from tests.support.students import job_of
 
@@ -66,8 +66,6 @@ def test_a_student_of_such_an_architecture_is_refused_before_work_and_another_is
 @pytest.mark.long
 def test_no_miniature_refuses_an_architecture_that_is_exact(capsys):
     """RDPO_ARCHITECTURES=llama,mamba names some of them."""
-    from tests.unit.test_architectures import settled
-
     wrongly, counts = [], {}
     for model_type in causal_types():
         try:
