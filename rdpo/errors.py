@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 
 
@@ -32,6 +33,19 @@ def input_error_within(error: BaseException | None) -> InputError | None:
             return cause
         error = cause if isinstance(cause, BaseException) else error.__cause__
     return None
+
+
+@contextmanager
+def named(setting: str) -> Iterator[None]:
+    """Bad input that is found meanwhile is said in the name of a setting.
+
+    Raises:
+        InputError: with the setting before its message.
+    """
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{setting}: {error}") from None
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

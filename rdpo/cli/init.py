@@ -20,7 +20,7 @@ from rich.prompt import Prompt
 from rich.text import Text
 
 from rdpo.config import job_of
-from rdpo.errors import InputError, did_you_mean
+from rdpo.errors import InputError, did_you_mean, named
 from rdpo.modeling.weights import check_model_name
 from rdpo.preference.rewards.function import load_function
 from rdpo.records import SIDES, Row, visible
@@ -123,7 +123,12 @@ def _check_source(answer: str, answers: Answers) -> None:
     # The hub is not asked: it may want a token, and a large data set takes minutes.
     if answer.startswith("hf:"):
         return
-    first_rows(source_files(answer or ".")[0])
+    _first_rows(answer or ".")
+
+
+def _first_rows(source: str) -> list[Row]:
+    with named("--prompts"):
+        return first_rows(source_files(source)[0])
 
 
 def _row(answers: Answers) -> Row:
@@ -131,7 +136,7 @@ def _row(answers: Answers) -> Row:
     source = answers["prompts"]
     if source.startswith("hf:"):
         return {}
-    rows = first_rows(source_files(source)[0])
+    rows = _first_rows(source)
     return {name: _first_value(name, rows) for name in columns_of(rows)}
 
 

@@ -13,7 +13,8 @@ class Turn(Section):
     """One answer of the teacher, in a `[[turns]]` table."""
 
     name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
-    """Name of the answer; by it later turns, `pairs.chosen` and `pairs.rejected` know it."""
+    """Name of the answer; by it later turns, `pairs.chosen` and `pairs.rejected` know it. Prompts that have a column of
+    this name are refused, unless this turn or an earlier one uses the column, and no later one the name."""
     after: str | None = None
     """The earlier turn whose conversation this one continues; by default it begins one of its own."""
     system: str | None = None

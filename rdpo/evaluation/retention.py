@@ -12,28 +12,37 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rdpo.config import Job, Retention, Synthesis
+from rdpo.config import Job, Prompts, Retention, Synthesis
 from rdpo.evaluation.generate import add_divergence
 from rdpo.evaluation.intervals import Estimate, groups_of, mean_interval, with_interval
 from rdpo.records import ID_COLUMN, Row, alive, by_id, digest, drop, extra_of, table_of
+from rdpo.synthesis.columns import Needed, Reading
 from rdpo.synthesis.prompts import beside, read_prompts
 from rdpo.tracking.tables import aligned
 
 if TYPE_CHECKING:
     import ray.data
 
+SOURCE = "retention.source"
 ANSWER = "answer"
 DUPLICATE = "duplicate of an earlier text"
 
 
+def text_source(job: Job, retention: Retention) -> tuple[Prompts, Reading]:
+    """Where the conversations are, and how they are read."""
+    settings = beside(job.prompts, retention.source, retention.column, retention.limit)
+    needed = Needed((retention.column,), "retention.column"), Needed((retention.answer,), "retention.answer")
+    return settings, Reading(SOURCE, needed)
+
+
 def texts(job: Job, retention: Retention) -> list[Row]:
     """The conversations, each with its given answer; one that cannot be used has the reason."""
-    prompts = beside(job.prompts, retention.source, retention.column, retention.limit)
+    prompts, reading = text_source(job, retention)
     # With a task the source is one of prompts, not of pairs.
     trial = job.model_copy(update={"prompts": prompts, "synthesis": Synthesis(task="best_of")})
 
     found: dict[str, Row] = {}
-    for row in read_prompts(trial).take_all():
+    for row in read_prompts(trial, reading).take_all():
         answered = answer_of(row, retention.answer) if alive(row) else row
         is_duplicate = answered[ID_COLUMN] in found
         # A duplicate lies in the dropped table beside the first one, and needs an id of its own there.

@@ -85,6 +85,10 @@ def _up_to_date(run: Run, stage: Stage) -> bool:
     for folder in (own, *(StageFolder(sibling, stage.name) for sibling in run.siblings)):
         manifest = folder.manifest()
         if manifest and is_up_to_date(manifest, stage, settings, inputs):
+            if doubt := stage.doubt(run.job, folder):
+                if folder is own:
+                    run.console.say(f"{stage.name:<12}made again: {doubt}")
+                continue
             if folder is not own and not _taken(run, own, folder):
                 continue
             run.manifests[stage.name] = manifest
@@ -261,10 +265,12 @@ def planned(job: Job, run_dir: str, stages: Sequence[Stage]) -> dict[str, str]:
     plan: dict[str, str] = {}
     current: dict[str, Manifest] = {}
     for stage in stages:
-        manifest = StageFolder(run_dir, stage.name).manifest()
+        folder = StageFolder(run_dir, stage.name)
+        manifest = folder.manifest()
         inputs = {name: current[name] for name in stage.inputs if name in current}
         whole = len(inputs) == len(stage.inputs)
-        if manifest and whole and is_up_to_date(manifest, stage, stage.settings(job), inputs):
+        known = manifest and whole and is_up_to_date(manifest, stage, stage.settings(job), inputs)
+        if manifest and known and not stage.doubt(job, folder):
             plan[stage.name], current[stage.name] = "up to date", manifest
         else:
             plan[stage.name] = "would run" if manifest is None else "would run again"

@@ -31,8 +31,11 @@ def begin(run: Run, stage: Stage, settings: Settings) -> None:
 
     if folder.manifest() is None and folder.holds_work():
         other = _other(folder.begun.get("settings"), settings)
-        why = f"other {', '.join(other)}" if other else "its inputs were made again"
+        why = stage.doubt(run.job, folder) or "its inputs were made again"
+        why = f"other {', '.join(other)}" if other else why
         run.console.say(f"{stage.name:<12}half made, and begun anew: {why}")
+        # By its key alone work that is in doubt would stay.
+        folder.clear()
     folder.begin(
         stage_key(stage.name, settings, _attempts(run, stage)),
         {"settings": settings, "versions": versions(), "job": to_toml(run.job)},
@@ -70,7 +73,8 @@ def _goes_on(run: Run, stage: Stage, settings: Settings) -> bool:
         return False
     # Earlier versions noted no settings. Their key takes a whole model to make, so it is not asked for without need.
     key_of = stage_key if "settings" in begun else former_key
-    return begun.get("key") == key_of(stage.name, settings, _attempts(run, stage))
+    same = begun.get("key") == key_of(stage.name, settings, _attempts(run, stage))
+    return same and not stage.doubt(run.job, folder)
 
 
 def _attempts(run: Run, stage: Stage) -> dict[str, str]:

@@ -93,6 +93,7 @@ class Stage:
 
     A stage without an `id_column` leaves files of another kind than rows; `unit` is what its progress counts.
     `command` is what a person types to bring this stage alone up to date. `wanted`: whether a job has the stage.
+    `doubt`: why rows that an earlier version made with the same settings cannot be taken as they are, if they cannot.
     """
 
     name: str
@@ -107,6 +108,7 @@ class Stage:
     unit: str = "rows"
     command: str | None = None
     wanted: Callable[[Job], bool] = lambda job: True
+    doubt: Callable[[Job, StageFolder], str] = lambda job, folder: ""
 
     def read_of(self, name: str, manifest: Manifest) -> str:
         """Hash of what this stage reads of an input."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
-from typing import Any
+from typing import IO, TYPE_CHECKING
 
 import pyarrow as pa
 
 from rdpo.errors import InputError
 from rdpo.files.stores import open_file
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
 
 ENDINGS = {".gz": "gzip", ".zst": "zstd"}
 """The endings of compressed files, and what pyarrow calls their compression."""
@@ -28,7 +31,7 @@ def ending_by_content(beginning: bytes) -> str | None:
     return next((ending for first, ending in FIRST_BYTES.items() if beginning.startswith(first)), None)
 
 
-def open_unpacked(address: str) -> Any:
+def open_unpacked(address: str) -> IO[bytes]:
     """A file to read bytes from, of a compressed one what it holds, in bounded memory; it goes forwards only.
 
     Raises:
@@ -44,7 +47,7 @@ def open_unpacked(address: str) -> Any:
 class _Unpacked(io.RawIOBase):
     """What a compressed file holds."""
 
-    def __init__(self, file: Any, address: str, compression: str):
+    def __init__(self, file: IO[bytes], address: str, compression: str):
         self.watched = _Watched(file)
         self.address = address
         self.compression = compression
@@ -59,9 +62,10 @@ class _Unpacked(io.RawIOBase):
             self.watched.close()
         super().close()
 
-    def readinto(self, buffer: Any) -> int:
+    def readinto(self, buffer: WriteableBuffer) -> int:
+        space = memoryview(buffer)
         try:
-            content = self.stream.read(len(buffer))
+            content = self.stream.read(len(space))
         except OSError as error:
             # One of the disk or the store says nothing about what the file holds.
             if self.watched.failed:
@@ -70,14 +74,14 @@ class _Unpacked(io.RawIOBase):
                 f"{self.address}: cannot be unpacked as {self.compression} ({str(error).strip()[:200]}): it is cut off "
                 "or damaged, or is not what the ending of its name says; copy it again, or correct its name"
             ) from None
-        buffer[: len(content)] = content
+        space[: len(content)] = content
         return len(content)
 
 
 class _Watched:
     """A file of which is known whether reading it failed."""
 
-    def __init__(self, file: Any):
+    def __init__(self, file: IO[bytes]):
         self.file = file
         self.failed = False
 

@@ -7,6 +7,7 @@ Google Cloud Storage, Azure and MinIO keep such conditions.
 
 from __future__ import annotations
 
+import configparser
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -31,6 +32,17 @@ KINDS = {
     "NETWORK_CONNECTION": ("error sending request", "timed out"),
 }
 """What a store says, by the name that pyarrow's client has for it."""
+AWS_FILES = {"AWS_SHARED_CREDENTIALS_FILE": "~/.aws/credentials", "AWS_CONFIG_FILE": "~/.aws/config"}
+"""Where profiles are, by the variables that name other files."""
+CREDENTIALS = (
+    "aws_access_key_id",
+    "sso_",
+    "role_arn",
+    "credential_process",
+    "login_session",
+    "web_identity_token_file",
+)
+"""How the settings of a profile begin that lead to credentials."""
 
 
 class Changed(Exception):
@@ -189,16 +201,40 @@ def _s3_options() -> dict[str, Any]:
     return options | _other_credentials()
 
 
+def _profile_source() -> str | None:
+    """What names a profile with credentials, by Amazon's own rules; None if nothing does."""
+    for variable in ("AWS_PROFILE", "AWS_DEFAULT_PROFILE"):
+        if os.environ.get(variable):
+            return variable
+    for variable, usual in AWS_FILES.items():
+        path = os.environ.get(variable) or usual
+        if _has_credentials(os.path.expanduser(path)):
+            return path
+    return None
+
+
+def _has_credentials(path: str) -> bool:
+    """Whether a file of profiles has credentials in one, and not only a region."""
+    profiles = configparser.RawConfigParser(strict=False)
+    try:
+        profiles.read(path, encoding="utf-8")
+    except (configparser.Error, UnicodeDecodeError):
+        # Whatever is wrong with it: somebody meant it to be read.
+        return True
+    return any(option.startswith(CREDENTIALS) for profile in profiles.values() for option in profile)
+
+
 def _other_credentials() -> dict[str, Any]:
     """Credentials out of a profile, a login, a role of the machine: all that boto3 finds, where it is installed."""
     try:
         import boto3
         from obstore.auth.boto3 import Boto3CredentialProvider
     except ImportError:
-        if "AWS_PROFILE" in os.environ or os.path.exists(os.path.expanduser("~/.aws/credentials")):
+        if source := _profile_source():
             raise InputError(
-                "s3:// address: credentials of an AWS profile are read by the package boto3, which is not installed; "
-                "`pip install boto3`, or give AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+                f"s3:// address: credentials of an AWS profile ({source}) are read by the package boto3, which is not "
+                "installed (the GPU lock leaves it out); `pip install boto3` on the machine of the driver, or give "
+                "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
             ) from None
         # Those of a container or of the machine.
         return {}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING
 
 from rdpo.config import Lora
@@ -71,7 +73,7 @@ def _is_among(target: str, names: Iterable[str]) -> bool:
     return any(name == target or name.endswith(f".{target}") for name in names)
 
 
-def _could_be(model: PreTrainedModel, but: Collection[str] = ()) -> str:
+def _could_be(model: PreTrainedModel, but: Collection[str] = (), but_ends: Collection[str] = ()) -> str:
     """Which modules can be targeted: linear layers by the ends of their names, without the output layer."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D
@@ -81,7 +83,7 @@ def _could_be(model: PreTrainedModel, but: Collection[str] = ()) -> str:
         own = name.removesuffix(".base_layer")
         if isinstance(module, nn.Linear | Conv1D) and module is not head and own not in but and ".lora_" not in own:
             found.add(own.rpartition(".")[2])
-    names = sorted(found)
+    names = sorted(found.difference(but_ends))
     return f"linear layers that can be named are {', '.join(names)}" if names else "it has no linear layers to name"
 
 
@@ -137,6 +139,49 @@ def check_reached(adapted: PeftModel, hidden: Tensor, one_of_many: bool = False)
             f"{SETTING}: no gradient reaches {', '.join(modules[:SHOWN])}{more}, which would not be trained; "
             f"name modules that text passes through; {_could_be(adapted.get_base_model(), modules)}"
         )
+
+
+def check_wraps(adapted: PeftModel, read: Callable[[], object]) -> None:
+    """Raise if a layer under an adapter gives something else than one tensor, to which the adapter could add.
+
+    Some routers of experts are linear layers by their class, and return several tensors.
+
+    Args:
+        adapted: a model with its adapter, which could not be read.
+        read: reads it; done here without the adapter.
+
+    Raises:
+        InputError: with the layers' names.
+    """
+    import torch
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    others: list[str] = []
+    hooks = []
+    for name, module in adapted.get_base_model().named_modules():
+        if isinstance(module, BaseTunerLayer):
+            noted = partial(_note_output, others, name)
+            hooks.append(module.get_base_layer().register_forward_hook(noted))
+    # Where even that fails, as without the kernels of a GPU, what came before is known.
+    with suppress(Exception), torch.no_grad(), adapted.disable_adapter():
+        read()
+    for hook in hooks:
+        hook.remove()
+
+    if others:
+        more = f" and {len(others) - SHOWN} more" if len(others) > SHOWN else ""
+        ends = {name.rpartition(".")[2] for name in others}
+        raise InputError(
+            f"{SETTING}: {', '.join(others[:SHOWN])}{more} cannot be adapted: the output is not one tensor; "
+            f"{_could_be(adapted.get_base_model(), others, ends)}"
+        )
+
+
+def _note_output(others: list[str], name: str, module: object, given: object, output: object) -> None:
+    from torch import Tensor
+
+    if not isinstance(output, Tensor):
+        others.append(name)
 
 
 def _expert(name: str) -> str:

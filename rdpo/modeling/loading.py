@@ -66,7 +66,8 @@ def architecture_outline(where: str, auto_class: Any, config: PretrainedConfig, 
     import torch
 
     plain = copy.deepcopy(config)
-    del plain.quantization_config
+    if hasattr(plain, "quantization_config"):
+        del plain.quantization_config
     try:
         with torch.device("meta"):
             return auto_class.from_config(plain, trust_remote_code=trust_remote_code)

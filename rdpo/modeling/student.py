@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from rdpo.config import Job, Lora
     from rdpo.modeling.chat import Chat
     from rdpo.modeling.model import ForwardSettings, Policy, Tuning
+    from rdpo.modeling.probe import ReadAs
 
 QUESTION = [{"role": "user", "content": "x"}]
 """By which it is found out what ids every text has: those that the chat template writes."""
@@ -99,6 +100,19 @@ def check_student(job: Job, chat: Chat) -> None:
         _check_adapter(as_policy(model, forward_settings(job), tuning_of(job)), job.training.lora)
 
 
+def check_architecture(job: Job) -> ReadAs | None:
+    """Try, on a small random model of the student's configuration, whether rdpo reads its architecture exactly.
+
+    Returns how that model is read; None if none could be built.
+
+    Raises:
+        InputError: its log-probs would not be those of its own logits, or not in the layout that the job asks for.
+    """
+    from rdpo.modeling.miniature import check_miniature
+
+    return check_miniature(f"student.model {job.student.model}", ModelRef.student(job).config(), forward_settings(job))
+
+
 def is_quantised(model: ModelRef) -> bool:
     """Whether a model's weights are stored quantised."""
     return bool(getattr(model.config(), "quantization_config", None))
@@ -128,7 +142,7 @@ def checked_model(where: str, model: ModelRef, chat: Chat) -> PreTrainedModel:
 
 def _check_adapter(policy: Policy, lora: Lora | None) -> None:
     """Raise if the adapter would not be trained: tried on the device that has no numbers, or else on zeros."""
-    from rdpo.modeling.adapters import ALL_LINEAR, SETTING, check_reached
+    from rdpo.modeling.adapters import ALL_LINEAR, SETTING, check_reached, check_wraps
 
     if not policy.adapted or lora is None:
         return
@@ -147,6 +161,7 @@ def _check_adapter(policy: Policy, lora: Lora | None) -> None:
     except InputError:
         raise
     except Exception as error:
+        check_wraps(policy.model, lambda: policy.hidden_states(batch.to("cpu")))
         # Where kernels are for GPUs alone, nothing can be tried here; what reaches all layers is taken on trust.
         if lora.target_modules != ALL_LINEAR:
             said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -19,12 +19,14 @@ from rdpo.preference.pairs import make_pairs
 from rdpo.preference.rewards import score_answers
 from rdpo.preference.rewards.registry import kind_of
 from rdpo.records import SIDES, alive
+from rdpo.synthesis.columns import Reading, pair_columns
 from rdpo.synthesis.given import given_answers
 from rdpo.synthesis.prompts import beside, read_prompts, without_duplicates
 
 if TYPE_CHECKING:
     import ray.data
 
+SOURCE = "calibration.source"
 KNOWN = Pairs(chosen="chosen", rejected="rejected")
 PLAIN = files("rdpo.preference") / "known_pairs.jsonl"
 
@@ -51,16 +53,18 @@ def trial_prompts(job: Job) -> Prompts:
 
 def calibrate(job: Job) -> list[ray.data.Dataset]:
     """The known pairs with the scores of the tried rewards; and those lines of their source that are none."""
+    prompts = trial_prompts(job)
+    reading = Reading(SOURCE, pair_columns(prompts.column, "prompts.column", SOURCE))
     trial = job.model_copy(
         update={
-            "prompts": trial_prompts(job),
+            "prompts": prompts,
             "synthesis": Synthesis(),
             "rewards": tried_rewards(job),
             "pairs": KNOWN,
         }
     )
     # Held, for it is read twice: for the pairs, and for the lines that are none.
-    read = without_duplicates(read_prompts(trial).materialize()).materialize()
+    read = without_duplicates(read_prompts(trial, reading).materialize()).materialize()
     pairs = given_answers(read.filter(alive), trial).materialize()
     scored = score_answers(pairs.filter(alive), trial, list(SIDES))
     unusable = [rows.filter(lambda row: not alive(row)) for rows in (read, pairs)]
@@ -80,5 +84,6 @@ def check_calibration(kept: int, reasons: dict[str, int], job: Job) -> None:
         InputError: no pair got scores, or one of rdpo's own did not.
     """
     if reasons and (not kept or not job.calibration.source):
-        where = job.calibration.source or "two plain pairs"
-        raise InputError(f"rewards: the trial on {where} failed: {next(iter(reasons))}")
+        own = job.calibration.source
+        setting, where = (SOURCE, own) if own else ("rewards", "two plain pairs")
+        raise InputError(f"{setting}: the trial on {where} failed: {next(iter(reasons))}")

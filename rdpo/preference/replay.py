@@ -17,16 +17,18 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from rdpo.config import Job, Pairs, Replay, Synthesis
+from rdpo.config import Job, Pairs, Prompts, Replay, Synthesis
 from rdpo.preference.pairs import COPY, make_pairs
 from rdpo.preference.rewards import score_answers
 from rdpo.records import HELDOUT, ID_COLUMN, QUESTION, SIDES, alive, digest, rows_of
+from rdpo.synthesis.columns import Reading, pair_columns
 from rdpo.synthesis.given import given_answers
 from rdpo.synthesis.prompts import beside, read_prompts, without_duplicates
 
 if TYPE_CHECKING:
     import ray.data
 
+SOURCE = "replay.source"
 GENERATED = "its prompt is among the generated pairs"
 HELD_OUT = "its prompt is held out for evaluation"
 LEFT_OVER = "not drawn for the mix"
@@ -134,18 +136,25 @@ def keyed_ready(batches: Iterable[pa.Table]) -> Keyed:
     return [(row[ID_COLUMN], row[QUESTION]) for row in rows_of(batches)]
 
 
+def ready_source(job: Job, replay: Replay) -> tuple[Prompts, Reading]:
+    """Where the ready pairs are, and how they are read."""
+    settings = beside(job.prompts, replay.source, replay.column, replay.limit)
+    return settings, Reading(SOURCE, pair_columns(replay.column, "replay.column", SOURCE))
+
+
 def offline_pairs(job: Job, replay: Replay) -> ray.data.Dataset:
     """The ready pairs with the columns of the pairs stage; lines that are none are dropped with a reason."""
+    prompts, source = ready_source(job, replay)
     reading = job.model_copy(
         update={
-            "prompts": beside(job.prompts, replay.source, replay.column, replay.limit),
+            "prompts": prompts,
             "synthesis": Synthesis(),
             "rewards": [],
             "pairs": Pairs(chosen="chosen", rejected="rejected"),
         }
     )
     # Held, for each is read twice below: once for what can be used, once for what cannot.
-    read = without_duplicates(read_prompts(reading).materialize()).materialize()
+    read = without_duplicates(read_prompts(reading, source).materialize()).materialize()
     given = given_answers(read.filter(alive), reading).materialize()
 
     paired = make_pairs(score_answers(given.filter(alive), reading, list(SIDES)), reading)

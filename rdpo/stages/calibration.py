@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from rdpo.errors import named
 from rdpo.execution.stage import Stage
 from rdpo.records import ID_COLUMN
 from rdpo.stages.settings import tokenizer_settings
@@ -18,16 +19,18 @@ if TYPE_CHECKING:
 
 def settings(job: Job) -> Settings:
     """Settings of the trial of the rewards, with the known pairs and the models as they are now."""
-    from rdpo.preference.calibration import known_pairs, trial_prompts, tried_rewards
+    from rdpo.preference.calibration import SOURCE, known_pairs, trial_prompts, tried_rewards
     from rdpo.preference.rewards import reward_settings
     from rdpo.preference.rewards.registry import kind_of
     from rdpo.synthesis.sources import content_hash
 
     tried = tried_rewards(job)
     rewards = reward_settings(job.model_copy(update={"rewards": tried}))
+    with named(SOURCE):
+        content = content_hash(known_pairs(job))
     return {
         **trial_prompts(job).model_dump(exclude={"source", "near_duplicates"}),
-        "content": content_hash(known_pairs(job)),
+        "content": content,
         **tokenizer_settings(job),
         "seed": job.seed if any(kind_of(reward).seeded for reward in tried) else None,
         "rewards": [{**one, "weight": 1.0} for one in rewards],

@@ -19,7 +19,7 @@ def prepare(job: Job, say: Say) -> bool:
     from rdpo.cluster.installed import check_cpu_engines, check_installed
     from rdpo.cluster.placement import Nodes, check_room, fit_side_by_side
     from rdpo.modeling.chat import load_chat
-    from rdpo.modeling.student import check_student
+    from rdpo.modeling.student import check_architecture, check_student
     from rdpo.modeling.weights import ModelRef
     from rdpo.preference.rewards import check_rewards
     from rdpo.stages.pools import pools_of
@@ -29,6 +29,7 @@ def prepare(job: Job, say: Say) -> bool:
     student = ModelRef.student(job)
     chat = load_chat(student, job.date)
     check_student(job, chat)
+    check_architecture(job)
     if not chat.ending:
         say(f"{student.name}: its chat template ends an answer without a token that ends generation; no end is trained")
 
@@ -36,6 +37,7 @@ def prepare(job: Job, say: Say) -> bool:
     check_cpu_engines(pools)
     _check_teacher(job)
     check_rewards(job)
+    check_other_sources(job)
 
     # Last: whatever is wrong above is said within seconds, before workers start.
     ray = start_ray(job)
@@ -44,6 +46,22 @@ def prepare(job: Job, say: Say) -> bool:
     for pool in check_room(pools, nodes):
         say(f"{pool.setting} waits until nodes are started: {smallest(pool.processes)} x {pool}")
     return fit_side_by_side(pools, job.cluster, nodes)
+
+
+def check_other_sources(job: Job) -> None:
+    """Look at the sources that are read only after long work.
+
+    Raises:
+        InputError: one cannot be read, or has not the columns that it must have.
+    """
+    from rdpo.evaluation.retention import text_source
+    from rdpo.preference.replay import ready_source
+    from rdpo.synthesis.sources import check_source
+
+    if job.replay:
+        check_source(*ready_source(job, job.replay))
+    if job.retention:
+        check_source(*text_source(job, job.retention))
 
 
 def check_named(job: Job) -> None:

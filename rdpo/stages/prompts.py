@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from rdpo.errors import InputError
+from rdpo.errors import InputError, named
 from rdpo.execution.stage import Source, Stage
 from rdpo.records import HELDOUT, ID_COLUMN
 from rdpo.stages.settings import tokenizer_settings
@@ -26,14 +26,17 @@ GIVEN = 2
 
 def settings(job: Job) -> Settings:
     """Settings of the prompts stage, with the content of its source."""
+    from rdpo.synthesis.columns import PROMPTS
     from rdpo.synthesis.prompts import SEED
     from rdpo.synthesis.sources import content_hash
 
     # Counting them changes no prompt.
     counted = {"near_duplicates"} if job.prompts.near_duplicates == "count" else None
+    with named(PROMPTS):
+        content = content_hash(job.prompts.source)
     return {
         **job.prompts.model_dump(exclude=counted),
-        "content": content_hash(job.prompts.source),
+        "content": content,
         # Pairs that are ready are read in another way than prompts.
         "given": job.synthesis.task is None and GIVEN,
         **tokenizer_settings(job),

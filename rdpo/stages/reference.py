@@ -79,13 +79,34 @@ def refer(rows: ray.data.Dataset, run: Run) -> ray.data.Dataset:
     from rdpo.preference.reference import FORWARD, add_reference
 
     own = settings(run.job)
-    same = [folder for folder, theirs in run.made_by_siblings("reference") if same_settings(theirs, own)]
+    made = run.made_by_siblings("reference")
+    same = [folder for folder, theirs in made if same_settings(theirs, own) and not doubt(run.job, folder)]
     for folder in same:
         # Where all log-probs are known the model is not even loaded.
         if forward := folder.read_json(FORWARD):
             run.folder("reference").write_json(FORWARD, forward)
     tables = chain.from_iterable(folder.tables(columns=COLUMNS) for folder in same)
     return add_reference(rows, run.job, known_logps(tables), run.dir)
+
+
+def doubt(job: Job, folder: StageFolder) -> str:
+    """Why log-probs in a folder that does not say how they were read cannot be taken; empty if they can.
+
+    Earlier versions read an architecture in packed rows by its signature, and noted nothing. Where packed rows are
+    exact, or impossible, these log-probs are what they would be now.
+    """
+    from rdpo.modeling.student import check_architecture
+    from rdpo.preference.reference import FORWARD
+
+    if folder.read_json(FORWARD) or not folder.count():
+        return ""
+    try:
+        read_as = check_architecture(job)
+    except InputError as error:
+        return str(error)
+    if read_as is None:
+        return "an earlier version made it, and whether its packed rows were exact is not known"
+    return f"an earlier version read packed rows, which {read_as.why}" if read_as.why else ""
 
 
 def summarize(run: Run, folder: StageFolder) -> Summary:
@@ -108,4 +129,5 @@ STAGE = Stage(
     reads={"pairs": Reads(without=SCORE_COLUMNS), "replay": Reads(without=SCORE_COLUMNS, summary=True)},
     packages=("rdpo", "torch", "transformers"),
     command="reference",
+    doubt=doubt,
 )

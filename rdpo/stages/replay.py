@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from rdpo.errors import named
 from rdpo.execution.stage import Stage
 from rdpo.records import HELDOUT, ID_COLUMN, QUESTION
 from rdpo.stages.settings import rendering_of_student
@@ -22,13 +23,15 @@ DRAWN = 2
 def settings(job: Job) -> Settings:
     """Settings of the replay stage, with the content of its source."""
     from rdpo.modeling.weights import ModelRef
+    from rdpo.preference.replay import SOURCE
     from rdpo.synthesis.sources import content_hash
 
     if job.replay is None:
         return {}
     system: dict[str, Any] = {"system": job.prompts.system, "max_prompt_tokens": job.prompts.max_prompt_tokens}
     system |= rendering_of_student(job) | {"tokenizer": ModelRef.student(job).tokenizer_fingerprint()}
-    content = content_hash(job.replay.source)
+    with named(SOURCE):
+        content = content_hash(job.replay.source)
     return {**job.replay.model_dump(), **system, "content": content, "drawn": DRAWN, "seed": job.seed}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from rdpo.errors import InputError
+from rdpo.errors import InputError, named
 from rdpo.execution.stage import Reads, Stage
 from rdpo.records import ID_COLUMN, alive
 from rdpo.stages.settings import rendering_of_student
@@ -19,13 +19,16 @@ if TYPE_CHECKING:
 
 def settings(job: Job) -> Settings:
     """Settings of the retention stage, with the content of its source."""
+    from rdpo.evaluation.retention import SOURCE
     from rdpo.synthesis.sources import content_hash
 
     if job.retention is None:
         return {}
     system: dict[str, Any] = {"system": job.prompts.system, "max_prompt_tokens": job.prompts.max_prompt_tokens}
     system |= rendering_of_student(job)
-    return {**job.retention.model_dump(), **system, "content": content_hash(job.retention.source)}
+    with named(SOURCE):
+        content = content_hash(job.retention.source)
+    return {**job.retention.model_dump(), **system, "content": content}
 
 
 def measure_retention(run: Run, folder: StageFolder, meter: Meter) -> Summary:
@@ -34,7 +37,7 @@ def measure_retention(run: Run, folder: StageFolder, meter: Meter) -> Summary:
     Raises:
         InputError: none of them can be used.
     """
-    from rdpo.evaluation.retention import measured, summary, texts
+    from rdpo.evaluation.retention import SOURCE, measured, summary, texts
     from rdpo.files.rows import write_rows
     from rdpo.training.checkpoint import MERGED
 
@@ -43,7 +46,7 @@ def measure_retention(run: Run, folder: StageFolder, meter: Meter) -> Summary:
     folder.clear_parts()
     rows = texts(run.job, run.job.retention)
     if not any(map(alive, rows)):
-        raise InputError(f"retention: no usable conversation in {run.job.retention.source}; {rows[0]['dropped']}")
+        raise InputError(f"{SOURCE}: no usable conversation in {run.job.retention.source}; {rows[0]['dropped']}")
     trained = run.folder("policy").address(MERGED)
     write_rows(
         measured(rows, run.job, trained), folder, ID_COLUMN, lambda block: meter.advance(block.rows + block.dropped)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from rdpo.execution.stage import RowWork, Source, Stage
+from rdpo.records import ID_COLUMN, Row
 from rdpo.stages.prompts import split_source
 from rdpo.stages.settings import prefill_settings
 
@@ -52,20 +56,31 @@ def training_prompts(run: RunReader) -> Source:
 
 def write_answers(rows: ray.data.Dataset, run: Run) -> ray.data.Dataset:
     """The teacher's turns, or the answers that come with the prompts."""
-    from rdpo.records import ID_COLUMN
     from rdpo.synthesis.given import given_answers
-    from rdpo.synthesis.instructions import check_apart, check_fields, load_task
+    from rdpo.synthesis.instructions import check_apart, check_fields, check_turns_apart, load_task
     from rdpo.synthesis.teacher import synthesize
 
     if not run.job.synthesis.task:
         return given_answers(rows, run.job)
-    prompts, words = run.folder("prompts"), run.job.synthesis.values
-    first = next(prompts.tables()).slice(0, 1)
+    task, words = load_task(run.job.synthesis.task), run.job.synthesis.values
+    prompts = run.folder("prompts")
     if words:
-        parts = prompts.tables(columns=[ID_COLUMN, "extra"])
-        check_apart(words.keys(), (row for part in parts for row in part.to_pylist()))
-    check_fields(load_task(run.job.synthesis.task), first.to_pylist()[0], words)
+        check_apart(words.keys(), _named_rows(prompts, words.keys()))
+    check_turns_apart(task, _named_rows(prompts, ["prompt", *task.answers]))
+
+    first = next(prompts.tables()).slice(0, 1)
+    check_fields(task, first.to_pylist()[0], words)
     return synthesize(rows, run.job)
+
+
+def _named_rows(prompts: StageFolder, names: Iterable[str]) -> Iterator[Row]:
+    """Id and other columns of the prompts that may have a column of one of these names."""
+    import pyarrow.compute as pc
+
+    # Other columns lie in one text of JSON: most are seen to have none of the names without reading it as such.
+    keys = "|".join(re.escape(json.dumps(name, ensure_ascii=False)) for name in names)
+    for part in prompts.tables(columns=[ID_COLUMN, "extra"]):
+        yield from part.filter(pc.match_substring_regex(part["extra"], keys)).to_pylist()
 
 
 def summary(run: Run, folder: StageFolder) -> Summary:

@@ -19,13 +19,15 @@ from jinja2 import StrictUndefined, Template, TemplateSyntaxError, meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from pydantic import ValidationError
 
-from rdpo.config import check_kind
+from rdpo.config import BEST, WORST, check_kind
 from rdpo.config.task import Task, Turn
 from rdpo.errors import InputError, did_you_mean
-from rdpo.records import HELDOUT, ID_COLUMN, Messages, Row, extra_of, text_of
+from rdpo.records import HELDOUT, ID_COLUMN, QUESTION, Messages, Row, extra_of, text_of
 
-COLUMNS = {"source", "line", "prompt", ID_COLUMN, "prompt_length", "split", "extra", "dropped", HELDOUT}
+COLUMNS = {"source", "line", "prompt", ID_COLUMN, QUESTION, "prompt_length", "split", "extra", "dropped", HELDOUT}
 """Columns that rows have before the first turn, or get for the pairs; a turn of that name would overwrite one."""
+BESIDE_ANSWERS = ("_finish_reason", "_tokens", "_prompt_length", "_prompt_cached", "_scores", "_score")
+"""How the names of columns end that stand beside each answer."""
 SHIPPED = files("rdpo.synthesis") / "tasks"
 _SANDBOX = ImmutableSandboxedEnvironment(undefined=StrictUndefined, autoescape=False)
 
@@ -64,8 +66,7 @@ def _check_turns(task: Task, source: str) -> None:
     earlier: list[str] = []
     for turn in task.turns:
         where = f"synthesis.task: {source}: turn `{turn.name}`"
-        if taken := set(turn.names) & COLUMNS:
-            raise InputError(f"{where}: `{min(taken)}` is a column of rdpo's own; give the turn another name")
+        _check_name(turn, where)
         if set(turn.names) & set(earlier):
             raise InputError(f"{where} has the name of an earlier one; give each turn its own name")
         if turn.after is not None and turn.after not in earlier:
@@ -77,6 +78,18 @@ def _check_turns(task: Task, source: str) -> None:
         for template in (turn.system, turn.user, turn.prefill):
             check_template(template or "", where)
         earlier.extend(turn.names)
+
+
+def _check_name(turn: Turn, where: str) -> None:
+    why = None
+    if taken := set(turn.names) & COLUMNS:
+        why = f"`{min(taken)}` is a column of rdpo's own"
+    elif turn.name in (BEST, WORST):
+        why = f"`pairs.chosen` and `pairs.rejected` know the {turn.name} of several samples by this name"
+    elif turn.name.endswith(BESIDE_ANSWERS):
+        why = "columns beside an answer have such names"
+    if why:
+        raise InputError(f"{where}: {why}; give the turn another name")
 
 
 def check_template(template: str, where: str) -> set[str]:
@@ -163,6 +176,46 @@ def check_apart(words: Collection[str], rows: Iterable[Row]) -> None:
                 f"synthesis.values: `{name}` is also a column of the prompts (row {row[ID_COLUMN]}), and a template "
                 "could mean either; rename the word in the job and the task, or the column"
             )
+
+
+def check_turns_apart(task: Task, rows: Iterable[Row]) -> None:
+    """Check that no row of the prompts has a column whose name an answer of the task takes, or the prompt.
+
+    A task uses such a column on purpose where templates need it before the answer has the name, and none does later.
+
+    Raises:
+        InputError: a row has such a column, which would be left aside without a word, or could be meant by a template.
+    """
+    refused = _taken_names(task)
+    for row in rows:
+        for name in extra_of(row).keys() & refused.keys():
+            raise InputError(
+                f"synthesis.task: {refused[name]} a column of the prompts (row {row[ID_COLUMN]}); rename the column, "
+                "or the turn in a task file of your own"
+            )
+
+
+def _taken_names(task: Task) -> dict[str, str]:
+    """The names that no column of the prompts may have, each with the beginning of the message that says why."""
+    used_in: dict[str, list[str]] = {}
+    answered: dict[str, str] = {}
+    taken: dict[str, str] = {}
+    for turn in task.turns:
+        used = {name for template in (turn.system, turn.user, turn.prefill) for name in _names_in(template, turn)}
+        for name in used & answered.keys():
+            taken[name] = f"turn `{turn.name}` uses `{name}`, which is an answer of the task and"
+        for name in used:
+            used_in.setdefault(name, []).append(turn.name)
+        for name in turn.names:
+            answered[name] = turn.name
+            if name not in used_in:
+                taken[name] = f"the answer `{name}` of turn `{turn.name}` has the name of"
+
+    if "prompt" in used_in:
+        taken["prompt"] = (
+            f"turn `{used_in['prompt'][0]}` uses `prompt`, which is the text of the prompt: `prompt` is also"
+        )
+    return taken
 
 
 def _check_different(task: Task, row: Row, words: Mapping[str, str]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from datasketch import MinHash, MinHashLSH
@@ -54,8 +55,15 @@ def _runs(text: str) -> frozenset[bytes]:
     return frozenset(text[start : start + RUN_CHARS].encode("utf-8", "surrogatepass") for start in starts)
 
 
+@lru_cache(maxsize=1)
+def _empty() -> MinHash:
+    """The signature of no text."""
+    return MinHash(PERMUTATIONS, hashfunc=zlib.crc32)
+
+
 def _signature(runs: frozenset[bytes]) -> MinHash:
-    signature = MinHash(PERMUTATIONS, hashfunc=zlib.crc32)
+    # Drawing its permutations anew takes longer than all else.
+    signature = _empty().copy()
     signature.update_batch(list(runs))
     return signature
 

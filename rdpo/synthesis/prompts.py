@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -41,10 +41,12 @@ from rdpo.records import (
     split_name,
     unit_draw,
 )
+from rdpo.synthesis.columns import Reading
 from rdpo.synthesis.conversation import Unusable, check_columns, derive_pair, read_prompt
+from rdpo.synthesis.formats import Raw
 from rdpo.synthesis.given import pair_id
 from rdpo.synthesis.instructions import check_template, render
-from rdpo.synthesis.sources import Raw, raw_rows
+from rdpo.synthesis.sources import raw_rows
 
 if TYPE_CHECKING:
     import ray.data
@@ -79,15 +81,21 @@ BLOCK_ROWS = 4096
 SHOWN_CHARS = 500
 
 
-def read_prompts(job: Job) -> ray.data.Dataset:
+def read_prompts(job: Job, reading: Reading | None = None) -> ray.data.Dataset:
     """All rows of the job's source, usable and dropped; a prompt that stands there twice is there twice.
+
+    Args:
+        job: its `prompts` say what is read, and its student's chat template measures it.
+        reading: how another source is read that stands in the place of the job's own.
 
     Raises:
         InputError: the source is missing or empty, or has no such column.
     """
     # The cut between reading and rendering lets all cores render what one file holds; one that is not strict would be
     # fused with both sides of it.
-    raw = raw_rows(job).repartition(target_num_rows_per_block=BLOCK_ROWS, strict=True)
+    raw = raw_rows(job.prompts, reading or Reading.of_prompts(job)).repartition(
+        target_num_rows_per_block=BLOCK_ROWS, strict=True
+    )
     return raw.map_batches(_prompt_table, fn_kwargs={"job": job}, batch_format="pyarrow", batch_size=None)
 
 
@@ -113,7 +121,7 @@ def prompt_row(source: str, line: int, raw: Raw, job: Job) -> Row:
     return row if alive(row) else {**row, ID_COLUMN: place}
 
 
-def _parsed(row: Row, raw: dict[str, Any], job: Job) -> Row:
+def _parsed(row: Row, raw: dict[str, object], job: Job) -> Row:
     """The row with prompt, id and split."""
     settings, given = job.prompts, job.synthesis.task is None
     others = {key: value for key, value in raw.items() if key not in (settings.column, "split")}
@@ -127,15 +135,17 @@ def _parsed(row: Row, raw: dict[str, Any], job: Job) -> Row:
     row[QUESTION] = _question(raw, messages, settings.system)
     split, reason = _split(raw.get("split"), prompt_id(messages), settings), None
     if templates := _templates(settings, split):
-        others[BARE] = messages[-1]["content"]
-        messages, reason = _wrapped(messages, templates, others)
+        reason = _taken_name(others)
+        others.setdefault(BARE, messages[-1]["content"])
+        if not reason:
+            messages, reason = _wrapped(messages, templates, others)
 
     name = pair_id(messages, answers) if given else prompt_id(messages)
     row = {**row, "extra": _as_json(others), "split": split, "prompt": messages, ID_COLUMN: name}
     return drop(row, reason) if reason else row
 
 
-def _question(raw: Mapping[str, Any], messages: Messages, system: str | None) -> str:
+def _question(raw: Mapping[str, object], messages: Messages, system: str | None) -> str:
     """The question of a row, without what the job puts around each prompt."""
     stated = raw.get(QUESTION)
     # Pairs of another run have their prompts in its templates; they say what was asked before.
@@ -145,7 +155,7 @@ def _question(raw: Mapping[str, Any], messages: Messages, system: str | None) ->
     return question_id(messages[1:] if given else messages)
 
 
-def _conversation(raw: dict[str, Any], settings: Settings, given: bool) -> tuple[Messages, dict[str, str]]:
+def _conversation(raw: dict[str, object], settings: Settings, given: bool) -> tuple[Messages, dict[str, str]]:
     """The prompt of a raw row, and both answers if they are given.
 
     Raises:
@@ -186,7 +196,14 @@ def _templates(settings: Settings, split: str) -> list[str]:
     return settings.heldout_templates or settings.templates if split == HELDOUT else settings.templates
 
 
-def _wrapped(messages: Messages, templates: list[str], others: dict[str, Any]) -> tuple[Messages, str | None]:
+def _taken_name(others: Mapping[str, object]) -> str | None:
+    """The reason why a row with these other columns cannot be put into a template; None if it can."""
+    meaning = {"prompt": "the text of the prompt", BARE: "where the prompt is kept as it was without its template"}
+    taken = next((name for name in meaning if name in others), None)
+    return f"{taken}: prompts.templates know this name as {meaning[taken]}; rename the column" if taken else None
+
+
+def _wrapped(messages: Messages, templates: list[str], others: dict[str, object]) -> tuple[Messages, str | None]:
     """The messages with the last one put into one of the templates; with the reason if that cannot be done."""
     template = templates[draw_seed(SEED, prompt_id(messages), "template") % len(templates)]
     try:
@@ -196,11 +213,11 @@ def _wrapped(messages: Messages, templates: list[str], others: dict[str, Any]) -
     return [*messages[:-1], {**messages[-1], "content": clean(content)}], None
 
 
-def _as_json(columns: dict[str, Any]) -> str:
+def _as_json(columns: dict[str, object]) -> str:
     return clean(json.dumps(columns, ensure_ascii=False, default=str))
 
 
-def _split(value: Any, row_id: str, settings: Settings) -> str:
+def _split(value: object, row_id: str, settings: Settings) -> str:
     if isinstance(value, str) and value:
         return clean(split_name(value))
     return HELDOUT if unit_draw(SEED, row_id, "split") < settings.heldout_fraction else TRAIN

@@ -99,6 +99,20 @@ def _built(model_type, variant):
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 
+def settled(model_type):
+    """A small model as a policy, and how its probe has it read, by words where it is refused."""
+    from rdpo.errors import InputError
+    from rdpo.modeling.model import ForwardSettings, as_policy
+    from rdpo.modeling.probe import settle_layout
+
+    model = small_model(model_type)
+    try:
+        policy = as_policy(model, ForwardSettings("float32", 8)).eval()
+        return model, policy, settle_layout(policy, model_type)
+    except InputError as error:
+        return model, None, str(error)
+
+
 def causal_types():
     """The model types with a causal language model, or those that the environment names."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES

@@ -9,7 +9,7 @@ from rdpo.errors import InputError
 from rdpo.modeling.adapters import check_reached
 from rdpo.modeling.model import ForwardSettings, Tuning, as_policy
 from rdpo.modeling.student import _check_adapter
-from tests.support.architectures import small_model
+from tests.support.architectures import causal_types, small_model
 from tests.support.models import llama, tiny_config
 from tests.support.students import checked, job_of
 
@@ -55,7 +55,17 @@ REFUSED_OF_EXPERTS = {
     "a router that is no linear layer": ("mixtral", ["gate"], LINEAR),
     "experts that are no linear layers": ("mixtral", ["gate_up_proj"], LINEAR),
     "all experts": ("mixtral", ["experts"], LINEAR),
-    "a router whose output is not one tensor": ("phimoe", ["router"], "cannot be tried here.*use 'all-linear'"),
+    "a router whose output is not one tensor": (
+        "phimoe",
+        ["router"],
+        r"model\.layers\.0\.mlp\.router, .* cannot be adapted: the output is not one tensor; .*k_proj",
+    ),
+    "all linear layers, a router of such a kind among them": (
+        "llama4_text",
+        "all-linear",
+        r"feed_forward\.router, .* cannot be adapted: the output is not one tensor; "
+        "linear layers that can be named are down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj$",
+    ),
     "weights that are read beside their layer": (
         "jamba",
         "all-linear",
@@ -105,3 +115,37 @@ def test_an_expert_that_reads_the_text_speaks_for_those_that_do_not(tokenizer):
     lora = Lora(rank=2, target_modules=r".*\.idle\.\d")
     with pytest.raises(InputError, match=r"no gradient reaches model\.layers\.1\.mlp\.idle\.0, "):
         _check_adapter(as_policy(model(), SETTINGS, Tuning(lora)), lora)
+
+
+def trains(model_type, lora):
+    """Whether a small model with its adapter can be read and every adapter gets a gradient, or one of its layer's."""
+    policy = as_policy(small_model(model_type), SETTINGS, Tuning(lora)).train()
+    try:
+        policy(policy.batch([[5, 6, 7, 8]], [[9, 10]], [[11]])).sum().backward()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    trained = {
+        name: weight.grad is not None for name, weight in policy.model.named_parameters() if weight.requires_grad
+    }
+    return "" if any(trained.values()) else "no gradient"
+
+
+@pytest.mark.long
+def test_all_linear_layers_of_every_architecture_are_trained_or_refused(capsys):
+    """RDPO_ARCHITECTURES=mixtral,jamba names some of them."""
+    wrong, lora = {}, Lora(rank=2, target_modules="all-linear")
+    for model_type in causal_types():
+        try:
+            model = small_model(model_type)
+        except ValueError:
+            continue
+        try:
+            _check_adapter(as_policy(model.to("meta"), SETTINGS, Tuning(lora)), lora)
+            found, fault = "taken", trains(model_type, lora)
+        except InputError as error:
+            found, fault = f"refused: {error}"[:150], ""
+        if fault:
+            wrong[model_type] = fault
+        with capsys.disabled():
+            print(f"{model_type:<28}{found} {fault[:100]}", flush=True)
+    assert not wrong

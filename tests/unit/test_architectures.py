@@ -9,7 +9,7 @@ from rdpo.modeling.attention import attend_by_span, flex_by_block
 from rdpo.modeling.layout import packed_batch, padded_batch
 from rdpo.modeling.model import ForwardSettings, Tuning, as_policy, load_policy
 from rdpo.modeling.probe import ReadAs, settle_layout
-from tests.support.architectures import causal_types, small_model
+from tests.support.architectures import causal_types, settled, small_model
 from tests.support.models import save_model
 
 SETTINGS = ForwardSettings("float32", 8)
@@ -138,16 +138,6 @@ def test_an_architecture_that_cannot_pack_is_padded(tmp_path, tokenizer):
     torch.testing.assert_close(policy(padded_batch(PROMPTS, [CHOSEN, REJECTED])), naive_pairs(policy.model))
     with pytest.raises(InputError, match="cannot read packed rows"):
         load_policy(folder, ForwardSettings("float32", 8, "packed"))
-
-
-def settled(model_type):
-    """A small model as a policy, and how its probe has it read, by words where it is refused."""
-    model = small_model(model_type)
-    try:
-        policy = as_policy(model, SETTINGS).eval()
-        return model, policy, settle_layout(policy, model_type)
-    except InputError as error:
-        return model, None, str(error)
 
 
 def furthest(model, policy):

@@ -8,6 +8,7 @@ from huggingface_hub import constants
 from rdpo.config import Prompts
 from rdpo.errors import InputError
 from rdpo.synthesis import hub, sources
+from rdpo.synthesis.columns import Reading
 from rdpo.synthesis.hub import HubSource
 from rdpo.synthesis.sources import content_hash
 
@@ -75,5 +76,5 @@ def test_that_commit_is_read(answers, monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     with pytest.raises(InputError, match="hf:own/er cannot be loaded: enough"):
-        sources._hub_rows(Prompts(source="hf:own/er"), [])
+        sources.raw_rows(Prompts(source="hf:own/er"), Reading("prompts.source", ()))
     assert asked == [("own/er", NEW)]

@@ -79,3 +79,14 @@ def test_the_settings_of_a_function_hold_its_helpers_only_where_there_are_any(pr
         for module in ("own_with", "own_without")
     ]
     assert ["imports" in kind.settings(None) for kind in kinds] == [True, False]
+
+
+def test_modules_in_folders_without_init_files_are_found_before_any_of_them_is_imported(project):
+    project(
+        own_plain__deep__scores="from own_plain.deep import own_scale\n",
+        own_plain__deep__own_scale="SCALE = 1.0\n",
+    )
+    before = helper_hash("own_plain.deep.scores")
+    assert before is not None
+    project(own_plain__deep__own_scale="SCALE = 2.0\n")
+    assert helper_hash("own_plain.deep.scores") not in (None, before)

@@ -7,6 +7,7 @@ from rdpo.synthesis.instructions import (
     SHIPPED,
     check_apart,
     check_fields,
+    check_turns_apart,
     check_words,
     load_task,
     render,
@@ -95,6 +96,38 @@ def test_a_column_of_any_row_named_like_a_word_of_the_job_is_refused():
         check_apart({"style"}, rows)
 
 
+def with_column(name, value='"given"'):
+    return {**ROW, "prompt_id": "b", "extra": f'{{"{name}": {value}}}'}
+
+
+@pytest.mark.parametrize("task", SHIPPED_TASKS)
+def test_a_column_named_like_a_turn_is_refused_for_every_task_that_ships(task):
+    name = load_task(task).answers[0]
+    rows = [{**ROW, "prompt_id": "a"}, with_column(name, "null")]
+    with pytest.raises(InputError, match=rf"the answer `{name}` .* column of the prompts \(row b\).*rename the column"):
+        check_turns_apart(load_task(task), rows)
+    check_turns_apart(load_task(task), rows[:1])
+    check_turns_apart(load_task(task), [with_column(f"{name}_of_another")])
+
+
+def test_a_column_that_the_task_uses_before_its_own_answer_has_the_name_is_used_on_purpose(tmp_path):
+    path = tmp_path / "task.toml"
+    path.write_text('name = "t"\n' + TURNS.format(first='user = "{{ prompt }}{{ revision }}"', second='user = "x"'))
+    check_turns_apart(load_task(str(path)), [with_column("revision")])
+    check_turns_apart(load_task("counterfactual"), [with_column("treatment")])
+    path.write_text('name = "t"\n' + TURNS.format(first='user = "{{ response }}"', second='user = "{{ response }}"'))
+    with pytest.raises(
+        InputError, match="turn `revision` uses `response`, which is an answer of the task and a column"
+    ):
+        check_turns_apart(load_task(str(path)), [with_column("response")])
+
+
+def test_a_column_prompt_beside_the_column_of_the_prompts_is_refused_where_a_template_uses_the_name():
+    with pytest.raises(InputError, match=r"`prompt` is also a column of the prompts \(row b\)"):
+        check_turns_apart(load_task("counterfactual"), [with_column("prompt")])
+    check_turns_apart(load_task("safety"), [with_column("prompt")])
+
+
 def test_sandbox_refuses_python_internals():
     with pytest.raises(ValueError, match="template"):
         render("{{ x.__class__.__mro__[1].__subclasses__() }}", {"x": "a"})
@@ -102,9 +135,21 @@ def test_sandbox_refuses_python_internals():
         render("{{ missing }}", {})
 
 
-@pytest.mark.parametrize("name", ["dropped", "prompt", "prompt_id", "extra", "split", "source", "heldout"])
+@pytest.mark.parametrize(
+    "name", ["dropped", "prompt", "prompt_id", "question_id", "extra", "split", "source", "heldout"]
+)
 def test_a_turn_cannot_have_the_name_of_a_column(tmp_path, name):
     path = tmp_path / "task.toml"
     path.write_text(f'name = "t"\n[[turns]]\nname = "first"\n[[turns]]\nname = "{name}"\n', encoding="utf-8")
     with pytest.raises(InputError, match=f"`{name}` is a column"):
+        load_task(str(path))
+
+
+@pytest.mark.parametrize(
+    "name", ["first_tokens", "first_score", "first_scores", "first_finish_reason", "best", "worst"]
+)
+def test_a_turn_cannot_have_a_name_that_means_something_else_beside_an_answer(tmp_path, name):
+    path = tmp_path / "task.toml"
+    path.write_text(f'name = "t"\n[[turns]]\nname = "first"\n[[turns]]\nname = "{name}"\n', encoding="utf-8")
+    with pytest.raises(InputError, match=f"turn `{name}`: .*give the turn another name"):
         load_task(str(path))

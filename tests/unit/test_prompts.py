@@ -75,6 +75,17 @@ def test_prompts_are_put_into_templates_by_their_id(job_table):
     assert "tone" in missing["dropped"]
 
 
+@pytest.mark.parametrize(("column", "other"), [("prompt", "bare"), ("question", "prompt")])
+def test_a_column_whose_name_templates_know_as_something_else_drops_the_row(job_table, column, other):
+    job_table["prompts"] |= {"templates": WRAPPINGS[:1], "column": column}
+    raw = {column: "how", "tone": "sly", other: "mine"}
+    row = prompt_row("a", 1, raw, Job.model_validate(job_table))
+    assert row["dropped"].startswith(f"{other}: ") and "rename the column" in row["dropped"]
+    kept = prompt_row("a", 1, raw, Job.model_validate(bare_of(job_table)))
+    assert not kept["dropped"] if "dropped" in kept else True
+    assert json.loads(kept["extra"])[other] == "mine"
+
+
 def bare_of(table):
     prompts = {key: value for key, value in table["prompts"].items() if "templates" not in key}
     return {**table, "prompts": prompts}

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from rdpo.errors import InputError
 from rdpo.records import clean
-from rdpo.synthesis import sources
+from rdpo.synthesis import formats, sources
 from rdpo.synthesis.conversation import Unusable, derive_pair, read_prompt
 from rdpo.synthesis.given import answered
 from rdpo.synthesis.prompts import with_system
@@ -56,7 +56,7 @@ def test_no_depth_of_nesting_can_be_read_but_not_written(shape):
     for depth in [*range(80, 120), *range(900, 1000, 3), 100_000]:
         ((_, raw),) = rows_of(shape % (b"[" * depth + b"]" * depth), ".jsonl")
         _raw_table("source", [(1, raw)])
-        assert isinstance(raw, str) == (depth + shape.count(b"{") > sources.NESTED)
+        assert isinstance(raw, str) == (depth + shape.count(b"{") > formats.NESTED)
 
 
 @given(st.binary(max_size=200) | st.text('a,"\r\n\ufeff\x00é', max_size=60).map(str.encode))
@@ -81,7 +81,7 @@ def test_csv_of_any_system(ending, mark):
 
 
 def test_a_line_without_end_is_a_reason_and_the_next_is_read(monkeypatch):
-    monkeypatch.setattr(sources, "LINE_BYTES", 1 << 20)
+    monkeypatch.setattr(formats, "LINE_BYTES", 1 << 20)
     lines = [b'{"prompt": "' + b"x" * length + b'"}' for length in (10, 5 << 20, (1 << 20) - 15, (1 << 20) - 14, 10)]
     rows = rows_of(b"\n".join(lines), ".jsonl")
     too_long = [isinstance(row, str) for _, row in rows]
@@ -132,7 +132,7 @@ def test_a_parquet_file_that_unpacks_to_too_much_is_refused(tmp_path, monkeypatc
     pq.write_table(pa.table({"prompt": ["x" * 1_000_000] * 20}), tmp_path / "x.parquet", use_dictionary=False)
     assert (tmp_path / "x.parquet").stat().st_size < 2_000_000
     assert len(list(read_rows(str(tmp_path / "x.parquet")))) == 20
-    monkeypatch.setattr(sources, "ROW_GROUP_BYTES", 10_000_000)
+    monkeypatch.setattr(formats, "ROW_GROUP_BYTES", 10_000_000)
     with pytest.raises(InputError, match="unpacks to"):
         list(read_rows(str(tmp_path / "x.parquet")))
 

@@ -1,6 +1,7 @@
 """What a stage depends on: a setting that changes what comes out changes its key, and no other does."""
 
 import io
+import json
 import os
 import sys
 from types import SimpleNamespace
@@ -146,4 +147,20 @@ def test_a_column_named_like_a_word_of_the_job_is_found_before_the_teacher_speak
     folder.write_parts(pa.Table.from_pylist(rows), "prompt_id")
     run = SimpleNamespace(job=Job.model_validate(job_table), folder=lambda name: folder)
     with pytest.raises(InputError, match=r"`negative` is also a column of the prompts \(row y\)"):
+        synthesis.write_answers(None, run)
+
+
+@pytest.mark.parametrize("column", ["response", "critique", "revision"])
+def test_a_column_named_like_a_turn_ends_the_run_before_the_teacher_begins(job_table, tmp_path, column):
+    folder = StageFolder(str(tmp_path), "prompts")
+    folder.begin("k")
+    prompt = [{"role": "user", "content": "why?"}]
+    others = [{"topic": "rain"}, {"topic": 'a word like "response"'}, {"topic": "sun", column: None}]
+    rows = [
+        {"prompt_id": name, "prompt": prompt, "extra": json.dumps(other)}
+        for name, other in zip("xyz", others, strict=True)
+    ]
+    folder.write_parts(pa.Table.from_pylist(rows), "prompt_id")
+    run = SimpleNamespace(job=Job.model_validate(job_table), folder=lambda name: folder)
+    with pytest.raises(InputError, match=rf"answer `{column}` of turn `{column}` has the name of a column .*\(row z\)"):
         synthesis.write_answers(None, run)

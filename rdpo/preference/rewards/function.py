@@ -42,8 +42,10 @@ class FunctionKind(RewardKind[FunctionReward]):
 
     def settings(self, job: Job) -> Settings:
         """Its fields, the source of its module, and that of the user's other modules which that imports."""
+        # First, for it finds modules in the working directory too.
+        source = source_hash(self.reward.function)
+        found = {**self.reward.model_dump(), "source": source}
         helpers = helper_hash(self.reward.function.partition(":")[0])
-        found = {**self.reward.model_dump(), "source": source_hash(self.reward.function)}
         return {**found, "imports": helpers} if helpers else found
 
     def score(self, rows: ray.data.Dataset, job: Job, answers: list[str]) -> ray.data.Dataset:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import site
 import sys
 import sysconfig
@@ -45,13 +46,16 @@ def _own_source(name: str, package: str) -> str | None:
 
 
 def _spec(name: str) -> ModuleSpec | None:
-    """Where a module lies. Nothing is imported for it: a function may import what is heavy only once it is called."""
+    """Where a module lies. No code is run for it: a function may import what is heavy only once it is called."""
     found, places, parts = None, None, name.split(".")
     for end in range(1, len(parts) + 1):
         inside = ".".join(parts[:end])
         found = next((spec for finder in sys.meta_path if (spec := finder.find_spec(inside, places))), None)
         if found is None or (end < len(parts) and found.submodule_search_locations is None):
             return None
+        # A folder without __init__.py is looked for through the one around it, which must be known; it has no code.
+        if end < len(parts) and not found.has_location:
+            importlib.import_module(inside)
         places = found.submodule_search_locations
     return found
 
