@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import shutil
 import tempfile
 from pathlib import Path
@@ -11,9 +13,13 @@ from rdpo.errors import InputError
 from rdpo.modeling.weights import CODE, CONFIG, WEIGHTS
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PretrainedConfig, PreTrainedModel
 
 GENERATION_CONFIG = "generation_config.json"
+INDEX = "model.safetensors.index.json"
+SHARD_NAMES = "model{suffix}.safetensors"
+SHARD_BYTES = 2 << 30
 
 
 def save_model(model: PreTrainedModel, folder: Path, **options: Any) -> None:
@@ -33,6 +39,42 @@ def save_model(model: PreTrainedModel, folder: Path, **options: Any) -> None:
         whole.generation_config = kept
     # What was written there are the settings of the stand-in.
     (folder / GENERATION_CONFIG).unlink(missing_ok=True)
+
+
+def copy_weights(source: Path, target: Path, dtype: torch.dtype) -> None:
+    """Copy a model's weights, floating numbers in `dtype`; one file of `SHARD_BYTES` at most is in memory at a time."""
+    from huggingface_hub import split_state_dict_into_shards_factory
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    target.mkdir(parents=True, exist_ok=True)
+    files, sizes = {}, {}
+    for file in sorted(source.glob("*.safetensors")):
+        with safe_open(file, "pt") as opened:
+            for name in opened.keys():  # noqa: SIM118
+                files[name] = file
+                sizes[name] = dtype.itemsize * math.prod(opened.get_slice(name).get_shape())
+
+    split = split_state_dict_into_shards_factory(
+        sizes, get_storage_size=int, filename_pattern=SHARD_NAMES, max_shard_size=SHARD_BYTES
+    )
+    total = 0
+    for shard, names in split.filename_to_tensors.items():
+        tensors = {name: _stored(files[name], name, dtype) for name in names}
+        total += sum(tensor.nbytes for tensor in tensors.values())
+        save_file(tensors, target / shard, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": {"total_size": total}, "weight_map": split.tensor_to_filename}
+        (target / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _stored(file: Path, name: str, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor of a file, in `dtype` if its numbers are floating."""
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as opened:
+        tensor: torch.Tensor = opened.get_tensor(name)
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 def copy_companions(source: Path, target: Path, code: bool) -> None:

@@ -12,12 +12,13 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+import pyarrow.fs
 import ray
 import ray.train
 import torch
@@ -27,11 +28,12 @@ from torch import Tensor
 
 from rdpo.errors import InputError
 from rdpo.files.folder import checksum
-from rdpo.modeling.loading import check_loaded
+from rdpo.modeling.loading import check_loaded, outline
 from rdpo.modeling.model import Policy
 from rdpo.modeling.probe import own_logps, policy_logps, probe_texts
-from rdpo.modeling.saving import copy_companions, save_model
+from rdpo.modeling.saving import copy_companions, copy_weights, save_model
 from rdpo.training.backend import Backend
+from rdpo.training.fetching import SUMS, Fetch, Files, Place
 from rdpo.training.metrics import StepMetrics
 
 if TYPE_CHECKING:
@@ -43,7 +45,8 @@ EXPORT = "policy"
 MERGED = "merged"
 HELDOUT_MARGINS = "heldout.jsonl"
 
-SUMS = "checksums-{}.json"
+BESIDE = (EXPORT, HELDOUT_MARGINS)
+"""What a checkpoint holds beside the state that training goes on from."""
 PROBE_CHUNK = 64
 SAME = 1e-3
 """Nats by which the log-prob of a token may differ between what was trained and what leaves."""
@@ -123,40 +126,86 @@ def _checksum(path: Path) -> str:
 def last_checkpoint(backend: type[Backend]) -> Iterator[Saved | None]:
     """The newest whole checkpoint of this run, if there is one; all workers take the same.
 
-    `backend` is the class of the engine that will load it.
+    `backend` is the class of the engine that will load it. From a store a node fetches what its workers go on from.
     """
     reported = ray.train.get_all_reported_checkpoints() if ray.train.get_checkpoint() else []
-    with ExitStack() as opened:
-        for one in sorted(reported, key=lambda one: one.metrics.get("step", 0), reverse=True):
-            directory = Path(opened.enter_context(one.checkpoint.as_directory()))
-            # Workers on different steps would wait for each other: one that sees damage has all pass this one over.
-            if all(_of_all_workers(is_whole(directory))):
-                yield opened.enter_context(_fitted(directory, backend))
+    for one in sorted(reported, key=lambda one: one.metrics.get("step", 0), reverse=True):
+        with _opened(one.checkpoint, backend) as saved:
+            if saved is not None:
+                yield saved
                 return
-        yield None
+    yield None
 
 
 @contextmanager
-def _fitted(directory: Path, backend: type[Backend]) -> Iterator[Saved]:
-    """A checkpoint as it is, or converted, once on each node, if another number of workers has written it."""
+def _opened(checkpoint: ray.train.Checkpoint, backend: type[Backend]) -> Iterator[Saved | None]:
+    """A checkpoint that all workers can load; None if it is damaged."""
+    stored = not isinstance(checkpoint.filesystem, pyarrow.fs.LocalFileSystem)
+    with _shared_folder("rdpo-fetched-") if stored else nullcontext(Path(checkpoint.path)) as directory:
+        whole = _fetch(checkpoint, directory, backend) if stored else is_whole(directory)
+        # Workers on different steps would wait for each other: one that sees damage has all pass this one over.
+        if not all(_of_all_workers(whole)):
+            yield None
+            return
+        with _fitted(directory, backend, fetched=stored) as saved:
+            yield saved
+
+
+def _fetch(checkpoint: ray.train.Checkpoint, folder: Path, backend: type[Backend]) -> bool:
+    """Bring what this worker needs of a checkpoint to its node's folder; whether its share is as it was written."""
+    place, fetch = _place(), Fetch(checkpoint.filesystem, checkpoint.path, folder)
+    try:
+        files = Files.read(checkpoint.filesystem, checkpoint.path)
+    except (FileNotFoundError, ValueError):
+        files = Files({})
+
+    if place.local_rank == 0:
+        fetch.outline(files)
+    dist.barrier()
+    kept = files.needed(place, backend.fits(folder, place.workers), BESIDE)
+    return bool(files.by_worker) and fetch.is_whole(files, kept, files.looked_at(place, BESIDE))
+
+
+def _place() -> Place:
+    context = ray.train.get_context()
+    return Place(dist.get_rank(), dist.get_world_size(), context.get_local_rank(), context.get_local_world_size())
+
+
+@contextmanager
+def _shared_folder(prefix: str) -> Iterator[Path]:
+    """A new folder for the workers of each node, until all of them have left the context."""
+    first = ray.train.get_context().get_local_rank() == 0
+    folder = tempfile.mkdtemp(prefix=prefix) if first else ""
+    node = ray.get_runtime_context().get_node_id()
+    own = next(path for path, at in _of_all_workers((folder, node)) if path and at == node)
+    try:
+        yield Path(own)
+        # One must not remove it before the others have read it.
+        dist.barrier()
+    finally:
+        if first:
+            shutil.rmtree(own, ignore_errors=True)
+
+
+@contextmanager
+def _fitted(directory: Path, backend: type[Backend], fetched: bool) -> Iterator[Saved]:
+    """A checkpoint as it is, or converted, once on each node, if another number of workers has written it.
+
+    What was `fetched` is removed once it is converted: three times a large checkpoint may be more than a disk holds.
+    """
     if backend.fits(directory, dist.get_world_size()):
         yield Saved(directory)
         return
 
     first = ray.train.get_context().get_local_rank() == 0
-    folder = tempfile.mkdtemp(prefix="rdpo-converted-") if first else ""
-    node = ray.get_runtime_context().get_node_id()
-    own = next(path for path, at in _of_all_workers((folder, node)) if path and at == node)
-    try:
+    with _shared_folder("rdpo-converted-") as own:
         if first:
-            backend.convert(directory, Path(own))
-        # The others must not read it before it is written, nor this one remove it before they have read it.
+            backend.convert(directory, own)
+            if fetched:
+                shutil.rmtree(directory, ignore_errors=True)
+        # The others must not read it before it is written.
         dist.barrier()
-        yield Saved(Path(own), converted=True)
-        dist.barrier()
-    finally:
-        if first:
-            shutil.rmtree(own, ignore_errors=True)
+        yield Saved(own, converted=True)
 
 
 def _of_all_workers(value: T) -> list[T]:
@@ -193,28 +242,61 @@ def finish_policy(exported: Path, base: Path, merged: Path, trust_remote_code: b
     from transformers import AutoConfig
 
     shutil.rmtree(merged, ignore_errors=True)
+    config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
+    stored: torch.dtype = config.dtype or torch.float32
+    if (exported / "adapter_config.json").is_file():
+        found = _finish_adapter(exported, base, merged, stored, trust_remote_code)
+    else:
+        found = _finish_whole(exported, base, merged, stored, trust_remote_code)
+    return found
 
-    adapter = (exported / "adapter_config.json").is_file()
-    found: dict[str, float] = {}
-    model = load_whole(base if adapter else exported, torch.float32, trust_remote_code)
-    if adapter:
-        model, found["merge_difference"] = _merged(model, exported)
 
+def _finish_adapter(exported: Path, base: Path, merged: Path, stored: torch.dtype, trust: bool) -> dict[str, float]:
+    model, difference = _merged(load_whole(base, torch.float32, trust), exported)
     _say_whether_tied(model)
-    stored = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code).dtype or torch.float32
     _round(model, stored)
-    texts = probe_texts(model)
-    expected = own_logps(model, texts)
+    expected = own_logps(model, probe_texts(model))
     save_model(model.to(stored), merged)
-    copy_companions(base, merged, code=trust_remote_code)
+    copy_companions(base, merged, code=trust)
 
     # Let go of before it is loaded again: two whole models may be more than the machine holds.
     del model
-    model = load_whole(merged, torch.float32, trust_remote_code)
-    found["reload_difference"] = _check_same(
-        expected, own_logps(model, texts), exported, "as it is stored", "in memory"
-    )
-    return found
+    reloaded = _logps_of(merged, torch.float32, stored, trust)
+    return {"merge_difference": difference, "reload_difference": _check_reloaded(expected, reloaded, exported)}
+
+
+def _finish_whole(exported: Path, base: Path, merged: Path, stored: torch.dtype, trust: bool) -> dict[str, float]:
+    """Weights that need no merge go from file to file; the models that are compared are mapped from theirs."""
+    from transformers import AutoModelForCausalLM
+
+    where = f"model {exported}"
+    model, info = outline(where, AutoModelForCausalLM, exported, trust, dtype=stored)
+    check_loaded(where, model, info)
+    copy_weights(exported, merged, stored)
+    _say_whether_tied(model)
+    model.config.dtype = stored
+    model.config.save_pretrained(merged)
+    copy_companions(base, merged, code=trust)
+
+    for dtype in dict.fromkeys((stored, torch.float32)):
+        expected, reloaded = (_logps_of(folder, dtype, stored, trust) for folder in (exported, merged))
+        # In 16 bits kernels may round otherwise, or overflow: what differs there is looked at in 32.
+        if _difference(expected, reloaded) <= SAME:
+            break
+    return {"reload_difference": _check_reloaded(expected, reloaded, exported)}
+
+
+def _logps_of(folder: Path, dtype: torch.dtype, stored: torch.dtype, trust: bool) -> Tensor:
+    """Log-probs of the probe by a folder's model, computed in `dtype` with the weights that `stored` can hold."""
+    model = load_whole(folder, dtype, trust)
+    # Weights that are not written to stay mapped from their files, and take no memory of their own.
+    if dtype != stored:
+        _round(model, stored)
+    return own_logps(model, probe_texts(model))
+
+
+def _check_reloaded(expected: Tensor, reloaded: Tensor, exported: Path) -> float:
+    return _check_same(expected, reloaded, exported, "as it is stored", "in memory")
 
 
 def load_whole(folder: Path, dtype: torch.dtype | str, trust_remote_code: bool) -> PreTrainedModel:
@@ -267,7 +349,7 @@ def _say_whether_tied(model: PreTrainedModel) -> None:
 
 def _check_same(expected: Tensor, actual: Tensor, exported: Path, one: str, other: str) -> float:
     """The largest difference of two tables of log-probs, which must not be one."""
-    difference = float((actual - expected).abs().max())
+    difference = _difference(expected, actual)
     # Written this way round, so that a difference that is not a number is refused too.
     if not difference <= SAME:
         raise InputError(
@@ -275,3 +357,7 @@ def _check_same(expected: Tensor, actual: Tensor, exported: Path, one: str, othe
             f"{SAME:g} is allowed, so it is not what was trained; what training left is kept in {exported}"
         )
     return difference
+
+
+def _difference(expected: Tensor, actual: Tensor) -> float:
+    return float((actual - expected).abs().max())

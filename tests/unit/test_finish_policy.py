@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,10 @@ from rdpo.config import Job
 from rdpo.errors import InputError
 from rdpo.evaluation.publish import publish
 from rdpo.modeling.chat import load_chat
+from rdpo.modeling.saving import copy_weights
 from rdpo.modeling.student import student_forward
 from rdpo.modeling.weights import ModelRef
+from rdpo.training import checkpoint
 from rdpo.training.checkpoint import EXPORT, MERGED, export_policy, finish_policy
 from tests.support.model_card import FACTS
 from tests.support.models import byte_tokenizer, save_model, tiny_config
@@ -210,3 +213,79 @@ def test_code_that_is_run_is_part_of_the_stage_keys(coded_model, job_table):
     (coded_model / "names.py").write_text('KIND = "own_kind"  # other\n', encoding="utf-8")
     assert "code" not in untrusted
     assert trusted != student_settings(Job.model_validate(job_table))
+
+
+@pytest.fixture
+def large_model(tmp_path, tokenizer):
+    """A model of 64 MB in bfloat16, and what training left of it in float32."""
+    torch.manual_seed(0)
+    config = tiny_config(tokenizer, hidden_size=512, intermediate_size=4096, num_hidden_layers=4, head_dim=64)
+    model = LlamaForCausalLM(config)
+    for name, dtype in (("trained", torch.float32), ("base", torch.bfloat16)):
+        save_model(tmp_path / name, model.to(dtype), tokenizer)
+    return tmp_path
+
+
+class OwnMemory:
+    """Most bytes that this process holds beyond what it had, those that are mapped from files aside."""
+
+    def __enter__(self):
+        self.first, self.most, self.over = self.now(), 0, threading.Event()
+        self.thread = threading.Thread(target=self.watch)
+        self.thread.start()
+        return self
+
+    def watch(self):
+        while not self.over.wait(0.002):
+            self.most = max(self.most, self.now() - self.first)
+
+    @staticmethod
+    def now():
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon"))
+
+    def __exit__(self, *error):
+        self.over.set()
+        self.thread.join()
+
+
+@pytest.mark.parametrize("trained", ["base", "trained"])
+def test_weights_that_are_cast_at_most_go_from_file_to_file(trained, large_model, monkeypatch):
+    """Whole weights are never in memory in float32, and where they are cast not even the half of them at a time."""
+    exported, merged = large_model / trained, large_model / MERGED
+    whole = sum(file.stat().st_size for file in (large_model / "base").glob("*.safetensors"))
+    monkeypatch.setattr("rdpo.modeling.saving.SHARD_BYTES", whole // 8)
+    loaded = []
+    load = checkpoint.load_whole
+    monkeypatch.setattr(checkpoint, "load_whole", lambda *given: loaded.append(given[:2]) or load(*given))
+    with OwnMemory() as cast:
+        copy_weights(exported, merged, torch.bfloat16)
+    assert cast.most < whole / 2
+    with OwnMemory() as finished:
+        compared = finish_policy(exported, large_model / "base", merged)
+    assert compared["reload_difference"] < 1e-4
+    assert {dtype for _, dtype in loaded} == {torch.bfloat16}
+    if trained == "base":
+        assert finished.most < whole / 2
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_streamed_weights_are_those_that_a_loaded_model_would_save(tied, tmp_path, tokenizer, monkeypatch):
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(tiny_config(tokenizer, tie_word_embeddings=tied))
+    save_model(tmp_path / "trained", model, tokenizer)
+    save_model(tmp_path / "base", model.to(torch.bfloat16), tokenizer)
+    model.save_pretrained(tmp_path / "expected")
+    monkeypatch.setattr("rdpo.modeling.saving.SHARD_BYTES", 20_000)
+    finish_policy(tmp_path / "trained", tmp_path / "base", tmp_path / MERGED)
+    files = sorted((tmp_path / MERGED).glob("*.safetensors"))
+    found = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    expected = load_file(tmp_path / "expected" / "model.safetensors")
+    assert len(files) > 1 and found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    index = json.loads((tmp_path / MERGED / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in found.values())
+    configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in (MERGED, "expected")]
+    assert configs[0] == configs[1]
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / MERGED)
+    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
