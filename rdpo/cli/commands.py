@@ -224,7 +224,7 @@ def _training(job: Job, options: argparse.Namespace) -> Iterator[str]:
 
     sizes = PairTable.load(options.lengths_from).sizes if options.lengths_from else ()
     yield ""
-    yield from plan(job, options.gpu, options.workers, sizes)
+    yield from plan(job, options.gpu, options.workers, sizes, options.network)
 
 
 def completion(options: argparse.Namespace) -> int:

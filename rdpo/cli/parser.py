@@ -151,6 +151,8 @@ def _add_plan(commands: Commands) -> None:
     )
     lengths.complete = DIRECTORY  # type: ignore[attr-defined]
     plan.add_argument("--workers", type=int, help="how many (default: training.num_workers, of two the smallest)")
+    network = "Gb/s that a node with eight GPUs takes in from others, where it is not what clouds give for training"
+    plan.add_argument("--network", type=float, metavar="GBITS", help=network)
     rates = "for hours: a finished smaller run of the job, or rows a second by stage in TOML"
     _add_place(plan, "--rates", "PATH", DIRECTORY, rates)
     _add_place(plan, "--prices", "TOML", FILE, "for dollars: prices by kind of node; needs --rates")

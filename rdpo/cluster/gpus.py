@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 PER_NODE = 8
 PCIE = 32e9
@@ -27,6 +27,15 @@ class Gpu:
     def arriving(self, workers: int) -> float:
         """Bytes a second that so many workers, on full nodes, can each take in: what leaves a node is shared by it."""
         return self.link if workers <= PER_NODE else min(self.link, PER_NODE * self.network)
+
+    @property
+    def node_gbits(self) -> float:
+        """Gigabits a second that a node with eight of them takes in from others."""
+        return PER_NODE * self.network * 8 / 1e9
+
+    def on_network(self, node_gbits: float) -> Gpu:
+        """The same GPU where nodes are connected at another rate, in gigabits a second."""
+        return replace(self, network=node_gbits * 1e9 / 8 / PER_NODE)
 
 
 GPUS = {

@@ -20,6 +20,7 @@ from rdpo.modeling.flops import matmul_rate
 from rdpo.modeling.packing import PairSize
 from rdpo.modeling.student import student_dtype
 from rdpo.planning.communication import bytes_sent, sent
+from rdpo.planning.disk import disk
 from rdpo.planning.memory import GIB, Rehearsal, offloaded_memory, rehearse, typical_pair, worker_memory
 from rdpo.planning.pools import pool_table
 from rdpo.stages.pools import pools_of
@@ -29,16 +30,28 @@ from rdpo.training.backend import backend_of
 ASSUMED_MFU = 0.4
 
 
-def plan(job: Job, gpu: str | None, workers: int | None, sizes: Sequence[PairSize] = ()) -> Iterator[str]:
+def plan(
+    job: Job, gpu: str | None, workers: int | None, sizes: Sequence[PairSize] = (), network: float | None = None
+) -> Iterator[str]:
     """Lines that say what training takes: on the job's own workers, or on so many GPUs of a type.
 
-    `sizes` are those of the job's pairs, where they are known.
+    Args:
+        job: the job.
+        gpu: the type, as `GPUS` names it; None is what the job says.
+        workers: how many; None is what the job says.
+        sizes: of the job's pairs, where they are known.
+        network: gigabits a second that a node with eight GPUs takes in from other nodes; None is what clouds give to
+            nodes that are made for training.
 
     Raises:
-        InputError: the GPU type is not known, or there are more workers than pairs in a step.
+        InputError: the GPU type is not known, there are more workers than pairs in a step, or the rate is none.
     """
     if gpu and gpu not in GPUS:
         raise InputError(f"--gpu {gpu}: known are {', '.join(GPUS)}")
+    if network is not None and not gpu:
+        raise InputError("--network: of what GPUs? give --gpu")
+    if network is not None and not 0 < network < math.inf:
+        raise InputError(f"--network {network:g}: gigabits a second that a node takes in, above 0")
     workers = smallest(job.training.num_workers) if workers is None else workers
     if workers < 1:
         raise InputError(f"--workers {workers}: at least 1")
@@ -60,7 +73,14 @@ def plan(job: Job, gpu: str | None, workers: int | None, sizes: Sequence[PairSiz
         yield from _speed(job, rehearsal, gpu, sizes or [typical_pair(job)])
     elements = backend_of(job).elements_sent(job, rehearsal.weights, rehearsal.trained)
     if gpu and workers > 1 and elements:
-        yield _messages(job, rehearsal, GPUS[gpu], sizes or [typical_pair(job)], elements)
+        device = GPUS[gpu] if network is None else GPUS[gpu].on_network(network)
+        yield _messages(job, rehearsal, device, sizes or [typical_pair(job)], elements)
+        if workers > PER_NODE:
+            yield (
+                f"between nodes of {PER_NODE} at {device.node_gbits:,.0f} Gb/s; without EFA, GPUDirect or InfiniBand "
+                "NCCL uses TCP, which is far slower: measure it and give --network"
+            )
+    yield from disk(job, rehearsal, gpus=bool(gpu))
 
 
 def _headline(job: Job, rehearsal: Rehearsal, gpu: str | None) -> str:

@@ -1,5 +1,6 @@
 """Memory and arithmetic of a step, predicted: rehearsed on tensors without storage, counted by hand."""
 
+import re
 from functools import partial
 
 import pytest
@@ -165,3 +166,39 @@ def test_the_plan_says_what_is_sent(tiny_model, tmp_path):
     (sending,) = [line for line in plan(job, "H100", 4) if line.startswith("ZeRO-3 sends each worker")]
     assert "s of products" in sending
     assert not [line for line in plan(job, "H100", 1) if "sends" in line]
+
+
+def sixteen(job, network=None):
+    """What the plan says of messages on sixteen H100, as shares of the rate: the least and the most."""
+    lines = list(plan(job, "H100", 16, network=network))
+    (sending,) = [line for line in lines if "sends each worker" in line]
+    worst, best = re.search(r"(\d+)% to (\d+)% of that rate", sending).groups()
+    return int(worst), int(best), next(line for line in lines if line.startswith("between nodes"))
+
+
+def test_a_slow_network_leaves_less_of_the_rate(tiny_model, tmp_path):
+    """By hand: 400 GB/s reach a node of eight H100 at 3,200 Gb/s, 12.5 GB/s at 100."""
+    h100 = GPUS["H100"]
+    assert h100.node_gbits == pytest.approx(3200)
+    assert h100.on_network(100).arriving(16) == pytest.approx(12.5e9)
+    assert h100.on_network(100).arriving(8) == h100.link
+    slow = sent(1e15, 2 * 10**10, 16, h100.on_network(100), 5e14)
+    assert slow.messages == pytest.approx(4e10 * 15 / 16 / (0.8 * 12.5e9))
+    assert slow.range == (slow.messages, 2.0 + slow.messages)
+
+    job = job_of(tiny_model, tmp_path, zero_stage=3, batch_size=16)
+    fast, tcp, slower = (sixteen(job, network) for network in (None, 100, 10))
+    assert "3,200 Gb/s" in fast[2] and "100 Gb/s" in tcp[2] and "--network" in fast[2]
+    assert fast[0] > tcp[0] >= slower[0] and fast[1] > slower[1]
+    # Within a node it does not matter.
+    eight = [list(plan(job, "H100", 8, network=network)) for network in (None, 10)]
+    assert eight[0] == eight[1] and not [line for line in eight[0] if line.startswith("between nodes")]
+
+
+@pytest.mark.parametrize("network", [0.0, -3.0, float("nan"), float("inf")])
+def test_a_network_without_a_rate_is_refused(tiny_model, tmp_path, network):
+    job = job_of(tiny_model, tmp_path, batch_size=16)
+    with pytest.raises(InputError, match="gigabits a second that a node takes in"):
+        list(plan(job, "H100", 16, network=network))
+    with pytest.raises(InputError, match="--network: of what GPUs"):
+        list(plan(job, None, None, network=10.0))
