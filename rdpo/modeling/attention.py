@@ -40,6 +40,11 @@ SHAPES_COMPILED = 64
 and hold scores of T x T."""
 
 
+FLEX_ROWS = {2: ((128, 384), (256, 288), (None, 192)), 4: ((64, 256), (128, 320), (256, 160), (None, 320))}
+"""Rows of queries, keys and values that a kernel of FlexAttention holds at a time, by the bytes of a number and the
+widest head: the most of torch 2.13's tiles for cards from Ampere on (`torch._inductor.template_heuristics`)."""
+
+
 class NotPackable(RuntimeError):
     """The architecture does not hand the packed layout to its attention; train it with layout = "padded"."""
 
@@ -125,10 +130,49 @@ def _bounds(lengths: Sequence[int]) -> Tensor:
 
 
 def _flash_takes(query: Tensor, softcap: float | None) -> bool:
-    """Whether FlashAttention computes it: it has no float32 and no cap on scores."""
-    size = query.shape[-1]
+    return flash_takes(query.shape[-1], query.dtype, softcap)
+
+
+def flash_takes(size: int, dtype: torch.dtype, softcap: float | None) -> bool:
+    """Whether FlashAttention computes heads of a size: it has no float32 and no cap on scores."""
     fits = size % 8 == 0 and size <= FLASH_HEAD_SIZE
-    return fits and not softcap and query.dtype in (torch.bfloat16, torch.float16) and _varlen() is not None
+    return fits and not softcap and dtype in (torch.bfloat16, torch.float16) and _varlen() is not None
+
+
+def flex_fits(head_size: int, shared_memory: int, item_bytes: int = 2) -> bool:
+    """Whether FlexAttention's kernels fit on a card, in bytes of shared memory that one block may have there.
+
+    Cards of workstations have 99 KiB, where an A100 has 163 and an H100 227: heads above 128 do not fit (pytorch's
+    issue 133254 has the same figure, 147,456 bytes for 256).
+    """
+    rows = next(rows for widest, rows in FLEX_ROWS[item_bytes] if widest is None or head_size <= widest)
+    # A head is read as wide as the next power of two.
+    return rows * (1 << (head_size - 1).bit_length()) * item_bytes <= shared_memory
+
+
+def card_fault(config: PretrainedConfig, dtype: torch.dtype, shared_memory: int | None) -> str:
+    """Why a card cannot read packed rows of an architecture; empty if it can, or if that is not known of the card.
+
+    Args:
+        config: the architecture's.
+        dtype: precision of its forward.
+        shared_memory: bytes that one block may have on the card; None if they are not known, or on a CPU.
+    """
+    text = config.get_text_config()
+    capped, size = getattr(text, "attn_logit_softcapping", None), head_size(text)
+    if shared_memory is None or flash_takes(size, dtype, capped) or flex_fits(size, shared_memory, dtype.itemsize):
+        return ""
+    return (
+        f"heads of {size} in {str(dtype).removeprefix('torch.')} take more shared memory than the "
+        f"{shared_memory / 1024:.0f} KiB of this card"
+    )
+
+
+def head_size(config: PretrainedConfig) -> int:
+    """The widest head of an architecture."""
+    named = [getattr(config, name, None) for name in ("head_dim", "global_head_dim")]
+    sizes = [size for size in named if isinstance(size, int) and size > 0]
+    return max(sizes) if sizes else int(config.hidden_size) // int(config.num_attention_heads)
 
 
 @lru_cache(maxsize=1)

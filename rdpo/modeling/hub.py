@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatch
 from functools import lru_cache
 from pathlib import Path
@@ -38,6 +38,27 @@ def not_given(name: str, error: Exception) -> InputError:
         f"model {name}: no such folder here, and the hub does not give it ({type(error).__name__}: {reason}); "
         "check the name, the network, or HF_TOKEN for a gated model"
     )
+
+
+def unreadable(models: Iterable[tuple[str, str | None]]) -> list[str]:
+    """Those of some models, by name and revision, that the hub refuses to this machine and that it has no copy of.
+
+    A hub that does not answer refuses nothing.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    refused = []
+    for name, revision in models:
+        if Path(name).exists() or _cached(name, revision, ("*.safetensors",)) is not None:
+            continue
+        try:
+            HfApi().auth_check(name)
+        except (GatedRepoError, RepositoryNotFoundError):
+            refused.append(name)
+        except (OSError, ValueError):
+            continue
+    return refused
 
 
 def _asked(name: str, revision: str | None, patterns: tuple[str, ...]) -> Hashes:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rdpo.cluster.hardware import shared_memory
 from rdpo.errors import InputError
 from rdpo.modeling import attention
 from rdpo.modeling.loading import learned_positions, special_ids
@@ -86,6 +87,9 @@ def settle_layout(policy: Policy, where: str, layout: Layout = "auto") -> ReadAs
         within = _tolerance(policy, texts, own)
 
     packable, why = attention.can_pack(policy.causal), ""
+    if packable:
+        why = attention.card_fault(policy.causal.config, policy.dtype, shared_memory(own.device))
+        packable = not why
     if packable:
         policy.read_as(packed=True)
         why = _packed_fault(policy, texts, own, within)

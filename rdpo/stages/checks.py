@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+from typing import TYPE_CHECKING
+
 from rdpo.config import Job, smallest
 from rdpo.errors import InputError
 from rdpo.execution.lock import Say
+
+if TYPE_CHECKING:
+    from rdpo.cluster.placement import Nodes
 
 
 def prepare(job: Job, say: Say) -> bool:
@@ -16,7 +22,7 @@ def prepare(job: Job, say: Say) -> bool:
         InputError: something the job names cannot be used.
     """
     from rdpo.cluster.connection import start_ray
-    from rdpo.cluster.installed import check_cpu_engines, check_installed
+    from rdpo.cluster.installed import check_cpu_engines, check_drivers, check_gpus, check_installed
     from rdpo.cluster.placement import Nodes, check_room, fit_side_by_side
     from rdpo.modeling.chat import load_chat
     from rdpo.modeling.student import check_architecture, check_student
@@ -35,6 +41,7 @@ def prepare(job: Job, say: Say) -> bool:
 
     pools = pools_of(job)
     check_cpu_engines(pools)
+    check_gpus(pools)
     _check_teacher(job)
     check_rewards(job)
     check_other_sources(job)
@@ -42,7 +49,10 @@ def prepare(job: Job, say: Say) -> bool:
     # Last: whatever is wrong above is said within seconds, before workers start.
     ray = start_ray(job)
     check_installed(ray)
+    check_drivers(ray, pools)
     nodes = Nodes.of(ray)
+    check_heads(job, nodes)
+    check_access(job, ray)
     for pool in check_room(pools, nodes):
         say(f"{pool.setting} waits until nodes are started: {smallest(pool.processes)} x {pool}")
     return fit_side_by_side(pools, job.cluster, nodes)
@@ -62,6 +72,74 @@ def check_other_sources(job: Job) -> None:
         check_source(*ready_source(job, job.replay))
     if job.retention:
         check_source(*text_source(job, job.retention))
+
+
+def check_heads(job: Job, nodes: Nodes) -> None:
+    """Whether the cards that train can read the student in the layout that the job wants.
+
+    Where the job leaves the layout open, the reference's stage tries what its card can do, and training does the same.
+
+    Raises:
+        InputError: packed rows need more shared memory than such a card has.
+    """
+    import torch
+
+    from rdpo.modeling.attention import card_fault
+    from rdpo.modeling.student import student_dtype
+    from rdpo.modeling.weights import ModelRef
+
+    tried = job.training.layout == "auto" and job.reference.gpus > 0
+    if not job.training.gpus_per_worker or tried or job.training.layout == "padded":
+        return
+    config, dtype = ModelRef.student(job).config(), getattr(torch, student_dtype(job))
+    for card, gpu in nodes.cards(job.cluster.placement.trainer).items():
+        if fault := card_fault(config, dtype, gpu.shared):
+            raise InputError(
+                f"training.layout = {job.training.layout!r}: packed rows of {job.student.model} on {card}: {fault}; "
+                'set training.layout = "padded", or train on A100, H100 or larger'
+            )
+
+
+def check_access(job: Job, ray: ModuleType) -> None:
+    """Whether the hub lets every node have the models that it will load.
+
+    Raises:
+        InputError: it refuses one to a node, which then lacks the token for a gated or private model.
+    """
+    from rdpo.cluster.installed import answers
+    from rdpo.modeling.hub import unreadable
+
+    wanted = models_by_kind(job)
+    alive = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+    # One machine has just read them all.
+    if len(alive) < 2:
+        return
+    for kind, models in wanted.items():
+        nodes = [node for node in alive if kind is None or kind in node["Resources"]]
+        for name, refused in answers(ray, nodes, unreadable, sorted(models)).items():
+            if refused:
+                raise InputError(
+                    f"node {name}: the hub does not let it have {refused[0]}; give every node the token of an account "
+                    "that may (`hf auth login` there, or HF_TOKEN in its environment; cluster/README.md)"
+                )
+
+
+def models_by_kind(job: Job) -> dict[str | None, set[tuple[str, str | None]]]:
+    """Names and revisions of the models that a job loads, by the kind of node that loads them; None is any."""
+    from rdpo.modeling.weights import ModelRef
+
+    place, student = job.cluster.placement, ModelRef.student(job)
+    found = [(place.trainer, student), (place.teacher, student)]
+    if job.synthesis.task and not job.synthesis.endpoint:
+        found.append((place.teacher, ModelRef.of(job, job.synthesis.teacher)))
+    for reward in job.rewards:
+        named = (getattr(reward, field, None) for field in ("model", "reference"))
+        found += [(place.reward, ModelRef.of(job, name)) for name in named if name]
+
+    models: dict[str | None, set[tuple[str, str | None]]] = {}
+    for kind, model in found:
+        models.setdefault(kind, set()).add((model.name, model.revision))
+    return models
 
 
 def check_named(job: Job) -> None:

@@ -3,8 +3,10 @@
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
+from transformers import Gemma2Config, LlamaConfig
 
 from rdpo.modeling import attention
+from rdpo.modeling.attention import card_fault, flash_takes, flex_fits
 from rdpo.modeling.layout import Span
 
 SPANS = (Span(0, 3, (2, 4)), Span(9, 1, (1, 1)), Span(12, 5, (2, 3, 1)))
@@ -68,3 +70,39 @@ def test_a_torch_without_windows_in_its_kernel_falls_back(monkeypatch):
         assert not attention._flash_takes(torch.zeros(1, 2, 3, 64, dtype=torch.bfloat16), None)
     finally:
         attention._varlen.cache_clear()
+
+
+KIB = 1024
+SHARED = {"A10, L4, L40S, RTX 4090": 99 * KIB, "A100": 163 * KIB, "H100": 227 * KIB}
+FITS = {
+    ("A10, L4, L40S, RTX 4090", 2): {64: True, 96: True, 128: True, 192: False, 256: False, 512: False},
+    ("A10, L4, L40S, RTX 4090", 4): {64: True, 96: False, 128: False, 256: False},
+    ("A100", 2): {128: True, 192: True, 256: True, 512: False},
+    ("A100", 4): {64: True, 128: True, 256: True},
+    ("H100", 2): {128: True, 256: True, 512: True},
+    ("H100", 4): {128: True, 256: True},
+}
+
+
+@pytest.mark.parametrize("card", FITS, ids=str)
+def test_flex_attention_fits_a_card_by_its_heads_and_its_shared_memory(card):
+    name, item_bytes = card
+    assert {size: flex_fits(size, SHARED[name], item_bytes) for size in FITS[card]} == FITS[card]
+
+
+def test_the_figure_of_pytorchs_issue():
+    """Heads of 256 in bfloat16 ask for 147,456 bytes."""
+    assert flex_fits(256, 147_456) and not flex_fits(256, 147_455)
+
+
+def test_a_card_is_asked_only_for_what_flash_attention_does_not_do():
+    """Gemma 2 caps its scores, and has heads of 256; Gemma 3 does not cap them."""
+    small, large = 99 * KIB, 227 * KIB
+    gemma2 = Gemma2Config(head_dim=256, attn_logit_softcapping=50.0)
+    plain = Gemma2Config(head_dim=256, attn_logit_softcapping=None)
+    fault = card_fault(gemma2, torch.bfloat16, small)
+    assert fault == "heads of 256 in bfloat16 take more shared memory than the 99 KiB of this card"
+    assert card_fault(gemma2, torch.bfloat16, large) == card_fault(gemma2, torch.bfloat16, None) == ""
+    assert bool(card_fault(plain, torch.bfloat16, small)) == (not flash_takes(256, torch.bfloat16, None))
+    llama = LlamaConfig(hidden_size=512, num_attention_heads=4)
+    assert "heads of 128 in float32" in card_fault(llama, torch.float32, small)

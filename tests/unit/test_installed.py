@@ -5,9 +5,10 @@ import importlib.metadata
 import pytest
 
 from rdpo.cluster import installed
-from rdpo.cluster.installed import Installed, check_cpu_engines, disagreement
+from rdpo.cluster.installed import Installed, check_cpu_engines, check_drivers, check_gpus, disagreement, unusable
 from rdpo.cluster.pools import Pool
 from rdpo.errors import InputError
+from tests.support.asked import Cluster
 
 LOCKED = {"rdpo": "0.1.0", "vllm": "0.32.0", "torch": "2.13.0"}
 
@@ -56,3 +57,53 @@ def test_an_engine_without_gpus_needs_a_vllm_that_runs_on_the_cpu(monkeypatch, v
         return
     with pytest.raises(InputError, match=r"synthesis\.engine\.gpus = 0: vLLM 0\.32\.0 is built for GPUs"):
         check_cpu_engines([engine_without_gpus()])
+
+
+def test_gpus_that_an_actor_cannot_use_are_refused():
+    shared, whole = Pool("reference", "reference", 4, 1, 0.5, None), Pool("rewards", "rewards.x", 1, 1, 1, None)
+    check_gpus([engine_without_gpus(8), shared, whole])
+    for setting, gpus in (("reference", 2), ("rewards.rm", 1.5)):
+        with pytest.raises(InputError, match=rf"{setting}\.gpus = {gpus}: .* set it to 1 .* {setting}\.concurrency"):
+            check_gpus([Pool("any", setting, 1, 1, gpus, None)])
+
+
+DRIVERS = {
+    "as new as torch": ("2.13.0", "13.0", None, 13000, None),
+    "newer than torch": ("2.13.0", "12.8", None, 13010, None),
+    "older within the version": ("2.13.0", "13.1", None, 13000, None),
+    "of 2023": ("2.13.0", "13.0", None, 12010, "driver runs CUDA up to 12.1, torch 2.13.0 there is built for 13.0"),
+    "none": ("2.13.0", "13.0", None, None, "and there is none"),
+    "for AMD": ("2.13.0+rocm7", None, "7.0", None, None),
+    "torch for CPUs": ("2.13.0+cpu", None, None, 13000, "built for CPUs, and the job wants GPUs"),
+}
+
+
+@pytest.mark.parametrize("case", DRIVERS)
+def test_a_driver_that_is_too_old_for_torch_is_said(case):
+    *given, said = DRIVERS[case]
+    found = unusable(*given)
+    assert found is None if said is None else said in found
+
+
+def trained_on(nodes):
+    return [Pool("training", "training", 2, 1, 1, nodes), Pool("reference", "reference", 1, 1, 0, "a")]
+
+
+def test_nodes_whose_gpus_the_job_uses_are_asked_for_their_drivers(monkeypatch):
+    monkeypatch.setattr(installed, "driver_fault", lambda: None)
+    cluster = Cluster(a=1, b=8, c=0)
+    check_drivers(cluster, trained_on(None))
+    check_drivers(cluster, trained_on("b"))
+    check_drivers(cluster, [Pool("reference", "reference", 1, 1, 0, None)])
+    assert cluster.asked == ["a", "b", "b"]
+    monkeypatch.setattr(installed, "driver_fault", lambda: "its driver is old")
+    with pytest.raises(InputError, match=r"^node b, bbbbbbbb: its driver is old"):
+        check_drivers(cluster, trained_on("b"))
+
+
+def test_this_machines_torch_is_looked_at_without_loading_it():
+    """A CPU build, where the tests run; on a GPU machine nothing is wrong."""
+    import torch
+
+    fault = installed.driver_fault()
+    assert fault is None if torch.cuda.is_available() or torch.version.hip else fault
