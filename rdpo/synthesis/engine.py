@@ -71,6 +71,10 @@ def engine_settings(engine: EngineSettings, model: ModelRef) -> dict[str, Any]:
     return found
 
 
+RESETS, RESET_PAUSE_S = 100, 0.1
+"""How often a prefix cache is asked to be empty before other weights are loaded, and the seconds between."""
+
+
 class Engine:
     """An asynchronous vLLM engine for one model at a time, perhaps with the LoRA adapter of a folder on it."""
 
@@ -117,9 +121,15 @@ class Engine:
                 self._turn.notify_all()
 
     async def _load(self, folder: str) -> None:
-        # What the prefix cache holds was computed with the weights before.
+        # What the prefix cache holds was computed with the weights before. vLLM does not empty it while blocks are in
+        # use, which those of a request that has just ended may be for a moment.
+        for _ in range(RESETS):
+            if await self.engine.reset_prefix_cache():
+                break
+            await asyncio.sleep(RESET_PAUSE_S)
+        else:
+            raise RuntimeError(f"vLLM does not empty its prefix cache, so the weights of {folder} are not loaded")
         await self.engine.collective_rpc("reload_weights", kwargs={"weights_path": folder})
-        await self.engine.reset_prefix_cache()
         self.folder = folder
 
     async def generate(

@@ -29,7 +29,7 @@ SHARDS = "*zero_pp_rank_*_optim_states.pt"
 PERSISTENT = 100_000
 """ZeRO-3 keeps weights of so many elements or fewer whole on every worker (DeepSpeed's own default)."""
 BUCKET = 50_000_000
-"""Elements that are reduced, or fetched ahead, in one message."""
+"""Elements that are reduced in one message, and the fewest that are fetched ahead."""
 GROUP = 1_000_000_000
 """Elements of one optimizer group (DeepSpeed's own default of `sub_group_size`)."""
 LIVE = 1_000_000_000
@@ -58,6 +58,7 @@ class DeepSpeedBackend:
         policy.train()
         if partitioned:
             gather_by_layer(policy)
+            config["zero_optimization"]["stage3_prefetch_bucket_size"] = layer_elements(policy)
         trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
         return cls(policy, deepspeed.initialize(model=policy, model_parameters=trained, config=config)[0])
 
@@ -333,3 +334,12 @@ def gather_by_layer(policy: Policy) -> None:
 
     if layers := policy.layer_types():
         set_z3_leaf_modules(policy, layers)
+
+
+def layer_elements(policy: Policy) -> int:
+    """Elements of the largest decoder layer, which is fetched ahead as it is gathered: whole; at least `BUCKET`."""
+    kinds = tuple(policy.layer_types())
+    layers = (module for module in policy.modules() if isinstance(module, kinds))
+    # A partitioned weight has no elements of its own, and says how many it has in all.
+    sizes = (sum(getattr(one, "ds_numel", one.numel()) for one in layer.parameters()) for layer in layers)
+    return max(BUCKET, max(sizes, default=0))

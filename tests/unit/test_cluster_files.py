@@ -2,10 +2,6 @@
 
 import json
 import os
-import shutil
-import subprocess
-import sys
-import time
 import tomllib
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, requires
@@ -18,6 +14,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from rdpo.config import Job
+from tests.support.linters import linted
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "cluster"
@@ -37,18 +34,6 @@ RAY_CLUSTER = {
 }
 HEAD_GROUP = {"resources", "labels", "rayStartParams", "template"}
 WORKER_GROUP = HEAD_GROUP | {"groupName", "replicas", "minReplicas", "maxReplicas"}
-
-
-def tool(name):
-    """Path of a linter that is installed beside Python."""
-    found = shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
-    assert found, f"{name} is not installed; `make install` does it"
-    return found
-
-
-def linted(name, *arguments):
-    done = subprocess.run([tool(name), *arguments], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.fixture(params=CLOUDS)
@@ -244,130 +229,6 @@ def zip_names(path):
 
     with ZipFile(path) as package:
         return package.namelist()
-
-
-STAND_INS = {
-    "scontrol": """[[ $2 != hostnames ]] || printf 'one\\ntwo\\nthree\\n'
-[[ $2 != node ]] || echo "   NodeAddr=${ADDRESS:-$3} NodeHostName=$3 Version=22"
-[[ $1 != requeue ]] || echo "$@" >> "$LOG"
-""",
-    # A node stays until the job's end.
-    "srun": """echo "$@" >> "$STEPS"
-[[ -z ${NODE_FAILS:-} ]] || exit 1
-until [[ -e $LOG.end ]]; do sleep 0.02; done""",
-    # Neither the wait for the nodes nor the driver ends before all steps have begun.
-    "python": """[[ -z ${RAY_ADDRESS:-} ]] || until [[ $(wc -l < "$STEPS") == 3 ]]; do sleep 0.02; done
-[[ $1 != - || -z ${NO_NODES:-} ]] || { touch "$LOG.waiting"; until [[ -e $LOG.end ]]; do sleep 0.02; done; }
-echo "$(stat -c %a "${RAY_AUTH_TOKEN_PATH:-/dev/null}") ${RAY_ADDRESS:-} $*" >> "$LOG"
-printf secret
-[[ $1 != -m ]] || eval "${DRIVER:-true}"
-""",
-}
-INTERRUPTED = "trap 'echo checkpoint >> $LOG; exit 130' TERM; touch $LOG.driver; while :; do sleep 0.02; done"
-"""A driver that leaves a checkpoint where it is asked to stop."""
-
-
-class SlurmJob:
-    """The script itself, with stand-ins for the commands of Slurm and of the environment."""
-
-    def __init__(self, place, **environment):
-        self.place = place
-        (place / "bin").mkdir()
-        for name, text in STAND_INS.items():
-            (place / "bin" / name).write_text(f"#!/bin/bash\n{text}\n")
-            (place / "bin" / name).chmod(0o755)
-        self.environment = {
-            "PATH": f"{place / 'bin'}:{os.environ['PATH']}",
-            "VENV": str(place),
-            "TOKEN_DIR": str(place),
-            "LOG": str(place / "log"),
-            "STEPS": str(place / "steps"),
-            "TEACHERS": "1",
-            "SLURM_JOB_ID": "7",
-            "SLURM_JOB_NODELIST": "one,two,three",
-            "SLURM_JOB_CPUS_PER_NODE": "16(x2),8",
-            **environment,
-        }
-        (place / "steps").write_text("")
-        (place / "log").write_text("")
-
-    def run(self, signal_at=None):
-        """Run it, with SIGTERM once that file is there; exit code and errors."""
-        script = ["bash", str(CLUSTER / "slurm.sbatch"), "job.toml", "--run-dir", "/shared/run"]
-        with open(self.place / "errors", "w+") as errors:
-            job = subprocess.Popen(script, env=self.environment, stdout=subprocess.DEVNULL, stderr=errors)
-            if signal_at:
-                wait_for(self.place / signal_at)
-                job.terminate()
-            try:
-                code = job.wait(30)
-            finally:
-                (self.place / "log.end").touch()
-            errors.seek(0)
-            return code, errors.read()
-
-    def log(self):
-        return (self.place / "log").read_text().splitlines()
-
-    def steps(self):
-        """What `srun` was given, by node."""
-        lines = (self.place / "steps").read_text().splitlines()
-        return {line.split("--nodelist=")[1].split()[0]: line for line in lines}
-
-
-def wait_for(path):
-    deadline = time.monotonic() + 30
-    while not path.exists():
-        assert time.monotonic() < deadline, f"{path} does not come"
-        time.sleep(0.02)
-
-
-def test_a_slurm_job_starts_one_ray_node_on_each_and_hides_its_token(tmp_path):
-    job = SlurmJob(tmp_path)
-    code, errors = job.run()
-    assert code == 0, errors
-    making, waiting, driver = job.log()
-    assert "token_hex" in making
-    assert waiting == "600 one:20007 - 3"
-    assert driver == "600 one:20007 -m rdpo run job.toml --run-dir /shared/run"
-    assert not list(tmp_path.glob(".rdpo-token*"))
-    steps = job.steps()
-    assert "--head --port=20007 --dashboard-host=127.0.0.1" in steps["one"]
-    assert steps["one"].endswith("""--num-cpus=16 --resources={"teacher": 1, "reward": 1}""")
-    for host, cores in (("two", 16), ("three", 8)):
-        assert "--address=one:20007" in steps[host]
-        assert f"--cpus-per-task={cores}" in steps[host]
-        assert steps[host].endswith(f"""--num-cpus={cores} --resources={{"trainer": 1}}""")
-
-
-def test_a_slurm_job_uses_the_addresses_by_which_slurm_knows_its_nodes(tmp_path):
-    job = SlurmJob(tmp_path, ADDRESS="10.1.2.3")
-    assert job.run()[0] == 0
-    steps = job.steps()
-    assert "--node-ip-address=10.1.2.3" in steps["one"] and "--node-ip-address=10.1.2.3" in steps["two"]
-    assert "--address=10.1.2.3:20007" in steps["two"]
-
-
-@pytest.mark.parametrize("requeue", ["0", "1"])
-def test_sigterm_reaches_the_driver_of_a_slurm_job(tmp_path, requeue):
-    job = SlurmJob(tmp_path, DRIVER=INTERRUPTED, REQUEUE=requeue)
-    code, errors = job.run(signal_at="log.driver")
-    assert code == 130, errors
-    assert job.log()[3:] == ["checkpoint", "requeue 7"][: 1 + int(requeue)]
-    assert not list(tmp_path.glob(".rdpo-token*"))
-
-
-def test_sigterm_before_all_nodes_are_there_ends_a_slurm_job_at_once(tmp_path):
-    job = SlurmJob(tmp_path, NO_NODES="1")
-    code, errors = job.run(signal_at="log.waiting")
-    assert code == 143 and "nothing was begun" in errors
-    assert not any("-m rdpo" in line for line in job.log())
-
-
-def test_a_node_that_fails_ends_a_slurm_job_at_once(tmp_path):
-    job = SlurmJob(tmp_path, NO_NODES="1", NODE_FAILS="1")
-    code, errors = job.run()
-    assert code == 1 and "a Ray node ended" in errors
 
 
 def test_grafanas_own_model_knows_every_field_of_the_dashboard():

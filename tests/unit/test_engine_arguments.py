@@ -1,7 +1,12 @@
-"""What vLLM is given: an engine takes all the rows that its pool sends it."""
+"""What vLLM is given: an engine takes all the rows that its pool sends it; and when it has other weights."""
+
+import asyncio
+
+import pytest
 
 from rdpo.config import Engine
 from rdpo.config.models import Endpoint
+from rdpo.synthesis import engine as module
 from rdpo.synthesis.engine import engine_arguments, engine_environment
 from rdpo.synthesis.teacher import client_pool
 
@@ -38,3 +43,47 @@ def test_a_server_is_asked_as_many_rows_as_it_takes_whatever_the_engine_section_
     pool = client_pool(Engine(gpus=8), Endpoint(url="http://teacher/v1", model="m", concurrency=100))
     assert (pool.gpus, pool.rows_in_block) == (0, 16)
     assert pool.rows_in_flight >= 200
+
+
+class Caching:
+    """vLLM's engine, whose prefix cache is in use for so many looks."""
+
+    def __init__(self, in_use):
+        self.in_use, self.calls = in_use, []
+
+    async def reset_prefix_cache(self):
+        self.in_use -= 1
+        self.calls.append("reset" if self.in_use < 0 else "in use")
+        return self.in_use < 0
+
+    async def collective_rpc(self, method, kwargs):
+        self.calls.append(f"{method} {kwargs['weights_path']}")
+
+
+def engine_of(vllm):
+    one = object.__new__(module.Engine)
+    one.engine, one.folder, one._users, one._turn = vllm, "before", 0, asyncio.Condition()
+    return one
+
+
+async def held(engine, folder):
+    async with engine.holding(folder):
+        return engine.folder
+
+
+@pytest.mark.parametrize("in_use", [0, 2])
+def test_other_weights_are_loaded_once_nothing_of_the_old_ones_is_kept(in_use, monkeypatch):
+    monkeypatch.setattr(module, "RESET_PAUSE_S", 0.0)
+    vllm = Caching(in_use)
+    assert asyncio.run(held(engine_of(vllm), "after")) == "after"
+    assert vllm.calls == [*["in use"] * in_use, "reset", "reload_weights after"]
+
+
+def test_a_cache_that_is_not_emptied_keeps_the_old_weights(monkeypatch):
+    monkeypatch.setattr(module, "RESET_PAUSE_S", 0.0)
+    vllm = Caching(10**6)
+    engine = engine_of(vllm)
+    with pytest.raises(RuntimeError, match="does not empty its prefix cache"):
+        asyncio.run(held(engine, "after"))
+    assert engine.folder == "before" and not engine._users
+    assert not [call for call in vllm.calls if call.startswith("reload")]

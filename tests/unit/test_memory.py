@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from rdpo.cluster.gpus import GPUS, Gpu, gpu_of
 from rdpo.config import Job, Lora
@@ -17,6 +17,7 @@ from rdpo.planning.communication import bytes_sent, sent
 from rdpo.planning.memory import Memory, heaviest, rehearse, worker_memory
 from rdpo.planning.plan import plan
 from rdpo.training.backend import backend_of
+from rdpo.training.deepspeed import BUCKET, layer_elements
 from tests.support.jobs import valid_job
 
 
@@ -202,3 +203,16 @@ def test_a_network_without_a_rate_is_refused(tiny_model, tmp_path, network):
         list(plan(job, "H100", 16, network=network))
     with pytest.raises(InputError, match="--network: of what GPUs"):
         list(plan(job, None, None, network=10.0))
+
+
+def test_a_whole_layer_is_fetched_ahead(tiny_model, tmp_path):
+    """An 8B's layer has 218 million elements: a bucket of fifty is less than a quarter."""
+    config = LlamaConfig(hidden_size=4096, intermediate_size=14336, num_hidden_layers=2, num_key_value_heads=8)
+    with torch.device("meta"):
+        large = as_policy(AutoModelForCausalLM.from_config(config), ForwardSettings("bfloat16", 64))
+    assert layer_elements(large) == 4096 * (4096 * 2 + 1024 * 2 + 14336 * 3 + 2) == 218_112_000
+    assert layer_elements(load_policy(tiny_model, ForwardSettings("float32", 64))) == BUCKET
+    for weight in large.parameters():
+        # As ZeRO-3 leaves a weight that it has partitioned.
+        weight.ds_numel, weight.data = weight.numel(), torch.empty(0, device="meta")
+    assert layer_elements(large) == 218_112_000
