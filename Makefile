@@ -48,7 +48,7 @@ test: $(READY) lint type  ## lint, types and all tests that this machine can run
 test-faults: $(READY)  ## the long cases: every fault in every stage, kills by the dozen, rounds; prints the table
 	$(BIN)/python -m pytest -q -m long -n 2 --dist loadfile --ignore=tests/cluster
 
-test-cluster: $(READY)  ## real Ray clusters on this machine: submitted jobs, an autoscaler, kinds of nodes, metrics
+test-cluster: $(READY)  ## real Ray clusters on this machine: submitted jobs, an autoscaler, kinds of nodes, Slurm, metrics
 	$(BIN)/python -m pytest -q -m "long or not long" tests/cluster tests/ray/test_placement.py tests/ray/test_metrics_endpoint.py
 
 # On a GPU machine, in an environment of its own (see README.md), which PYTHON names.
