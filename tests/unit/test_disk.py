@@ -24,7 +24,7 @@ def job_of(tiny_model, tmp_path):
 
 
 def rehearsal(weights, trained):
-    return Rehearsal(weights, trained, 0, Arithmetic(weights, 0, 0, trained < weights), True)
+    return Rehearsal(weights, trained, 0, 0, Arithmetic(weights, 0, 0, trained < weights), True)
 
 
 def test_the_checkpoint_of_a_70b_model_is_its_float32_weights_and_moments(job_of):
