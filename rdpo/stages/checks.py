@@ -125,8 +125,8 @@ def check_access(job: Job, ray: ModuleType) -> None:
 
 
 def models_by_kind(job: Job) -> dict[str | None, set[tuple[str, str | None]]]:
-    """Names and revisions of the models that a job loads, by the kind of node that loads them; None is any."""
-    from rdpo.modeling.weights import ModelRef
+    """Names and revisions of the hub's models that a job loads, by the kind of node that loads them; None is any."""
+    from rdpo.modeling.weights import ModelRef, is_on_hub
 
     place, student = job.cluster.placement, ModelRef.student(job)
     found = [(place.trainer, student), (place.teacher, student)]
@@ -138,7 +138,9 @@ def models_by_kind(job: Job) -> dict[str | None, set[tuple[str, str | None]]]:
 
     models: dict[str | None, set[tuple[str, str | None]]] = {}
     for kind, model in found:
-        models.setdefault(kind, set()).add((model.name, model.revision))
+        # A folder of this machine may have a name like those of the hub.
+        if is_on_hub(model.name):
+            models.setdefault(kind, set()).add((model.name, model.revision))
     return models
 
 

@@ -74,16 +74,24 @@ def test_models_by_the_nodes_that_load_them(job_of, job_table):
         *job_table["rewards"],
     ]
     synthesis = {**job_table["synthesis"], "teacher": "own/teacher"}
+    job_table["student"]["model"] = "own/student"
     job = job_of(rewards=rewards, synthesis=synthesis, cluster={"placement": PLACEMENT})
-    student = (job.student.model, None)
     names = {kind: {name.split("@")[0] for name, _ in models} for kind, models in models_by_kind(job).items()}
-    assert names == {"c": {student[0]}, "a": {student[0], "own/teacher"}, "b": {"own/rm"}}
+    assert names == {"c": {"own/student"}, "a": {"own/student", "own/teacher"}, "b": {"own/rm"}}
     assert set(models_by_kind(job_of())) == {None}
+
+
+def test_a_folder_that_is_named_like_a_model_of_the_hub_is_not_asked_for(job_of, job_table, tmp_path, monkeypatch):
+    (tmp_path / "models" / "own").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    job_table["student"]["model"] = "models/own"
+    assert models_by_kind(job_of()) == {}
 
 
 def test_a_node_that_the_hub_refuses_a_model_is_named(job_of, job_table, monkeypatch):
     asked = []
     monkeypatch.setattr(hub, "unreadable", lambda models: asked.append(models) or ["meta/gated"] * (len(asked) == 1))
+    job_table["student"]["model"] = "meta/gated"
     job = job_of(cluster={"placement": PLACEMENT})
     check_access(job, Cluster(a=1))
     assert not asked
