@@ -116,7 +116,7 @@ def check_access(job: Job, ray: ModuleType) -> None:
         return
     for kind, models in wanted.items():
         nodes = [node for node in alive if kind is None or kind in node["Resources"]]
-        for name, refused in answers(ray, nodes, unreadable, sorted(models)).items():
+        for name, refused in answers(ray, nodes, unreadable, sorted(models, key=str)).items():
             if refused:
                 raise InputError(
                     f"node {name}: the hub does not let it have {refused[0]}; give every node the token of an account "
