@@ -124,10 +124,8 @@ class Reference:
     """
 
     def __init__(self, job: Job, known: ObjectRef[KnownLogps] | None = None, run_dir: str | None = None):
-        import ray
-
         self.job, self.settings, self.run_dir = job, job.reference, run_dir
-        self.known: KnownLogps = ray.get(known) if known else {}
+        self.known = _held(known) if known else {}
         student = ModelRef.student(job)
         self.chat, self.vocabulary = load_chat(student, job.date), student.config().get_text_config().vocab_size
 
@@ -166,6 +164,13 @@ class Reference:
         for side, logps in zip(SIDES, self.reader(*columns), strict=True):
             for index, value in zip(missing, logps, strict=True):
                 rows[index][f"reference_{side}_logps"] = value
+
+
+def _held(known: ObjectRef[KnownLogps]) -> KnownLogps:
+    import ray
+
+    found: KnownLogps = ray.get(known)
+    return found
 
 
 def _schema(pairs: pa.Schema) -> pa.Schema:

@@ -10,7 +10,9 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,6 +92,29 @@ class Files:
 
 def _is_in(name: str, places: Sequence[str]) -> bool:
     return any(name == place or name.startswith(f"{place}/") for place in places)
+
+
+@contextmanager
+def parts_of(filesystem: pyarrow.fs.FileSystem, path: str, names: Sequence[str]) -> Iterator[Path]:
+    """A folder of this machine with some files and folders of a checkpoint, as long as the context lasts.
+
+    Of one in a store nothing else is fetched: the optimizer's state is many times the weights that leave.
+    """
+    import pyarrow.fs
+
+    local = pyarrow.fs.LocalFileSystem()
+    if isinstance(filesystem, pyarrow.fs.LocalFileSystem):
+        yield Path(path)
+        return
+
+    with tempfile.TemporaryDirectory(prefix="rdpo-leaving-") as folder:
+        for name in names:
+            source, target = f"{path}/{name}", f"{folder}/{name}"
+            if filesystem.get_file_info(source).type == pyarrow.fs.FileType.Directory:
+                # What is in it is copied, not the folder itself.
+                local.create_dir(target)
+            pyarrow.fs.copy_files(source, target, source_filesystem=filesystem, destination_filesystem=local)
+        yield Path(folder)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
-from pathlib import Path
 
 import ray
 import ray.train
@@ -24,6 +23,7 @@ from rdpo.files.stores import arrow_file_system
 from rdpo.modeling.weights import named_anywhere
 from rdpo.records import ID_COLUMN
 from rdpo.training.checkpoint import EXPORT, HELDOUT_MARGINS
+from rdpo.training.fetching import parts_of
 from rdpo.training.heldout import LOSS
 from rdpo.training.loop import NonFiniteStep
 from rdpo.training.metrics import StepMetrics
@@ -116,9 +116,10 @@ def train(
     if result.checkpoint is None:
         raise RuntimeError("training ended without a checkpoint")
 
-    with _leaving(result, job).as_directory() as directory:
-        folder.put(Path(directory) / EXPORT, EXPORT)
-        folder.write_bytes(HELDOUT_MARGINS, (Path(directory) / HELDOUT_MARGINS).read_bytes())
+    leaving = _leaving(result, job)
+    with parts_of(leaving.filesystem, leaving.path, (EXPORT, HELDOUT_MARGINS)) as directory:
+        folder.put(directory / EXPORT, EXPORT)
+        folder.write_bytes(HELDOUT_MARGINS, (directory / HELDOUT_MARGINS).read_bytes())
     return history.write()
 
 

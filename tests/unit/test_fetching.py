@@ -11,7 +11,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from rdpo.files.folder import checksum
 from rdpo.training import checkpoint
-from rdpo.training.fetching import Fetch, Files, Place
+from rdpo.training.fetching import Fetch, Files, Place, parts_of
 from tests.support.plain_backend import PlainBackend
 
 SHARD, SHARED, EXPORTED = 1000, 300, 5000
@@ -169,3 +169,17 @@ def test_a_checkpoint_that_is_converted_is_not_kept_beside_what_it_becomes(tmp_p
         assert not list(tmp_path.glob("rdpo-fetched-*"))
     assert not list(tmp_path.glob("rdpo-*"))
     assert (stored / "state/shard_1.pt").is_file()
+
+
+def test_of_a_checkpoint_in_a_store_only_what_leaves_is_fetched(tmp_path):
+    source, store = write_checkpoint(tmp_path, 4), new_store()
+    with parts_of(store.arrow, str(source), BESIDE) as folder:
+        found = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert found == {name: (source / name).read_bytes() for name in ("policy/model.safetensors", "heldout.jsonl")}
+    assert sum(store.read.values()) == EXPORTED + 10
+    assert not folder.exists()
+
+
+def test_a_checkpoint_on_this_machine_is_taken_where_it_is(tmp_path):
+    with parts_of(pyarrow.fs.LocalFileSystem(), str(tmp_path), BESIDE) as folder:
+        assert folder == tmp_path
