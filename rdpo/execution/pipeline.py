@@ -29,7 +29,8 @@ from rdpo.execution.streaming import stream_rows
 from rdpo.files.duplicates import remove_duplicates
 from rdpo.files.folder import Folder
 from rdpo.files.manifest import Manifest, Settings, Summary
-from rdpo.files.stage_folder import TOKENS, StageFolder
+from rdpo.files.parts import TOKENS
+from rdpo.files.stage_folder import StageFolder
 from rdpo.records import text_of
 from rdpo.tracking.console import Meter
 from rdpo.tracking.listeners import listening

@@ -85,7 +85,7 @@ def _named_rows(prompts: StageFolder, names: Iterable[str]) -> Iterator[Row]:
 
 def summary(run: Run, folder: StageFolder) -> Summary:
     """What an endpoint read, wrote and cost; says so."""
-    from rdpo.files.stage_folder import TOKENS
+    from rdpo.files.parts import TOKENS
     from rdpo.synthesis.endpoint import cost
 
     if not (run.job.synthesis.endpoint and run.job.synthesis.task):

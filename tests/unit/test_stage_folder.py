@@ -58,7 +58,7 @@ def test_a_row_made_twice_stops_the_run(folder):
 
 
 def test_a_large_block_becomes_several_parts(folder, monkeypatch):
-    monkeypatch.setattr("rdpo.files.stage_folder.PART_ROWS", 2)
+    monkeypatch.setattr("rdpo.files.parts.PART_ROWS", 2)
     progress = write(folder, [{**ROWS[index % 3], "prompt_id": str(index)} for index in range(9)])
     assert (progress.rows, progress.dropped, progress.tokens) == (6, 3, 24)
     assert (len(folder.parts()), len(folder.names(".parquet", "dropped"))) == (3, 2)

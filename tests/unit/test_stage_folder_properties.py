@@ -53,7 +53,7 @@ def written(place, blocks):
 def test_the_same_rows_come_out_of_any_blocks(data, ids):
     rows, blocks = drawn(data, sorted(ids))
     with tempfile.TemporaryDirectory() as place, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rdpo.files.stage_folder.PART_ROWS", 3)
+        patch.setattr("rdpo.files.parts.PART_ROWS", 3)
         folder, counts = written(place, blocks)
         kept = [{name: row[name] for name in row if name != "dropped"} for row in rows if row["dropped"] is None]
         lost = [row for row in rows if row["dropped"] is not None]
