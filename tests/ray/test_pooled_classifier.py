@@ -7,7 +7,7 @@ from rdpo.config import ClassifierReward, Job
 from rdpo.preference.rewards import score_answers
 from rdpo.preference.rewards.classifier import Classifier
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.long]
 
 ENGINE = {"max_model_len": 512, "kv_cache_gib": 1, "batch_rows": 4, "dtype": "float32"}
 

@@ -22,7 +22,7 @@ from tests.support.architectures import SMALL, small_model
 from tests.support.jobs import valid_job
 from tests.support.models import save_model, tiny_config
 
-pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster"), pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.long, pytest.mark.usefixtures("ray_cluster"), pytest.mark.timeout(600)]
 
 WIDE = {"hidden_size": 128, "intermediate_size": 1024, "num_attention_heads": 4, "num_key_value_heads": 2}
 
@@ -93,7 +93,6 @@ class DiesOnce(Reference):
         return super().__call__(batch)
 
 
-@pytest.mark.long
 def test_a_process_that_is_killed_is_replaced_and_no_row_is_lost(models, whole, tmp_path):
     job = job_of(models[0], tmp_path, shards=2)
     blocks = [pa.Table.from_pylist([pair(number) for number in range(*ends)]) for ends in ((0, 15), (15, 30))]
@@ -103,7 +102,6 @@ def test_a_process_that_is_killed_is_replaced_and_no_row_is_lost(models, whole, 
     assert values(found) == pytest.approx(values(whole), abs=1e-4)
 
 
-@pytest.mark.long
 def test_the_divergence_and_an_implicit_reward_are_read_by_two_processes_too(models, tmp_path):
     rows = [
         {"prompt_id": str(number), "prompt": pair(number)["prompt"], "answer": "so " * (number + 1)}
@@ -126,7 +124,6 @@ def test_the_divergence_and_an_implicit_reward_are_read_by_two_processes_too(mod
     assert scores(2) == pytest.approx(scores(1), abs=1e-4)
 
 
-@pytest.mark.long
 def test_what_a_model_cannot_do_is_said_by_its_processes_too(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setitem(SMALL, "vocab_size", len(tokenizer))
     model = save_model(tmp_path / "masked", small_model("phimoe"), tokenizer)
