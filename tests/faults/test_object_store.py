@@ -306,6 +306,7 @@ def logs_of(environ):
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.long
 def test_prompts_go_through_ray_and_a_store_that_fails_now_and_then(bucket, endpoint, port, tiny_model, tmp_path):
     table = valid_job(tiny_model, tmp_path)
     lines = (tmp_path / "prompts.jsonl").read_bytes()

@@ -86,6 +86,7 @@ def test_an_engine_draws_as_it_is_told(wordy_models, tokenizer):
     assert (stopped.text, stopped.finish_reason) == (beginning, "stop")
 
 
+@pytest.mark.long
 def test_a_teacher_wears_its_adapter(wordy_models, tokenizer, tmp_path):
     import torch
     from peft import LoraConfig, get_peft_model

@@ -13,8 +13,11 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from rdpo.modeling.model import ForwardSettings
+from rdpo.modeling.readers import FrozenModel, forward
+from rdpo.modeling.weights import ModelRef
 from tests.support.models import save_model, tiny_config
-from tests.support.partitioned_steps import steps
+from tests.support.partitioned_steps import READ, steps
 from tests.support.plain_backend import PlainBackend
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("process_group")]
@@ -44,7 +47,7 @@ def models(tiny_model, tokenizer, tmp_path_factory):
 def two_ranks(models, tmp_path_factory):
     """The results of all cases; one pair of processes runs them, for their start takes longest."""
     folder = tmp_path_factory.mktemp("two-ranks")
-    settings = [{"model": models[name], **case} for name, case in CASES.items()]
+    settings = [{"model": models[name], **case} for name, case in CASES.items()] + [{"read": models["untied"]}]
     (folder / "settings.json").write_text(json.dumps(settings))
     ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [sys.executable, *ranks, "-m", "tests.support.partitioned_steps", str(folder)]
@@ -53,7 +56,7 @@ def two_ranks(models, tmp_path_factory):
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr[-4000:]
     assert not compiled.exists(), "DeepSpeed compiled something, which takes minutes in a fresh environment"
-    return dict(zip(CASES, json.loads((folder / "results.json").read_text()), strict=True))
+    return dict(zip([*CASES, "read"], json.loads((folder / "results.json").read_text()), strict=True))
 
 
 @pytest.mark.parametrize("name", ["tied", "untied", "checkpointing", "heldout", "lora"])
@@ -66,6 +69,14 @@ def test_two_ranks_of_partitioned_weights_equal_plain_torch(two_ranks, models, t
     assert len(two["margins"]) == (3 if CASES[name].get("heldout") else 0)
     assert two["left"] == pytest.approx(plain["left"], rel=1e-3)
     assert two["losses"][0] != two["losses"][-1]
+
+
+def test_a_model_that_is_only_read_has_the_log_probs_of_a_whole_one(two_ranks, models):
+    frozen = FrozenModel(ModelRef(models["untied"]), ForwardSettings("float32", 8), "a model")
+    policy, read_as = frozen.open("cpu")
+    two = two_ranks["read"]
+    assert (two["whole"], two["layout"]) == (0, read_as.layout)
+    assert two["logps"] == pytest.approx(forward(policy, policy.batch(*READ)), abs=1e-4)
 
 
 def test_held_out_pairs_in_between_leave_no_trace(two_ranks):

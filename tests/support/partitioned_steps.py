@@ -1,7 +1,8 @@
 """Training steps of several jobs on every rank of one process group, ZeRO-3 with every weight partitioned.
 
 torchrun --nproc-per-node 2 -m tests.support.partitioned_steps FOLDER, with `settings.json` in it: a list of the keyword
-arguments of `steps`. Rank 0 writes the results beside it, in their order, as `results.json`.
+arguments of `steps`, or of `{"read": MODEL}` for a model that is read only. Rank 0 writes the results beside it, in
+their order, as `results.json`.
 """
 
 import json
@@ -11,12 +12,17 @@ from pathlib import Path
 import torch
 
 import rdpo.training.deepspeed
+from rdpo.modeling.model import ForwardSettings
 from rdpo.modeling.packing import PairSize
+from rdpo.modeling.readers import FrozenModel, forward
+from rdpo.modeling.weights import ModelRef
 from rdpo.training.loop import PairTable
 from tests.support.pairs import pairs, trainer_of
 
 STEPS = 3
 UNEVEN = (1, 5, 2, 9, 3, 3)
+READ = [[[10, 20, 30], [40, 50]], [[60], [70, 80, 90]], [[11, 12], [13]]]
+"""Two prompts, and two answers to each."""
 
 
 def uneven_pairs():
@@ -52,6 +58,14 @@ def steps(model, place, backend=None, heldout=False, **settings):
     }
 
 
+def read(model):
+    """Log-probs of a model that is read only, its layout, and how many weights this rank holds whole before."""
+    frozen = FrozenModel(ModelRef(model), ForwardSettings("float32", 8), "a model")
+    engine = rdpo.training.deepspeed.DeepSpeedBackend.read_only(frozen.load, "float32", torch.device("cpu"))
+    whole, read_as = sum(bool(weight.numel()) for weight in engine.policy.parameters()), frozen.settle(engine.policy)
+    return {"whole": whole, "layout": read_as.layout, "logps": forward(engine.policy, engine.policy.batch(*READ))}
+
+
 def main():
     """Run the settings one after the other."""
     folder = Path(sys.argv[1])
@@ -60,7 +74,8 @@ def main():
     rdpo.training.deepspeed.PERSISTENT = 0
     place = folder / f"rank{torch.distributed.get_rank()}"
     place.mkdir()
-    results = [steps(place=place, **one) for one in json.loads((folder / "settings.json").read_text())]
+    settings = json.loads((folder / "settings.json").read_text())
+    results = [read(one["read"]) if "read" in one else steps(place=place, **one) for one in settings]
     if torch.distributed.get_rank() == 0:
         (folder / "results.json").write_text(json.dumps(results))
 
