@@ -58,7 +58,7 @@ test-gpu:  ## the tests marked gpu, with the environment that is active: make te
 bench-gpu:  ## what one GPU does, logs and tables in runs/gpu: make bench-gpu PYTHON=python PAIRS=pairs.jsonl
 	PYTHON=$(PYTHON) PAIRS=$(PAIRS) bash jobs/bench/gpu.sh
 
-test-fast: $(READY)  ## the tests of the pure core, two files at a time: about five minutes on two cores
+test-fast: $(READY)  ## the tests of the pure core, two files at a time: about four minutes on two cores
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests/unit -m 'not ray and not long'
 
 WHEEL := build/wheel
