@@ -9,11 +9,14 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rdpo.cluster.interruption import heed_sigterm
 from rdpo.cluster.pools import adapt_pools
 from rdpo.config import Job
+
+if TYPE_CHECKING:
+    import psutil
 
 HEADROOM_CPUS = 2
 MIN_STORE_BYTES = 100 << 20
@@ -66,7 +69,7 @@ def start_local(ray: Any, **options: Any) -> Any:
     """
     import psutil
 
-    before, starts = set(psutil.Process().children(recursive=True)), 0
+    before, starts = set(psutil.Process().children()), 0
     while True:
         starts += 1
         try:
@@ -76,10 +79,20 @@ def start_local(ray: Any, **options: Any) -> Any:
             if TOO_SLOW not in str(error) or starts == STARTS:
                 raise
         # Else two of each would run, and the first ones until this process ends.
-        for process in set(psutil.Process().children(recursive=True)) - before:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
+        for process in set(psutil.Process().children()) - before:
+            _end_if_rays(process, str(Path(ray.__file__).parent))
         ray.shutdown()
+
+
+def _end_if_rays(process: psutil.Process, package: str) -> None:
+    """End a process, with those that it has started, if it was started from Ray's package."""
+    import psutil
+
+    with suppress(psutil.NoSuchProcess):
+        if any(package in part for part in process.cmdline()):
+            for one in [process, *process.children(recursive=True)]:
+                with suppress(psutil.NoSuchProcess):
+                    one.kill()
 
 
 def keep_token_private() -> None:

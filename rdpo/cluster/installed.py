@@ -152,20 +152,6 @@ def check_cpu_engines(pools: Iterable[Pool]) -> None:
         )
 
 
-def check_gpus(pools: Iterable[Pool]) -> None:
-    """Whether every pool can use the GPUs that are asked for one of its actors.
-
-    Raises:
-        InputError: it asks for several, and its model is on one.
-    """
-    for pool in pools:
-        if pool.gpus > 1 and not pool.setting.endswith("engine"):
-            raise InputError(
-                f"{pool.setting}.gpus = {pool.gpus:g}: the model of such an actor is on one GPU, and the others would "
-                f"stand idle; set it to 1 or to a share of one, and {pool.setting}.concurrency to the number of actors"
-            )
-
-
 def check_drivers(ray: ModuleType, pools: Iterable[Pool]) -> None:
     """Ask the nodes with GPUs whether their driver can run the torch that is installed there.
 

@@ -27,6 +27,10 @@ MEMORY_OPTIONS = frozenset(
 """Arguments of vLLM's that are like fields with the mark MEMORY."""
 
 
+ALWAYS_SAID = frozenset({"temperature", "top_p", "max_tokens"})
+"""Fields of `Sampling` that stand in its table whether they are set or not."""
+
+
 class Student(Section):
     """The model to align. It is also the reference, and its tokenizer renders the training data."""
 
@@ -70,26 +74,19 @@ class Sampling(Section):
     """Texts at which an answer ends: it is kept up to there, and counts as ended by itself."""
 
     @model_serializer(mode="wrap")
-    def _without_later_fields(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # Keys are made of this table: one that says nothing of them is the table of earlier versions.
+    def _without_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Keys are made of this table: one that uses none of these is the table of earlier versions.
         found: dict[str, Any] = handler(self)
-        at_rest = {
-            name
-            for name in self.beyond
-            if getattr(self, name) == Sampling.model_fields[name].get_default(call_default_factory=True)
-        }
-        return {name: value for name, value in found.items() if name not in at_rest}
-
-    @property
-    def beyond(self) -> tuple[str, ...]:
-        """Names of the fields beyond temperature, nucleus and length."""
-        return tuple(name for name in type(self).model_fields if name not in ("temperature", "top_p", "max_tokens"))
+        said = ALWAYS_SAID | self.used.keys()
+        return {name: value for name, value in found.items() if name in said}
 
     @property
     def used(self) -> dict[str, Any]:
-        """Those of them that are set to something, by name."""
-        dumped = self.model_dump()
-        return {name: dumped[name] for name in self.beyond if name in dumped}
+        """What is set beyond temperature, nucleus and length, by name."""
+        at_rest = {
+            name: field.get_default(call_default_factory=True) for name, field in type(self).model_fields.items()
+        }
+        return {name: value for name, value in self if name not in ALWAYS_SAID and value != at_rest[name]}
 
     def untempered(self) -> Sampling:
         """The same length, drawn from the model's own distribution."""

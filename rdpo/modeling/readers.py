@@ -110,8 +110,8 @@ class PolicyReader:
         found = [[math.nan] * len(prompts) for _ in answers]
         plan = micro_batches(range(len(prompts)), sizes_of(prompts, *answers), self.budget, self.policy.packed)
         for micro in plan:
-            batch = self.policy.batch(*chosen(micro.pairs, prompts, *answers))
-            place(found, micro.pairs, forward(self.policy, batch.to(self.device)))
+            batch = self.policy.batch(*rows_at(micro.pairs, prompts, *answers))
+            put_at(found, micro.pairs, forward(self.policy, batch.to(self.device)))
         return found
 
 
@@ -131,12 +131,12 @@ def sizes_of(prompts: Sequence[Tokens], *answers: Sequence[Tokens]) -> list[Pair
     return [PairSize(len(prompt), *parts) for prompt, *parts in zip(prompts, *columns, strict=True)]
 
 
-def chosen(places: Sequence[int], *columns: Sequence[Tokens]) -> list[list[Tokens]]:
+def rows_at(places: Sequence[int], *columns: Sequence[Tokens]) -> list[list[Tokens]]:
     """Some rows of several columns."""
     return [[column[place] for place in places] for column in columns]
 
 
-def place(found: list[list[float]], places: Sequence[int], logps: Sequence[float]) -> None:
+def put_at(found: list[list[float]], places: Sequence[int], logps: Sequence[float]) -> None:
     """Put the log-probs of a batch, the first answers of all its prompts before the second ones, where they belong."""
     for number, column in enumerate(found):
         part = logps[number * len(places) : (number + 1) * len(places)]
@@ -172,7 +172,7 @@ def answer_logps(rows: Sequence[Row], column: str, chat: Chat, reader: Reader) -
 
     found = [AnswerLogp()] * len(rows)
     if read:
-        [logps] = reader(*chosen(read, prompts, answers))
+        [logps] = reader(*rows_at(read, prompts, answers))
         for index, nats in zip(read, logps, strict=True):
             found[index] = AnswerLogp(nats, len(answers[index]))
     return found

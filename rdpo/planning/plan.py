@@ -46,6 +46,25 @@ def plan(
     Raises:
         InputError: the GPU type is not known, there are more workers than pairs in a step, or the rate is none.
     """
+    job, device = _as_planned(job, gpu, workers, network)
+    rehearsal = rehearse(job, sizes)
+    parts = worker_memory(job, rehearsal)
+    yield _headline(job, rehearsal, gpu)
+    yield from _memory(parts, GPUS[gpu].memory_gib if gpu else None)
+    if offloaded := offloaded_memory(job, rehearsal):
+        yield _offloaded(job, offloaded)
+    yield from pool_table(pools_of(job), gpu)
+
+    # Of a GPU only the rate of products in bfloat16 is known.
+    if (gpu and student_dtype(job) == "bfloat16") or not job.training.gpus_per_worker:
+        yield from _speed(job, rehearsal, gpu, sizes or [typical_pair(job)])
+    if device:
+        yield from _network(job, rehearsal, device, sizes or [typical_pair(job)])
+    yield from disk(job, rehearsal, gpus=bool(gpu))
+
+
+def _as_planned(job: Job, gpu: str | None, workers: int | None, network: float | None) -> tuple[Job, Gpu | None]:
+    """The job with so many workers, and their GPU on its network; None on the CPU, or on GPUs of no named type."""
     if gpu and gpu not in GPUS:
         raise InputError(f"--gpu {gpu}: known are {', '.join(GPUS)}")
     if network is not None and not gpu:
@@ -60,27 +79,22 @@ def plan(
     changes = {"num_workers": workers, **({"gpus_per_worker": 1} if gpu else {})}
     job = job.model_copy(update={"training": job.training.model_copy(update=changes)})
 
-    rehearsal = rehearse(job, sizes)
-    parts = worker_memory(job, rehearsal)
-    yield _headline(job, rehearsal, gpu)
-    yield from _memory(parts, GPUS[gpu].memory_gib if gpu else None)
-    if offloaded := offloaded_memory(job, rehearsal):
-        yield _offloaded(job, offloaded)
-    yield from pool_table(pools_of(job), gpu)
+    device = GPUS[gpu] if gpu else None
+    return job, device.on_network(network) if device and network else device
 
-    # Of a GPU only the rate of products in bfloat16 is known.
-    if (gpu and student_dtype(job) == "bfloat16") or not job.training.gpus_per_worker:
-        yield from _speed(job, rehearsal, gpu, sizes or [typical_pair(job)])
+
+def _network(job: Job, rehearsal: Rehearsal, gpu: Gpu, sizes: Sequence[PairSize]) -> Iterator[str]:
+    """What workers send, and over which network; nothing where they meet only at the end of a step."""
+    workers = smallest(job.training.num_workers)
     elements = backend_of(job).elements_sent(job, rehearsal.weights, rehearsal.trained)
-    if gpu and workers > 1 and elements:
-        device = GPUS[gpu] if network is None else GPUS[gpu].on_network(network)
-        yield _messages(job, rehearsal, device, sizes or [typical_pair(job)], elements)
-        if workers > PER_NODE:
-            yield (
-                f"between nodes of {PER_NODE} at {device.node_gbits:,.0f} Gb/s; without EFA, GPUDirect or InfiniBand "
-                "NCCL uses TCP, which is far slower: measure it and give --network"
-            )
-    yield from disk(job, rehearsal, gpus=bool(gpu))
+    if workers == 1 or not elements:
+        return
+    yield _messages(job, rehearsal, gpu, sizes, elements)
+    if workers > PER_NODE:
+        yield (
+            f"between nodes of {PER_NODE} at {gpu.node_gbits:,.0f} Gb/s; without EFA, GPUDirect or InfiniBand "
+            "NCCL uses TCP, which is far slower: measure it and give --network"
+        )
 
 
 def _headline(job: Job, rehearsal: Rehearsal, gpu: str | None) -> str:

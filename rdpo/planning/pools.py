@@ -112,13 +112,13 @@ def _latent(config: PretrainedConfig) -> int:
 
 
 def _stored_bytes(config: PretrainedConfig, elements: int) -> int | None:
-    """Bytes of weights that are stored quantised; None of others."""
+    """Bytes of weights that are stored quantised; None of others, and of a method whose bits are not known here."""
     found = getattr(config, "quantization_config", None)
     if not found:
         return None
     table = found if isinstance(found, dict) else found.to_dict()
-    bits = table.get("bits") or BITS.get(table.get("quant_method", ""), 16)
-    return int(elements * bits / 8)
+    bits = table.get("bits") or BITS.get(table.get("quant_method", ""))
+    return int(elements * bits / 8) if bits else None
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ def pool_memory(pool: Pool, gpu: str | None = None) -> PoolMemory:
         # One model after the other reads.
         parts["forward"] = max(parts["forward"], shape.forward(held.tokens, held.head_rows, dtype))
     # A fraction of a GPU is shared with others.
-    return PoolMemory(pool, parts, room * min(pool.gpus, 1) if room else None)
+    return PoolMemory(pool, parts, room * pool.gpus if room else None)
 
 
 def _of_engine(pool: Pool, held: Held, engine: Engine, room: float | None) -> PoolMemory:
@@ -217,13 +217,12 @@ def _of_engine(pool: Pool, held: Held, engine: Engine, room: float | None) -> Po
     return PoolMemory(pool, parts, taken, tokens, wanted, engine.max_model_len)
 
 
-def pool_table(pools: Sequence[Pool], gpu: str | None, training: Sequence[tuple[str, int]] = ()) -> Iterator[str]:
+def pool_table(pools: Sequence[Pool], gpu: str | None) -> Iterator[str]:
     """Lines with the memory of one process of every pool that holds a model, and what to do where it does not fit.
 
     Args:
         pools: those of a job.
         gpu: type of the GPUs, as `GPUS` names it.
-        training: further lines, as names and bytes.
     """
     columns = ("weights", "gathered weights", "forward", "KV cache")
     cells = [["GiB of a process", "on", *columns, "other", "total", ""]]
@@ -242,7 +241,6 @@ def pool_table(pools: Sequence[Pool], gpu: str | None, training: Sequence[tuple[
         place = ("GPU" if pool.gpus else "CPU") + (f", {pool.shards} shards" if pool.shards > 1 else "")
         cells.append([f"  {pool.setting}", place, *map(_gib, parts), _gib(other), _gib(memory.total), limit])
         notes += [memory.advice] if memory.advice else []
-    cells += [[f"  {name}", *[""] * 6, _gib(amount), ""] for name, amount in training]
     yield from aligned(cells, right=[2, 3, 4, 5, 6, 7])
     yield from notes
 

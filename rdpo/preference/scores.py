@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Awaitable, Sequence
 
 import pyarrow as pa
 
 from rdpo.records import Row, alive, drop, table_of
+
+REASON_CHARS = 300
 
 
 def record_scores(rows: list[Row], answer: str, reward: str, scores: list[float]) -> list[Row]:
@@ -18,6 +21,17 @@ def record_scores(rows: list[Row], answer: str, reward: str, scores: list[float]
         row[f"{answer}_scores"] = {**(row.get(f"{answer}_scores") or {}), reward: score}
         recorded.append(row)
     return recorded
+
+
+async def with_scores(row: Row, answers: Sequence[str], reward: str, scores: Awaitable[Sequence[float]]) -> Row:
+    """The row with one reward's scores of its answers; where that cannot be asked for them, it is dropped."""
+    try:
+        found = await scores
+    except ValueError as error:
+        row, found = drop(row, f"reward {reward}: {error}"[:REASON_CHARS]), [math.nan] * len(answers)
+    for answer, score in zip(answers, found, strict=True):
+        [row] = record_scores([row], answer, reward, [score])
+    return row
 
 
 def combine_table(table: pa.Table, weights: dict[str, float], answers: list[str]) -> pa.Table:

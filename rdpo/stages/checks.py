@@ -22,7 +22,7 @@ def prepare(job: Job, say: Say) -> bool:
         InputError: something the job names cannot be used.
     """
     from rdpo.cluster.connection import start_ray
-    from rdpo.cluster.installed import check_cpu_engines, check_drivers, check_gpus, check_installed
+    from rdpo.cluster.installed import check_cpu_engines, check_drivers, check_installed
     from rdpo.cluster.placement import Nodes, check_room, fit_side_by_side
     from rdpo.modeling.chat import load_chat
     from rdpo.modeling.student import check_architecture, check_student
@@ -41,7 +41,6 @@ def prepare(job: Job, say: Say) -> bool:
 
     pools = pools_of(job)
     check_cpu_engines(pools)
-    check_gpus(pools)
     _check_teacher(job)
     check_rewards(job)
     check_other_sources(job)

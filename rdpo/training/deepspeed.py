@@ -57,8 +57,7 @@ class DeepSpeedBackend:
 
         policy.train()
         if partitioned:
-            gather_by_layer(policy)
-            config["zero_optimization"]["stage3_prefetch_bucket_size"] = layer_elements(policy)
+            gather_by_layer(policy, config)
         trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
         return cls(policy, deepspeed.initialize(model=policy, model_parameters=trained, config=config)[0])
 
@@ -71,7 +70,7 @@ class DeepSpeedBackend:
         config = _read_only_config(dtype)
         with _partitioned_load(config):
             policy = load()
-        gather_by_layer(policy)
+        gather_by_layer(policy, config)
         return cls(policy, deepspeed.initialize(model=policy, config=config)[0])
 
     def forward(self, batch: Batch) -> torch.Tensor:
@@ -323,8 +322,10 @@ def stage_of(training: Training, dtype: str) -> int:
     return max(training.zero_stage, 1) if dtype == "bfloat16" else training.zero_stage
 
 
-def gather_by_layer(policy: Policy) -> None:
+def gather_by_layer(policy: Policy, config: dict[str, Any]) -> None:
     """Let ZeRO-3 gather and release a decoder layer as one, not each of its projections and adapters.
+
+    In the `config` it is told to fetch a whole one ahead.
 
     DeepSpeed's hooks do Python work at every module it follows, and at each release it walks all
     modules up to its reuse distance: with LoRA on every projection a small model spent more time there
@@ -334,6 +335,7 @@ def gather_by_layer(policy: Policy) -> None:
 
     if layers := policy.layer_types():
         set_z3_leaf_modules(policy, layers)
+    config["zero_optimization"]["stage3_prefetch_bucket_size"] = layer_elements(policy)
 
 
 def layer_elements(policy: Policy) -> int:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rdpo.cluster.hardware import available_cores, take_device
 from rdpo.modeling.packing import plan_step
-from rdpo.modeling.readers import FrozenModel, PolicyReader, Reader, chosen, forward, place, sizes_of
+from rdpo.modeling.readers import FrozenModel, PolicyReader, Reader, forward, put_at, rows_at, sizes_of
 
 if TYPE_CHECKING:
     from ray import ObjectRef
@@ -229,11 +229,11 @@ class ShardedReader:
         """Summed completion log-probs in nats, (K, P)."""
         sizes, packed = sizes_of(prompts, *answers), self.read_as.layout == "packed"
         plan = plan_step(range(len(prompts)), sizes, len(self.group.shards), self.budget, packed)
-        shares = [[chosen(micro.pairs, prompts, *answers) for micro in share] for share in plan]
+        shares = [[rows_at(micro.pairs, prompts, *answers) for micro in share] for share in plan]
 
         found = [[math.nan] * len(prompts) for _ in answers]
         for share, logps in zip(plan, self.group.read(self.number, shares), strict=True):
             for micro, values in zip(share, logps, strict=True):
                 if not micro.idle:
-                    place(found, micro.pairs, values)
+                    put_at(found, micro.pairs, values)
         return found

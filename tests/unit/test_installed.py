@@ -5,7 +5,7 @@ import importlib.metadata
 import pytest
 
 from rdpo.cluster import installed
-from rdpo.cluster.installed import Installed, check_cpu_engines, check_drivers, check_gpus, disagreement, unusable
+from rdpo.cluster.installed import Installed, check_cpu_engines, check_drivers, disagreement, unusable
 from rdpo.cluster.pools import Pool
 from rdpo.errors import InputError
 from tests.support.asked import Cluster
@@ -57,14 +57,6 @@ def test_an_engine_without_gpus_needs_a_vllm_that_runs_on_the_cpu(monkeypatch, v
         return
     with pytest.raises(InputError, match=r"synthesis\.engine\.gpus = 0: vLLM 0\.32\.0 is built for GPUs"):
         check_cpu_engines([engine_without_gpus()])
-
-
-def test_gpus_that_an_actor_cannot_use_are_refused():
-    shared, whole = Pool("reference", "reference", 4, 1, 0.5, None), Pool("rewards", "rewards.x", 1, 1, 1, None)
-    check_gpus([engine_without_gpus(8), shared, whole])
-    for setting, gpus in (("reference", 2), ("rewards.rm", 1.5)):
-        with pytest.raises(InputError, match=rf"{setting}\.gpus = {gpus}: .* set it to 1 .* {setting}\.concurrency"):
-            check_gpus([Pool("any", setting, 1, 1, gpus, None)])
 
 
 DRIVERS = {

@@ -63,6 +63,8 @@ def test_an_engine_says_itself_where_it_runs():
     base = {"kind": "classifier", "name": "rm", "model": "m"}
     with pytest.raises(ValueError, match=r"gpus = 4: one actor uses one GPU; .* engine = \{ gpus = 4 \}"):
         ClassifierReward(**base, gpus=4)
+    with pytest.raises(ValueError, match=r"gpus = 1\.5: one actor uses one GPU"):
+        ClassifierReward(**base, gpus=1.5)
     with pytest.raises(ValueError, match="gpus: with an engine its own table says that"):
         ClassifierReward(**base, gpus=1, engine={"gpus": 4})
     with pytest.raises(ValueError, match=r"max_length = 4096: engine\.max_model_len = 2048 is less"):

@@ -18,7 +18,7 @@ from rdpo.modeling.weights import ModelRef, fingerprint
 from rdpo.preference.rewards.classifier_input import Encoded, checked_classifier, last_token
 from rdpo.preference.rewards.kind import RewardKind
 from rdpo.preference.rewards.pooled import PooledClassifier
-from rdpo.preference.scores import record_scores
+from rdpo.preference.scores import REASON_CHARS, record_scores
 from rdpo.records import Messages, drop, table_of
 from rdpo.synthesis.crashes import open_crash_counts
 from rdpo.synthesis.engine import engine_settings
@@ -26,8 +26,6 @@ from rdpo.synthesis.engine import engine_settings
 if TYPE_CHECKING:
     import ray.data
     import torch
-
-REASON_CHARS = 300
 
 
 class ClassifierKind(RewardKind[ClassifierReward]):

@@ -26,8 +26,8 @@ from rdpo.preference.ratings import (
     written_rating,
 )
 from rdpo.preference.rewards.kind import RewardKind
-from rdpo.preference.scores import record_scores
-from rdpo.records import ID_COLUMN, Row, draw_seed, drop, table_of, text_of
+from rdpo.preference.scores import with_scores
+from rdpo.records import ID_COLUMN, Row, draw_seed, table_of, text_of
 from rdpo.synthesis.crashes import CrashGuard, open_crash_counts
 from rdpo.synthesis.engine import Engine, Generation, engine_settings
 from rdpo.synthesis.instructions import render
@@ -35,8 +35,6 @@ from rdpo.synthesis.instructions import render
 if TYPE_CHECKING:
     import ray.data
     from ray.actor import ActorHandle
-
-REASON_CHARS = 300
 
 
 class JudgeKind(RewardKind[JudgeReward]):
@@ -114,14 +112,7 @@ class Judge:
 
     async def judged(self, row: Row) -> Row:
         """One row with the scores of its answers; a question that cannot be put drops it."""
-        try:
-            scores = await self._scores(row)
-        except ValueError as error:
-            row = drop(row, f"reward {self.reward.name}: {error}"[:REASON_CHARS])
-            scores = [math.nan] * len(self.answers)
-        for answer, value in zip(self.answers, scores, strict=True):
-            row = record_scores([row], answer, self.reward.name, [value])[0]
-        return row
+        return await with_scores(row, self.answers, self.reward.name, self._scores(row))
 
     async def _scores(self, row: Row) -> list[float]:
         if self.reward.pairwise:

@@ -7,7 +7,6 @@ it was read. It reads the last token's hidden state, as transformers does: the s
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
@@ -16,15 +15,13 @@ import pyarrow as pa
 from rdpo.config import ClassifierReward, Job
 from rdpo.config import Engine as EngineSettings
 from rdpo.preference.rewards.classifier_input import checked_classifier, last_token
-from rdpo.preference.scores import record_scores
-from rdpo.records import Row, drop, table_of
+from rdpo.preference.scores import with_scores
+from rdpo.records import Row, table_of
 from rdpo.synthesis.crashes import CrashGuard
 from rdpo.synthesis.engine import Engine
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
-
-REASON_CHARS = 300
 
 
 class PooledClassifier:
@@ -45,14 +42,8 @@ class PooledClassifier:
 
     async def scored(self, row: Row) -> Row:
         """One row with the scores of its answers; a conversation that cannot be read drops it."""
-        try:
-            scores = await asyncio.gather(*[self._score(row, answer) for answer in self.answers])
-        except ValueError as error:
-            row = drop(row, f"reward {self.reward.name}: {error}"[:REASON_CHARS])
-            scores = [math.nan] * len(self.answers)
-        for answer, score in zip(self.answers, scores, strict=True):
-            row = record_scores([row], answer, self.reward.name, [score])[0]
-        return row
+        scores = asyncio.gather(*[self._score(row, answer) for answer in self.answers])
+        return await with_scores(row, self.answers, self.reward.name, scores)
 
     async def _score(self, row: Row, answer: str) -> float:
         ids = self.checked.conversations.input_ids(row["prompt"], row[answer])["input_ids"]
