@@ -8,13 +8,22 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     Field,
     JsonValue,
-    SerializerFunctionWrapHandler,
     field_validator,
-    model_serializer,
     model_validator,
 )
 
-from rdpo.config.section import MEMORY, PLACEMENT, Address, Concurrency, Dtype, Section, largest, smallest
+from rdpo.config.section import (
+    MEMORY,
+    PLACEMENT,
+    UNSAID,
+    Address,
+    Concurrency,
+    Dtype,
+    Section,
+    TemplateArguments,
+    largest,
+    smallest,
+)
 
 GPU_BATCH_ROWS, CPU_BATCH_ROWS = 64, 16
 
@@ -27,8 +36,8 @@ MEMORY_OPTIONS = frozenset(
 """Arguments of vLLM's that are like fields with the mark MEMORY."""
 
 
-ALWAYS_SAID = frozenset({"temperature", "top_p", "max_tokens"})
-"""Fields of `Sampling` that stand in its table whether they are set or not."""
+ALWAYS_SAID = frozenset({"temperature", "top_p", "max_tokens", "max_reasoning_tokens"})
+"""Fields of `Sampling` that every answer is drawn with, set or not."""
 
 
 class Student(Section):
@@ -48,6 +57,9 @@ class Student(Section):
     not 0 even without training. Needs `training.lora`, ZeRO stage 2 or lower, bitsandbytes."""
     trust_remote_code: bool = False
     """Run Python code that ships with the model. Off unless the job file says so."""
+    chat_template_kwargs: Annotated[TemplateArguments, UNSAID] = Field(default_factory=dict)
+    """Further arguments of its chat template, as `{ reasoning_effort = "low" }`; those that it does not read are
+    refused."""
 
 
 class Sampling(Section):
@@ -60,33 +72,26 @@ class Sampling(Section):
     sorted at every step, which costs a CPU about a quarter of its speed."""
     max_tokens: int = Field(default=512, ge=1)
     """Most tokens of one answer; one that reaches them is cut off and marked `finish_reason = "length"`."""
-    top_k: int = Field(default=0, ge=0)
+    top_k: Annotated[int, UNSAID] = Field(default=0, ge=0)
     """Draw among so many likeliest tokens alone; 0: among all."""
-    min_p: float = Field(default=0.0, ge=0, le=1)
+    min_p: Annotated[float, UNSAID] = Field(default=0.0, ge=0, le=1)
     """Leave out tokens less likely than this share of the likeliest one's probability."""
-    repetition_penalty: float = Field(default=1.0, gt=0)
+    repetition_penalty: Annotated[float, UNSAID] = Field(default=1.0, gt=0)
     """What the logits of tokens are divided by (negative ones multiplied) that the conversation or the answer has."""
-    presence_penalty: float = Field(default=0.0, ge=-2, le=2)
+    presence_penalty: Annotated[float, UNSAID] = Field(default=0.0, ge=-2, le=2)
     """What is taken from the logits of tokens that the answer has."""
-    frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
+    frequency_penalty: Annotated[float, UNSAID] = Field(default=0.0, ge=-2, le=2)
     """The same, for each time that it has them."""
-    stop: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list)
+    stop: Annotated[list[Annotated[str, Field(min_length=1)]], UNSAID] = Field(default_factory=list)
     """Texts at which an answer ends: it is kept up to there, and counts as ended by itself."""
-
-    @model_serializer(mode="wrap")
-    def _without_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # Keys are made of this table: one that uses none of these is the table of earlier versions.
-        found: dict[str, Any] = handler(self)
-        said = ALWAYS_SAID | self.used.keys()
-        return {name: value for name, value in found.items() if name in said}
+    max_reasoning_tokens: Annotated[int, UNSAID] = Field(default=2048, ge=1)
+    """Most tokens of the reasoning before an answer, where there is any (`synthesis.reasoning`); `max_tokens` is then
+    for the answer alone. One whose reasoning reaches them is dropped."""
 
     @property
     def used(self) -> dict[str, Any]:
-        """What is set beyond temperature, nucleus and length, by name."""
-        at_rest = {
-            name: field.get_default(call_default_factory=True) for name, field in type(self).model_fields.items()
-        }
-        return {name: value for name, value in self if name not in ALWAYS_SAID and value != at_rest[name]}
+        """What is set beyond temperature, nucleus and lengths, by name."""
+        return {name: value for name, value in self.model_dump().items() if name not in ALWAYS_SAID}
 
     def untempered(self) -> Sampling:
         """The same length, drawn from the model's own distribution."""

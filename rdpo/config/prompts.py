@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 
 from rdpo.config.models import Endpoint, Engine, Sampling
-from rdpo.config.section import Address, Section, Source
+from rdpo.config.section import UNSAID, Address, Section, Source, TemplateArguments
 from rdpo.records import HELDOUT, TRAIN, split_name
 
 
@@ -69,9 +69,23 @@ class Synthesis(Section):
     """The teacher's model, named as in `student.model`; by default the student itself."""
     adapter: Address | None = None
     """Folder of a LoRA adapter that the teacher wears."""
+    chat_template_kwargs: Annotated[TemplateArguments, UNSAID] = Field(default_factory=dict)
+    """Further arguments of the teacher's chat template, on a server too; those that it does not read are refused. Where
+    the student teaches itself, these are the student's, unless given."""
+    reasoning: Annotated[Literal["off", "strip", "keep", "mask"], UNSAID] = "off"
+    """What is made of the reasoning that models write before an answer, or that a preference data set has. `off`:
+    models are asked for answers without any. `strip`: the teacher thinks, and only its answers go on; the student
+    learns to answer without thinking. `keep`: the student learns to think before it answers, and is evaluated so.
+    `mask`: the same, but no token of the reasoning counts in the loss. Rewards score the answer alone. An answer that
+    ends inside its reasoning is dropped."""
     endpoint: Endpoint | None = None
     """A server as the teacher (a `[synthesis.endpoint]` table) instead of `teacher` and `engine`."""
     sampling: Sampling = Sampling()
     """How the teacher's turns are sampled."""
     engine: Engine = Engine()
     """The teacher's engines."""
+
+    @property
+    def trains_on_reasoning(self) -> bool:
+        """Whether answers are trained on, and evaluated, with the reasoning before them."""
+        return self.reasoning in ("keep", "mask")

@@ -5,13 +5,33 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+)
+
+UNSAID = "unsaid"
+"""Mark of a field that a dump leaves out where it has its default, as `Annotated[str, UNSAID]`: stages' keys are made
+of dumps, and a job that does not use what a later version added keeps the keys that it had."""
 
 
 class Section(BaseModel):
     """A table of the job file: unknown keys are errors, and values are not changed after loading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @model_serializer(mode="wrap")
+    def _without_unsaid(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        found: dict[str, Any] = handler(self)
+        for name, field in type(self).model_fields.items():
+            if UNSAID in field.metadata and getattr(self, name) == field.get_default(call_default_factory=True):
+                found.pop(name, None)
+        return found
 
 
 Table = dict[str, Any]
@@ -24,6 +44,9 @@ makes no stage again."""
 MEMORY = "memory"
 """Mark of a field that trades memory for speed, or says when to give up, and changes no number beyond rounding:
 changing it makes no stage again either, and what is half made goes on."""
+
+TemplateArguments = dict[str, JsonValue]
+"""Arguments of a chat template, by name."""
 
 Dtype = Literal["auto", "bfloat16", "float32"]
 """`auto`: bfloat16 on GPUs and on CPUs that multiply in it, else float32."""

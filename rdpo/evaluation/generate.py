@@ -21,12 +21,13 @@ from rdpo.cluster.pools import Pool, engine_pool
 from rdpo.config import Job, Sampling
 from rdpo.config.task import Turn
 from rdpo.evaluation.compare import DRAWN, MODELS
-from rdpo.modeling.chat import load_chat
+from rdpo.modeling.chat import student_chat
 from rdpo.modeling.readers import answer_logps
 from rdpo.modeling.student import frozen_student
 from rdpo.modeling.weights import ModelRef
 from rdpo.preference.reference import reference_pool
 from rdpo.records import ID_COLUMN, Messages, Row, alive, draw_seed, drop, table_of
+from rdpo.synthesis.asking import ask
 from rdpo.synthesis.crashes import CrashGuard, open_crash_counts
 from rdpo.synthesis.engine import Engine, Generation
 from rdpo.synthesis.instructions import beginning, load_task, question_of
@@ -121,7 +122,7 @@ class Answerer:
     def __init__(self, job: Job, models: Mapping[str, ModelRef], crash_counts: ActorHandle):
         self.job, self.crash_guard = job, CrashGuard(crash_counts)
         self.models = {column: str(model.folder()) for column, model in models.items()}
-        self.chat = load_chat(ModelRef.student(job), job.date)
+        self.chat = student_chat(job)
         self.engine = Engine(next(iter(self.models.values())), job.evaluation.engine, job.seed)
 
     async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
@@ -136,16 +137,19 @@ class Answerer:
         column = row["contender"]
         # In every row, also one that is dropped: the blocks of a table must have the same columns.
         row = {**row, column: "", f"{column}_finish_reason": "length", f"{column}_tokens": 0}
-        sampling, role = self.job.evaluation.sampling, "evaluation"
-        if column == DRAWN:
-            sampling, role = sampling.untempered(), "divergence"
+        role = "divergence" if column == DRAWN else "evaluation"
+        if self.chat.reasoning:
+            row[f"{column}_reasoning"] = ""
 
         try:
             async with self.engine.holding(self.models[column]):
                 if column == TRAINED and self.job.evaluation.refine:
                     return await self._refined(row)
                 seed = draw_seed(self.job.seed, row[ID_COLUMN], role)
-                generation = await self._say(row["prompt"], sampling, seed)
+                if column == DRAWN:
+                    generation = await self._draw(row["prompt"], seed)
+                else:
+                    generation = await self._say(row["prompt"], self.job.evaluation.sampling, seed)
         except ValueError as error:
             # The engine refuses the request, or the chat template the conversation.
             return drop(row, str(error))
@@ -153,6 +157,8 @@ class Answerer:
         row[column] = generation.text.strip()
         row[f"{column}_finish_reason"] = generation.finish_reason
         row[f"{column}_tokens"] = generation.tokens
+        if self.chat.reasoning:
+            row[f"{column}_reasoning"] = generation.reasoning
         if column == DRAWN:
             row[f"{column}_ids"] = list(generation.token_ids)
         return row
@@ -171,8 +177,15 @@ class Answerer:
         answer = {TRAINED + end: refined[final + end] for end in ("", "_finish_reason", "_tokens")}
         return {**row, **answer}
 
+    async def _draw(self, messages: Messages, seed: int) -> Generation:
+        """An answer from the model's own distribution; one that thinks first does so within the same tokens."""
+        sampling, prompt = self.job.evaluation.sampling, self.chat.prompt_ids(messages)
+        most = sampling.max_tokens + (sampling.max_reasoning_tokens if self.chat.reasoning else 0)
+        drawn = sampling.untempered().model_copy(update={"max_tokens": most})
+        return await self.engine.generate(prompt, drawn, seed, self.chat.stop_ids)
+
     async def _say(self, messages: Messages, sampling: Sampling, seed: int, prefill: str = "") -> Generation:
-        return await self.engine.generate(self.chat.prompt_ids(messages, prefill), sampling, seed, self.chat.stop_ids)
+        return await ask(self.engine, self.chat, messages, sampling, seed, prefill)
 
     def __del__(self) -> None:
         # Ray ends an actor without another word; the processes of its engine would outlive it.
@@ -220,7 +233,7 @@ class Divergence:
     """
 
     def __init__(self, job: Job, models: Mapping[str, str | None], column: str):
-        self.column, self.chat = column, load_chat(ModelRef.student(job), job.date)
+        self.column, self.chat = column, student_chat(job)
         frozen = [frozen_student(job, folder) for folder in models.values()]
         budget, pool = job.reference.tokens_per_batch, divergence_pool(job)
         self.readers = dict(

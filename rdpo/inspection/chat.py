@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from rich import box
 from rich.console import Console
@@ -20,7 +20,8 @@ from rdpo.cluster.hardware import compute_dtype, take_device
 from rdpo.config import Job, Sampling
 from rdpo.errors import InputError, did_you_mean
 from rdpo.execution.reader import RunReader
-from rdpo.modeling.chat import Chat, load_chat
+from rdpo.modeling.chat import Chat, student_chat
+from rdpo.modeling.reasoning import Unended
 from rdpo.modeling.weights import ADAPTER_CONFIG, ModelRef
 from rdpo.records import Messages, clean, draw_seed, shown
 
@@ -29,6 +30,14 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
 
 COMMANDS = {"/reset": "forget the conversation", "/seed N": "draw with another seed", "/quit": "end"}
+
+
+class Said(NamedTuple):
+    """An answer, whether it came to an end by itself, and what was thought before it."""
+
+    text: str
+    ended: bool
+    reasoning: str = ""
 
 
 class Speaker:
@@ -59,8 +68,8 @@ class Speaker:
             raise InputError(f"{length} tokens fill the context of {self.context}; /reset begins anew")
         return messages
 
-    def answer(self, messages: Messages, seed: int) -> tuple[str, bool]:
-        """The answer to a conversation, which it then holds, and whether it came to an end by itself."""
+    def answer(self, messages: Messages, seed: int) -> Said:
+        """The answer to a conversation, which it then holds."""
         import torch
 
         ids = torch.tensor([self.chat.prompt_ids(messages)], device=self.model.device)
@@ -73,11 +82,24 @@ class Speaker:
                 generation_config=self._generation(ids.shape[1]),
                 tokenizer=self.chat.tokenizer,
             )[0, ids.shape[1] :]
+        said = self._read(spoken.tolist())
+        # What was thought is not said again, as templates do.
+        self.messages = [*messages, {"role": "assistant", "content": said.text}]
+        return said
+
+    def _read(self, spoken: list[int]) -> Said:
+        """What the tokens of an answer say."""
+        ended, reasoning = spoken[-1] in self.chat.stop_ids, ""
         text = self.chat.tokenizer.decode(spoken, skip_special_tokens=True)
+        if form := self.chat.reasoning:
+            # The marks around the reasoning may be special tokens.
+            marked = self.chat.tokenizer.decode(spoken[:-1] if ended else spoken)
+            try:
+                reasoning, text = form.split(marked)
+            except Unended:
+                return Said("", False, marked)
         ends = [text.find(stop) for stop in self.sampling.stop if stop in text]
-        text = text[: min(ends, default=len(text))].strip()
-        self.messages = [*messages, {"role": "assistant", "content": text}]
-        return text, bool(ends) or int(spoken[-1]) in self.chat.stop_ids
+        return Said(text[: min(ends, default=len(text))].strip(), bool(ends) or ended, reasoning)
 
     def _generation(self, length: int) -> GenerationConfig:
         from transformers import GenerationConfig
@@ -88,12 +110,13 @@ class Speaker:
         drawn |= {"min_p": sampling.min_p} if sampling.min_p else {}
         always = {name: used[name] for name in ("repetition_penalty",) if name in used}
         always |= {"stop_strings": sampling.stop} if sampling.stop else {}
-        room = self.context - length if self.context else self.sampling.max_tokens
+        most = sampling.max_tokens + (sampling.max_reasoning_tokens if self.chat.reasoning else 0)
+        room = self.context - length if self.context else most
         return GenerationConfig(
             do_sample=self.sampling.temperature > 0,
             **(drawn if sampling.temperature else {}),
             **always,
-            max_new_tokens=min(self.sampling.max_tokens, room),
+            max_new_tokens=min(most, room),
             eos_token_id=list(self.chat.stop_ids),
             pad_token_id=self.chat.end_id,
         )
@@ -150,9 +173,10 @@ def _exchange(question: str, speakers: list[Speaker], seed: int, console: Consol
     cells = []
 
     for speaker, messages in zip(speakers, asked, strict=True):
-        text, ended = speaker.answer(messages, draw_seed(seed, str(turn), "chat"))
+        said = speaker.answer(messages, draw_seed(seed, str(turn), "chat"))
         table.add_column(speaker.name, ratio=1, overflow="fold")
-        cells.append(Text(shown(text)) + Text("" if ended else " […]", style="dim"))
+        thought = Text(f"{shown(said.reasoning)}\n\n" if said.reasoning else "", style="dim italic")
+        cells.append(thought + Text(shown(said.text)) + Text("" if said.ended else " […]", style="dim"))
 
     table.add_row(*cells)
     console.print(table)
@@ -199,7 +223,7 @@ def load_speakers(run: RunReader) -> list[Speaker]:
     logging.disable_progress_bar()
     gpu = torch.cuda.is_available()
     device, dtype = take_device(gpu), getattr(torch, compute_dtype(job.evaluation.engine.dtype, gpu))
-    chat, base = load_chat(student, job.date), student.folder()
+    chat, base = student_chat(job), student.folder()
     models = {"start": _load(base, dtype, job), "trained": _published(Path(folder.local()), base, dtype, job)}
     return [
         Speaker(name, model.eval().to(device), chat, job.evaluation.sampling, job.prompts.system)

@@ -23,7 +23,7 @@ from rdpo.execution.reader import RunReader
 from rdpo.files.folder import Folder
 from rdpo.files.manifest import Manifest
 from rdpo.files.stage_folder import StageFolder
-from rdpo.records import HELDOUT, ID_COLUMN, QUESTION, text_of
+from rdpo.records import HELDOUT, ID_COLUMN, QUESTION, SIDES, text_of
 
 PAIR_COLUMNS = (
     ID_COLUMN,
@@ -39,6 +39,9 @@ PAIR_COLUMNS = (
     "chosen_from",
     "rejected_from",
 )
+REASONING_KEY = "reasoning_content"
+"""Under which most templates, and TRL, look for the reasoning of a message."""
+REASONED = pa.list_(pa.struct([(name, pa.string()) for name in ("role", "content", REASONING_KEY)]))
 STAGES = {"pairs": "pairs", "answers": "evaluation"}
 
 
@@ -80,7 +83,20 @@ def _split(stage: StageFolder, heldout: bool) -> Iterator[pa.Table]:
     for part in stage.tables():
         # Columns that only later parts have are null in this one.
         rows = pa.concat_tables([schema.empty_table(), part], promote_options="permissive")
-        yield rows.filter(pc.equal(pc.fill_null(rows[HELDOUT], False), heldout)).select(named)
+        chosen = rows.filter(pc.equal(pc.fill_null(rows[HELDOUT], False), heldout))
+        yield _with_reasoning(chosen, named)
+
+
+def _with_reasoning(rows: pa.Table, named: list[str]) -> pa.Table:
+    """Some columns of pairs, the reasoning of an answer within its message."""
+    found = rows.select(named)
+    for side in SIDES:
+        if (column := f"{side}_reasoning") not in rows.column_names:
+            continue
+        texts = zip(rows[side].to_pylist(), rows[column].to_pylist(), strict=True)
+        messages = [[{**answer[0], REASONING_KEY: thought}] for answer, thought in texts]
+        found = found.set_column(named.index(side), side, pa.array(messages, REASONED))
+    return found
 
 
 def _write(tables: Iterator[pa.Table], path: Path) -> int:

@@ -57,7 +57,12 @@ def changes(
     run, (manager, found) = RunReader(run_dir), _tasks(tasks, include)
     start, trained = (
         simple_evaluate(
-            HFLM(pretrained=speaker.model, tokenizer=speaker.chat.tokenizer),
+            HFLM(
+                pretrained=speaker.model,
+                tokenizer=speaker.chat.tokenizer,
+                think_end_token=speaker.chat.reasoning.closing if speaker.chat.reasoning else None,
+                chat_template_args=dict(speaker.chat.template.arguments),
+            ),
             tasks=found,
             limit=limit,
             apply_chat_template=chat,

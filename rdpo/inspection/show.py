@@ -14,8 +14,8 @@ from rich.text import Text
 from rdpo.errors import InputError
 from rdpo.execution.reader import RunReader, table_of_stage
 from rdpo.inspection.token_logps import TokenLogps, TokenReader
-from rdpo.modeling.chat import load_chat
-from rdpo.modeling.weights import ModelRef
+from rdpo.modeling.chat import student_chat
+from rdpo.modeling.masking import counted_ids, read_ids
 from rdpo.records import ID_COLUMN, Row, shown
 
 Decode = Callable[[list[int]], str]
@@ -25,6 +25,9 @@ TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 TOKEN_STYLES = {"prompt_ids": ("grey50", "grey70"), "chosen_ids": ("green", "bright_green")}
 COMPLETION_STYLES = ("red", "bright_red")
 LIKELIER, LESS_LIKELY = "green", "red"
+REASONING = "_reasoning"
+REASONING_STYLE, MASKED_STYLES = "not bold italic magenta", ("magenta", "bright_magenta")
+"""Of what was thought before an answer, and of tokens that do not count in the loss."""
 MOVED = 0.1
 """Nats from which a token's change is coloured."""
 
@@ -55,7 +58,8 @@ def show_rows(run_dir: str, stage: str, row_id: str | None, limit: int, dropped:
         console.print(_panel(row, decode))
         if reader and decode:
             for side, values in reader.read(row).items():
-                console.print(_worth(side, values, [decode([token]) for token in row[f"{side}_ids"]]))
+                tokens = [decode([token]) for token in counted_ids(row[f"{side}_ids"])]
+                console.print(_worth(side, values, tokens))
     console.print(f"{min(limit, len(rows))} of {len(rows)} rows")
 
 
@@ -63,7 +67,7 @@ def _decoder(run_dir: str, stage: str, row: Row) -> Decode | None:
     if "prompt_ids" not in row:
         return None
     job = RunReader(run_dir).job_of(stage)
-    decode: Decode = load_chat(ModelRef.student(job), job.date).tokenizer.decode
+    decode: Decode = student_chat(job).tokenizer.decode
     return decode
 
 
@@ -76,6 +80,8 @@ def _field(name: str, value: Any, decode: Decode | None) -> Text:
     text = Text(f"{name}  ", style="bold")
     if name in TOKEN_COLUMNS and decode:
         return text.append_text(_tokens(name, value, decode))
+    if name.endswith(REASONING):
+        return text.append(shown(value), style=REASONING_STYLE)
 
     if isinstance(value, list) and not all(isinstance(item, dict) for item in value):
         value = ", ".join(map(str, value))
@@ -92,16 +98,17 @@ def _field(name: str, value: Any, decode: Decode | None) -> Text:
 
 
 def _tokens(name: str, ids: list[int], decode: Decode) -> Text:
-    """Token texts in two alternating shades; completions, which count in the loss, in colour."""
+    """Token texts in two alternating shades; completions in colour, and in another one where they do not count."""
     shades = TOKEN_STYLES.get(name, COMPLETION_STYLES)
     text = Text(f"{len(ids)} tokens\n", style="not bold")
     for index, token in enumerate(ids):
-        text.append(shown(decode([token])), style=f"not bold {shades[index % 2]}")
+        shade = (shades if token >= 0 else MASKED_STYLES)[index % 2]
+        text.append(shown(decode(read_ids([token]))), style=f"not bold {shade}")
     return text
 
 
 def _worth(side: str, values: TokenLogps, tokens: list[str]) -> Table:
-    """A line for each token of a completion, all of which count in the loss, and their sums."""
+    """A line for each token of a completion that counts in the loss, and their sums."""
     columns = {"reference": values.reference}
     if values.policy:
         changes = [after - before for after, before in zip(values.policy, values.reference, strict=True)]
@@ -116,7 +123,7 @@ def _worth(side: str, values: TokenLogps, tokens: list[str]) -> Table:
     for index, token in enumerate(tokens):
         numbers = [column[index] for column in columns.values()]
         table.add_row(
-            str(values.start + index),
+            str(values.positions[index]),
             Text(repr(shown(token))[1:-1]),
             *(f"{number:.3f}" for number in numbers),
             style=_shade(numbers[-1]) if values.policy else None,

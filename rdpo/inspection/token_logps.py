@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TokenLogps:
-    """Log-probs in nats of one completion's tokens, each list as long as it; `policy` is None before training ends."""
+    """Log-probs in nats of one completion's tokens that count; `policy` is None before training ends."""
 
-    start: int
-    """The position of the first one, right behind the prompt's last."""
+    positions: list[int]
+    """Where each stands in the sequence, whose first token has 0."""
     reference: list[float]
     policy: list[float] | None
 
@@ -46,7 +46,12 @@ class TokenReader:
     def read(self, row: Row) -> dict[str, TokenLogps]:
         """Of a row with `prompt_ids`, `chosen_ids` and `rejected_ids`: each side's log-probs by its name."""
         reference, policy = _by_side(self.reference, row), _by_side(self.policy, row) if self.policy else {}
-        return {side: TokenLogps(len(row["prompt_ids"]), reference[side], policy.get(side)) for side in SIDES}
+        return {side: TokenLogps(_positions(row, side), reference[side], policy.get(side)) for side in SIDES}
+
+
+def _positions(row: Row, side: str) -> list[int]:
+    start = len(row["prompt_ids"])
+    return [start + place for place, token in enumerate(row[f"{side}_ids"]) if token >= 0]
 
 
 def _merged(folder: StageFolder) -> str:

@@ -1,7 +1,7 @@
 """How a forward's tokens are laid out: each prompt once with all its answers behind it, or padded rows.
 
 Shapes: P prompts with K answers each are S = K * P sequences, all first answers, then all second
-ones. C is the number of completion tokens of all sequences together.
+ones. C is the number of completion tokens of all sequences together that count.
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
+from rdpo.modeling.masking import counted_ids, read_ids
+
 Tokens = Sequence[int]
+"""Token ids; those of an answer that do not count are marked as in `rdpo.modeling.masking`."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +43,9 @@ class Batch:
     """S sequences as one forward reads them.
 
     Padded, `input_ids` and `attention_mask` are (S, T). Packed, `input_ids` and `position_ids` are
-    (1, T) and `spans` says what stands where. Completion token c of all C has its hidden state at
-    `predict_at[c]` of the flattened input, its id in `labels[c]`, and belongs to `sequence[c]`;
-    `lengths` (S,) counts each sequence's completion tokens.
+    (1, T) and `spans` says what stands where. Completion token c of all C that count has its hidden
+    state at `predict_at[c]` of the flattened input, its id in `labels[c]`, and belongs to
+    `sequence[c]`; `lengths` (S,) counts each sequence's.
     """
 
     input_ids: Tensor
@@ -78,12 +81,12 @@ def padded_batch(prompts: Sequence[Tokens], answers: Sequence[Sequence[Tokens]])
     predicting: list[int] = []
     for number, (prompt, answer) in enumerate(pairs):
         length = len(prompt) + len(answer)
-        rows.append([*prompt, *answer, *[0] * (width - length)])
+        rows.append([*prompt, *read_ids(answer), *[0] * (width - length)])
         masks.append([1] * length + [0] * (width - length))
 
         # The state at a position predicts the token after it: the prompt's last one predicts the answer's first.
         first = number * width + len(prompt) - 1
-        predicting += range(first, first + len(answer))
+        predicting += _counting(range(first, first + len(answer)), answer)
 
     return Batch(
         input_ids=torch.tensor(rows),
@@ -108,14 +111,14 @@ def packed_batch(prompts: Sequence[Tokens], answers: Sequence[Sequence[Tokens]])
 
     # In the order of the sequences: the first answers of all prompts, then the second ones.
     predicting: list[int] = []
-    for number in range(len(answers)):
-        for span in spans:
-            predicting += _predicting(span, number)
+    for number, column in enumerate(answers):
+        for span, answer in zip(spans, column, strict=True):
+            predicting += _counting(_predicting(span, number), answer)
 
-    tokens = chain.from_iterable(chain.from_iterable(groups))
+    tokens = read_ids([*chain.from_iterable(chain.from_iterable(groups))])
     positions = chain.from_iterable(map(_span_positions, spans))
     return Batch(
-        input_ids=torch.tensor([[*tokens]]),
+        input_ids=torch.tensor([tokens]),
         position_ids=torch.tensor([[*positions]]),
         predict_at=torch.tensor(predicting),
         spans=tuple(spans),
@@ -127,6 +130,11 @@ def _predicting(span: Span, answer: int) -> list[int]:
     """Positions whose states predict an answer's tokens: the prompt's last, then all its own but the last."""
     start = span.answer_starts()[answer]
     return [span.start + span.prompt - 1, *range(start, start + span.answers[answer] - 1)]
+
+
+def _counting(places: Sequence[int], answer: Tokens) -> list[int]:
+    """Of the places that predict an answer's tokens, those of tokens that count."""
+    return [place for place, token in zip(places, answer, strict=True) if token >= 0]
 
 
 def _span_positions(span: Span) -> Iterator[int]:
@@ -143,12 +151,13 @@ class _Completions(TypedDict):
 
 
 def _completions(answers: Sequence[Tokens]) -> _Completions:
+    counted = [counted_ids(answer) for answer in answers]
     owners: list[int] = []
-    for number, answer in enumerate(answers):
+    for number, answer in enumerate(counted):
         owners += [number] * len(answer)
 
     return {
-        "labels": torch.tensor([*chain.from_iterable(answers)]),
-        "lengths": torch.tensor([len(answer) for answer in answers]),
+        "labels": torch.tensor([*chain.from_iterable(counted)]),
+        "lengths": torch.tensor([len(answer) for answer in counted]),
         "sequence": torch.tensor(owners),
     }

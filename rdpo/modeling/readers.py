@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
+from rdpo.modeling.masking import counted_ids, read_ids
 from rdpo.modeling.packing import PairSize, micro_batches
 from rdpo.modeling.weights import ModelRef
 
@@ -166,7 +167,7 @@ def answer_logps(rows: Sequence[Row], column: str, chat: Chat, reader: Reader) -
     read = [
         index
         for index, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
-        if prompt and answer and max(*prompt, *answer) < reader.vocabulary
+        if prompt and answer and max(*prompt, *read_ids(answer)) < reader.vocabulary
         if reader.positions is None or len(prompt) + len(answer) <= reader.positions
     ]
 
@@ -174,13 +175,16 @@ def answer_logps(rows: Sequence[Row], column: str, chat: Chat, reader: Reader) -
     if read:
         [logps] = reader(*rows_at(read, prompts, answers))
         for index, nats in zip(read, logps, strict=True):
-            found[index] = AnswerLogp(nats, len(answers[index]))
+            found[index] = AnswerLogp(nats, len(counted_ids(answers[index])))
     return found
 
 
 def _answer_ids(row: Row, column: str, chat: Chat) -> list[int]:
-    drawn: list[int] | None = row.get(f"{column}_ids")
-    return drawn or chat.completion_ids(row[column], row[f"{column}_finish_reason"] == "stop")
+    if drawn := row.get(f"{column}_ids"):
+        ids: list[int] = drawn
+        return ids
+    reasoning = (row.get(f"{column}_reasoning") or "") if chat.reasoning else ""
+    return chat.completion_ids(row[column], row[f"{column}_finish_reason"] == "stop", reasoning)
 
 
 def _prompt_ids(row: Row, chat: Chat) -> list[int]:

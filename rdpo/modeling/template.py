@@ -10,12 +10,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import date
 from typing import TYPE_CHECKING, Any
 
+from jinja2 import TemplateSyntaxError, meta, nodes
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
 from rdpo.config import TEMPLATE_DATE
+from rdpo.errors import InputError
 from rdpo.records import Messages
 
 if TYPE_CHECKING:
@@ -28,6 +32,13 @@ PROBE = "answer5b1f"
 NO_THINKING: tuple[dict[str, bool], ...] = ({}, {"enable_thinking": False}, {"thinking": False})
 """Arguments under which a template may ask for an answer without thoughts: its defaults, and what models call it."""
 COMMENT = re.compile(r"{#.*?#}", re.DOTALL)
+GENERATION = re.compile(r"{%[-+]?\s*(?:end)?generation\s*[-+]?%}")
+"""A tag of transformers' own, around what an assistant says."""
+RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"}) | {
+    *("raise_exception", "strftime_now", "tojson", "namespace", "range")
+}
+"""Names in chat templates that are no arguments of a user's."""
+_GRAMMAR = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
 DATE_FUNCTION = re.compile(r"\bstrftime_now\s*\(")
 
 
@@ -49,10 +60,14 @@ class Opening:
 
 @dataclass(frozen=True)
 class Template:
-    """A tokenizer's chat template, rendered by transformers in a sandbox; `day` is today for those that ask."""
+    """A tokenizer's chat template, rendered by transformers in a sandbox; `day` is today for those that ask.
+
+    `arguments` are further ones that it gets at every rendering, such as `enable_thinking`.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     day: date = TEMPLATE_DATE
+    arguments: Mapping[str, Any] = field(default_factory=dict)
     known_roles: set[tuple[str, ...]] = field(default_factory=set, compare=False, repr=False)
 
     def asking(self, messages: Messages, **arguments: Any) -> str:
@@ -61,8 +76,8 @@ class Template:
         Raises:
             ValueError: it refuses the conversation, or leaves out a part of it.
         """
-        text = self._text(messages, add_generation_prompt=True, **arguments)
-        self._check_kept(messages, text, lambda probes: self._text(probes, add_generation_prompt=True, **arguments))
+        text = self.text(messages, add_generation_prompt=True, **arguments)
+        self._check_kept(messages, text, lambda tried: self.text(tried, add_generation_prompt=True, **arguments))
         return text
 
     def opening(self, messages: Messages) -> Opening:
@@ -74,7 +89,7 @@ class Template:
         before = self._before(messages)
         self._check_kept(messages, before, self._before)
         text = before.rstrip(" ")
-        if text == before or before == self._text(messages, add_generation_prompt=True):
+        if text == before or before == self.text(messages, add_generation_prompt=True):
             return Opening(messages, before, "")
         return Opening(messages, text, before[len(text) :])
 
@@ -84,7 +99,7 @@ class Template:
         Raises:
             ValueError: it refuses the answer, or writes it in another way than it stands there.
         """
-        whole = self._text(_answered(opening.messages, answer))
+        whole = self.text(_answered(opening.messages, answer))
         before = opening.text + opening.blanks
         if whole.startswith(before + answer):
             return whole
@@ -98,7 +113,7 @@ class Template:
         Raises:
             ValueError: it does not write the answer.
         """
-        return self._text(_answered(_probes(("user",)), PROBE)).rpartition(PROBE)[2]
+        return self.text(_answered(probes(("user",)), PROBE)).rpartition(PROBE)[2]
 
     def fit_opening(self) -> str:
         """What it writes before an answer, beyond what a model is given when it is asked; often nothing.
@@ -109,7 +124,7 @@ class Template:
         Raises:
             Unfit: it writes the answer somewhere else, or not at all.
         """
-        single, several = _probes(("user",)), _probes(("user", "assistant", "user"))
+        single, several = probes(("user",)), probes(("user", "assistant", "user"))
         found = self._behind_asking(self.opening(single))
         try:
             later = self.opening(several)
@@ -122,7 +137,10 @@ class Template:
     def _behind_asking(self, opening: Opening) -> str:
         """What stands before an answer, less what the template asks with by default."""
         before = opening.text + opening.blanks
-        asked = [self._text(opening.messages, add_generation_prompt=True, **arguments) for arguments in NO_THINKING]
+        asked = [
+            self.text(opening.messages, add_generation_prompt=True, **{**arguments, **self.arguments})
+            for arguments in NO_THINKING
+        ]
         shared = _shared(asked[0], before)
         if not any(before.startswith(text) for text in asked):
             raise Unfit(
@@ -132,16 +150,20 @@ class Template:
         return before[shared:]
 
     def _before(self, messages: Messages) -> str:
-        before, found, _ = self._text(_answered(messages, PROBE)).rpartition(PROBE)
+        before, found, _ = self.text(_answered(messages, PROBE)).rpartition(PROBE)
         if not found:
             raise ValueError("the chat template leaves out the assistant's answer")
         return before
 
-    def _text(self, messages: Messages, **arguments: Any) -> str:
+    def text(self, messages: Messages, **arguments: Any) -> str:
+        """What it writes of messages, with further arguments over its own; nothing is checked.
+
+        Raises:
+            ValueError: it refuses them.
+        """
+        passed = {"strftime_now": self.day.strftime, **self.arguments, **arguments}
         try:
-            text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, strftime_now=self.day.strftime, **arguments
-            )
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, **passed)
         except Exception as error:
             # A template may raise whatever its author chose.
             raise ValueError(str(error) or type(error).__name__) from None
@@ -156,8 +178,8 @@ class Template:
         roles = tuple(message["role"] for message in messages)
         if roles not in self.known_roles:
             # Words that stand nowhere else tell more than a short message does.
-            probes = _probes(roles)
-            _check_in_order(probes, render(probes))
+            tried = probes(roles)
+            _check_in_order(tried, render(tried))
             self.known_roles.add(roles)
         _check_in_order(messages, text)
 
@@ -165,6 +187,37 @@ class Template:
 def reads_date(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether a tokenizer's chat template asks for today's date."""
     return bool(tokenizer.chat_template and DATE_FUNCTION.search(COMMENT.sub("", tokenizer.get_chat_template())))
+
+
+def variables(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    """Names of what a tokenizer's chat template reads: its arguments, the conversation, special tokens."""
+    return meta.find_undeclared_variables(_parsed(tokenizer))
+
+
+def _set_inside(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    return {name.name for name in _parsed(tokenizer).find_all(nodes.Name) if name.ctx == "store"}
+
+
+def _parsed(tokenizer: PreTrainedTokenizerBase) -> nodes.Template:
+    try:
+        return _GRAMMAR.parse(GENERATION.sub("", tokenizer.get_chat_template()))
+    except TemplateSyntaxError:
+        # transformers says what is wrong with it, as soon as it is rendered.
+        return nodes.Template([])
+
+
+def check_arguments(tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any], where: str) -> None:
+    """Look for every argument in the chat template, which would ignore others without a word.
+
+    Raises:
+        InputError: it reads none of that name, or one that is not the user's to give.
+    """
+    takes = variables(tokenizer) - RESERVED - set(tokenizer.special_tokens_map)
+    for name in arguments:
+        if name not in takes:
+            # Names that it sets itself, in one branch or another, are mostly no arguments.
+            named = sorted(takes - _set_inside(tokenizer)) or ["none"]
+            raise InputError(f"{where}: the chat template reads no argument {name!r}; it reads {', '.join(named)}")
 
 
 def date_settings(model: ModelRef, day: date) -> dict[str, Any]:
@@ -176,7 +229,8 @@ def _answered(messages: Messages, answer: str) -> Messages:
     return [*messages, {"role": "assistant", "content": answer}]
 
 
-def _probes(roles: tuple[str, ...]) -> Messages:
+def probes(roles: tuple[str, ...]) -> Messages:
+    """A message of each role, with words that stand nowhere else."""
     return [{"role": role, "content": f"message{number}x5b1f"} for number, role in enumerate(roles)]
 
 

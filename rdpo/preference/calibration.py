@@ -58,7 +58,7 @@ def calibrate(job: Job) -> list[ray.data.Dataset]:
     trial = job.model_copy(
         update={
             "prompts": prompts,
-            "synthesis": Synthesis(),
+            "synthesis": Synthesis(reasoning=job.synthesis.reasoning),
             "rewards": tried_rewards(job),
             "pairs": KNOWN,
         }

@@ -3,7 +3,8 @@
 Adds `chosen` and `rejected` (one assistant message each, so that the table is a conversational
 preference data set as it stands), `score_chosen`, `score_rejected`, `reward_gap`, whether the sides were `swapped`
 against what the settings name, for both sides whether the answer was finished, `heldout` for those that are not
-trained on, and the `defects` of the conversation that they come from.
+trained on, the `defects` of the conversation that they come from, and `chosen_reasoning` and `rejected_reasoning` where
+it is trained on.
 """
 
 from __future__ import annotations
@@ -122,7 +123,7 @@ def _pair(row: Row, job: Job, task: Task | None, length_coef: float, drawn_by: s
     heldout = unit_draw(0, drawn_by, "heldout pairs") < settings.heldout_fraction
     # Those that are held out measure what is right, so no noise is put into them.
     flipped = not heldout and unit_draw(job.seed, row[ID_COLUMN], "flip") < settings.flip
-    pair = pair_row(row, settings, sides, length_coef) | {HELDOUT: heldout}
+    pair = pair_row(row, settings, sides, length_coef, job.synthesis.trains_on_reasoning) | {HELDOUT: heldout}
     if {sides.chosen, sides.rejected} & {BEST, WORST} and len(_usable(row, settings)) < settings.min_samples:
         pair = drop(pair, "fewer usable samples than pairs.min_samples")
 
@@ -165,8 +166,13 @@ def answers_of(settings: Settings, turns: list[Turn] | None) -> list[str]:
     return wanted
 
 
-def pair_row(row: Row, settings: Settings, sides: Sides | None = None, length_coef: float = 0.0) -> Row:
-    """One row with its pair: sides as named, or by score with `direction = "reward"`."""
+def pair_row(
+    row: Row, settings: Settings, sides: Sides | None = None, length_coef: float = 0.0, reasoned: bool = False
+) -> Row:
+    """One row with its pair: sides as named, or by score with `direction = "reward"`.
+
+    `reasoned`: with the reasoning before both answers.
+    """
     sides = sides or Sides(chosen=settings.chosen, rejected=settings.rejected)
     chosen, rejected = (_turn(row, settings, side, length_coef) for side in (sides.chosen, sides.rejected))
     swapped = settings.direction == "reward" and row[f"{rejected}_score"] > row[f"{chosen}_score"]
@@ -190,6 +196,8 @@ def pair_row(row: Row, settings: Settings, sides: Sides | None = None, length_co
         pair[f"score_{side}"] = row[f"{turn}_score"]
         pair[f"{side}_scores"] = row[f"{turn}_scores"]
         pair[f"{side}_finished"] = row[f"{turn}_finish_reason"] == "stop"
+        if reasoned:
+            pair[f"{side}_reasoning"] = row.get(f"{turn}_reasoning") or ""
     pair["reward_gap"] = pair["score_chosen"] - pair["score_rejected"]
     return pair
 
@@ -226,6 +234,8 @@ def sound(pair: Row, settings: Settings) -> Row:
         return drop(pair, "chosen and rejected are the same")
     if min(len(chosen), len(rejected)) < settings.min_answer_chars:
         return drop(pair, "an answer is shorter than pairs.min_answer_chars")
+    if any(pair.get(f"{side}_reasoning") == "" for side in SIDES):
+        return drop(pair, "an answer has no reasoning before it, which synthesis.reasoning asks for")
     if _cut_off(pair, settings.drop_truncated):
         return drop(pair, "an answer was cut off at the token limit")
     return pair

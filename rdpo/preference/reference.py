@@ -1,8 +1,9 @@
 """Reference log-probs of both completions, by the forward that training uses.
 
-Adds `prompt_ids`, `chosen_ids`, `rejected_ids` (the student's tokenizer) and
-`reference_chosen_logps`, `reference_rejected_logps` (sums over the completion, fp32). The stage's
-key holds the weights' fingerprint, so a cached value never outlives the weights it came from.
+Adds `prompt_ids`, `chosen_ids`, `rejected_ids` (the student's tokenizer; tokens that do not count as in
+`rdpo.modeling.masking`) and `reference_chosen_logps`, `reference_rejected_logps` (sums over the completion's tokens
+that count, fp32). The stage's key holds the weights' fingerprint, so a cached value never outlives the weights it came
+from.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from rdpo.cluster.pools import BLOCK_ROWS, Held, Pool
 from rdpo.config import Job
 from rdpo.errors import InputError
 from rdpo.files.stage_folder import StageFolder
-from rdpo.modeling.chat import Chat, load_chat
+from rdpo.modeling.chat import Answer, Chat, student_chat
+from rdpo.modeling.masking import read_ids
 from rdpo.modeling.packing import PairSize
 from rdpo.modeling.readers import Reader
 from rdpo.modeling.student import frozen_student
@@ -92,7 +94,10 @@ def tokenize_pair(row: Row, chat: Chat, max_length: int, vocabulary: int | None 
 
     `vocabulary`: how many ids the model has a row for.
     """
-    answers = {side: (row[side][0]["content"], row[f"{side}_finished"]) for side in SIDES}
+    answers = {
+        side: Answer(row[side][0]["content"], row[f"{side}_finished"], row.get(f"{side}_reasoning") or "")
+        for side in SIDES
+    }
     try:
         found = chat.pair_ids(row["prompt"], answers)
     except ValueError as error:
@@ -107,7 +112,7 @@ def tokenize_pair(row: Row, chat: Chat, max_length: int, vocabulary: int | None 
         return drop(row, "chosen and rejected have the same tokens")
     if pair_size(row).longest > max_length:
         return drop(row, "pair is longer than reference.max_length")
-    if vocabulary is not None and max(map(max, ids.values())) >= vocabulary:
+    if vocabulary is not None and max(max(read_ids(tokens)) for tokens in ids.values()) >= vocabulary:
         return drop(row, "a token lies beyond the model's embedding")
     return row
 
@@ -127,7 +132,7 @@ class Reference:
         self.job, self.settings, self.run_dir = job, job.reference, run_dir
         self.known = _held(known) if known else {}
         student = ModelRef.student(job)
-        self.chat, self.vocabulary = load_chat(student, job.date), student.config().get_text_config().vocab_size
+        self.chat, self.vocabulary = student_chat(job), student.config().get_text_config().vocab_size
 
     @cached_property
     def reader(self) -> Reader:

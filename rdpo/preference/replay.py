@@ -148,7 +148,7 @@ def offline_pairs(job: Job, replay: Replay) -> ray.data.Dataset:
     reading = job.model_copy(
         update={
             "prompts": prompts,
-            "synthesis": Synthesis(),
+            "synthesis": Synthesis(reasoning=job.synthesis.reasoning),
             "rewards": [],
             "pairs": Pairs(chosen="chosen", rejected="rejected"),
         }

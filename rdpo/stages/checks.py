@@ -24,7 +24,7 @@ def prepare(job: Job, say: Say) -> bool:
     from rdpo.cluster.connection import start_ray
     from rdpo.cluster.installed import check_cpu_engines, check_drivers, check_installed
     from rdpo.cluster.placement import Nodes, check_room, fit_side_by_side
-    from rdpo.modeling.chat import load_chat
+    from rdpo.modeling.chat import student_chat
     from rdpo.modeling.student import check_architecture, check_student
     from rdpo.modeling.weights import ModelRef
     from rdpo.preference.rewards import check_rewards
@@ -33,7 +33,7 @@ def prepare(job: Job, say: Say) -> bool:
 
     check_templates(job.prompts)
     student = ModelRef.student(job)
-    chat = load_chat(student, job.date)
+    chat = student_chat(job)
     check_student(job, chat)
     check_architecture(job)
     if not chat.ending:
@@ -162,8 +162,8 @@ def check_named(job: Job) -> None:
 
 
 def _check_teacher(job: Job) -> None:
-    from rdpo.modeling.chat import load_chat
-    from rdpo.modeling.weights import ModelRef, local_adapter
+    from rdpo.modeling.chat import teacher_chat
+    from rdpo.modeling.weights import local_adapter
     from rdpo.preference.pairs import scored_answers
     from rdpo.synthesis.endpoint import check_endpoint
     from rdpo.synthesis.instructions import beginning, check_prefills, check_words, load_task
@@ -180,7 +180,7 @@ def _check_teacher(job: Job) -> None:
         raise InputError(f"evaluation.refine: pairs.chosen = {job.pairs.chosen!r} is no turn; name one of {answers}")
 
     if not job.synthesis.endpoint:
-        chat = load_chat(ModelRef.of(job, job.synthesis.teacher), job.date)
+        chat = teacher_chat(job)
         if job.synthesis.task:
             check_conversations(load_task(job.synthesis.task), chat, job.prompts.system)
         if job.synthesis.adapter:

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 def settings(job: Job) -> Settings:
     """Settings of the pairs stage."""
     asked = question_settings(job, job.pairs.condition)
-    return {**job.pairs.model_dump(), **asked, "seed": job.seed if job.pairs.flip else None}
+    reasoned = {"reasoned": True} if job.synthesis.trains_on_reasoning else {}
+    return {**job.pairs.model_dump(), **asked, **reasoned, "seed": job.seed if job.pairs.flip else None}
 
 
 def scored(run: RunReader) -> Source:

@@ -39,6 +39,7 @@ def settings(job: Job) -> Settings:
         "content": content,
         # Pairs that are ready are read in another way than prompts.
         "given": job.synthesis.task is None and GIVEN,
+        **({"reasoned": True} if job.synthesis.reasoning != "off" else {}),
         **tokenizer_settings(job),
         # Splits and templates are drawn alike for every seed of a job.
         "seed": SEED,

@@ -25,15 +25,18 @@ def tokenizer_settings(job: Job) -> Settings:
     from rdpo.modeling.weights import ModelRef
 
     read = {"tokenizer": ModelRef.student(job).tokenizer_fingerprint()}
-    return {"student": job.student.model, "revision": job.student.revision, **read, **rendering_of_student(job)}
+    rendering = rendering_of_student(job)
+    if found := rendering.get("rendering"):
+        # Which tokens of an answer count is nothing to a prompt.
+        rendering = {"rendering": {name: value for name, value in found.items() if name != "masks"}}
+    return {"student": job.student.model, "revision": job.student.revision, **read, **rendering}
 
 
 def rendering_of_student(job: Job) -> Settings:
     """What the student's chat template makes a stage depend on beside the model's files; nothing for most templates."""
-    from rdpo.modeling.chat import rendering_settings
-    from rdpo.modeling.weights import ModelRef
+    from rdpo.modeling.chat import rendering_settings, student_chat
 
-    return rendering_settings(ModelRef.student(job), job.date)
+    return rendering_settings(student_chat(job))
 
 
 def question_settings(job: Job, condition: str | None) -> Settings:

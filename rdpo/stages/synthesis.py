@@ -26,7 +26,7 @@ PROMPT_LENGTH = "_prompt_length"
 
 def settings(job: Job) -> Settings:
     """Settings of the synthesis stage, with the task's wording and the teacher's weights."""
-    from rdpo.modeling.chat import rendering_settings
+    from rdpo.modeling.chat import rendering_settings, teacher_chat
     from rdpo.modeling.weights import ModelRef, adapter_fingerprint
     from rdpo.synthesis.engine import engine_settings
     from rdpo.synthesis.instructions import load_task
@@ -39,7 +39,7 @@ def settings(job: Job) -> Settings:
     found = {**job.synthesis.model_dump(), "turns": task, "weights": weights, "seed": job.seed}
     found |= prefill_settings(job)
     if teacher:
-        found |= rendering_settings(teacher, job.date)
+        found |= rendering_settings(teacher_chat(job))
         found["engine"] = engine_settings(job.synthesis.engine, teacher)
     if job.synthesis.adapter:
         found["adapter_weights"] = adapter_fingerprint(job.synthesis.adapter)

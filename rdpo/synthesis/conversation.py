@@ -11,13 +11,16 @@ from __future__ import annotations
 import ast
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
+from rdpo.modeling.reasoning import KEYS, Unended, split_inline
 from rdpo.records import ROLES, SIDES, Messages, clean
 
 LITERAL_CHARS = 1 << 20
 """Longest text that is read as Python's repr of messages."""
 SHOWN_CHARS = 60
+T = TypeVar("T", str, Messages, str | Messages | None)
 
 
 class Unusable(ValueError):
@@ -30,10 +33,14 @@ class Pair:
 
     prompt: Messages
     answers: dict[str, str]
+    reasoning: dict[str, str] = field(default_factory=dict)
+    """What was thought before each answer, where it was asked for."""
 
 
-def derive_pair(raw: Mapping[str, object], column: str) -> Pair:
+def derive_pair(raw: Mapping[str, object], column: str, reasoning: bool = False) -> Pair:
     """The pair of a row whose prompt, if it has one of its own, stands in `column`.
+
+    `reasoning`: what is written before an answer is told from it, and left out of earlier turns as templates do.
 
     Raises:
         Unusable: something is missing, contradicts itself, or would be lost.
@@ -41,6 +48,35 @@ def derive_pair(raw: Mapping[str, object], column: str) -> Pair:
     check_columns(raw)
     prompt = None if raw.get(column) is None else _read(raw[column], column)
     sides = {side: _read(raw.get(side), side) for side in SIDES}
+    if reasoning:
+        return _reasoned_pair(prompt, sides, column)
+    for name, value in ((column, prompt), *sides.items()):
+        _check_no_reasoning(value, name)
+    return _pair_of(prompt, sides, column)
+
+
+def _reasoned_pair(prompt: str | Messages | None, sides: Mapping[str, str | Messages], column: str) -> Pair:
+    """A pair with the reasoning before its answers."""
+    parted = {side: _answer_parted(value, side) for side, value in sides.items()}
+    pair = _pair_of(_without_reasoning(prompt), {side: value for side, (value, _) in parted.items()}, column)
+    return replace(pair, reasoning={side: thought for side, (_, thought) in parted.items()})
+
+
+def _answer_parted(value: str | Messages, side: str) -> tuple[str | Messages, str]:
+    """One side without reasoning, and the reasoning before its answer."""
+    try:
+        if isinstance(value, str):
+            thought, answer = split_inline(value)
+            return answer if thought else value, thought
+        last = value[-1]
+        thought, answer = split_inline(last["content"])
+    except Unended as error:
+        raise Unusable(f"{side}: {error}") from None
+    stated = next((last[key] for key in KEYS if key in last), "")
+    return [*_without_reasoning(value[:-1]), {"role": last["role"], "content": answer}], stated.strip() or thought
+
+
+def _pair_of(prompt: str | Messages | None, sides: Mapping[str, str | Messages], column: str) -> Pair:
     wholes = {side: _whole(prompt, sides, side, column) for side in SIDES}
 
     shared = _common_beginning(*wholes.values())
@@ -50,6 +86,25 @@ def derive_pair(raw: Mapping[str, object], column: str) -> Pair:
         raise Unusable(f"{column}: chosen and rejected have no beginning in common, and there is no prompt beside them")
     check_last(shared, column)
     return Pair(shared, {side: messages[-1]["content"] for side, messages in wholes.items()})
+
+
+def _check_no_reasoning(value: str | Messages | None, column: str | None) -> None:
+    """Look for reasoning beside the content of messages.
+
+    Raises:
+        Unusable: there is some.
+    """
+    for message in value if isinstance(value, list) else []:
+        if key := next((key for key in KEYS if key in message), None):
+            reason = f"a message of the assistant has `{key}`, which would be lost; set synthesis.reasoning"
+            raise Unusable(_place(column, reason))
+
+
+def _without_reasoning(value: T) -> T:
+    """Messages with nothing but role and content; text as it is."""
+    if not isinstance(value, list):
+        return value
+    return [{"role": message["role"], "content": message["content"]} for message in value]
 
 
 def check_columns(raw: Mapping[str, object]) -> None:
@@ -62,14 +117,17 @@ def check_columns(raw: Mapping[str, object]) -> None:
         raise Unusable("tools: the tools that the assistant may call would be lost; such rows cannot be used yet")
 
 
-def read_prompt(value: object) -> Messages:
-    """A prompt from text or messages.
+def read_prompt(value: object, reasoning: bool = False) -> Messages:
+    """A prompt from text or messages; `reasoning`: that of earlier turns is left out, as templates do.
 
     Raises:
         Unusable: it is neither, or something in it would be lost.
     """
     read = _read(value, None)
     messages = _user(read) if isinstance(read, str) else read
+    if not reasoning:
+        _check_no_reasoning(messages, None)
+    messages = _without_reasoning(messages)
     check_last(messages, None)
     return messages
 
@@ -102,7 +160,7 @@ def _user(text: str) -> Messages:
 
 
 def _read(value: object, column: str | None) -> str | Messages:
-    """Text, or messages with nothing but role and content."""
+    """Text, or messages with nothing but role and content, and perhaps the assistant's reasoning under its own key."""
     if isinstance(value, str):
         value = _from_text(value, column)
     if isinstance(value, str):
@@ -146,15 +204,17 @@ def _message(message: object, column: str | None) -> dict[str, str]:
 
     role = message["role"]
     # A table of messages has every key in every message; those that a message does not have are null there.
-    lost = [key for key, value in message.items() if key not in ("role", "content") and value not in (None, "", [], {})]
+    stated = {key: value for key, value in message.items() if value not in (None, "", [], {})}
+    reasoning = {key: clean(stated[key]) for key in KEYS if role == "assistant" and isinstance(stated.get(key), str)}
+    lost = stated.keys() - {"role", "content"} - reasoning.keys()
     if lost:
-        raise Unusable(_place(column, f"a message of the {role} has `{lost[0]}`, which would be lost"))
+        raise Unusable(_place(column, f"a message of the {role} has `{min(lost)}`, which would be lost"))
 
     content = _content(message.get("content"), role, column)
     # Templates write a system message that is empty in another way than none.
     if not content.strip() and role != "system":
         raise Unusable(_place(column, f"a message of the {role} is empty"))
-    return {"role": role, "content": content}
+    return {"role": role, "content": content, **reasoning}
 
 
 def _content(value: object, role: str, column: str | None) -> str:

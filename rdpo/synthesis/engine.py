@@ -51,7 +51,9 @@ class Generation:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     token_ids: tuple[int, ...] = ()
-    """The tokens as they were drawn, with the one that ended the answer."""
+    """The tokens as they were drawn, with the one that ended the answer, and with the reasoning before it."""
+    reasoning: str = ""
+    """What was thought before the answer; of it `tokens` counts the tokens too."""
 
 
 class EngineError(ValueError):

@@ -22,25 +22,32 @@ REWARD = "given"
 
 
 def pair_id(messages: Messages, answers: dict[str, str]) -> str:
-    """Identity of a pair: a hash of the prompt and both answers, since a prompt may have several pairs."""
-    return digest(prompt_id(messages), [answers[side] for side in SIDES])
+    """Identity of a pair: a hash of the prompt and both answers, since a prompt may have several pairs.
+
+    With reasoning before the answers (`chosen_reasoning`, `rejected_reasoning`) it is a hash of that too.
+    """
+    names = [*SIDES, *(name for side in SIDES if (name := f"{side}_reasoning") in answers)]
+    return digest(prompt_id(messages), [answers[name] for name in names])
 
 
 def given_answers(rows: ray.data.Dataset, job: Job) -> ray.data.Dataset:
     """Add both answers to the rows of prompts, or drop them with a reason."""
-    return rows.map_batches(_answers_table, batch_format="pyarrow")
+    reasoning = job.synthesis.reasoning != "off"
+    return rows.map_batches(_answers_table, fn_kwargs={"reasoning": reasoning}, batch_format="pyarrow")
 
 
-def _answers_table(table: pa.Table) -> pa.Table:
-    return table_of([answered(row) for row in table.to_pylist()])
+def _answers_table(table: pa.Table, reasoning: bool) -> pa.Table:
+    return table_of([answered(row, reasoning) for row in table.to_pylist()])
 
 
-def answered(row: Row) -> Row:
-    """One row with the columns of both answers."""
+def answered(row: Row, reasoning: bool = False) -> Row:
+    """One row with the columns of both answers, and of the reasoning before them where it was told apart."""
     given = extra_of(row)
     row = {**row, "dropped": None}
     for side in SIDES:
         row |= {side: given[side], f"{side}_finish_reason": "stop", f"{side}_tokens": 0, f"{side}_scores": None}
+        if reasoning:
+            row[f"{side}_reasoning"] = given[f"{side}_reasoning"]
     return _scored(row, given)
 
 

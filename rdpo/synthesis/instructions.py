@@ -26,7 +26,7 @@ from rdpo.records import HELDOUT, ID_COLUMN, QUESTION, Messages, Row, extra_of, 
 
 COLUMNS = {"source", "line", "prompt", ID_COLUMN, QUESTION, "prompt_length", "split", "extra", "dropped", HELDOUT}
 """Columns that rows have before the first turn, or get for the pairs; a turn of that name would overwrite one."""
-BESIDE_ANSWERS = ("_finish_reason", "_tokens", "_prompt_length", "_prompt_cached", "_scores", "_score")
+BESIDE_ANSWERS = ("_finish_reason", "_tokens", "_prompt_length", "_prompt_cached", "_scores", "_score", "_reasoning")
 """How the names of columns end that stand beside each answer."""
 SHIPPED = files("rdpo.synthesis") / "tasks"
 _SANDBOX = ImmutableSandboxedEnvironment(undefined=StrictUndefined, autoescape=False)

@@ -20,8 +20,7 @@ from rdpo.config import Prompts as Settings
 from rdpo.errors import InputError
 from rdpo.files.duplicates import repeated
 from rdpo.files.stage_folder import StageFolder
-from rdpo.modeling.chat import load_chat
-from rdpo.modeling.weights import ModelRef
+from rdpo.modeling.chat import student_chat
 from rdpo.records import (
     HELDOUT,
     ID_COLUMN,
@@ -123,10 +122,10 @@ def prompt_row(source: str, line: int, raw: Raw, job: Job) -> Row:
 
 def _parsed(row: Row, raw: dict[str, object], job: Job) -> Row:
     """The row with prompt, id and split."""
-    settings, given = job.prompts, job.synthesis.task is None
+    settings = job.prompts
     others = {key: value for key, value in raw.items() if key not in (settings.column, "split")}
     try:
-        messages, answers = _conversation(raw, settings, given)
+        messages, answers = _conversation(raw, job)
     except Unusable as error:
         others[settings.column] = str(raw.get(settings.column))[:SHOWN_CHARS]
         return drop({**row, "extra": _as_json(others)}, str(error))
@@ -140,7 +139,7 @@ def _parsed(row: Row, raw: dict[str, object], job: Job) -> Row:
         if not reason:
             messages, reason = _wrapped(messages, templates, others)
 
-    name = pair_id(messages, answers) if given else prompt_id(messages)
+    name = pair_id(messages, answers) if job.synthesis.task is None else prompt_id(messages)
     row = {**row, "extra": _as_json(others), "split": split, "prompt": messages, ID_COLUMN: name}
     return drop(row, reason) if reason else row
 
@@ -155,18 +154,20 @@ def _question(raw: Mapping[str, object], messages: Messages, system: str | None)
     return question_id(messages[1:] if given else messages)
 
 
-def _conversation(raw: dict[str, object], settings: Settings, given: bool) -> tuple[Messages, dict[str, str]]:
-    """The prompt of a raw row, and both answers if they are given.
+def _conversation(raw: dict[str, object], job: Job) -> tuple[Messages, dict[str, str]]:
+    """The prompt of a raw row, and both answers if they are given, with their reasoning where that is asked for.
 
     Raises:
         Unusable: it is no conversation, or something of it would be lost.
     """
-    if given:
-        pair = derive_pair(raw, settings.column)
-        return with_system(pair.prompt, settings.system), pair.answers
+    settings, reasoning = job.prompts, job.synthesis.reasoning != "off"
+    if job.synthesis.task is None:
+        pair = derive_pair(raw, settings.column, reasoning)
+        thoughts = {f"{side}_reasoning": thought for side, thought in pair.reasoning.items()}
+        return with_system(pair.prompt, settings.system), {**pair.answers, **thoughts}
     check_columns(raw)
     try:
-        return with_system(read_prompt(raw.get(settings.column)), settings.system), {}
+        return with_system(read_prompt(raw.get(settings.column), reasoning), settings.system), {}
     except Unusable as error:
         raise Unusable(f"{settings.column}: {error}") from None
 
@@ -226,7 +227,7 @@ def _split(value: object, row_id: str, settings: Settings) -> str:
 def _measure(row: Row, job: Job) -> Row:
     if not alive(row):
         return row
-    chat = load_chat(ModelRef.student(job), job.date)
+    chat = student_chat(job)
     try:
         row["prompt_length"] = len(chat.prompt_ids(row["prompt"]))
     except ValueError as error:

@@ -3,7 +3,8 @@
 A row's next turn starts when its last one ends, whatever the other rows do, and finds its own
 conversation in the prefix cache. Adds, for each turn: the answer under the turn's name,
 `NAME_finish_reason`, `NAME_tokens`, in `NAME_prompt_length` the tokens of the conversation before it, and in
-`NAME_prompt_cached` how many of these the engine found in its prefix cache.
+`NAME_prompt_cached` how many of these the engine found in its prefix cache. Where the teacher thinks, `NAME_reasoning`
+is what it thought: later turns do not see it.
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ from rdpo.config import Job, Sampling
 from rdpo.config.task import Task, Turn
 from rdpo.errors import EndpointDown, InputError
 from rdpo.files.unfinished import unfinished
-from rdpo.modeling.chat import Chat, load_chat
+from rdpo.modeling.chat import Chat, teacher_chat
 from rdpo.modeling.weights import ModelRef, local_adapter
 from rdpo.records import ID_COLUMN, Messages, Row, clean, draw_seed, drop, table_of
+from rdpo.synthesis.asking import ask
 from rdpo.synthesis.crashes import CrashGuard, open_crash_counts
 from rdpo.synthesis.endpoint import Endpoint, endpoint_key
 from rdpo.synthesis.engine import Engine, Generation
@@ -90,15 +92,13 @@ class EngineSpeaker:
 
     def __init__(self, job: Job):
         model = ModelRef.of(job, job.synthesis.teacher)
-        self.chat = load_chat(model, job.date)
+        self.chat = teacher_chat(job)
         worn = str(local_adapter(job.synthesis.adapter)) if job.synthesis.adapter else None
         self.engine = Engine(str(model.folder()), job.synthesis.engine, job.seed, worn)
 
     async def say(self, messages: Messages, turn: Turn, sampling: Sampling, seed: int) -> Generation:
         """The answer by the engine."""
-        return await self.engine.generate(
-            self.chat.prompt_ids(messages, turn.prefill), sampling, seed, self.chat.stop_ids
-        )
+        return await ask(self.engine, self.chat, messages, sampling, seed, turn.prefill)
 
     def shutdown(self) -> None:
         """End the engine."""
@@ -188,6 +188,8 @@ class Conversation:
         row[f"{name}_tokens"] = generation.tokens
         row[f"{name}_prompt_length"] = generation.prompt_tokens
         row[f"{name}_prompt_cached"] = generation.cached_tokens
+        if self.job.synthesis.reasoning != "off":
+            row[f"{name}_reasoning"] = clean(generation.reasoning)
         conversations[name] = [*messages, {"role": "assistant", "content": answer}]
         return None if answer else f"{name} is empty"
 

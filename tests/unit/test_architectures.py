@@ -7,6 +7,7 @@ from rdpo.config import Lora
 from rdpo.errors import InputError
 from rdpo.modeling.attention import attend_by_span, flex_by_block
 from rdpo.modeling.layout import packed_batch, padded_batch
+from rdpo.modeling.masking import masked
 from rdpo.modeling.model import ForwardSettings, Tuning, as_policy, load_policy
 from rdpo.modeling.probe import ReadAs, settle_layout
 from tests.support.architectures import causal_types, settled, small_model
@@ -99,6 +100,19 @@ def test_a_pair_does_not_see_its_neighbours(folder):
     for index in range(3):
         alone = policy(policy.batch(PROMPTS[index : index + 1], CHOSEN[index : index + 1], REJECTED[index : index + 1]))
         torch.testing.assert_close(alone, together[:, index], atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_masked_tokens_do_not_count(folder, layout):
+    policy = load_policy(folder, ForwardSettings("float32", 8, layout)).eval()
+    whole = policy.batch(PROMPTS, CHOSEN, REJECTED)
+    each = policy.token_logps(whole)
+    hidden = [[*masked(ids[:1]), *ids[1:]] for ids in CHOSEN]
+
+    expected = torch.stack([each[whole.sequence == number].sum() for number in range(len(whole.lengths))])
+    for number in range(len(CHOSEN)):
+        expected[number] -= each[whole.sequence == number][0]
+    torch.testing.assert_close(policy(policy.batch(PROMPTS, hidden, REJECTED)), expected, atol=1e-4, rtol=1e-5)
 
 
 def test_adapter_off_is_the_base_model(folder):

@@ -108,6 +108,7 @@ class Engine:
 
 class Chat:
     stop_ids = ()
+    reasoning = None
 
     def prompt_ids(self, messages, prefill=""):
         return len(messages)

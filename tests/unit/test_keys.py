@@ -69,6 +69,10 @@ def plain(*arguments):
 
 REPLACED = {
     chat.rendering_settings: plain,
+    chat.load_chat: plain,
+    chat.student_chat: plain,
+    chat.teacher_chat: plain,
+    chat.chat_like_student: plain,
     template.date_settings: plain,
     models.fingerprint: stand_in("weights"),
     models.tokenizer_fingerprint: stand_in("tokenizer"),

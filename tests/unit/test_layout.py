@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from rdpo.modeling.layout import packed_batch, padded_batch
+from rdpo.modeling.masking import counted_ids, masked, read_ids
 
 PROMPTS = [[1, 2, 3], [4]]
 ANSWERS = [[[5, 6], [7, 8, 9]], [[10], [11, 12]]]
@@ -32,3 +33,24 @@ def test_sequences_and_lengths_do_not_depend_on_the_layout(make):
     batch = make(PROMPTS, ANSWERS)
     assert batch.lengths.tolist() == [2, 3, 1, 2]
     assert torch.bincount(batch.sequence).tolist() == [2, 3, 1, 2]
+
+
+@pytest.mark.parametrize("make", [padded_batch, packed_batch])
+def test_masked_tokens_are_read_and_not_counted(make):
+    first = [[*masked([5]), 6], [*masked([7, 8]), 9]]
+    batch, whole = make(PROMPTS, [first, ANSWERS[1]]), make(PROMPTS, ANSWERS)
+    assert torch.equal(batch.input_ids, whole.input_ids)
+    assert batch.labels.tolist() == [6, 9, 10, 11, 12]
+    assert batch.lengths.tolist() == [1, 1, 1, 2]
+    assert batch.sequence.tolist() == [0, 1, 2, 3, 3]
+
+    # A state that predicts a token that counts is the one that predicts it where all of them do.
+    predicting = dict(zip(whole.labels.tolist(), whole.predict_at.tolist(), strict=True))
+    assert batch.predict_at.tolist() == [predicting[label] for label in batch.labels.tolist()]
+
+
+def test_a_masked_token_is_masked_once_and_read_as_it_was():
+    ids = [0, 5, 7]
+    assert masked(masked(ids)) == masked(ids)
+    assert read_ids(masked(ids)) == ids
+    assert counted_ids([*masked([0, 5]), 7]) == [7]

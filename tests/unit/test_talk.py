@@ -45,11 +45,11 @@ def test_equal_models_say_the_same_by_one_seed_and_something_else_by_another(run
 
 
 def test_an_answer_ends_at_the_text_that_evaluation_ends_it_at(run_dir, job):
-    whole, _ = load_speakers(RunReader(run_dir, job))[0].answer([{"role": "user", "content": "hello"}], 1)
+    whole, *_ = load_speakers(RunReader(run_dir, job))[0].answer([{"role": "user", "content": "hello"}], 1)
     sampling = job.evaluation.sampling.model_copy(update={"stop": [whole[2:4]]})
     job = job.model_copy(update={"evaluation": job.evaluation.model_copy(update={"sampling": sampling})})
     said = load_speakers(RunReader(run_dir, job))[0].answer([{"role": "user", "content": "hello"}], 1)
-    assert said == (whole[: whole.index(whole[2:4])].strip(), True)
+    assert said == (whole[: whole.index(whole[2:4])].strip(), True, "")
 
 
 def test_a_bare_adapter_is_put_on_the_start_model(run_dir, job, tiny_model):

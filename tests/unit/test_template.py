@@ -2,8 +2,6 @@
 
 import datetime
 import re
-from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 
@@ -12,10 +10,8 @@ from rdpo.modeling.chat import make_chat
 from rdpo.modeling.template import Template, reads_date
 from rdpo.preference.reference import tokenize_pair
 from tests.support.models import CHATML, byte_tokenizer
+from tests.support.templates import DAY, ENDS, FOLDER, NAMES, USER, pair_of, tokenizer_of
 
-# Only its files are read: to import it takes a while.
-FOLDER = Path(str(find_spec("trl").origin)).parent / "chat_templates"
-NAMES = sorted(path.stem for path in FOLDER.glob("*.jinja"))
 REFUSED = {
     "deepseek_r1_distill": "behind '<think>",
     "deepseekv3": "behind '<think>",
@@ -25,18 +21,6 @@ REFUSED = {
 }
 """Templates, and their variants for training, that no answer can be trained with, and the words that say why."""
 DATED = {"gptoss", "llama3_2", "muse_glimmer"}
-ENDS = (
-    "<|im_end|>",
-    "<|eot_id|>",
-    "<end_of_turn>",
-    "<turn|>",
-    "<|return|>",
-    "<|END_OF_TURN_TOKEN|>",
-    "<|end|>",
-    "<|eot|>",
-)
-DAY = datetime.date(2025, 3, 4)
-USER = {"role": "user", "content": "Name a fruit."}
 CONVERSATIONS = {
     "one turn": [USER],
     "a system message": [{"role": "system", "content": "Be brief."}, USER],
@@ -59,10 +43,6 @@ def base(name):
     return name.removesuffix("_training")
 
 
-def tokenizer_of(name):
-    return byte_tokenizer((FOLDER / f"{name}.jinja").read_text(), "<s>", (*ENDS, "</s>"), "</s>")
-
-
 def chat_of(name):
     tokenizer = tokenizer_of(name)
     return make_chat(tokenizer, tokenizer.convert_tokens_to_ids(list(ENDS)), name, DAY)
@@ -75,12 +55,6 @@ def whole_of(tokenizer, messages, answer):
         conversation, tokenize=True, return_dict=True, strftime_now=lambda form: DAY.strftime(form)
     )
     return list(rendered["input_ids"])
-
-
-def pair_of(messages, chosen, rejected):
-    sides = {"chosen": chosen, "rejected": rejected}
-    row = {side: [{"role": "assistant", "content": text}] for side, text in sides.items()}
-    return {"prompt": messages, **row, "chosen_finished": True, "rejected_finished": False}
 
 
 @pytest.mark.parametrize("name", NAMES)

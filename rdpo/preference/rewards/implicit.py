@@ -16,7 +16,7 @@ from rdpo.cluster.pools import Held, Pool
 from rdpo.config import ImplicitReward, Job
 from rdpo.errors import InputError
 from rdpo.files.manifest import Settings
-from rdpo.modeling.chat import Chat, load_chat, rendering_settings
+from rdpo.modeling.chat import Chat, chat_like_student, rendering_settings
 from rdpo.modeling.readers import FrozenModel, answer_logps
 from rdpo.modeling.student import checked_model
 from rdpo.modeling.weights import ModelRef
@@ -49,7 +49,8 @@ class ImplicitKind(RewardKind[ImplicitReward]):
         trained, reference = trained_of(self.reward, job), reference_of(self.reward, job)
         precision = computed_dtype(self.reward.dtype, self.reward.gpus)
         weights = {"weights": trained.fingerprint(), "reference": reference.fingerprint()}
-        return {**self.reward.model_dump(), **weights, **precision, **rendering_settings(trained, job.date)}
+        rendering = rendering_settings(chat_like_student(job, trained))
+        return {**self.reward.model_dump(), **weights, **precision, **rendering}
 
     def pools(self, job: Job) -> list[Pool]:
         """One pool."""
@@ -134,7 +135,7 @@ def checked_implicit(reward: ImplicitReward, job: Job) -> Chat:
         InputError: they do not.
     """
     trained, reference = trained_of(reward, job), reference_of(reward, job)
-    chat, other = load_chat(trained, job.date), load_chat(reference, job.date)
+    chat, other = chat_like_student(job, trained), chat_like_student(job, reference)
     # Their log-probs are compared token by token, so both must read the same tokens.
     probe = [{"role": "user", "content": PROBE_TEXT}]
     if chat.prompt_ids(probe) != other.prompt_ids(probe):

@@ -63,7 +63,7 @@ class JudgeKind(RewardKind[JudgeReward]):
     def settings(self, job: Job) -> Settings:
         """Its fields, and the judge's weights."""
         model = ModelRef.of(job, self.reward.model)
-        rendering = rendering_settings(model, job.date, reasons_first(self.reward))
+        rendering = rendering_settings(judge_chat(self.reward, job), reasons_first(self.reward))
         drawn = self.reward.score == "written" and self.reward.sampling.temperature > 0
         return {
             **self.reward.model_dump(),
