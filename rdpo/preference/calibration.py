@@ -68,7 +68,9 @@ def calibrate(job: Job) -> list[ray.data.Dataset]:
     pairs = given_answers(read.filter(alive), trial).materialize()
     scored = score_answers(pairs.filter(alive), trial, list(SIDES))
     unusable = [rows.filter(lambda row: not alive(row)) for rows in (read, pairs)]
-    return [*unusable, make_pairs(scored, trial)]
+    # Rewards see answers alone, so that known pairs need no reasoning.
+    answers_alone = trial.model_copy(update={"synthesis": Synthesis()})
+    return [*unusable, make_pairs(scored, answers_alone)]
 
 
 def right_sides(kept: Iterable[pa.Table], job: Job) -> dict[str, float]:

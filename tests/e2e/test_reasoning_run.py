@@ -1,6 +1,7 @@
 """A run whose models think before they answer: the real engine, reference, training and evaluation; a tiny model."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -35,7 +36,7 @@ def run(tmp_path_factory, tiny_model, tiny_classifier):
     settings = json.loads((student / "tokenizer_config.json").read_text())
     (student / "chat_template.jinja").unlink(missing_ok=True)
     (student / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": THINKS}))
-    rows = [{"prompt": f"question {i}", "split": "heldout" if i % 4 == 0 else "train"} for i in range(16)]
+    rows = [{"prompt": f"question {i}", "split": "heldout" if i % 4 == 0 else "train"} for i in range(24)]
     (place / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
     table = whole_job(place / "prompts.jsonl", str(student), tiny_classifier)
@@ -54,8 +55,10 @@ def run(tmp_path_factory, tiny_model, tiny_classifier):
 
 def test_answers_have_their_reasoning_beside_them_or_are_dropped_for_its_sake(run):
     kept, dropped = (run.folder("synthesis").table(which).to_pylist() for which in ("", "dropped"))
-    assert kept and len(kept) + len(dropped) == 12
-    assert all("reasoning was cut off after" in row["dropped"] or "empty" in row["dropped"] for row in dropped)
+    assert kept and len(kept) + len(dropped) == 18
+    assert dropped
+    for row in dropped:
+        assert re.search("ends inside its reasoning|reasoning was cut off after|is empty", row["dropped"])
     for row in kept:
         assert row["response_1_reasoning"]
         assert MARK not in row["response_1_reasoning"]
