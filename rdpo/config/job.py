@@ -90,11 +90,19 @@ class Job(Section):
     cluster: Cluster = Cluster()
     tracking: Tracking = Tracking()
 
-    def model_or_student(self, name: str | None) -> tuple[str, str | None, bool]:
-        """Name, revision, and whether its own code may run: of the model named, which may not, or of the student."""
+    def model_or_student(self, name: str | None) -> tuple[str, str | None, bool, str | None]:
+        """Name, revision, whether its own code may run, and adapter: of the model named, or of the student.
+
+        One that is named has no adapter, and its code may not run.
+        """
         if name:
-            return name, None, False
-        return self.student.model, self.student.revision, self.student.trust_remote_code
+            return name, None, False, None
+        return self.student.model, self.student.revision, self.student.trust_remote_code, self.student.adapter
+
+    @property
+    def trains_adapter(self) -> bool:
+        """Whether an adapter is trained, a new one or the student's, and not all weights."""
+        return self.training.lora is not None or self.student.continues
 
     @property
     def trusted_code(self) -> list[str]:
@@ -125,12 +133,33 @@ class Job(Section):
             raise ValueError("rewards: every weight is 0; give the optimised reward a weight above 0")
         if self.rounds.count > 1 and not self.rewards:
             raise ValueError("rounds: a round is judged by a reward; give at least one")
-        if self.rounds.count > 1 and self.training.lora and not self.publish.merge:
+        if self.rounds.count > 1 and self.trains_adapter and not self.publish.merge:
             raise ValueError("rounds: the next round begins with the whole model; set publish.merge = true")
         if self.rounds.watch not in {"optimised", *names}:
             meant = did_you_mean(self.rounds.watch, ["optimised", *names])
             raise ValueError(
                 f"rounds: watch = {self.rounds.watch!r} is no reward{meant}; there are {', '.join(names)}, optimised"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_start(self) -> Job:
+        if self.student.adapter is None:
+            return self
+        if self.synthesis.adapter and not self.synthesis.teacher:
+            raise ValueError(
+                "synthesis: adapter would lie on the student, which has one of its own; name the model that it is for "
+                "as synthesis.teacher, or remove it: the teacher is the student with student.adapter"
+            )
+        if self.student.continues and self.training.extrapolation:
+            raise ValueError(
+                "training: extrapolation moves away from a start that has no adapter yet; set it to 0, or "
+                'student.adapter_use = "merge"'
+            )
+        if not self.student.continues and self.training.lora and not self.publish.merge:
+            raise ValueError(
+                "publish: merge = false leaves an adapter for the model with student.adapter merged into it, which is "
+                'not published; set it to true, or student.adapter_use = "continue"'
             )
         return self
 

@@ -60,6 +60,37 @@ class Student(Section):
     chat_template_kwargs: Annotated[TemplateArguments, UNSAID] = Field(default_factory=dict)
     """Further arguments of its chat template, as `{ reasoning_effort = "low" }`; those that it does not read are
     refused."""
+    adapter: Annotated[Address | None, UNSAID] = None
+    """A LoRA adapter on the model, of supervised fine-tuning for example: a folder, an address in an object store, or a
+    hub id. The student is then the model with the adapter, wherever a job says student: in training and its reference,
+    and as teacher, judge or start of the evaluation. A tokenizer or chat template that lies beside the adapter is the
+    student's. An adapter that was trained on another model is refused."""
+    adapter_use: Annotated[Literal["merge", "continue"], UNSAID] = "merge"
+    """`merge`: the adapter is merged into the model, rounded to the precision that the model is stored in; training
+    changes all weights, or puts a new adapter (`training.lora`) on them. `continue`: training goes on with this
+    adapter, and the one that is published is for the model itself. Its rank, alpha and modules are the adapter's;
+    leave `training.lora` out, or let it say the same (its `dropout` is then used)."""
+
+    @property
+    def continues(self) -> bool:
+        """Whether training goes on with the adapter that the student has."""
+        return self.adapter is not None and self.adapter_use == "continue"
+
+    @property
+    def described(self) -> str:
+        """The model, and the adapter on it, for a person."""
+        return f"{self.model} with {self.adapter}" if self.adapter else self.model
+
+    @model_validator(mode="after")
+    def _check_adapter(self) -> Student:
+        if self.adapter is None and self.adapter_use != "merge":
+            raise ValueError(f"adapter_use = {self.adapter_use!r}: there is no adapter; name one, or remove this")
+        if self.adapter and self.quantization != "none":
+            raise ValueError(
+                f"adapter: weights in four bits ({self.quantization}) cannot take an adapter in exactly; "
+                'give quantization = "none", or the model with the adapter merged into it as student.model'
+            )
+        return self
 
 
 class Sampling(Section):

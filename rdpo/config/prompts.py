@@ -68,7 +68,7 @@ class Synthesis(Section):
     teacher: Address | None = None
     """The teacher's model, named as in `student.model`; by default the student itself."""
     adapter: Address | None = None
-    """Folder of a LoRA adapter that the teacher wears."""
+    """A LoRA adapter that the teacher wears: a folder, an address in an object store, or a hub id."""
     chat_template_kwargs: Annotated[TemplateArguments, UNSAID] = Field(default_factory=dict)
     """Further arguments of the teacher's chat template, on a server too; those that it does not read are refused. Where
     the student teaches itself, these are the student's, unless given."""

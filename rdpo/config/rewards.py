@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from rdpo.config.models import Engine, Readers, Sampling
-from rdpo.config.section import MEMORY, PLACEMENT, Address, Concurrency, Dtype, Section, Source
+from rdpo.config.section import MEMORY, PLACEMENT, UNSAID, Address, Concurrency, Dtype, Section, Source
 
 
 def _module_and_name(function: str) -> str:
@@ -120,6 +120,8 @@ class ImplicitReward(RewardSection, Readers):
     """The trained model, named as in `student.model`, with its adapter merged; by default the student."""
     reference: Address | None = None
     """The model it was trained from; by default the student. Both have the same tokenizer."""
+    reference_adapter: Annotated[Address | None, UNSAID] = None
+    """A LoRA adapter on `reference`, merged into it."""
     beta: float = Field(default=0.1, gt=0)
     """The beta it was trained with."""
     normalization: Literal["sum", "token_mean"] = "sum"
@@ -133,6 +135,8 @@ class ImplicitReward(RewardSection, Readers):
     def _check_models(self) -> ImplicitReward:
         if self.model is None and self.reference is None:
             raise ValueError("the student against itself is 0 everywhere; give model, or the reference it came from")
+        if self.reference_adapter and self.reference is None:
+            raise ValueError("reference_adapter: give the model that it is on as reference")
         return self
 
 

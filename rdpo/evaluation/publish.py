@@ -1,7 +1,8 @@
 """From the trained policy to a Hugging Face model folder that is reloaded and compared before it counts.
 
 The folder holds the (merged) weights as safetensors, configuration, tokenizer with its chat template,
-a model card, and with LoRA the adapter in `adapter/`.
+a model card, and with LoRA the adapter in `adapter/`, unless it is for a
+model that is not published.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from jinja2 import Environment, PackageLoader
 
 from rdpo.config import Job
 from rdpo.modeling.chat import make_chat
-from rdpo.modeling.saving import copy_companions, save_model
+from rdpo.modeling.model_files import ADAPTER_CONFIG
+from rdpo.modeling.saving import copy_companions, copy_tokenizer, save_model
+from rdpo.modeling.weights import is_on_hub, local_adapter
 from rdpo.records import visible
 
 if TYPE_CHECKING:
@@ -45,7 +48,10 @@ def publish(job: Job, exported: Path | None, merged: Path, target: Path, facts: 
     Raises:
         PublishError: reloading gives other shapes, dtypes or log-probs, or no answer.
     """
-    adapter = exported if exported and (exported / "adapter_config.json").is_file() else None
+    adapter = exported if exported and (exported / ADAPTER_CONFIG).is_file() else None
+    if job.student.adapter and not job.student.continues:
+        # It lies on the model that the student's own adapter was merged into, which nobody else has.
+        adapter = None
     if adapter and not job.publish.merge:
         shutil.copytree(adapter, target, dirs_exist_ok=True)
         _copy_tokenizer(merged, target)
@@ -53,6 +59,11 @@ def publish(job: Job, exported: Path | None, merged: Path, target: Path, facts: 
         _save_sharded(merged, target, job)
         if adapter:
             shutil.copytree(adapter, target / "adapter", dirs_exist_ok=True)
+    if adapter:
+        published = target / "adapter" if job.publish.merge else target
+        _name_base(published, job)
+        if job.student.adapter:
+            copy_tokenizer(local_adapter(job.student.adapter), published)
     copy_companions(merged, target, code=job.student.trust_remote_code)
 
     checks = verify(merged, target, adapter is not None, job.student.trust_remote_code)
@@ -62,6 +73,16 @@ def publish(job: Job, exported: Path | None, merged: Path, target: Path, facts: 
         # safetensors lets nobody else read what it wrote, and an engine may run as another user.
         file.chmod(card.stat().st_mode)
     return checks
+
+
+def _name_base(adapter: Path, job: Job) -> None:
+    """Let an adapter name its model as others find it: on the hub, where the model is there."""
+    if not is_on_hub(job.student.model):
+        return
+    file = adapter / ADAPTER_CONFIG
+    named = {"base_model_name_or_path": job.student.model, "revision": job.student.revision}
+    table = json.loads(file.read_text(encoding="utf-8")) | named
+    file.write_text(json.dumps(table, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _save_sharded(source: Path, target: Path, job: Job) -> None:
@@ -117,7 +138,7 @@ def _load(folder: Path, trust: bool) -> PreTrainedModel:
 
 
 def _load_published(folder: Path, trust: bool) -> PreTrainedModel:
-    if not (folder / "adapter_config.json").is_file():
+    if not (folder / ADAPTER_CONFIG).is_file():
         return _load(folder, trust)
     from peft import AutoPeftModelForCausalLM
 

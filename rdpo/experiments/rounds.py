@@ -11,7 +11,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from rdpo.config import Job
+from rdpo.config import Job, Student
 from rdpo.errors import InputError
 from rdpo.evaluation.compare import KL_ANSWERS
 from rdpo.evaluation.intervals import Estimate, with_interval
@@ -26,7 +26,7 @@ from rdpo.stages.table import stages_of
 from rdpo.tracking.console import Console
 from rdpo.tracking.tables import aligned
 
-MODEL = "model"
+MODEL, ADAPTER = "model", "adapter"
 
 
 def run_rounds(job: Job, run_dir: str, console: Console, check: Check = lambda: None) -> None:
@@ -96,10 +96,20 @@ def job_of_round(job: Job, number: int, starts: Sequence[str]) -> Job:
     """The job of round `number`, from 1; `starts` are the start models of all rounds up to it."""
     changes: dict[str, Any] = {"name": f"{job.name}-{number}", "rounds": job.rounds.model_copy(update={"count": 1})}
     if number > 1:
-        changes["student"] = job.student.model_copy(update={"model": starts[number - 1], "revision": None})
+        changes["student"] = _student_of(job, starts[number - 1])
         if job.rounds.reward_reference == "previous":
-            changes["rewards"] = [kind_of(reward).against(starts[number - 2]) for reward in job.rewards]
+            # Of later rounds the start is a whole model, which the one before published.
+            adapter = job.student.adapter if number == 2 else None
+            changes["rewards"] = [kind_of(reward).against(starts[number - 2], adapter) for reward in job.rewards]
     return job.model_copy(update=changes)
+
+
+def _student_of(job: Job, published: str) -> Student:
+    """The student of a later round: the model that the round before has published, or its adapter on the first one."""
+    if job.student.continues:
+        return job.student.model_copy(update={"adapter": os.path.join(published, ADAPTER)})
+    whole = {"model": published, "revision": None, "adapter": None, "adapter_use": "merge"}
+    return job.student.model_copy(update=whole)
 
 
 class Outcome:

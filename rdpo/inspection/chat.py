@@ -21,8 +21,10 @@ from rdpo.config import Job, Sampling
 from rdpo.errors import InputError, did_you_mean
 from rdpo.execution.reader import RunReader
 from rdpo.modeling.chat import Chat, student_chat
+from rdpo.modeling.model_files import ADAPTER_CONFIG
 from rdpo.modeling.reasoning import Unended
-from rdpo.modeling.weights import ADAPTER_CONFIG, ModelRef
+from rdpo.modeling.student import weights_of_start
+from rdpo.modeling.weights import ModelRef
 from rdpo.records import Messages, clean, draw_seed, shown
 
 if TYPE_CHECKING:
@@ -132,7 +134,7 @@ def chat_with(run_dir: str) -> None:
     job, speakers = run.job_of("model"), load_speakers(run)
     sampling = job.evaluation.sampling
     drawn = f"temperature {sampling.temperature:g}, top_p {sampling.top_p:g}, at most {sampling.max_tokens} tokens"
-    console.print(Text(shown(f"start    {job.student.model}\ntrained  {run_dir}")))
+    console.print(Text(shown(f"start    {job.student.described}\ntrained  {run_dir}")))
     if ignored := [name for name in ("presence_penalty", "frequency_penalty") if name in sampling.used]:
         drawn += f", without {' and '.join(ignored)}, which is the engines' alone"
     console.print(Text(f"{drawn}, on {speakers[0].model.device}; " + ", ".join(map(" to ".join, COMMANDS.items()))))
@@ -223,8 +225,9 @@ def load_speakers(run: RunReader) -> list[Speaker]:
     logging.disable_progress_bar()
     gpu = torch.cuda.is_available()
     device, dtype = take_device(gpu), getattr(torch, compute_dtype(job.evaluation.engine.dtype, gpu))
-    chat, base = student_chat(job), student.folder()
-    models = {"start": _load(base, dtype, job), "trained": _published(Path(folder.local()), base, dtype, job)}
+    chat, base = student_chat(job), weights_of_start(job).folder()
+    models = {"start": _load(student.folder(), dtype, job)}
+    models["trained"] = _published(Path(folder.local()), base, dtype, job)
     return [
         Speaker(name, model.eval().to(device), chat, job.evaluation.sampling, job.prompts.system)
         for name, model in models.items()

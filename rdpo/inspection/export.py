@@ -114,7 +114,7 @@ def _write(tables: Iterator[pa.Table], path: Path) -> int:
 
 
 def _answers(stage: StageFolder, job: Job, made: Path) -> dict[str, int]:
-    generators = {"start": job.student.model, "trained": job.name}
+    generators = {"start": job.student.described, "trained": job.name}
     rows = stage.table(columns=[ID_COLUMN, "prompt", *generators]).sort_by(ID_COLUMN).to_pylist()
     for side, generator in generators.items():
         outputs = [{"instruction": text_of(row["prompt"]), "output": row[side], "generator": generator} for row in rows]

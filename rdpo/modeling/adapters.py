@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rdpo.config import Lora
 from rdpo.errors import InputError
@@ -51,7 +51,7 @@ def with_adapter(model: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
         raise InputError(f"{SETTING}: {' '.join(str(error).split())[:300]}; {_could_be(model)}") from None
 
     _check_found(adapted, lora)
-    _check_shared(adapted)
+    check_shared(adapted)
     return adapted
 
 
@@ -87,41 +87,60 @@ def _could_be(model: PreTrainedModel, but: Collection[str] = (), but_ends: Colle
     return f"linear layers that can be named are {', '.join(names)}" if names else "it has no linear layers to name"
 
 
-def _check_shared(adapted: PeftModel) -> None:
-    """Raise if the weights under an adapter are used elsewhere: there the adapter is not, but its merge would be."""
+def check_shared(adapted: PeftModel, setting: str = SETTING, merged: bool = False) -> None:
+    """Raise if the weights under an adapter are used elsewhere: there the adapter is not, but its merge would be.
+
+    Args:
+        adapted: the model with its adapter.
+        setting: what a message begins with.
+        merged: the adapter is merged at once, and not trained; then it may be on the output layer too.
+    """
     from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
 
     model = adapted.get_base_model()
     head = model.get_output_embeddings()
-    output = getattr(head, "weight", None)
+    output = _weight_under(head)
     holders: dict[int, set[int]] = {}
     for module in model.modules():
         for weight in module._parameters.values():
             holders.setdefault(id(weight), set()).add(id(module))
 
     for name, module in model.named_modules():
-        if not isinstance(module, BaseTunerLayer):
+        if not isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
             continue
-        weight = getattr(module.get_base_layer(), "weight", None)
-        if module is head:
+        weight = _weight_under(module)
+        if module is head and not merged:
             raise InputError(
-                f"{SETTING}: {name} is the output layer, whose weights are read where no adapter is: it would not be "
+                f"{setting}: {name} is the output layer, whose weights are read where no adapter is: it would not be "
                 f"trained; leave it out (`{ALL_LINEAR}` does)"
             )
-        if weight is not None and (weight is output or len(holders[id(weight)]) > 1):
+        if weight is not None and ((weight is output and module is not head) or len(holders[id(weight)]) > 1):
             raise InputError(
-                f"{SETTING}: {name} shares its weights with another layer (tied embeddings): its merge would change "
+                f"{setting}: {name} shares its weights with another layer (tied embeddings): its merge would change "
                 "that layer too, and the published model would not be the trained one; leave it out"
             )
 
 
-def check_reached(adapted: PeftModel, hidden: Tensor, one_of_many: bool = False) -> None:
+def _weight_under(module: Any) -> Tensor | None:
+    """The weights of a layer, or of the one that an adapter lies on."""
+    while True:
+        inner = getattr(module, "base_layer", None) or getattr(module, "original_module", None)
+        if inner is None:
+            break
+        module = inner
+    found: Tensor | None = getattr(module, "weight", None)
+    return found
+
+
+def check_reached(adapted: PeftModel, hidden: Tensor, one_of_many: bool = False, setting: str = SETTING) -> None:
     """Raise if a loss on the hidden states gives no gradient to an adapter.
 
     Args:
         adapted: the model with its adapter.
         hidden: last hidden states that it made of any tokens; on the `meta` device nothing is computed.
         one_of_many: of experts, of which few read the tokens, one with a gradient speaks for the others of its layer.
+        setting: what a message begins with.
 
     Raises:
         InputError: an adapter is not reached, with its name.
@@ -136,7 +155,7 @@ def check_reached(adapted: PeftModel, hidden: Tensor, one_of_many: bool = False)
     if modules:
         more = f" and {len(modules) - SHOWN} more" if len(modules) > SHOWN else ""
         raise InputError(
-            f"{SETTING}: no gradient reaches {', '.join(modules[:SHOWN])}{more}, which would not be trained; "
+            f"{setting}: no gradient reaches {', '.join(modules[:SHOWN])}{more}, which would not be trained; "
             f"name modules that text passes through; {_could_be(adapted.get_base_model(), modules)}"
         )
 

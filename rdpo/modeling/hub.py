@@ -31,11 +31,11 @@ def hub_hashes(name: str, revision: str | None, patterns: tuple[str, ...]) -> Ha
         return found
 
 
-def not_given(name: str, error: Exception) -> InputError:
-    """What a person is told of a model that the hub does not give."""
+def not_given(name: str, error: Exception, what: str = "model") -> InputError:
+    """What a person is told of a model, or of an adapter, that the hub does not give."""
     reason = str(error).strip().split("\n")[0]
     return InputError(
-        f"model {name}: no such folder here, and the hub does not give it ({type(error).__name__}: {reason}); "
+        f"{what} {name}: no such folder here, and the hub does not give it ({type(error).__name__}: {reason}); "
         "check the name, the network, or HF_TOKEN for a gated model"
     )
 

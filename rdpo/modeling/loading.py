@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rdpo.errors import InputError
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 UNUSED = re.compile(r"(^|\.)(rotary_emb\.inv_freq$|position_ids$|attn\.(masked_)?bias$)")
@@ -95,11 +96,11 @@ def check_loaded(where: str, model: PreTrainedModel, info: Mapping[str, Any], ot
 
     found = []
     if missing:
-        found.append(f"{_are(missing)} not in the weights and would be random: {_named(missing)}")
+        found.append(f"{_are(missing)} not in the weights and would be random: {named(missing)}")
     if wrong:
-        found.append(f"{_are(wrong)} stored in another shape: {_named(wrong)}")
+        found.append(f"{_are(wrong)} stored in another shape: {named(wrong)}")
     if unused:
-        found.append(f"{_are(unused)} stored that it has no place for: {_named(unused)}")
+        found.append(f"{_are(unused)} stored that it has no place for: {named(unused)}")
     if found:
         advice = "give a checkpoint that was saved by this architecture, whole"
         raise InputError(f"{where}: of the {total} tensors of {architecture}, {'; '.join(found)}; {advice}")
@@ -109,8 +110,30 @@ def _are(names: Collection[str]) -> str:
     return f"{len(names)} {'is' if len(names) == 1 else 'are'}"
 
 
-def _named(names: list[str]) -> str:
+def named(names: list[str]) -> str:
+    """The first few of some names, and how many more there are."""
     return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+
+
+def load_whole(folder: Path, dtype: torch.dtype | str, trust_remote_code: bool) -> PreTrainedModel:
+    """A causal language model of a folder, in evaluation mode.
+
+    Raises:
+        InputError: the folder's tensors are not those of its architecture.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=dtype,
+        use_safetensors=True,
+        trust_remote_code=trust_remote_code,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+    )
+    check_loaded(f"model {folder}", model, info)
+    loaded: PreTrainedModel = model.eval()
+    return loaded
 
 
 def embedding_rows(model: PreTrainedModel) -> int:

@@ -19,8 +19,10 @@ from rdpo.modeling.layout import Batch, Tokens, packed_batch, padded_batch
 from rdpo.modeling.loading import check_loaded
 from rdpo.modeling.logits import logit_transform
 from rdpo.modeling.logprobs import CompletionHead, sum_by_sequence
+from rdpo.modeling.start_adapter import put_on
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PretrainedConfig, PreTrainedModel
 
 
@@ -44,6 +46,10 @@ class Tuning:
 
     lora: Lora | None = None
     """A fresh adapter, over weights that are frozen; without one, all weights are trained."""
+    adapter: Path | None = None
+    """Folder of an adapter that lies on them already, and is trained further, or read."""
+    dropout: float = 0.0
+    """On the input of that adapter."""
     gradient_checkpointing: bool = False
     seed: int = 0
     """Of the adapter's first weights."""
@@ -55,7 +61,7 @@ class Policy(nn.Module):
     `packed` says in which layout it reads: every prompt once, without padding, or padded rows.
     """
 
-    def __init__(self, model: PreTrainedModel, chunk: int, packed: bool):
+    def __init__(self, model: PreTrainedModel | PeftModel, chunk: int, packed: bool):
         super().__init__()
         self.model = model
         self.padded_attention = self.causal.config._attn_implementation
@@ -163,7 +169,11 @@ def as_policy(model: PreTrainedModel, settings: ForwardSettings, tuning: Tuning 
     if tuning.gradient_checkpointing:
         # The reentrant kind passes no gradient on through inputs that need none, as those of frozen layers.
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    adapted = with_adapter(model, tuning.lora, tuning.seed) if tuning.lora else model
+    adapted: PreTrainedModel | PeftModel = model
+    if tuning.adapter:
+        adapted = put_on(model, tuning.adapter, tuning.dropout)
+    elif tuning.lora:
+        adapted = with_adapter(model, tuning.lora, tuning.seed)
     return Policy(adapted, settings.chunk, packed)
 
 

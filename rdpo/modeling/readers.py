@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from rdpo.modeling.masking import counted_ids, read_ids
 from rdpo.modeling.packing import PairSize, micro_batches
-from rdpo.modeling.weights import ModelRef
+from rdpo.modeling.weights import ModelRef, local_adapter
 
 if TYPE_CHECKING:
     from rdpo.modeling.chat import Chat
@@ -30,6 +30,8 @@ class FrozenModel:
     ref: ModelRef
     forward: ForwardSettings
     where: str
+    beside: bool = False
+    """Its adapter is read beside its weights, as training has it, and not merged into them."""
 
     def load(self) -> Policy:
         """The model with its weights, in evaluation mode; as yet its layout is believed.
@@ -37,9 +39,12 @@ class FrozenModel:
         Raises:
             InputError: the model cannot be had, or not be read in the layout that is asked for.
         """
-        from rdpo.modeling.model import load_policy
+        from rdpo.modeling.model import Tuning, load_policy
 
-        return load_policy(self.ref.folder(), self.forward).eval()
+        if not self.beside or self.ref.adapter is None:
+            return load_policy(self.ref.folder(), self.forward).eval()
+        adapter = Tuning(adapter=local_adapter(self.ref.adapter))
+        return load_policy(self.ref.base.folder(), self.forward, adapter).eval()
 
     def settle(self, policy: Policy) -> ReadAs:
         """Compare the loaded model with its own logits; from then on it is read in a layout that is exact.

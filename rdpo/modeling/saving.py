@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rdpo.errors import InputError
-from rdpo.modeling.weights import CODE, CONFIG, WEIGHTS
+from rdpo.modeling.model_files import CHAT_TEMPLATE, CODE, CONFIG, TOKENIZER_CONFIG, VOCABULARY, WEIGHTS
 
 if TYPE_CHECKING:
     import torch
@@ -89,6 +89,25 @@ def copy_companions(source: Path, target: Path, code: bool) -> None:
         place = target / file.relative_to(source)
         place.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(file, place)
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files of the tokenizer, or of the chat template alone, that lie beside an adapter; mostly none."""
+    names = [CHAT_TEMPLATE]
+    if (folder / TOKENIZER_CONFIG).is_file():
+        names += [TOKENIZER_CONFIG, *VOCABULARY]
+    return [folder / name for name in names if (folder / name).is_file()]
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy the tokenizer, or the chat template alone, that lies beside an adapter: in it the adapter was trained."""
+    files = tokenizer_files(source)
+    if any(file.name == TOKENIZER_CONFIG for file in files):
+        # A vocabulary of another form would stay beside the new one.
+        for name in VOCABULARY:
+            (target / name).unlink(missing_ok=True)
+    for file in files:
+        shutil.copy(file, target / file.name)
 
 
 def check_config_saves(where: str, config: PretrainedConfig) -> None:

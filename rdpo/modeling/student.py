@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING
 
 from rdpo.cluster.hardware import compute_dtype
 from rdpo.errors import InputError
+from rdpo.modeling.adapters import ALL_LINEAR, SETTING, check_reached, check_wraps
 from rdpo.modeling.readers import FrozenModel
-from rdpo.modeling.weights import ModelRef
+from rdpo.modeling.start import checked_start
+from rdpo.modeling.weights import ModelRef, local_adapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,10 +55,13 @@ def student_forward(job: Job, merged: Path | None = None, to_train: bool = False
         InputError: the model cannot be had, cannot be read in the layout that the job asks for, or bitsandbytes is
             missing.
     """
-    from rdpo.modeling.model import load_policy
+    from rdpo.modeling.model import Tuning, load_policy
 
-    folder = merged or ModelRef.student(job).folder()
-    return load_policy(folder, forward_settings(job, merged is None), tuning_of(job) if to_train else None)
+    settings = forward_settings(job, merged is None)
+    if merged:
+        return load_policy(merged, settings, tuning_of(job) if to_train else None)
+    tuning = tuning_of(job) if to_train else Tuning(adapter=_continued(job))
+    return load_policy(weights_of_start(job).folder(), settings, tuning)
 
 
 def frozen_student(job: Job, merged: str | None = None) -> FrozenModel:
@@ -67,7 +72,19 @@ def frozen_student(job: Job, merged: str | None = None) -> FrozenModel:
         merged: address of the trained model's folder, adapter merged; by default the start.
     """
     ref = ModelRef(merged, trust=job.student.trust_remote_code) if merged else ModelRef.student(job)
-    return FrozenModel(ref, forward_settings(job, merged is None), f"student.model {job.student.model}")
+    where = f"student.model {job.student.model}"
+    return FrozenModel(ref, forward_settings(job, merged is None), where, beside=job.student.continues)
+
+
+def weights_of_start(job: Job) -> ModelRef:
+    """The model whose weights training loads: the student, without an adapter that is trained further."""
+    student = ModelRef.student(job)
+    return student.base if job.student.continues else student
+
+
+def _continued(job: Job) -> Path | None:
+    """Folder of the student's adapter that is trained further; None if there is none."""
+    return local_adapter(job.student.adapter) if job.student.adapter and job.student.continues else None
 
 
 def check_student(job: Job, chat: Chat) -> None:
@@ -87,7 +104,12 @@ def check_student(job: Job, chat: Chat) -> None:
             f"{where}: its weights are stored quantised, and cannot be trained as they are; set training.lora, or give "
             "the model in 16 or 32 bits"
         )
-    model = checked_model(where, student, chat)
+    if is_quantised(student) and student.adapter:
+        raise InputError(
+            f"{where}: its weights are stored quantised, and cannot take student.adapter in exactly; give the model in "
+            "16 or 32 bits"
+        )
+    model = checked_start(job, checked_model(where, student, chat))
 
     lengths = {
         "reference.max_length": job.reference.max_length,
@@ -97,7 +119,8 @@ def check_student(job: Job, chat: Chat) -> None:
         check_length(where, model, setting, tokens)
     check_config_saves(where, model.config)
     if job.training.max_steps != 0:
-        _check_adapter(as_policy(model, forward_settings(job), tuning_of(job)), job.training.lora)
+        fresh = None if job.student.continues else job.training.lora
+        _check_adapter(as_policy(model, forward_settings(job), tuning_of(job)), fresh)
 
 
 def check_architecture(job: Job) -> ReadAs | None:
@@ -134,21 +157,24 @@ def checked_model(where: str, model: ModelRef, chat: Chat) -> PreTrainedModel:
     if is_quantised(model):
         outlined = architecture_outline(where, AutoModelForCausalLM, model.config(), model.trust)
     else:
-        outlined, info = outline(where, AutoModelForCausalLM, model.folder(), model.trust)
+        # Not merged for it: an adapter changes neither names nor shapes.
+        outlined, info = outline(where, AutoModelForCausalLM, model.base.folder(), model.trust)
         check_loaded(where, outlined, info)
     check_token_ids(where, outlined, chat.tokenizer, used={*chat.prompt_ids(QUESTION), chat.end_id})
     return outlined
 
 
 def _check_adapter(policy: Policy, lora: Lora | None) -> None:
-    """Raise if the adapter would not be trained: tried on the device that has no numbers, or else on zeros."""
-    from rdpo.modeling.adapters import ALL_LINEAR, SETTING, check_reached, check_wraps
+    """Raise if the adapter would not be trained: tried on the device that has no numbers, or else on zeros.
 
-    if not policy.adapted or lora is None:
+    `lora`: what made a fresh one; None of the student's own.
+    """
+    if not policy.adapted:
         return
+    setting = SETTING if lora else "student.adapter"
     batch = replace(policy.batch([[0, 0]], [[0, 0]], [[0]]), attention_mask=None)
     try:
-        check_reached(policy.model, policy.train().hidden_states(batch.to("meta")))
+        check_reached(policy.model, policy.train().hidden_states(batch.to("meta")), setting=setting)
         return
     except InputError:
         raise
@@ -157,16 +183,17 @@ def _check_adapter(policy: Policy, lora: Lora | None) -> None:
         fill_with_zeros(policy)
 
     try:
-        check_reached(policy.model, policy.hidden_states(batch.to("cpu")), one_of_many=True)
+        check_reached(policy.model, policy.hidden_states(batch.to("cpu")), one_of_many=True, setting=setting)
     except InputError:
         raise
     except Exception as error:
         check_wraps(policy.model, lambda: policy.hidden_states(batch.to("cpu")))
         # Where kernels are for GPUs alone, nothing can be tried here; what reaches all layers is taken on trust.
-        if lora.target_modules != ALL_LINEAR:
+        remedy = f"use {ALL_LINEAR!r}" if lora else 'set student.adapter_use = "merge"'
+        if lora is None or lora.target_modules != ALL_LINEAR:
             said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             raise InputError(
-                f"{SETTING}: whether these would be trained cannot be tried here ({said}); use {ALL_LINEAR!r}"
+                f"{setting}: whether these would be trained cannot be tried here ({said}); {remedy}"
             ) from None
 
 
@@ -205,4 +232,8 @@ def tuning_of(job: Job) -> Tuning:
     """What makes the student ready to be trained."""
     from rdpo.modeling.model import Tuning
 
-    return Tuning(job.training.lora, job.training.gradient_checkpointing, job.seed)
+    lora = job.training.lora
+    if adapter := _continued(job):
+        # Not the dropout that the adapter was trained with before: that belongs to a training, not to an adapter.
+        return Tuning(None, adapter, lora.dropout if lora else 0.0, job.training.gradient_checkpointing, job.seed)
+    return Tuning(lora, gradient_checkpointing=job.training.gradient_checkpointing, seed=job.seed)

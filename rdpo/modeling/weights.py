@@ -11,20 +11,26 @@ import hashlib
 import importlib.util
 import json
 import os
-import shutil
-from collections.abc import Iterable
 from functools import lru_cache
-from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-from filelock import FileLock
+from typing import TYPE_CHECKING, NamedTuple
 
 from rdpo.errors import InputError
-from rdpo.files.digests import file_digest
 from rdpo.files.folder import IN_PROGRESS, MANIFEST
-from rdpo.files.stores import cache_dir, fetched, is_remote
+from rdpo.files.stores import fetched, is_remote
+from rdpo.modeling.converted import dequantised, with_adapter
 from rdpo.modeling.hub import hub_hashes, not_given
+from rdpo.modeling.model_files import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    CODE,
+    CONFIG,
+    WEIGHTS,
+    files_of,
+    fingerprint_of,
+    of_weights,
+)
+from rdpo.modeling.saving import tokenizer_files
 from rdpo.records import Fingerprint, digest
 
 if TYPE_CHECKING:
@@ -32,19 +38,14 @@ if TYPE_CHECKING:
 
     from rdpo.config import Job
 
-CONFIG = "config.json"
-ADAPTER_CONFIG = "adapter_config.json"
-WEIGHTS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
-CODE = "*.py"
-"""Code that ships with a model: fetched, hashed, run and published where the job trusts it, else left where it is."""
-
 
 class ModelRef(NamedTuple):
-    """A model as a job names it, and whether Python code that ships with it may run."""
+    """A model as a job names it, whether Python code that ships with it may run, and a LoRA adapter merged into it."""
 
     name: str
     revision: str | None = None
     trust: bool = False
+    adapter: str | None = None
 
     @classmethod
     def of(cls, job: Job, name: str | None) -> ModelRef:
@@ -56,21 +57,32 @@ class ModelRef(NamedTuple):
         """The job's student."""
         return cls.of(job, None)
 
+    @property
+    def base(self) -> ModelRef:
+        """The same model without its adapter."""
+        return self._replace(adapter=None)
+
     def folder(self, weights: bool = True) -> Path:
-        """Its folder on this machine; downloads or converts it if need be, from the hub without its `weights`.
+        """Its folder on this machine; downloads, converts or merges it if need be, from the hub without its `weights`.
 
         Raises:
-            InputError: there is no such model, or it has no safetensors weights.
+            InputError: there is no such model or adapter, or it has no safetensors weights.
         """
-        return local_model(self.name, self.revision, weights, code=self.trust)
+        base = local_model(self.name, self.revision, weights, code=self.trust)
+        if self.adapter is None:
+            return base
+        return with_adapter(base, local_adapter(self.adapter), weights, self.trust)
 
     def fingerprint(self) -> str:
         """A hash of its weights, configuration and tokenizer."""
-        return fingerprint(self.name, self.revision)
+        of_base = fingerprint(self.name, self.revision)
+        return digest(of_base, adapter_fingerprint(self.adapter)) if self.adapter else of_base
 
     def tokenizer_fingerprint(self) -> str:
         """A hash of its tokenizer and chat template alone, and of the code that may read them."""
         read = tokenizer_fingerprint(self.name, self.revision)
+        if self.adapter and (own := adapter_tokenizer_fingerprint(self.adapter)):
+            read = digest(read, own)
         return digest(read, self.code_fingerprint()) if self.trust else read
 
     def code_fingerprint(self) -> str:
@@ -86,7 +98,7 @@ class ModelRef(NamedTuple):
         Raises:
             InputError: there is no such model, or it cannot be read without running code that ships with it.
         """
-        return model_config(*self)
+        return model_config(self.name, self.revision, self.trust)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Its tokenizer.
@@ -94,7 +106,7 @@ class ModelRef(NamedTuple):
         Raises:
             InputError: there is no such model, or its tokenizer cannot be read without running code that ships with it.
         """
-        return load_tokenizer(*self)
+        return _tokenizer_of(self.name, self.folder(weights=False), self.trust)
 
 
 def local_model(name: str, revision: str | None = None, weights: bool = True, code: bool = False) -> Path:
@@ -126,7 +138,7 @@ def _model_of_name(name: str, revision: str | None, weights: bool, code: bool) -
     path = _place(name)
     if path is None:
         return _downloaded(name, revision, weights, code)
-    return _checked_folder(path, weights) if path.is_dir() else _dequantised(path)
+    return _checked_folder(path, weights) if path.is_dir() else dequantised(path)
 
 
 def check_model_name(name: str) -> None:
@@ -145,9 +157,13 @@ def _place(name: str) -> Path | None:
     path = _package_file(name) if name.startswith("package:") else _path(name)
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path
-    if path.suffix == ".gguf" or name.count("/") != 1 or name.startswith((".", "/", "~")):
+    if path.suffix == ".gguf" or not _is_hub_id(name):
         raise InputError(f"model {name}: no such folder or file")
     return None
+
+
+def _is_hub_id(name: str) -> bool:
+    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
 
 
 def fingerprint(name: str, revision: str | None = None) -> Fingerprint:
@@ -158,25 +174,21 @@ def fingerprint(name: str, revision: str | None = None) -> Fingerprint:
     """
     if is_on_hub(name):
         of_hub = digest(list(hub_hashes(name, revision, WEIGHTS).items()))
-        return Fingerprint(of_hub, former=lambda: _folder_fingerprint(_files(local_model(name, revision))))
-    files = _files(local_model(name, revision))
+        return Fingerprint(of_hub, former=lambda: fingerprint_of(files_of(local_model(name, revision))))
+    files = files_of(local_model(name, revision))
     of_model = [file for file in files if file.name not in (MANIFEST, IN_PROGRESS)]
-    return Fingerprint(_folder_fingerprint(of_model), former=lambda: _folder_fingerprint(files))
+    return Fingerprint(fingerprint_of(of_model), former=lambda: fingerprint_of(files))
 
 
 def tokenizer_fingerprint(name: str, revision: str | None = None) -> str:
     """A hash of what a model's tokenizer and chat template are read from; its weights are not looked at."""
     folder = local_model(name, revision, weights=False)
     others = (CONFIG, "generation_config.json", MANIFEST, IN_PROGRESS)
-    files = [file for file in _files(folder) if file.name not in others and not _of_weights(file.name)]
+    files = [file for file in files_of(folder) if file.name not in others and not of_weights(file.name)]
     # Of the model's configuration only these say which class reads the files.
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     chosen = {field: config.get(field) for field in ("model_type", "tokenizer_class", "auto_map")}
-    return digest(_folder_fingerprint(files), chosen)
-
-
-def _of_weights(name: str) -> bool:
-    return name.endswith((".safetensors", ".index.json"))
+    return digest(fingerprint_of(files), chosen)
 
 
 def _path(name: str) -> Path:
@@ -184,23 +196,51 @@ def _path(name: str) -> Path:
     return Path(os.path.expanduser(name))
 
 
-def adapter_fingerprint(folder: str) -> str:
-    """A hash of an adapter's weights and configuration."""
-    return _folder_fingerprint(_files(local_adapter(folder)))
+def adapter_fingerprint(name: str) -> str:
+    """A hash of an adapter's weights and configuration; one of the hub is not downloaded for it."""
+    if _adapter_is_on_hub(name):
+        return digest(list(hub_hashes(name, None, WEIGHTS).items()))
+    return fingerprint_of(files_of(local_adapter(name)))
+
+
+def adapter_tokenizer_fingerprint(name: str) -> str | None:
+    """A hash of the tokenizer or chat template that lies beside an adapter; None where neither does."""
+    files = tokenizer_files(local_adapter(name))
+    return fingerprint_of(files) if files else None
 
 
 def local_adapter(name: str) -> Path:
-    """Folder of a LoRA adapter.
+    """Folder of a LoRA adapter on this machine: itself, or fetched from an object store or the hub.
 
     Raises:
-        InputError: it has no such configuration, or weights other than safetensors.
+        InputError: there is none, it has no such configuration, or weights other than safetensors.
     """
-    path = fetched(name) if is_remote(name) else _path(name)
+    path = _adapter_place(name)
     if not (path / ADAPTER_CONFIG).is_file():
         raise InputError(f"adapter {name}: the folder has no {ADAPTER_CONFIG}, so it is no LoRA adapter")
-    if not (path / "adapter_model.safetensors").is_file():
-        raise InputError(f"adapter {name}: no adapter_model.safetensors; pickled weights are not loaded, convert them")
+    if not (path / ADAPTER_WEIGHTS).is_file():
+        raise InputError(f"adapter {name}: no {ADAPTER_WEIGHTS}; pickled weights are not loaded, convert them")
     return path.resolve()
+
+
+def _adapter_place(name: str) -> Path:
+    if is_remote(name):
+        return fetched(name)
+    return _downloaded_adapter(name) if _adapter_is_on_hub(name) else _path(name)
+
+
+def _adapter_is_on_hub(name: str) -> bool:
+    return not is_remote(name) and not _path(name).exists() and _is_hub_id(name)
+
+
+@lru_cache(maxsize=16)
+def _downloaded_adapter(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=[*WEIGHTS]))
+    except Exception as error:
+        raise not_given(name, error, "adapter") from None
 
 
 def model_config(name: str, revision: str | None = None, trust_remote_code: bool = False) -> PretrainedConfig:
@@ -232,25 +272,16 @@ def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
     Raises:
         InputError: there is no such model, or its tokenizer cannot be read without running code that ships with it.
     """
+    return _tokenizer_of(name, local_model(name, revision, weights=False, code=trust_remote_code), trust_remote_code)
+
+
+def _tokenizer_of(name: str, folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
-    folder = local_model(name, revision, weights=False, code=trust_remote_code)
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise InputError(f"model {name}: {_unreadable(error, 'tokenizer')}") from None
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(chain.from_iterable(map(folder.glob, WEIGHTS)))
-
-
-def _folder_fingerprint(files: Iterable[Path]) -> str:
-    total = hashlib.blake2b(digest_size=16)
-    for file in files:
-        total.update(file.name.encode())
-        total.update(file_digest(file))
-    return total.hexdigest()
 
 
 def _package_file(name: str) -> Path:
@@ -286,40 +317,3 @@ def _downloaded(name: str, revision: str | None, weights: bool, code: bool) -> P
     except Exception as error:
         raise not_given(name, error) from None
     return _checked_folder(Path(folder), weights)
-
-
-def _dequantised(file: Path) -> Path:
-    stat = file.stat()
-    stamp = f"{file.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
-    folder = cache_dir() / "models" / f"{file.stem}-{hashlib.blake2b(stamp.encode(), digest_size=6).hexdigest()}"
-
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # Several actors of one machine begin at the same time, and each wants the same model.
-    with FileLock(f"{folder}.lock"):
-        if not folder.is_dir():
-            partial = folder.with_name(f"{folder.name}.partial")
-            shutil.rmtree(partial, ignore_errors=True)
-            _convert_gguf(file, partial)
-            partial.rename(folder)
-    return folder
-
-
-def _convert_gguf(file: Path, folder: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-
-    source: dict[str, Any] = {"gguf_file": file.name, "trust_remote_code": False}
-
-    quantised = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **source)
-    config = quantised.config
-    # Else whoever loads the folder would look for weights in few bits.
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    config.dtype = torch.bfloat16
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model.load_state_dict(quantised.state_dict())
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, **source)
-    tokens: dict[str, Any] = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    model.generation_config = GenerationConfig(**tokens)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)

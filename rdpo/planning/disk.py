@@ -46,7 +46,7 @@ def run_dir_parts(job: Job, rehearsal: Rehearsal) -> dict[str, int]:
     # Only the weights of a checkpoint that may leave training are beside it.
     candidates = kept if training.select == "best" else 1
 
-    adapter = training.lora is not None
+    adapter = job.trains_adapter and (job.student.adapter is None or job.student.continues)
     published = (merged if job.publish.merge or not adapter else 0) + (left if adapter else 0)
     return {
         f"checkpoints, {kept} of {one / GIB:,.2f}": kept * one,
@@ -59,8 +59,11 @@ def run_dir_parts(job: Job, rehearsal: Rehearsal) -> dict[str, int]:
 def node_parts(job: Job, rehearsal: Rehearsal, gpus: bool) -> dict[str, int]:
     """Bytes on the disk of each node that trains, where its temporary files and the hub's cache lie."""
     one, nodes = checkpoint_bytes(job, rehearsal), nodes_of(job, gpus)
+    start = {"start model": _whole_model(job, rehearsal)}
+    if job.student.adapter:
+        start["start model, its adapter merged into it"] = start["start model"]
     return {
-        "start model": _whole_model(job, rehearsal),
+        **start,
         "a checkpoint on its way to the run directory": math.ceil(one / nodes),
         "or to go on with another number of workers": CONVERTED * one,
     }
@@ -73,7 +76,7 @@ def nodes_of(job: Job, gpus: bool) -> int:
 
 def _whole_model(job: Job, rehearsal: Rehearsal) -> int:
     """Bytes of the student as its start model is stored."""
-    added = rehearsal.trained if job.training.lora is not None else 0
+    added = rehearsal.trained if job.trains_adapter else 0
     stored = ModelRef.student(job).config().dtype or torch.float32
     return (rehearsal.weights - added) * int(stored.itemsize)
 
@@ -85,7 +88,7 @@ def disk(job: Job, rehearsal: Rehearsal, gpus: bool) -> Iterator[str]:
     cells = [["GiB of disk", ""], *_cells("run directory", run_dir), ["  total", f"{sum(run_dir.values()) / GIB:,.2f}"]]
     cells += _cells(f"each of {nodes} nodes" if nodes > 1 else "the node that trains", node)
     # Of the two last, one at a time.
-    most = sum(node.values()) - min(list(node.values())[1:])
+    most = sum(node.values()) - min(list(node.values())[-2:])
     cells.append(["  at most", f"{most / GIB:,.2f}"])
     yield from aligned(cells, right=[1])
     if job.rounds.count > 1:

@@ -101,7 +101,7 @@ def _headline(job: Job, rehearsal: Rehearsal, gpu: str | None) -> str:
     training, method = job.training, backend_of(job).name_of(job)
     device = gpu or ("GPU" if training.gpus_per_worker else f"{worker_cores(training)}-core CPU")
     return (
-        f"{job.student.model}: {rehearsal.weights / 1e6:,.1f} M weights, {rehearsal.trained / 1e6:,.1f} M trained, "
+        f"{job.student.described}: {rehearsal.weights / 1e6:,.1f} M weights, {rehearsal.trained / 1e6:,.1f} M trained, "
         f"{student_dtype(job)}\n{training.num_workers} x {device}, {method}, "
         f"{'packed' if rehearsal.packed else 'padded'} rows of {training.tokens_per_batch} tokens"
     )

@@ -86,7 +86,7 @@ def write_report(run_dir: str, under_way: bool = False) -> str:
         pairs=_pairs(pairs) if pairs else None,
         training=_training(run),
         evaluation=_evaluation(run) if summaries.get("evaluation", {}).get("prompts") else None,
-        sources=sources(manifests, job.student.model),
+        sources=sources(manifests, job.student.described),
     )
 
 

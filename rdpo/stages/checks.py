@@ -135,6 +135,8 @@ def models_by_kind(job: Job) -> dict[str | None, set[tuple[str, str | None]]]:
         named = (getattr(reward, field, None) for field in ("model", "reference"))
         found += [(place.reward, ModelRef.of(job, name)) for name in named if name]
 
+    # Adapters come from the hub too.
+    found += [(kind, ModelRef(model.adapter)) for kind, model in found if model.adapter]
     models: dict[str | None, set[tuple[str, str | None]]] = {}
     for kind, model in found:
         # A folder of this machine may have a name like those of the hub.

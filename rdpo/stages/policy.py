@@ -27,17 +27,20 @@ def complete_policy(run: Run, folder: StageFolder, meter: Meter) -> Summary:
 
     Where nothing was trained it is the start model.
     """
-    from rdpo.modeling.weights import ModelRef
+    from rdpo.modeling.saving import copy_tokenizer
+    from rdpo.modeling.student import weights_of_start
+    from rdpo.modeling.weights import ModelRef, local_adapter
     from rdpo.training.checkpoint import EXPORT, MERGED, finish_policy
     from rdpo.training.extrapolation import extrapolate
 
     student, alpha = ModelRef.student(run.job), run.job.training.extrapolation
-    base, trained = student.folder(), exported(run, "training")
+    trained = exported(run, "training")
 
     meter.advance(1)
     if trained is None:
-        folder.put(base, MERGED)
+        folder.put(student.folder(), MERGED)
         return {}
+    base = weights_of_start(run.job).folder()
 
     if alpha:
         folder.put(trained, EXPORT)
@@ -45,6 +48,9 @@ def complete_policy(run: Run, folder: StageFolder, meter: Meter) -> Summary:
             extrapolate(moved, base, alpha, student.trust)
     with folder.made(MERGED) as merged:
         compared = finish_policy(exported(run, "policy") or trained, base, merged, student.trust)
+        if student.adapter:
+            # In a tokenizer that lies beside it the student was trained, whatever the base has.
+            copy_tokenizer(local_adapter(student.adapter), merged)
     return {"extrapolation": alpha, **compared}
 
 

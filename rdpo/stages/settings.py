@@ -12,12 +12,13 @@ if TYPE_CHECKING:
 def student_settings(job: Job) -> Settings:
     """The student, the precision that it is computed in, and a fingerprint of its weights."""
     from rdpo.cluster.hardware import compute_dtype
-    from rdpo.modeling.weights import ModelRef
+    from rdpo.modeling.weights import ModelRef, adapter_fingerprint
 
     student, dtype = ModelRef.student(job), compute_dtype(job.student.dtype, job.training.gpus_per_worker > 0)
     # Code that is not run changes nothing.
     code = {"code": student.code_fingerprint()} if student.trust else {}
-    return {**job.student.model_dump(), "dtype": dtype, "weights": student.fingerprint(), **code}
+    worn = {"adapter_weights": adapter_fingerprint(student.adapter)} if student.adapter else {}
+    return {**job.student.model_dump(), "dtype": dtype, "weights": student.base.fingerprint(), **code, **worn}
 
 
 def tokenizer_settings(job: Job) -> Settings:

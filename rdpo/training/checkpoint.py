@@ -28,7 +28,7 @@ from torch import Tensor
 
 from rdpo.errors import InputError
 from rdpo.files.folder import checksum
-from rdpo.modeling.loading import check_loaded, outline
+from rdpo.modeling.loading import check_loaded, load_whole, outline
 from rdpo.modeling.model import Policy
 from rdpo.modeling.probe import own_logps, policy_logps, probe_texts
 from rdpo.modeling.saving import copy_companions, copy_weights, save_model
@@ -297,26 +297,6 @@ def _logps_of(folder: Path, dtype: torch.dtype, stored: torch.dtype, trust: bool
 
 def _check_reloaded(expected: Tensor, reloaded: Tensor, exported: Path) -> float:
     return _check_same(expected, reloaded, exported, "as it is stored", "in memory")
-
-
-def load_whole(folder: Path, dtype: torch.dtype | str, trust_remote_code: bool) -> PreTrainedModel:
-    """A causal language model of a folder, in evaluation mode.
-
-    Raises:
-        InputError: the folder's tensors are not those of its architecture.
-    """
-    from transformers import AutoModelForCausalLM
-
-    model, info = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=dtype,
-        use_safetensors=True,
-        trust_remote_code=trust_remote_code,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,
-    )
-    check_loaded(f"model {folder}", model, info)
-    return model.eval()
 
 
 def _merged(model: PreTrainedModel, exported: Path) -> tuple[PreTrainedModel, float]:

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rdpo.errors import InputError
+from rdpo.modeling.loading import load_whole
 from rdpo.modeling.saving import save_model
-from rdpo.training.checkpoint import load_whole
 
 ADAPTER = "adapter_model.safetensors"
 FIRST_MATRIX = re.compile(r"\.lora_(embedding_)?A(\.|$)")

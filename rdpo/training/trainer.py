@@ -140,7 +140,10 @@ def _torch_trainer(job: Job, run_dir: str, folder: StageFolder, sink: ActorHandl
     training = job.training
 
     # Ray Train's workers have a working directory of their own.
-    student = job.student.model_copy(update={"model": named_anywhere(job.student.model)})
+    named = {"model": named_anywhere(job.student.model)}
+    if job.student.adapter:
+        named["adapter"] = named_anywhere(job.student.adapter)
+    student = job.student.model_copy(update=named)
     job = job.model_copy(update={"student": student})
 
     cores = worker_cores(training) if len(ray.nodes()) == 1 else training.cpus_per_worker or 1

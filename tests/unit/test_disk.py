@@ -50,6 +50,19 @@ def test_of_an_adapter_only_what_is_trained_counts(job_of):
     assert bare["published model"] == 2 * 10**8
 
 
+def test_a_start_with_an_adapter_lies_on_each_node_merged_too(job_of):
+    job = job_of(zero_stage=3)
+    student = job.student.model_copy(update={"adapter": "sft", "adapter_use": "continue"})
+    further = job.model_copy(update={"student": student})
+    adapted = rehearsal(8 * BILLION + 10**8, 10**8)
+    assert run_dir_parts(further, adapted)["published model"] == 4 * 8 * BILLION + 2 * 10**8
+    parts = node_parts(further, adapted, gpus=False)
+    assert parts["start model"] == parts["start model, its adapter merged into it"] == 4 * 8 * BILLION
+    said = list(disk(further, adapted, gpus=False))
+    most = float(said[-1].split()[-1])
+    assert most == pytest.approx((2 * 4 * 8 * BILLION + 3 * 12 * 10**8) / 2**30, abs=0.01)
+
+
 def test_the_run_directory_holds_the_kept_checkpoints_and_the_one_that_is_written(job_of):
     whole = rehearsal(BILLION, BILLION)
     last, best = (job_of(zero_stage=3, keep_checkpoints=3, select=select) for select in ("last", "best"))

@@ -12,7 +12,7 @@ from huggingface_hub import constants
 from rdpo.config import Job
 from rdpo.errors import InputError
 from rdpo.execution.run import Run
-from rdpo.modeling import hub, weights
+from rdpo.modeling import hub, model_files, weights
 from rdpo.modeling.chat import load_chat
 from rdpo.modeling.weights import ModelRef, fingerprint
 from rdpo.tracking.console import Console
@@ -78,7 +78,7 @@ def asked(monkeypatch, tiny_model):
 def test_a_model_is_known_without_a_download_and_as_in_the_cache(node, asked, monkeypatch):
     node("empty", with_weights=False)
     read = []
-    monkeypatch.setattr(weights, "file_digest", lambda path: read.append(path) or b"")
+    monkeypatch.setattr(model_files, "file_digest", lambda path: read.append(path) or b"")
     from_hub = fingerprint(NAME)
     assert asked == [(NAME, None)] and read == []
 

@@ -37,6 +37,8 @@ SOURCE_HASH = "49adb748ce62aa9643a6b3221bb1d606"
 
 # Tables and settings that no job in jobs/ has, as overrides.
 VARIANTS = {
+    "merged adapter": ['student.adapter="an/adapter"'],
+    "continued adapter": ['student.adapter="an/adapter"', 'student.adapter_use="continue"'],
     "all": [
         'synthesis.adapter="an/adapter"',
         'replay.source="hf:ready/pairs"',
@@ -77,6 +79,7 @@ REPLACED = {
     models.fingerprint: stand_in("weights"),
     models.tokenizer_fingerprint: stand_in("tokenizer"),
     models.adapter_fingerprint: stand_in("adapter"),
+    models.adapter_tokenizer_fingerprint: stand_in("tokenizer beside"),
     hardware.compute_dtype: stand_in("precision"),
     sources.content_hash: stand_in("content"),
     function.source_hash: stand_in("source"),

@@ -18,12 +18,23 @@ from rdpo.planning.memory import Memory, heaviest, rehearse, worker_memory
 from rdpo.planning.plan import plan
 from rdpo.training.backend import backend_of
 from rdpo.training.deepspeed import BUCKET, layer_elements
+from tests.support.adapters import adapter_on
 from tests.support.jobs import valid_job
 
 
 def job_of(model, place, **training):
     table = valid_job(model, place)
     return Job.model_validate({**table, "training": {**table["training"], **training}})
+
+
+def test_an_adapter_that_is_trained_further_is_rehearsed(tiny_model, tmp_path):
+    adapter = adapter_on(tiny_model, tmp_path / "sft", ["q_proj", "v_proj"])
+    job = job_of(tiny_model, tmp_path)
+    student = {"adapter": adapter, "adapter_use": "continue"}
+    further = rehearse(job.model_copy(update={"student": job.student.model_copy(update=student)}))
+    lora = {"rank": 4, "target_modules": ["q_proj", "v_proj"]}
+    fresh = rehearse(job_of(tiny_model, tmp_path, lora=lora))
+    assert (further.weights, further.trained, further.activations) == (fresh.weights, fresh.trained, fresh.activations)
 
 
 def test_memory_counts_what_is_held_and_not_what_is_gone():

@@ -9,6 +9,7 @@ from rdpo.errors import InputError
 from rdpo.experiments.rounds import job_of_round, run_rounds
 from rdpo.files.manifest import Manifest
 from rdpo.files.stage_folder import StageFolder
+from rdpo.modeling.weights import ModelRef
 from rdpo.stages.table import STAGES, stages_of
 from rdpo.tracking.console import Console
 
@@ -46,6 +47,29 @@ def test_the_reference_may_stay(dice):
     dice["rounds"]["reward_reference"] = "fixed"
     jobs = [job_of_round(Job.model_validate(dice), number, STARTS) for number in (2, 3)]
     assert [models(job)[1] for job in jobs] == ["sft-model", "sft-model"]
+
+
+def test_a_later_round_begins_with_the_whole_model_where_an_adapter_was_merged(dice):
+    dice["student"]["adapter"] = "sft"
+    jobs = [job_of_round(Job.model_validate(dice), number, STARTS) for number in (1, 2, 3)]
+    assert [job.student.adapter for job in jobs] == ["sft", None, None]
+    assert [job.student.model for job in jobs] == STARTS
+    # The reference of the second round is the start of the first, which has it.
+    assert [job.rewards[0].reference_adapter for job in jobs] == [None, "sft", None]
+    assert [ModelRef.student(job) for job in jobs[1:]] == [ModelRef(start) for start in STARTS[1:]]
+    again = [Job.model_validate(job.model_dump()) for job in jobs]
+    assert again == jobs
+
+
+def test_a_later_round_goes_on_with_the_adapter_that_the_last_one_published(dice):
+    dice["student"] |= {"adapter": "sft", "adapter_use": "continue"}
+    jobs = [job_of_round(Job.model_validate(dice), number, STARTS) for number in (1, 2, 3)]
+    assert {(job.student.model, job.student.revision, job.student.adapter_use) for job in jobs} == {
+        ("dpo-model", "main", "continue")
+    }
+    assert [job.student.adapter for job in jobs] == ["sft", *(f"{start}/adapter" for start in STARTS[1:])]
+    assert [models(job)[1] for job in jobs] == ["sft-model", "dpo-model", "runs/rounds/1/model"]
+    assert [job.rewards[0].reference_adapter for job in jobs] == [None, "sft", None]
 
 
 def test_a_policy_against_itself_is_no_reward(dice):

@@ -13,6 +13,7 @@ from rdpo.execution.reader import RunReader
 from rdpo.files.manifest import Manifest
 from rdpo.files.stage_folder import StageFolder
 from rdpo.inspection.chat import load_speakers
+from tests.support.adapters import adapter_on
 
 
 @pytest.fixture
@@ -70,6 +71,27 @@ def test_a_bare_adapter_is_put_on_the_start_model(run_dir, job, tiny_model):
     with torch.inference_mode():
         assert torch.allclose(trained.model(ids).logits, merged(ids).logits, atol=1e-5)
         assert not torch.allclose(start.model(ids).logits, merged(ids).logits, atol=1e-2)
+
+
+def test_the_start_has_its_adapter_and_a_bare_one_that_was_trained_further_replaces_it(
+    run_dir, job, tiny_model, tmp_path, monkeypatch
+):
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.setenv("RDPO_CACHE", str(tmp_path / "cache"))
+    student = {"adapter": adapter_on(tiny_model, tmp_path / "sft"), "adapter_use": "continue"}
+    job = job.model_copy(update={"student": job.student.model_copy(update=student)})
+    folder = StageFolder(run_dir, "model")
+    folder.clear()
+    adapter_on(tiny_model, folder.path, ["q_proj", "down_proj"], rank=2)
+    folder.commit(Manifest("model", "k", {}, {}))
+    for speaker, adapter in zip(load_speakers(RunReader(run_dir, job)), (tmp_path / "sft", folder.path), strict=True):
+        expected = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), adapter)
+        ids = torch.tensor([[5, 6, 7]])
+        with torch.inference_mode():
+            assert torch.allclose(speaker.model(ids).logits, expected(ids).logits, atol=1e-4)
 
 
 def test_a_full_context_is_said_and_nothing_is_forgotten(run_dir, job):

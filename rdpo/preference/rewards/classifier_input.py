@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from rdpo.config import TEMPLATE_DATE, ClassifierReward
 from rdpo.errors import InputError
 from rdpo.modeling.loading import check_loaded, check_token_ids, outline, positions_of
-from rdpo.modeling.weights import CONFIG, load_tokenizer, local_model, model_config
+from rdpo.modeling.model_files import CONFIG
+from rdpo.modeling.weights import load_tokenizer, local_model, model_config
 from rdpo.records import Messages, text_of
 
 if TYPE_CHECKING:

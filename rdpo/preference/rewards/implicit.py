@@ -49,8 +49,9 @@ class ImplicitKind(RewardKind[ImplicitReward]):
         trained, reference = trained_of(self.reward, job), reference_of(self.reward, job)
         precision = computed_dtype(self.reward.dtype, self.reward.gpus)
         weights = {"weights": trained.fingerprint(), "reference": reference.fingerprint()}
-        rendering = rendering_settings(chat_like_student(job, trained))
-        return {**self.reward.model_dump(), **weights, **precision, **rendering}
+        # Both adapters are part of these weights.
+        own = self.reward.model_dump(exclude={"reference_adapter"})
+        return {**own, **weights, **precision, **rendering_settings(chat_like_student(job, trained))}
 
     def pools(self, job: Job) -> list[Pool]:
         """One pool."""
@@ -60,9 +61,10 @@ class ImplicitKind(RewardKind[ImplicitReward]):
         """Score by the log-ratio of the two models."""
         return self._pool(job).map(rows, Implicit, reward=self.reward, answers=answers, job=job)
 
-    def against(self, start: str) -> ImplicitReward:
+    def against(self, start: str, adapter: str | None = None) -> ImplicitReward:
         """The reward of the policy itself is measured against the model that it was trained from."""
-        return self.reward if self.reward.model else self.reward.model_copy(update={"reference": start})
+        update = {"reference": start, "reference_adapter": adapter}
+        return self.reward if self.reward.model else self.reward.model_copy(update=update)
 
     def _pool(self, job: Job) -> Pool:
         return implicit_pool(self.reward, job)
@@ -124,8 +126,9 @@ def trained_of(reward: ImplicitReward, job: Job) -> ModelRef:
 
 
 def reference_of(reward: ImplicitReward, job: Job) -> ModelRef:
-    """The reference model: the reward's own, or the student."""
-    return ModelRef.of(job, reward.reference)
+    """The reference model: the reward's own, perhaps with an adapter, or the student."""
+    found = ModelRef.of(job, reward.reference)
+    return found._replace(adapter=reward.reference_adapter) if reward.reference_adapter else found
 
 
 def checked_implicit(reward: ImplicitReward, job: Job) -> Chat:

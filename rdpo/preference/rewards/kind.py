@@ -62,6 +62,9 @@ class RewardKind(ABC, Generic[R]):
         """Whether it is tried on two plain pairs where the user gives none: it loads a model of its own."""
         return True
 
-    def against(self, start: str) -> R:
-        """The table for a round that begins where a model trained from `start` ended; by default the same."""
+    def against(self, start: str, adapter: str | None = None) -> R:
+        """The table for a round that begins where a model trained from `start` ended; by default the same.
+
+        `adapter`: the one on `start`, if that has one.
+        """
         return self.reward
