@@ -2,22 +2,53 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from rdpo.config.models import Endpoint, Engine, Sampling
 from rdpo.config.section import UNSAID, Address, Section, Source, TemplateArguments
 from rdpo.records import HELDOUT, TRAIN, split_name
 
+SOURCE_FIELDS = ("subset", "dataset_split", "limit")
+"""What `[prompts]` says of its one source, and each of several says for itself."""
+SHARED_FIELDS = ("column", "system", "templates", "heldout_templates")
+"""What each of several sources may say for itself, and has from `[prompts]` otherwise."""
+
+
+class PromptSource(Section):
+    """One of several sources of prompts, in place of `prompts.source`."""
+
+    source: Source
+    """Where it is, as `prompts.source` says it. No file or split of a data set may be read by two of them."""
+    subset: str | None = None
+    """Configuration name of a Hugging Face dataset."""
+    dataset_split: str = "train"
+    """Which split of a Hugging Face dataset is read."""
+    column: str | None = None
+    """Column with the prompt; by default `prompts.column`."""
+    system: str | None = None
+    """System message put before each prompt that has none; by default `prompts.system`."""
+    templates: list[str] | None = None
+    """What its prompts are put into; by default `prompts.templates`."""
+    heldout_templates: list[str] | None = None
+    """Those of its held-out prompts; by default its own `templates`, else `prompts.heldout_templates`."""
+    limit: int | None = Field(default=None, ge=1)
+    """Use only the first so many rows; by default all."""
+    share: float | None = Field(default=None, gt=0)
+    """How much of the prompts trained on is from here, beside the shares of the other sources: 3 and 1 are three
+    quarters and one. As many prompts are drawn as the shares allow without taking one twice, by their ids, the same for
+    every `seed`; others are dropped and counted. Held-out prompts are thinned in the same measure. All sources have a
+    share, or none has: then all of their prompts are used."""
+
 
 class Prompts(Section):
     """Where the prompts come from and how they are split."""
 
-    source: Source
+    source: Source | None = None
     """A JSONL, Parquet or CSV file or a folder of them, on disk or in an object store (`s3://…`), or `hf:DATASET` for a
     Hugging Face dataset, with `@` and a branch, tag or commit behind it for another than the newest. JSON and CSV files
-    may be compressed (`.jsonl.gz`, `.jsonl.zst`)."""
+    may be compressed (`.jsonl.gz`, `.jsonl.zst`). Required, unless there are `sources`."""
     subset: str | None = None
     """Configuration name of a Hugging Face dataset."""
     dataset_split: str = "train"
@@ -41,6 +72,53 @@ class Prompts(Section):
     space do not count)."""
     max_prompt_tokens: int = Field(default=1024, ge=1)
     """Longer prompts (student's tokenizer, chat template included) are dropped, never cut."""
+    sources: list[PromptSource] = Field(default_factory=list)
+    """Several sources in place of `source`, each a table `[[prompts.sources]]`."""
+
+    @model_serializer(mode="wrap")
+    def _without_sources(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Keys are made of this table: that of one source is the table of earlier versions.
+        found: dict[str, Any] = handler(self)
+        return {name: value for name, value in found.items() if name != "sources" or self.sources}
+
+    @model_validator(mode="after")
+    def _check_sources(self) -> Prompts:
+        if (self.source is None) == (not self.sources):
+            raise ValueError("give either source, or a table [[prompts.sources]] for each of several")
+        if not self.sources:
+            return self
+        for name in SOURCE_FIELDS:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} is that of one source: write it into its table of [[prompts.sources]]")
+        places = [(one.source, one.subset, one.dataset_split) for one in self.sources]
+        if twice := next((place for place in places if places.count(place) > 1), None):
+            raise ValueError(f"sources: {twice[0]} is named twice; remove one of them")
+        without = [number for number, one in enumerate(self.sources) if one.share is None]
+        if without and len(without) < len(self.sources):
+            raise ValueError(f"sources.{without[0]}: has no share, and others have; give all of them one, or none")
+        return self
+
+    @property
+    def name(self) -> str:
+        """What is read, for a person."""
+        return self.source or ", ".join(one.source for one in self.sources)
+
+    @property
+    def has_shares(self) -> bool:
+        """Whether prompts of several sources are drawn by shares."""
+        return any(one.share for one in self.sources)
+
+    def each(self) -> list[Prompts]:
+        """The same for each of the sources alone."""
+        return [self._only(one) for one in self.sources] or [self]
+
+    def _only(self, one: PromptSource) -> Prompts:
+        own = {name: getattr(one, name) for name in ("source", *SOURCE_FIELDS)}
+        own |= {name: getattr(one, name) for name in SHARED_FIELDS if getattr(one, name) is not None}
+        if one.templates is not None and one.heldout_templates is None:
+            # Those of `[prompts]` are for its own templates.
+            own["heldout_templates"] = []
+        return self.model_copy(update={**own, "sources": []})
 
 
 def _trained_on(split: str) -> str:

@@ -18,8 +18,9 @@ from rdpo.files.manifest import Settings
 from rdpo.records import Fingerprint, digest
 
 FORMAT, FORMER_FORMAT = 2, 1
-START, STUDENT = "start", "student"
-"""Names under which settings hold those of the start model's answers, again with an engine, and of the student."""
+START, STUDENT, SOURCES = "start", "student", "sources"
+"""Names under which settings hold those of the start model's answers, again with an engine, of the student, and of
+several sources."""
 ADDRESSES = {
     "weights": ("model", "revision", "teacher"),
     "adapter_weights": ("adapter",),
@@ -123,7 +124,7 @@ def _marked_anywhere(*marks: str) -> frozenset[str]:
 @lru_cache(maxsize=1)
 def _nested() -> frozenset[str]:
     """Names of the fields whose sections have marked fields, and of tables of the settings that are like them."""
-    names = {START, STUDENT}
+    names = {START, STUDENT, SOURCES}
     for section in sections(Job):
         for name, field in section.model_fields.items():
             if any(map(_has_marked, sections_in(field.annotation))):

@@ -184,7 +184,8 @@ def _check_teacher(job: Job) -> None:
     if not job.synthesis.endpoint:
         chat = teacher_chat(job)
         if job.synthesis.task:
-            check_conversations(load_task(job.synthesis.task), chat, job.prompts.system)
+            for system in dict.fromkeys(one.system for one in job.prompts.each()):
+                check_conversations(load_task(job.synthesis.task), chat, system)
         if job.synthesis.adapter:
             local_adapter(job.synthesis.adapter)
     elif job.synthesis.task:

@@ -26,17 +26,13 @@ GIVEN = 2
 
 def settings(job: Job) -> Settings:
     """Settings of the prompts stage, with the content of its source."""
-    from rdpo.synthesis.columns import PROMPTS
     from rdpo.synthesis.prompts import SEED
-    from rdpo.synthesis.sources import content_hash
 
     # Counting them changes no prompt.
     counted = {"near_duplicates"} if job.prompts.near_duplicates == "count" else None
-    with named(PROMPTS):
-        content = content_hash(job.prompts.source)
     return {
         **job.prompts.model_dump(exclude=counted),
-        "content": content,
+        **_contents(job),
         # Pairs that are ready are read in another way than prompts.
         "given": job.synthesis.task is None and GIVEN,
         **({"reasoned": True} if job.synthesis.reasoning != "off" else {}),
@@ -44,6 +40,23 @@ def settings(job: Job) -> Settings:
         # Splits and templates are drawn alike for every seed of a job.
         "seed": SEED,
     }
+
+
+def _contents(job: Job) -> Settings:
+    """What the source holds; or each of several sources, with its settings."""
+    from rdpo.synthesis.columns import PROMPTS
+    from rdpo.synthesis.sources import content_hash
+
+    if job.prompts.source:
+        with named(PROMPTS):
+            return {"content": content_hash(job.prompts.source)}
+
+    tables = []
+    for number, one in enumerate(job.prompts.sources):
+        with named(f"prompts.sources.{number}"):
+            tables.append({**one.model_dump(), "content": content_hash(one.source)})
+    # Shares are of the prompts that are trained on.
+    return {"sources": tables} | ({"split": job.synthesis.split} if job.prompts.has_shares else {})
 
 
 def take_prompts(run: Run, folder: StageFolder, meter: Meter) -> Summary:
@@ -60,14 +73,35 @@ def take_prompts(run: Run, folder: StageFolder, meter: Meter) -> Summary:
     drop_duplicates(folder, distinguishing(run.job))
     drop_heldout_questions(folder)
     near = _near_duplicates(run, folder)
+    found = _of_sources(run, folder)
 
     splits = _splits(folder)
     for split in (run.job.synthesis.split, HELDOUT):
         if split not in splits:
             reason = next((table["dropped"][0] for table in folder.tables("dropped")), None)
             why = f"; {reason}" if reason else ""
-            raise InputError(f"prompts: no usable prompt in the {split} split of {run.job.prompts.source}{why}")
-    return {"rows_in": meter.done, "splits": splits, "near_duplicates": near}
+            raise InputError(f"prompts: no usable prompt in the {split} split of {run.job.prompts.name}{why}")
+    return {"rows_in": meter.done, "splits": splits, "near_duplicates": near, **found}
+
+
+def _of_sources(run: Run, folder: StageFolder) -> Summary:
+    """Of several sources how many rows came of each, drawn by their shares where they have some; says so."""
+    from rdpo.synthesis.mixture import counts, places_of
+    from rdpo.synthesis.prompts import drop_not_drawn
+
+    sources = run.job.prompts.sources
+    if not sources:
+        return {}
+    places = places_of(run.job.prompts)
+    if run.job.prompts.has_shares:
+        drop_not_drawn(folder, run.job, places)
+
+    found = []
+    for number, counted in counts(folder, places).items():
+        name = sources[number].source
+        run.console.say(f"{'':<12}{name}: {', '.join(f'{count} {what}' for what, count in counted.items())}")
+        found.append({"source": name, "rows": counted})
+    return {"sources": found}
 
 
 def _near_duplicates(run: Run, folder: StageFolder) -> int:
@@ -76,7 +110,7 @@ def _near_duplicates(run: Run, folder: StageFolder) -> int:
     from rdpo.synthesis.prompts import drop_near_duplicates
 
     settings = run.job.prompts
-    near = near_heldout(folder, bool(settings.templates or settings.heldout_templates))
+    near = near_heldout(folder, any(one.templates or one.heldout_templates for one in settings.each()))
     if near and settings.near_duplicates == "drop":
         drop_near_duplicates(folder, near)
     elif near:

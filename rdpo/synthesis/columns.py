@@ -24,23 +24,35 @@ class Needed(NamedTuple):
 
 @dataclass(frozen=True)
 class Reading:
-    """How a source is read: the setting that names it, and the columns that it must have."""
+    """How a source is read: the setting that names it, and the columns that it must have.
+
+    `place` is what the rows of a data set of the hub are known by, where that is not its name.
+    """
 
     setting: str
     needed: tuple[Needed, ...]
+    place: str | None = None
 
     @classmethod
-    def of_prompts(cls, job: Job) -> Reading:
-        """The job's own source."""
-        return cls(PROMPTS, needed_columns(job))
+    def of_prompts(cls, job: Job, number: int | None = None, place: str | None = None) -> Reading:
+        """The job's own source; or the one of several that has this number."""
+        if number is None:
+            return cls(PROMPTS, needed_columns(job))
+        setting = f"prompts.sources.{number}"
+        return cls(setting, needed_columns(job, setting, f"{setting}.column"), place)
 
 
-def needed_columns(job: Job) -> tuple[Needed, ...]:
-    """The columns that the source of the prompts must have: the prompt, or of ready pairs both answers too."""
-    column = "prompts.column"
+def needed_columns(job: Job, source: str = PROMPTS, column: str = "prompts.column") -> tuple[Needed, ...]:
+    """The columns that a source of prompts must have: the prompt, or of ready pairs both answers too.
+
+    Args:
+        job: the job; its `prompts` are those of this source alone.
+        source: the setting that names the source.
+        column: the setting that names its column with the prompt.
+    """
     if job.synthesis.task is None:
         why = "a preference data set needs it, a source of prompts synthesis.task"
-        return pair_columns(job.prompts.column, column, PROMPTS, why)
+        return pair_columns(job.prompts.column, column, source, why)
     return (Needed((job.prompts.column,), column),)
 
 

@@ -45,6 +45,7 @@ from rdpo.synthesis.conversation import Unusable, check_columns, derive_pair, re
 from rdpo.synthesis.formats import Raw
 from rdpo.synthesis.given import pair_id
 from rdpo.synthesis.instructions import check_template, render
+from rdpo.synthesis.mixture import NOT_DRAWN, Places, alone, check_together, not_drawn
 from rdpo.synthesis.sources import raw_rows
 
 if TYPE_CHECKING:
@@ -81,20 +82,26 @@ SHOWN_CHARS = 500
 
 
 def read_prompts(job: Job, reading: Reading | None = None) -> ray.data.Dataset:
-    """All rows of the job's source, usable and dropped; a prompt that stands there twice is there twice.
+    """All rows of the job's source or sources, usable and dropped; a prompt that stands there twice is there twice.
 
     Args:
         job: its `prompts` say what is read, and its student's chat template measures it.
         reading: how another source is read that stands in the place of the job's own.
 
     Raises:
-        InputError: the source is missing or empty, or has no such column.
+        InputError: a source is missing or empty, has no such column, or does not go together with another.
     """
+    if reading or not job.prompts.sources:
+        return _read(job, reading or Reading.of_prompts(job))
+    check_together(job)
+    parts = [_read(part, of_part) for part, of_part in alone(job)]
+    return parts[0].union(*parts[1:])
+
+
+def _read(job: Job, reading: Reading) -> ray.data.Dataset:
     # The cut between reading and rendering lets all cores render what one file holds; one that is not strict would be
     # fused with both sides of it.
-    raw = raw_rows(job.prompts, reading or Reading.of_prompts(job)).repartition(
-        target_num_rows_per_block=BLOCK_ROWS, strict=True
-    )
+    raw = raw_rows(job.prompts, reading).repartition(target_num_rows_per_block=BLOCK_ROWS, strict=True)
     return raw.map_batches(_prompt_table, fn_kwargs={"job": job}, batch_format="pyarrow", batch_size=None)
 
 
@@ -185,12 +192,14 @@ def check_templates(settings: Settings) -> None:
     Raises:
         InputError: one is broken, or has no place for the prompt.
     """
-    for name in ("templates", "heldout_templates"):
-        for template in getattr(settings, name):
-            if "prompt" not in check_template(template, f"prompts.{name}"):
-                raise InputError(
-                    f"prompts.{name}: {template[:80]!r} has no place for the prompt; write {{{{ prompt }}}}"
-                )
+    tables = {"prompts": settings, **{f"prompts.sources.{n}": one for n, one in enumerate(settings.sources)}}
+    for where, table in tables.items():
+        for name in ("templates", "heldout_templates"):
+            for template in getattr(table, name) or ():
+                if "prompt" not in check_template(template, f"{where}.{name}"):
+                    raise InputError(
+                        f"{where}.{name}: {template[:80]!r} has no place for the prompt; write {{{{ prompt }}}}"
+                    )
 
 
 def _templates(settings: Settings, split: str) -> list[str]:
@@ -243,7 +252,7 @@ def distinguishing(job: Job) -> tuple[str, ...]:
     These are both answers of ready pairs, and what the templates put around the prompt.
     """
     given = SIDES if job.synthesis.task is None else ()
-    templates = [*job.prompts.templates, *job.prompts.heldout_templates]
+    templates = [one for part in job.prompts.each() for one in (*part.templates, *part.heldout_templates)]
     used = {name for template in templates for name in check_template(template, "prompts.templates")}
     return tuple(sorted({*given, *used} - {"prompt", BARE}))
 
@@ -341,6 +350,12 @@ def drop_heldout_questions(folder: StageFolder) -> None:
 
     if any(pc.any(lost(part)).as_py() for part in folder.tables(columns=[QUESTION, "split"])):
         folder.rewrite(lambda part: with_dropped(part, lost(part).to_pylist(), HELD_OUT), ID_COLUMN)
+
+
+def drop_not_drawn(folder: StageFolder, job: Job, places: Places) -> None:
+    """Drop the rows of an unfinished folder that are more than the shares of the job's sources."""
+    lost = not_drawn(folder, job.prompts, places, job.synthesis.split, SEED)
+    folder.rewrite(lambda part: with_dropped(part, lost(part), NOT_DRAWN), ID_COLUMN)
 
 
 def drop_near_duplicates(folder: StageFolder, near: Collection[str]) -> None:

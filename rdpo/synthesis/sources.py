@@ -16,7 +16,7 @@ from rdpo.errors import InputError, named
 from rdpo.files.folder import IN_PROGRESS, MANIFEST
 from rdpo.files.stores import file_system, open_file
 from rdpo.records import Fingerprint, digest
-from rdpo.synthesis.columns import Reading, check_columns
+from rdpo.synthesis.columns import Reading, check_columns, columns_of
 from rdpo.synthesis.formats import ARRAY, CSV, FORMATS, READ_ROWS, Numbered, form_of, is_usual, read_rows
 from rdpo.synthesis.hub import PREFIX, HubSource
 
@@ -39,11 +39,12 @@ def raw_rows(settings: Settings, reading: Reading) -> ray.data.Dataset:
     """
     import ray.data
 
-    if settings.source.startswith(PREFIX):
-        rows = ray.data.from_huggingface(_numbered(_hub_data(settings, reading), settings.limit))
-        return rows.map_batches(_hub_table, fn_kwargs={"source": settings.source}, batch_format="pyarrow")
+    source = _only_source(settings)
+    if source.startswith(PREFIX):
+        rows = ray.data.from_huggingface(_numbered(_hub_data(source, settings, reading), settings.limit))
+        return rows.map_batches(_hub_table, fn_kwargs={"source": reading.place or source}, batch_format="pyarrow")
 
-    files = _checked_files(settings.source, reading)
+    files = _checked_files(source, reading)
     splits = file_splits(files)
     with named(reading.setting):
         counts = list(_counts(files, settings.limit))
@@ -58,10 +59,28 @@ def check_source(settings: Settings, reading: Reading) -> None:
     Raises:
         InputError: it is not, or has not.
     """
-    if settings.source.startswith(PREFIX):
-        _hub_data(settings, reading)
-    else:
-        _checked_files(settings.source, reading)
+    source_columns(settings, reading)
+
+
+def source_columns(settings: Settings, reading: Reading) -> list[str]:
+    """The columns of a source, as far as they are seen near its beginning.
+
+    Raises:
+        InputError: it is not there, or lacks one that it must have.
+    """
+    source = _only_source(settings)
+    if source.startswith(PREFIX):
+        return list(_hub_data(source, settings, reading).column_names)
+    files = _checked_files(source, reading)
+    with named(reading.setting):
+        return columns_of(first_rows(files[0]))
+
+
+def _only_source(settings: Settings) -> str:
+    """The source of settings that have one."""
+    if settings.source is None:
+        raise ValueError("several sources are read one by one")
+    return settings.source
 
 
 def _checked_files(source: str, reading: Reading) -> list[str]:
@@ -209,10 +228,10 @@ def first_rows(path: str) -> list[dict[str, object]]:
     return first
 
 
-def _hub_data(settings: Settings, reading: Reading) -> datasets.Dataset:
+def _hub_data(source: str, settings: Settings, reading: Reading) -> datasets.Dataset:
     import datasets
 
-    hub = HubSource.of(settings.source)
+    hub = HubSource.of(source)
     with named(reading.setting):
         # What is read is what the stage's key says, also where the data set has moved on since.
         at = {"revision": hub.commit()}
@@ -220,7 +239,7 @@ def _hub_data(settings: Settings, reading: Reading) -> datasets.Dataset:
             loaded = datasets.load_dataset(hub.name, settings.subset, split=settings.dataset_split, **at)
         except Exception as error:
             raise InputError(f"{PREFIX}{hub.name} cannot be loaded: {error}") from None
-    check_columns(settings.source, [dict.fromkeys(loaded.column_names)], reading.needed)
+    check_columns(source, [dict.fromkeys(loaded.column_names)], reading.needed)
     return loaded
 
 

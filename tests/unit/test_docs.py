@@ -24,7 +24,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 def test_the_jobs_in_the_readme_are_whole():
     blocks = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
     names = [Job.model_validate(tomllib.loads(block)).name for block in blocks]
-    assert names == ["mine", "hosted", "from-sft", "preferences", "self"]
+    assert names == ["mine", "hosted", "from-sft", "preferences", "mixed", "self"]
 
 
 def test_every_job_is_in_the_table_of_jobs():

@@ -179,6 +179,25 @@ def test_a_stage_that_the_job_no_longer_has_is_left_out(tmp_path):
     assert "retention" not in Page(page_of(run_dir)).ids
 
 
+def test_an_adapter_of_the_student_and_several_sources_are_told(tmp_path):
+    run_dir = write_run(tmp_path)
+    config, manifest = tmp_path / "run" / JOB_FILE, tmp_path / "run" / "prompts" / "manifest.json"
+    table = tomllib.loads(config.read_text())
+    table["prompts"] = {"sources": [{"source": "a.jsonl"}, {"source": "<b>.jsonl"}]}
+    table["student"] = {"model": "student", "adapter": "sft", "adapter_use": "continue"}
+    write_job(config, table)
+    made = json.loads(manifest.read_text())
+    made["summary"]["sources"] = [
+        {"source": "a.jsonl", "rows": {"heldout": 7, "train": 1200}},
+        {"source": "<b>.jsonl", "rows": {"dropped": 3}},
+    ]
+    manifest.write_text(json.dumps(made))
+    page = page_of(run_dir)
+    assert "student with sft, that adapter trained further" in page
+    assert "prompts from a.jsonl, &lt;b&gt;.jsonl:" in page
+    assert "Of a.jsonl: 7 heldout, 1,200 train. Of &lt;b&gt;.jsonl: 3 dropped." in page
+
+
 def test_the_loss_of_held_out_pairs_is_drawn_over_the_steps_that_measured_it(tmp_path):
     run_dir = write_run(tmp_path, until="pairs")
     assert "loss of the held-out pairs" not in page_of(run_dir)

@@ -37,7 +37,8 @@ class ClassifierKind(RewardKind[ClassifierReward]):
         Raises:
             InputError: it cannot be used as a reward.
         """
-        checked_classifier(self.reward, job.prompts.system, job.date)
+        for system in dict.fromkeys(one.system for one in job.prompts.each()):
+            checked_classifier(self.reward, system, job.date)
 
     def settings(self, job: Job) -> Settings:
         """Its fields, and the model's weights."""
