@@ -66,7 +66,8 @@ class Publish(Section):
     """The Hugging Face folder that leaves the run."""
 
     merge: bool = True
-    """Merge a LoRA adapter into the weights; the adapter is kept in `model/adapter` in any case."""
+    """Merge a LoRA adapter into the weights; the adapter is kept in `model/adapter` in any case, but for a new one on a
+    student that `student.adapter` was merged into: others do not have that model."""
     max_shard_gb: float = Field(default=4.0, gt=0)
     """Largest size of one safetensors file, in GB."""
     license: str | None = None

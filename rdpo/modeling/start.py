@@ -36,14 +36,35 @@ def checked_start(job: Job, model: PreTrainedModel) -> PreTrainedModel:
         return model
 
     where, folder = f"student.adapter {student.adapter}", local_adapter(student.adapter)
-    config = read_config(where, folder, further)
-    _check_base(where, config, student)
-    adapted = check_fits(where, folder, config, model, further)
-    own = set(adapted.base_model.targeted_module_names)
-    plain: PreTrainedModel = adapted.unload()
     if further and job.training.lora:
-        _check_agrees(where, config, own, plain, job.training.lora)
+        _check_agrees(where, read_config(where, folder, further), job.training.lora)
+    plain, modules = check_adapter(where, student, model, further)
+    if further and job.training.lora:
+        _check_modules(where, modules, plain, job.training.lora)
     return plain
+
+
+def check_adapter(
+    where: str, of: ModelRef, model: PreTrainedModel, further: bool = False
+) -> tuple[PreTrainedModel, set[str]]:
+    """Compare the adapter of a model with the model; that as it was, and the names of the modules that are adapted.
+
+    Args:
+        where: what a message begins with: the setting, and the adapter's name.
+        of: the model with its adapter, by name.
+        model: the same, its tensors on any device, `meta` included.
+        further: the adapter is to be trained further, and not merged.
+
+    Raises:
+        InputError: the adapter is of another model, or is none that can be used so.
+    """
+    folder = local_adapter(of.adapter or "")
+    config = read_config(where, folder, further)
+    _check_base(where, config, of)
+    adapted = check_fits(where, folder, config, model, further)
+    modules = set(adapted.base_model.targeted_module_names)
+    plain: PreTrainedModel = adapted.unload()
+    return plain, modules
 
 
 def _check_base(where: str, config: LoraConfig, student: ModelRef) -> None:
@@ -51,8 +72,8 @@ def _check_base(where: str, config: LoraConfig, student: ModelRef) -> None:
     stated, revision = config.base_model_name_or_path, config.revision
     if stated and not _is_same(stated, student):
         raise InputError(
-            f"{where}: was trained on {stated}, and student.model is {student.name}; name that model, or, where both "
-            f"are the same, write {student.name} as base_model_name_or_path into the adapter's {ADAPTER_CONFIG}"
+            f"{where}: was trained on {stated}, and is to lie on {student.name}; name that model, or, where both are "
+            f"the same, write {student.name} as base_model_name_or_path into the adapter's {ADAPTER_CONFIG}"
         )
     if revision and student.revision and revision != student.revision:
         raise InputError(
@@ -84,8 +105,8 @@ def _weights_in(folder: Path) -> str:
     return fingerprint_of(file for file in files_of(folder) if of_weights(file.name))
 
 
-def _check_agrees(where: str, config: LoraConfig, own: set[str], model: PreTrainedModel, lora: Lora) -> None:
-    """Raise if `training.lora` says something else than the adapter that is trained further."""
+def _check_agrees(where: str, config: LoraConfig, lora: Lora) -> None:
+    """Raise if `training.lora` has other numbers than the adapter that is trained further."""
     found = {"rank": config.r, "alpha": config.lora_alpha}
     for name, value in found.items():
         if getattr(lora, name) != value:
@@ -96,6 +117,9 @@ def _check_agrees(where: str, config: LoraConfig, own: set[str], model: PreTrain
     if others := [name for name in ("rank_pattern", "alpha_pattern", "use_rslora") if getattr(config, name)]:
         raise InputError(f"training.lora: {where} has a {others[0]}, which no setting says; leave [training.lora] out")
 
+
+def _check_modules(where: str, own: set[str], model: PreTrainedModel, lora: Lora) -> None:
+    """Raise if `training.lora` names other modules than those of the adapter that is trained further."""
     asked: PeftModel = with_adapter(model, lora, seed=0)
     wanted = set(asked.base_model.targeted_module_names)
     asked.unload()

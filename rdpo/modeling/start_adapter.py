@@ -8,6 +8,7 @@ model's own weights (`put_on`) the adapter is trained further, and read as the r
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,6 +61,9 @@ def read_config(where: str, folder: Path, further: bool = False) -> LoraConfig:
         raise InputError(f"{where}: its {ADAPTER_CONFIG} cannot be read: {error}") from None
     if kind != "LORA":
         raise InputError(f"{where}: is an adapter of kind {kind}, and no LoRA; merge it into its model by peft first")
+    for name in ("base_model_name_or_path", "revision"):
+        if not isinstance(table.get(name), str | None):
+            raise InputError(f"{where}: its {ADAPTER_CONFIG} cannot be read: {name} is no text")
     if table.get("task_type") not in (None, "CAUSAL_LM"):
         raise InputError(f"{where}: was trained for {table['task_type']}, and not as a causal language model")
     _check_settings(where, table, further)
@@ -134,7 +138,7 @@ def _wrapped(where: str, model: PreTrainedModel, config: LoraConfig) -> PeftMode
     try:
         # In the model's own precision, as `rdpo.modeling.adapters` has it.
         return get_peft_model(model, config, autocast_adapter_dtype=False)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, re.error) as error:
         said = " ".join(str(error).split())[:300]
         raise InputError(f"{where}: does not fit {type(model).__name__}, so it is of another model: {said}") from None
 
@@ -210,7 +214,7 @@ def merge(base: Path, folder: Path, target: Path, trust_remote_code: bool = Fals
     from peft.tuners.tuners_utils import BaseTunerLayer
     from safetensors.torch import load_file
 
-    where = f"student.adapter {folder}"
+    where = f"adapter {folder}"
     model = load_whole(base, "auto", trust_remote_code)
     adapted = check_fits(where, folder, read_config(where, folder), model, further=False)
     for name, weight in adapted.named_parameters():

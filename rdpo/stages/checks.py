@@ -130,7 +130,8 @@ def models_by_kind(job: Job) -> dict[str | None, set[tuple[str, str | None]]]:
     place, student = job.cluster.placement, ModelRef.student(job)
     found = [(place.trainer, student), (place.teacher, student)]
     if job.synthesis.task and not job.synthesis.endpoint:
-        found.append((place.teacher, ModelRef.of(job, job.synthesis.teacher)))
+        teacher = ModelRef.of(job, job.synthesis.teacher)
+        found.append((place.teacher, teacher._replace(adapter=job.synthesis.adapter or teacher.adapter)))
     for reward in job.rewards:
         named = (getattr(reward, field, None) for field in ("model", "reference"))
         found += [(place.reward, ModelRef.of(job, name)) for name in named if name]

@@ -72,7 +72,11 @@ def take_prompts(run: Run, folder: StageFolder, meter: Meter) -> Summary:
     write_rows(read_prompts(run.job), folder, ID_COLUMN, lambda block: meter.advance(block.rows + block.dropped))
     drop_duplicates(folder, distinguishing(run.job))
     drop_heldout_questions(folder)
-    near = _near_duplicates(run, folder)
+    # Who is dropped is dropped before others are drawn; only what is left is counted.
+    drops = run.job.prompts.near_duplicates == "drop"
+    near = _near_duplicates(run, folder) if drops else 0
+    _draw(run, folder)
+    near = near if drops else _near_duplicates(run, folder)
     found = _of_sources(run, folder)
 
     splits = _splits(folder)
@@ -84,20 +88,25 @@ def take_prompts(run: Run, folder: StageFolder, meter: Meter) -> Summary:
     return {"rows_in": meter.done, "splits": splits, "near_duplicates": near, **found}
 
 
-def _of_sources(run: Run, folder: StageFolder) -> Summary:
-    """Of several sources how many rows came of each, drawn by their shares where they have some; says so."""
-    from rdpo.synthesis.mixture import counts, places_of
+def _draw(run: Run, folder: StageFolder) -> None:
+    """Drop what is more than the shares of several sources."""
+    from rdpo.synthesis.mixture import places_of
     from rdpo.synthesis.prompts import drop_not_drawn
+
+    if run.job.prompts.has_shares:
+        drop_not_drawn(folder, run.job, places_of(run.job.prompts))
+
+
+def _of_sources(run: Run, folder: StageFolder) -> Summary:
+    """Of several sources how many rows came of each; says so."""
+    from rdpo.synthesis.mixture import counts, places_of
 
     sources = run.job.prompts.sources
     if not sources:
         return {}
-    places = places_of(run.job.prompts)
-    if run.job.prompts.has_shares:
-        drop_not_drawn(folder, run.job, places)
 
     found = []
-    for number, counted in counts(folder, places).items():
+    for number, counted in counts(folder, places_of(run.job.prompts)).items():
         name = sources[number].source
         run.console.say(f"{'':<12}{name}: {', '.join(f'{count} {what}' for what, count in counted.items())}")
         found.append({"source": name, "rows": counted})

@@ -18,6 +18,7 @@ from rdpo.evaluation.generate import START, TRAINED, Divergence
 from rdpo.files.stage_folder import StageFolder
 from rdpo.preference.reference import FORWARD, Reference, add_reference, reference_pool
 from rdpo.preference.rewards.implicit import Implicit
+from tests.support.adapters import adapter_on
 from tests.support.architectures import SMALL, small_model
 from tests.support.jobs import valid_job
 from tests.support.models import save_model, tiny_config
@@ -78,6 +79,18 @@ def test_two_processes_read_what_one_reads(models, whole, tmp_path):
     assert [name for name, _ in logps(found)] == [name for name, _ in logps(whole)]
     assert values(found) == pytest.approx(values(whole), abs=1e-4)
     assert StageFolder(str(tmp_path), "reference").read_json(FORWARD)["layout"] == "packed"
+
+
+def test_two_processes_read_an_adapter_beside_the_weights(models, whole, tmp_path):
+    adapter = adapter_on(models[0], tmp_path / "sft")
+    student = {"model": models[0], "dtype": "float32", "adapter": adapter, "adapter_use": "continue"}
+    alone, divided = (job_of(models[0], tmp_path, shards, student=student) for shards in (1, 2))
+    expected = Reference(alone)(pa.Table.from_pylist([pair(number) for number in range(8)])).to_pylist()
+    rows = add_reference(ray.data.from_items([pair(number) for number in range(8)]), divided).take_all()
+    assert values(rows) == pytest.approx(values(expected), abs=1e-4)
+    # By far not what the model says without it.
+    without = dict(logps(whole))
+    assert all(abs(both[0] - without[name][0]) > 1e-2 for name, both in logps(expected))
 
 
 class DiesOnce(Reference):

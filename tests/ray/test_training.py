@@ -12,10 +12,12 @@ from safetensors.torch import load_file
 
 from rdpo.config import Job
 from rdpo.files.stage_folder import StageFolder
+from rdpo.modeling.student import weights_of_start
 from rdpo.training.checkpoint import finish_policy
 from rdpo.training.heldout import LOSS, best_step
 from rdpo.training.loop import NonFiniteStep
 from rdpo.training.trainer import heldout_margins
+from tests.support.adapters import adapter_on
 from tests.support.jobs import valid_job
 from tests.support.reference_stage import losses, pair, referenced
 
@@ -143,6 +145,29 @@ def test_adapter_trains_and_merges(run_dir, table):
     assert before.keys() == after.keys()
     assert len([name for name in before if not torch.equal(before[name], after[name])]) == 14
     assert (merged / "tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize("use", ["continue", pytest.param("merge", marks=pytest.mark.long)])
+def test_a_student_with_an_adapter_begins_as_its_reference(use, ray_cluster, table, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RDPO_CACHE", str(tmp_path / "cache"))
+    base, draw = Path(table["student"]["model"]), random.Random(0)
+    adapter_on(base, "sft")
+    started = {**table, "student": {**table["student"], "adapter": "sft", "adapter_use": use}}
+    run_dir = referenced(tmp_path / "run", started, [pair(draw, index) for index in range(24)])
+
+    options = {"learning_rate": 1e-2, "offset_coef": 0.0}
+    lora = {"lora": {"rank": 2}} if use == "merge" else {}
+    history, folder = train(run_dir, started, use, num_workers=2, zero_stage=3, **options, **lora)
+    assert history[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert sum(step["rewards/margins"] for step in history[6:]) > 0.1
+
+    left = Path(folder.local("policy"))
+    trained, before = (load_file(place / "adapter_model.safetensors") for place in (left, tmp_path / "sft"))
+    assert (trained.keys() == before.keys()) == (use == "continue")
+    start = weights_of_start(Job.model_validate(started)).folder()
+    assert (start == base.resolve()) == (use == "continue")
+    assert finish_policy(left, start, tmp_path / "merged")["merge_difference"] < 1e-4
 
 
 def test_full_weights_are_exported_whole_from_zero3(table, undisturbed):

@@ -25,8 +25,9 @@ from rdpo.preference.rewards import reward_pools
 from rdpo.preference.rewards.classifier import Classifier
 from rdpo.preference.rewards.classifier_input import checked_classifier
 from rdpo.preference.rewards.function import load_function, score_by_function
-from rdpo.preference.rewards.implicit import Implicit, checked_implicit
+from rdpo.preference.rewards.implicit import Implicit, ImplicitKind, checked_implicit, reference_of
 from rdpo.preference.scores import combine_table
+from tests.support.adapters import adapter_on
 from tests.support.models import CHATML, byte_tokenizer, save_model, tiny_config
 
 PROMPT = [{"role": "user", "content": "why?"}]
@@ -287,6 +288,31 @@ def test_implicit_reward_of_a_model_against_itself_is_zero(wordy_models, job_tab
     actor = Implicit(implicit([wordy_models[0]] * 2), ["answer"], Job.model_validate(job_table))
     rows = [{"prompt": PROMPT, "answer": text, "answer_finish_reason": "stop"} for text in ANSWERS]
     assert actor.score(rows, "answer") == [0.0] * 4
+
+
+def test_the_reference_of_an_implicit_reward_may_have_an_adapter(wordy_models, job_table, tmp_path, monkeypatch):
+    monkeypatch.setenv("RDPO_CACHE", str(tmp_path / "cache"))
+    job, adapter = Job.model_validate(job_table), adapter_on(wordy_models[1], tmp_path / "sft")
+    rows = [{"prompt": PROMPT, "answer": text, "answer_finish_reason": "stop"} for text in ANSWERS[:2]]
+    worn = implicit(wordy_models, reference_adapter=adapter)
+    merged = implicit([wordy_models[0], str(reference_of(worn, job).folder())])
+    plain, with_adapter, with_merged = (
+        Implicit(reward, ["answer"], job).score(rows, "answer") for reward in (implicit(wordy_models), worn, merged)
+    )
+    assert with_adapter == with_merged != plain
+    before = implicit_settings(worn, job)
+    adapter_on(wordy_models[1], tmp_path / "sft", rank=2)
+    assert implicit_settings(worn, job) != before
+
+    other = adapter_on(wordy_models[0], tmp_path / "other")
+    with pytest.raises(InputError, match=rf"rewards\.own: {other}: was trained on {wordy_models[0]}"):
+        checked_implicit(implicit(wordy_models, reference_adapter=other), job)
+    with pytest.raises(ValueError, match="reference_adapter: give the model that it is on as reference"):
+        ImplicitReward(kind="implicit", name="own", model="a", reference_adapter="sft")
+
+
+def implicit_settings(reward, job):
+    return ImplicitKind(reward).settings(job)
 
 
 def test_models_with_different_tokenizers_are_refused(wordy_models, job_table, tmp_path):

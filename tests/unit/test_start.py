@@ -65,7 +65,7 @@ def test_a_continued_adapter_and_another_lora_clash(lora, message, adapter, tiny
 @pytest.mark.parametrize("stated", ["someone/other-model", "/elsewhere/llama", "runs/a/model", "../base"])
 def test_an_adapter_of_another_model_is_refused_by_its_name(use, stated, adapter, tiny_model, tmp_path):
     edited(adapter, base_model_name_or_path=stated)
-    with pytest.raises(InputError, match=f"student.adapter {adapter}: was trained on {stated}, .* {tiny_model}"):
+    with pytest.raises(InputError, match=f"student.adapter {adapter}: was trained on {stated}, .* lie on {tiny_model}"):
         checked(with_adapter(tiny_model, tmp_path, adapter, use))
 
 
@@ -175,6 +175,22 @@ def test_pickled_weights_are_not_loaded(adapter, tiny_model, tmp_path):
         checked(with_adapter(tiny_model, tmp_path, adapter))
     with pytest.raises(InputError, match="pickled weights are not loaded"):
         adapter_fingerprint(adapter)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"base_model_name_or_path": 5},
+        {"r": "four"},
+        {"r": 0},
+        {"rank_pattern": [1]},
+        {"target_modules": "*["},
+        {"lora_alpha": None},
+    ],
+)
+def test_settings_that_are_no_settings_are_refused(changes, adapter, tiny_model, tmp_path):
+    with pytest.raises(InputError, match=rf"student\.adapter {adapter}"):
+        checked(with_adapter(tiny_model, tmp_path, edited(adapter, **changes)))
 
 
 @pytest.mark.parametrize("damage", ["config", "weights"])

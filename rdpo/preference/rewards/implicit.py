@@ -18,6 +18,7 @@ from rdpo.errors import InputError
 from rdpo.files.manifest import Settings
 from rdpo.modeling.chat import Chat, chat_like_student, rendering_settings
 from rdpo.modeling.readers import FrozenModel, answer_logps
+from rdpo.modeling.start import check_adapter
 from rdpo.modeling.student import checked_model
 from rdpo.modeling.weights import ModelRef
 from rdpo.preference.rewards.kind import RewardKind
@@ -144,5 +145,8 @@ def checked_implicit(reward: ImplicitReward, job: Job) -> Chat:
     if chat.prompt_ids(probe) != other.prompt_ids(probe):
         raise InputError(f"rewards.{reward.name}: {trained.name} and {reference.name} have different tokenizers")
     for model in {trained, reference}:
-        checked_model(f"rewards.{reward.name}: {model.name}", model, chat)
+        outlined = checked_model(f"rewards.{reward.name}: {model.name}", model, chat)
+        # The student's own is looked at with the student.
+        if model == reference and reward.reference_adapter:
+            check_adapter(f"rewards.{reward.name}: {reward.reference_adapter}", model, outlined)
     return chat
