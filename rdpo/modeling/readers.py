@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from rdpo.modeling.masking import counted_ids, read_ids
@@ -33,6 +34,14 @@ class FrozenModel:
     beside: bool = False
     """Its adapter is read beside its weights, as training has it, and not merged into them."""
 
+    def folder(self) -> Path:
+        """Where its weights are on this machine; downloads, converts or merges them if need be.
+
+        Raises:
+            InputError: the model cannot be had.
+        """
+        return self.ref.base.folder() if self.beside else self.ref.folder()
+
     def load(self) -> Policy:
         """The model with its weights, in evaluation mode; as yet its layout is believed.
 
@@ -41,10 +50,8 @@ class FrozenModel:
         """
         from rdpo.modeling.model import Tuning, load_policy
 
-        if not self.beside or self.ref.adapter is None:
-            return load_policy(self.ref.folder(), self.forward).eval()
-        adapter = Tuning(adapter=local_adapter(self.ref.adapter))
-        return load_policy(self.ref.base.folder(), self.forward, adapter).eval()
+        adapter = local_adapter(self.ref.adapter) if self.beside and self.ref.adapter else None
+        return load_policy(self.folder(), self.forward, Tuning(adapter=adapter)).eval()
 
     def settle(self, policy: Policy) -> ReadAs:
         """Compare the loaded model with its own logits; from then on it is read in a layout that is exact.

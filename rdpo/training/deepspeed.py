@@ -17,7 +17,7 @@ import torch
 
 from rdpo.config import Job, Training, smallest
 from rdpo.modeling.model import Policy
-from rdpo.modeling.student import student_dtype, student_forward
+from rdpo.modeling.student import student_dtype, student_forward, weights_of_start
 
 if TYPE_CHECKING:
     from rdpo.modeling.layout import Batch
@@ -51,6 +51,8 @@ class DeepSpeedBackend:
         import deepspeed
 
         _begin(device)
+        # Merged or converted while others load partitioned, a model would be partitioned too, and wait for them.
+        weights_of_start(job).folder()
         config, partitioned = zero_config(job.training, student_dtype(job), converted), job.training.zero_stage == 3
         with _partitioned_load(config) if partitioned else nullcontext():
             policy = student_forward(job, to_train=True)

@@ -122,6 +122,8 @@ class Shard:
 
         from rdpo.modeling.loading import learned_positions
 
+        # Before it is loaded partitioned: merged or converted meanwhile, it would wait for the other processes.
+        model.folder()
         engine = self.backend.read_only(model.load, model.forward.dtype, torch.device(self.device))
         self.engines[number] = engine
         policy = engine.policy

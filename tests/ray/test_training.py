@@ -4,6 +4,7 @@ import json
 import math
 import random
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 import torch
@@ -153,6 +154,8 @@ def test_a_student_with_an_adapter_begins_as_its_reference(use, ray_cluster, tab
     monkeypatch.setenv("RDPO_CACHE", str(tmp_path / "cache"))
     base, draw = Path(table["student"]["model"]), random.Random(0)
     adapter_on(base, "sft")
+    # Another one each time: no worker finds it merged.
+    Path("sft", "salt.json").write_text(json.dumps(str(uuid4())), encoding="utf-8")
     started = {**table, "student": {**table["student"], "adapter": "sft", "adapter_use": use}}
     run_dir = referenced(tmp_path / "run", started, [pair(draw, index) for index in range(24)])
 
