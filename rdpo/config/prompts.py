@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from rdpo.config.models import Endpoint, Engine, Sampling
 from rdpo.config.section import UNSAID, Address, Section, Source, TemplateArguments
@@ -72,14 +72,8 @@ class Prompts(Section):
     space do not count)."""
     max_prompt_tokens: int = Field(default=1024, ge=1)
     """Longer prompts (student's tokenizer, chat template included) are dropped, never cut."""
-    sources: list[PromptSource] = Field(default_factory=list)
+    sources: Annotated[list[PromptSource], UNSAID] = Field(default_factory=list)
     """Several sources in place of `source`, each a table `[[prompts.sources]]`."""
-
-    @model_serializer(mode="wrap")
-    def _without_sources(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # Keys are made of this table: that of one source is the table of earlier versions.
-        found: dict[str, Any] = handler(self)
-        return {name: value for name, value in found.items() if name != "sources" or self.sources}
 
     @model_validator(mode="after")
     def _check_sources(self) -> Prompts:
