@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rdpo.execution.run import Run
     from rdpo.files.manifest import Settings, Summary
     from rdpo.files.stage_folder import StageFolder
+    from rdpo.synthesis.columns import Reading
     from rdpo.tracking.console import Meter
 
 GIVEN = 2
@@ -56,7 +57,8 @@ def take_prompts(run: Run, folder: StageFolder, meter: Meter) -> Summary:
     from rdpo.synthesis.prompts import distinguishing, drop_duplicates, drop_heldout_questions, read_prompts
 
     folder.clear_parts()
-    write_rows(read_prompts(run.job), folder, ID_COLUMN, lambda block: meter.advance(block.rows + block.dropped))
+    rows = read_prompts(run.job, reading_of(run.job))
+    write_rows(rows, folder, ID_COLUMN, lambda block: meter.advance(block.rows + block.dropped))
     drop_duplicates(folder, distinguishing(run.job))
     drop_heldout_questions(folder)
     near = _near_duplicates(run, folder)
@@ -68,6 +70,14 @@ def take_prompts(run: Run, folder: StageFolder, meter: Meter) -> Summary:
             why = f"; {reason}" if reason else ""
             raise InputError(f"prompts: no usable prompt in the {split} split of {run.job.prompts.source}{why}")
     return {"rows_in": meter.done, "splits": splits, "near_duplicates": near}
+
+
+def reading_of(job: Job) -> Reading:
+    """How the job's own source is read: with the columns that rewards need of it."""
+    from rdpo.preference.rewards import reward_columns
+    from rdpo.synthesis.columns import PROMPTS, Reading, needed_columns
+
+    return Reading(PROMPTS, (*needed_columns(job), *reward_columns(job)))
 
 
 def _near_duplicates(run: Run, folder: StageFolder) -> int:
