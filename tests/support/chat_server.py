@@ -1,7 +1,8 @@
 """A chat completions server on loopback that behaves, or does not, and the endpoint teacher before it."""
 
 import asyncio
-from contextlib import asynccontextmanager
+import threading
+from contextlib import asynccontextmanager, contextmanager
 
 from aiohttp import web
 from pydantic import SecretStr
@@ -80,6 +81,20 @@ class Server:
             yield f"http://127.0.0.1:{site._server.sockets[0].getsockname()[1]}"
         finally:
             await runner.cleanup()
+
+    @contextmanager
+    def elsewhere(self):
+        """Its address, while it runs in a thread of its own, for askers in other processes."""
+        loop = asyncio.new_event_loop()
+        thread = threading.Thread(target=loop.run_forever, daemon=True)
+        thread.start()
+        running = self.running()
+        try:
+            yield asyncio.run_coroutine_threadsafe(running.__aenter__(), loop).result()
+        finally:
+            asyncio.run_coroutine_threadsafe(running.__aexit__(None, None, None), loop).result()
+            loop.call_soon_threadsafe(loop.stop)
+            thread.join()
 
     async def ask(self, *conversations, **settings):
         """What an endpoint says to the conversations, or the error."""
