@@ -136,8 +136,9 @@ def missing_share(values: Mapping[Token, float], logprobs: Mapping[Token, float]
     rest = max(0.0, 1.0 - sum(map(math.exp, logprobs.values())))
 
     begun = 0.0
-    for rating in missing:
-        begun += sum(math.exp(chance) for token, chance in logprobs.items() if _begins_with(rating, token))
+    for token, chance in logprobs.items():
+        if any(_begins_with(rating, token) for rating in missing):
+            begun += math.exp(chance)
     return min(least * len(missing), rest) + begun
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import SecretStr
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from openai import AsyncOpenAI
 
 T = TypeVar("T")
+S = TypeVar("S", bound=ServerSettings)
 Ask = Callable[[], Awaitable[T]]
 """One attempt at a request."""
 
@@ -38,6 +40,8 @@ LONGEST_PAUSE_S = 600.0
 USED_UP = ("insufficient_quota", "billing_hard_limit_reached", "billing_not_active")
 """Codes of 429 that no waiting helps against."""
 SAID_CHARS = 200
+TRIAL_S = 10.0
+"""Seconds that a server is waited for before the long work."""
 ENDS: tuple[type[Exception], ...] = (InputError, EndpointDown)
 """Errors of a server after which no other request is answered."""
 
@@ -76,6 +80,30 @@ def check_server(settings: ServerSettings, where: str) -> None:
 def endpoint_key(settings: ServerSettings) -> SecretStr:
     """The key from the environment of the process that starts the run; hidden wherever it is printed."""
     return SecretStr(os.environ.get(settings.key_variable, NO_KEY) if settings.key_variable else NO_KEY)
+
+
+def try_server(ask: Callable[[], Awaitable[object]]) -> None:
+    """Ask a server one small question on the driver, before the long work; one that is not there yet is no fault.
+
+    Raises:
+        InputError: it answers, and cannot be asked what it will be asked.
+    """
+
+    async def asked() -> None:
+        try:
+            await ask()
+        except (ValueError, Failed, EndpointDown):
+            # Of one question nothing else is known.
+            return
+
+    # A notebook has a loop of its own, in which none can be run.
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(asyncio.run, asked()).result()
+
+
+def for_one_question(settings: S) -> S:
+    """The same server for one question, which is asked once and waited for only a while."""
+    return settings.model_copy(update={"retries": 0, "timeout_s": min(settings.timeout_s, TRIAL_S)})
 
 
 def root_of(url: str) -> str:

@@ -3,12 +3,17 @@
 import asyncio
 import json
 import math
+import shutil
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
 
 from rdpo.config import Job, JudgeReward
 from rdpo.errors import InputError
+from rdpo.evaluation.compare import summarize
+from rdpo.files.manifest import Manifest
+from rdpo.inspection.show import show_rows
 from rdpo.preference.agreement import agreement
 from rdpo.preference.calibration import tried_rewards
 from rdpo.preference.criteria import criteria_of
@@ -16,10 +21,13 @@ from rdpo.preference.ratings import check_rubric
 from rdpo.preference.rewards import judge as judge_module
 from rdpo.preference.rewards.judge import Judge, JudgeKind
 from rdpo.preference.scores import combine_table
+from rdpo.report.alerts import alerts
+from rdpo.report.report import write_report
 from rdpo.stages.checks import check_other_sources
 from rdpo.synthesis.engine import Generation
 from tests.support.crash_counts import NoCrashCounts
 from tests.support.jobs import write_jsonl
+from tests.support.made_up import commit, evaluated, made_up_run, pair
 
 RUBRIC = "{{ prompt }} {{ answer }} {{ criterion }}"
 LISTED = [{"name": "clear", "text": "It is clear.", "weight": 3}, {"name": "short", "text": "It is short."}]
@@ -201,3 +209,32 @@ def test_how_far_each_criterion_agrees_is_told(job_table):
     pairs = pa.table({**sides, "chosen_from": ["revision"], "rejected_from": ["response"]})
     found = agreement([pairs], Job.model_validate(job_table).pairs)
     assert {name: sides.preferred for name, sides in found.items()} == {"j": 1.0, "j.clear": 0.0}
+
+
+def test_report_and_terminal_show_each_criterion_also_where_a_row_has_fewer(job_table, tmp_path, capsys):
+    run_dir = made_up_run(tmp_path / "run", job_table)
+    shutil.rmtree(tmp_path / "run" / "training")
+    rows = [evaluated(number) for number in range(3)]
+    for number, row in enumerate(rows):
+        for model in ("start_scores", "trained_scores"):
+            row[model] |= {"length.1": 0.25 + number, "length.2": None if number else 4.0}
+    pairs = [pair(number) for number in range(8)]
+    for number, row in enumerate(pairs):
+        for side in ("chosen_scores", "rejected_scores"):
+            row[side] |= {"length.1": 0.5, "length.2": None if number else 4.0}
+    commit(run_dir, "evaluation", rows, summarize(rows, {"length": 1.0}))
+    commit(run_dir, "pairs", pairs)
+
+    page = Path(write_report(run_dir)).read_text(encoding="utf-8")
+    assert "length.1 2.25" in page and "length.2 4.00" in page
+    show_rows(run_dir, "pairs", None, 8, dropped=False)
+    shown = capsys.readouterr().out
+    assert "length.1 0.500" in shown
+
+
+def test_a_part_that_counts_against_an_answer_is_no_alarm():
+    agreed = {"preferred": 0.2, "chosen_mean": 0.0, "rejected_mean": 1.0, "constant": False}
+    manifest = Manifest("pairs", "k", {}, {}, summary={"agreement": {"rm": agreed, "rm.verbosity": agreed}})
+    said = alerts({"pairs": manifest}, None)
+    assert len([line for line in said if line.startswith("rm prefers")]) == 1
+    assert not [line for line in said if "verbosity" in line]

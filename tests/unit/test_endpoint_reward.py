@@ -261,3 +261,26 @@ def test_a_server_takes_no_pool_loads_no_model_and_is_tried_before_the_teacher(j
     assert EndpointKind(job.rewards[0]).pools(job) == []
     assert tried_rewards(job) == job.rewards
     assert not any(models_by_kind(job).values())
+
+
+@pytest.mark.parametrize(
+    ("api", "replies", "said"),
+    [
+        ("json", [401], "refuses the key in key_variable"),
+        ("json", [404], "correct `url`, `api` or `model`"),
+        ("classify", [{"data": [{"probs": [0.1, 0.9]}]}], "gives 2 numbers for an answer; a reward has one"),
+        ("pooling", [403] * 4, "refuses every request, a harmless one too"),
+    ],
+)
+def test_a_server_that_cannot_be_asked_like_this_is_said_before_the_run(job_table, api, replies, said):
+    server = Scorer(*replies)
+    with server.elsewhere() as address, pytest.raises(InputError, match=r"rewards\.rm") as refusal:
+        url = f"{address}/mine" if api == "json" else address
+        EndpointKind(reward(url=url, api=api)).check(Job.model_validate(job_table))
+    assert said in str(refusal.value)
+
+
+@pytest.mark.parametrize("reply", [{"scores": [1.0]}, {"scores": [None]}, {}, 503, "cut"])
+def test_a_server_that_is_not_there_yet_is_no_fault_before_the_run(job_table, reply):
+    with Scorer(*[reply] * 3).elsewhere() as address:
+        EndpointKind(reward(url=f"{address}/mine", api="json")).check(Job.model_validate(job_table))

@@ -230,3 +230,38 @@ def test_a_server_takes_no_pool_and_is_tried_before_the_teacher(job_table):
     job = Job.model_validate(job_table)
     assert JudgeKind(reward()).pools(job) == []
     assert JudgeKind(reward()).needs_trial(job)
+
+
+@pytest.mark.parametrize(
+    ("replies", "changes", "said"),
+    [
+        ([first_token(None)], {}, 'which expected ratings are made of; set score = "written"'),
+        ([401], {}, "refuses the key in key_variable"),
+        ([404], {}, "does not know 'm'"),
+        ([403] * 4, {"score": "written"}, "refuses every request, a harmless one too"),
+        ([first_token(DIGITS)], {"prefill": "Rating: "}, "does not say whether its model goes on from it"),
+    ],
+)
+def test_a_server_that_cannot_be_asked_like_this_is_said_before_the_run(job_table, replies, changes, said):
+    server = Server(*replies)
+    with server.elsewhere() as address, pytest.raises(InputError, match=r"rewards\.j") as refusal:
+        JudgeKind(reward(endpoint={"url": f"{address}/v1"}, **changes)).check(Job.model_validate(job_table))
+    assert said in str(refusal.value)
+    assert len(server.asked) <= 2
+
+
+@pytest.mark.parametrize("reply", [first_token(DIGITS), first_token({"Sure": -0.1}), 503, 429, "cut"])
+def test_a_server_that_is_not_there_yet_or_says_something_else_is_no_fault_before_the_run(job_table, reply):
+    server = Server(*[reply] * 3)
+    with server.elsewhere() as address:
+        JudgeKind(reward(endpoint={"url": f"{address}/v1"})).check(Job.model_validate(job_table))
+
+
+def test_a_run_in_a_loop_of_its_own_asks_too(job_table):
+    async def notebook(address):
+        JudgeKind(reward(endpoint={"url": f"{address}/v1"})).check(Job.model_validate(job_table))
+
+    server = Server(first_token(DIGITS))
+    with server.elsewhere() as address:
+        asyncio.run(notebook(address))
+    assert len(server.asked) == 1

@@ -23,7 +23,17 @@ from rdpo.preference.rewards.kind import RewardKind
 from rdpo.preference.scores import with_scores
 from rdpo.records import Messages, Row, table_of, text_of
 from rdpo.synthesis.crashes import CrashGuard, open_crash_counts
-from rdpo.synthesis.server import ENDS, Failed, Server, Unanswered, check_server, endpoint_key, root_of
+from rdpo.synthesis.server import (
+    ENDS,
+    Failed,
+    Server,
+    Unanswered,
+    check_server,
+    endpoint_key,
+    for_one_question,
+    root_of,
+    try_server,
+)
 from rdpo.synthesis.teacher import client_pool
 
 if TYPE_CHECKING:
@@ -40,14 +50,22 @@ class EndpointKind(RewardKind[EndpointReward]):
     """The client of a server that scores answers."""
 
     def check(self, job: Job) -> None:
-        """Look for the key, and at the tokenizer.
+        """Look for the key, and at the tokenizer; ask the server one small question.
 
         Raises:
-            InputError: one of them is missing, or the tokenizer cannot be used.
+            InputError: one of them is missing, the tokenizer cannot be used, or the server refuses the key, the route
+                or the model, or gives no score.
         """
         check_server(self.reward, self.where)
         if self.reward.tokenizer:
             served_conversations(self.where, self.reward, job.prompts.system, job.date)
+        once, key = for_one_question(self.reward), endpoint_key(self.reward)
+
+        async def ask() -> None:
+            # No rows are carried, so that no crashes are counted.
+            await ServedReward(once, [""], job, None, key).scores(HELLO, [HELLO_BACK])
+
+        try_server(ask)
 
     def settings(self, job: Job) -> Settings:
         """What a score depends on, and the tokenizer; how the server is asked changes none."""
@@ -88,16 +106,23 @@ class ServedReward:
     async def scored(self, row: Row) -> Row:
         """One row with the scores of its answers; one that the server's end leaves without is unfinished."""
         try:
-            return await with_scores(row, self.answers, self.reward.name, self._scores(row))
+            scores = self.scores(row["prompt"], [row[answer] for answer in self.answers])
+            return await with_scores(row, self.answers, self.reward.name, scores)
         except ENDS as error:
             return unfinished(row, error)
 
-    async def _scores(self, row: Row) -> list[float]:
+    async def scores(self, prompt: Messages, texts: Sequence[str]) -> list[float]:
+        """Scores of the answers to a prompt, in order; NaN where the server gives no number.
+
+        Raises:
+            ValueError: the server will not score one.
+            InputError: the server cannot be used.
+            EndpointDown: it answers nothing any more.
+        """
         await self._begin()
-        texts = [row[answer] for answer in self.answers]
         if self.reward.api == "json":
-            return await self._answered(self._items(row["prompt"], texts), len(texts))
-        bodies = [self._body(row["prompt"], text) for text in texts]
+            return await self._answered(self._items(prompt, texts), len(texts))
+        bodies = [self._body(prompt, text) for text in texts]
         found = await asyncio.gather(*[self._answered(body, 1) for body in bodies])
         return [score for [score] in found]
 

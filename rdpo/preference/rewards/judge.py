@@ -10,7 +10,7 @@ from rdpo.files.manifest import Settings
 from rdpo.modeling.chat import Chat, load_chat, rendering_settings
 from rdpo.modeling.weights import ModelRef
 from rdpo.preference.ratings import certain_rating, check_rubric, rating_values
-from rdpo.preference.rewards.judge_endpoint import ServedJudge
+from rdpo.preference.rewards.judge_endpoint import ServedJudge, check_served
 from rdpo.preference.rewards.judging import Judging, Question, reasons_first
 from rdpo.preference.rewards.kind import RewardKind
 from rdpo.synthesis.columns import Needed
@@ -40,13 +40,15 @@ class JudgeKind(RewardKind[JudgeReward]):
         check_rubric(self.reward)
 
     def check(self, job: Job) -> None:
-        """Load the judge's chat, and find the tokens of its ratings; of a server look for the key.
+        """Load the judge's chat, and find the tokens of its ratings; ask a server one small question.
 
         Raises:
-            InputError: the model has no chat, a rating is not one token, or the key is missing.
+            InputError: the model has no chat, a rating is not one token, the key is missing, or the server cannot be
+                asked like this.
         """
         if self.reward.endpoint:
             check_server(self.reward.endpoint, f"{self.where}.endpoint")
+            check_served(self.reward, job)
             return
         chat = judge_chat(self.reward, job)
         if self.reward.score == "expected":

@@ -21,8 +21,17 @@ from rdpo.files.unfinished import unfinished
 from rdpo.preference.ratings import certain_rating, rating_counts
 from rdpo.preference.rewards.judging import Judging, Question, Spent
 from rdpo.records import Row
-from rdpo.synthesis.endpoint import Endpoint, generation, usage_of, withheld
-from rdpo.synthesis.server import ENDS, Failed, Refused, Unanswered, root_of
+from rdpo.synthesis.endpoint import HARMLESS, Endpoint, generation, usage_of, withheld
+from rdpo.synthesis.server import (
+    ENDS,
+    Failed,
+    Refused,
+    Unanswered,
+    endpoint_key,
+    for_one_question,
+    root_of,
+    try_server,
+)
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
@@ -150,6 +159,29 @@ class ServedJudge(Judging):
         tokens = found.get("tokens") if isinstance(found, dict) else None
         is_list = isinstance(tokens, list) and all(isinstance(token, int) for token in tokens)
         return tokens if is_list else None
+
+
+def check_served(reward: JudgeReward, job: Job) -> None:
+    """Ask the judge's server one small question, as it will be asked.
+
+    Raises:
+        InputError: it refuses the key or the model, gives no probabilities where these are needed, or does not go on
+            from the `prefill`; or a rating is not one token.
+    """
+    if reward.endpoint is None:
+        return
+    # Enough for a server that takes no less.
+    short = reward.sampling.model_copy(update={"max_tokens": 16})
+    once = reward.model_copy(update={"endpoint": for_one_question(reward.endpoint), "sampling": short})
+    key = endpoint_key(reward.endpoint)
+
+    async def ask() -> None:
+        # No rows are carried, so that no crashes are counted.
+        judge = ServedJudge(once, [], job, None, key)
+        question = Question(HARMLESS[0]["content"], 0)
+        await (judge.expected(question) if reward.score == "expected" else judge.written(question))
+
+    try_server(ask)
 
 
 def _either(one: float, other: float) -> float:

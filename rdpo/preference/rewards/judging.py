@@ -123,16 +123,17 @@ class Judging(ABC):
 
     async def _preferences(self, row: Row, also: Mapping[str, str], role: str, spent: Spent) -> list[float]:
         """How often each answer is preferred to the others; each pair is shown once in each order."""
-        orders = list(permutations(self.answers, 2))
-        shown = []
-        for first, second in orders:
-            known = {**also, "prompt": text_of(row["prompt"]), "first": row[first], "second": row[second]}
-            shown.append(self.expected(self._question(known, row, f"{first}:{second}{role}", spent)))
 
+        async def first_wins(first: str, second: str) -> float:
+            known = {**also, "prompt": text_of(row["prompt"]), "first": row[first], "second": row[second]}
+            return await self.expected(self._question(known, row, f"{first}:{second}{role}", spent))
+
+        orders = list(permutations(self.answers, 2))
+        answered = await asyncio.gather(*[first_wins(*order) for order in orders])
         wins: dict[str, list[float]] = {answer: [] for answer in self.answers}
-        for (first, second), first_wins in zip(orders, await asyncio.gather(*shown), strict=True):
-            wins[first].append(first_wins)
-            wins[second].append(1.0 - first_wins)
+        for (first, second), share in zip(orders, answered, strict=True):
+            wins[first].append(share)
+            wins[second].append(1.0 - share)
         return [fmean(wins[answer]) for answer in self.answers]
 
     def _question(self, known: Mapping[str, str], row: Row, role: str, spent: Spent) -> Question:
