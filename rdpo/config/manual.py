@@ -115,6 +115,9 @@ def _rewards(shared: Shared) -> Iterator[str]:
         yield f'### kind = "{kind}"\n'
         yield f"{_one_line(model.__doc__)}\n"
         yield from _table(own, shared)
+        for name in _sections(model):
+            if _models(model, name)[0] not in shared:
+                yield from _section(f"rewards.{name}", model, shared, depth=4)
 
 
 def _table(fields: dict[str, FieldInfo], shared: Shared) -> Iterator[str]:

@@ -203,13 +203,12 @@ class Readers(Section):
         return self
 
 
-class Endpoint(Section):
-    """An OpenAI-compatible server as the teacher (a vLLM server, a hosted model), in place of engines."""
+class Server(Section):
+    """A server that is asked over HTTP."""
 
     url: str = Field(pattern=r"^https?://[^@?\s]+$")
-    """Base of its API, for example `http://teacher:8000/v1`; a key does not belong here."""
-    model: Address
-    """The model's name on that server."""
+    """Base of its API, for example `http://teacher:8000/v1`, of a reward model `http://reward:8000`; a key does not
+    belong here."""
     key_variable: str | None = Field(default=None, pattern=r"^[A-Z_][A-Z0-9_]*$")
     """Environment variable that holds the key, where the run is started; without one the server gets `none`. Its name
     has no small letters, so that a key written here by mistake is refused."""
@@ -217,13 +216,20 @@ class Endpoint(Section):
     """Requests at the same time."""
     requests_per_minute: float | None = Field(default=None, gt=0)
     """Requests begun per minute at most, repeated ones among them."""
-    token_limit: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
-    """The name under which it takes the most tokens of an answer; reasoning models refuse the first."""
     timeout_s: float = Field(default=120.0, gt=0)
     """Seconds until a request without an answer counts as failed."""
     retries: int = Field(default=5, ge=0)
     """How often a failed request is made again."""
     pause_s: float = Field(default=1.0, gt=0)
     """Pause before the first repetition, in seconds; it doubles each time. A server that asks for longer gets it."""
+
+
+class Endpoint(Server):
+    """An OpenAI-compatible server (a vLLM server, a hosted model) in place of engines."""
+
+    model: Address
+    """The model's name on that server."""
+    token_limit: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    """The name under which it takes the most tokens of an answer; reasoning models refuse the first."""
     price_per_million: tuple[float, float] = (0.0, 0.0)
     """Price of a million tokens read and a million written, for the cost in the manifest."""

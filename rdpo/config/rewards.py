@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from rdpo.config.models import Engine, Readers, Sampling
+from rdpo.config.models import Endpoint, Engine, Readers, Sampling, Server
 from rdpo.config.section import MEMORY, PLACEMENT, UNSAID, Address, Concurrency, Dtype, Section, Source
 
 
@@ -29,6 +29,16 @@ class RewardSection(Section):
     """Its weight in the score that is optimised; 0 measures without optimising."""
 
     @property
+    def scorer(self) -> str:
+        """What scores, by name: a model, or a function; nothing where it is the student."""
+        return getattr(self, "model", None) or getattr(self, "function", None) or ""
+
+    @property
+    def loads(self) -> list[str]:
+        """Names of the models that its actors load, wholly or in part."""
+        return [name for field in ("model", "reference") if (name := getattr(self, field, None))]
+
+    @property
     def engines(self) -> dict[str, Engine]:
         """Its sections of vLLM engines, by their fields."""
         return {name: value for name, value in self if isinstance(value, Engine)}
@@ -39,7 +49,11 @@ class ClassifierReward(RewardSection):
 
     kind: Literal["classifier"]
     model: Address
-    """A sequence-classification model with one output, named as in `student.model`."""
+    """A sequence-classification model, named as in `student.model`; with one output, or `outputs`."""
+    outputs: Annotated[dict[str, float], UNSAID] = Field(default_factory=dict)
+    """Weights of the outputs that count, by the model's names of them (`id2label`) or their positions from `"0"` on, as
+    `{ helpfulness = 1.0, verbosity = -0.2 }`: the score is their weighted sum, and each stands beside it. A weight of 0
+    measures without counting."""
     dtype: Dtype = "auto"
     """Precision of its forward; `auto` as in `student.dtype`."""
     max_length: int = Field(default=1024, ge=8)
@@ -63,6 +77,8 @@ class ClassifierReward(RewardSection):
                 f"gpus = {self.gpus:g}: one actor uses one GPU; for a larger model give engine = {{ gpus = "
                 f"{math.ceil(self.gpus)} }}, which splits every layer"
             )
+        if self.outputs and not any(self.outputs.values()):
+            raise ValueError("outputs: every weight is 0; give one that counts another weight")
         if self.engine is None:
             return self
         if own := {"gpus", "concurrency", "batch_size", "dtype"} & self.model_fields_set:
@@ -75,6 +91,17 @@ class ClassifierReward(RewardSection):
         return self
 
 
+class Criterion(Section):
+    """One thing that a judge judges by."""
+
+    name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
+    """Name of its score, which stands beside the judge's as `JUDGE.NAME`."""
+    text: str = Field(pattern=r"\S")
+    """What the rubric knows as `criterion`."""
+    weight: float = 1.0
+    """Its weight in the mean; 0 measures without counting."""
+
+
 class JudgeReward(RewardSection):
     """A language model that rates an answer by a rubric, or compares two answers."""
 
@@ -83,7 +110,13 @@ class JudgeReward(RewardSection):
     """The judge's model, named as in `student.model`; by default the student."""
     rubric: str
     """Template of the question put to the judge; it may use `prompt` and `answer`, or with `pairwise` `prompt`,
-    `first` and `second`."""
+    `first` and `second`; with criteria it must use `criterion`."""
+    criteria: Annotated[list[Criterion], UNSAID] = Field(default_factory=list)
+    """What it judges by, one at a time (`[[rewards.criteria]]` tables): the score is their weighted mean, and that of
+    each stands beside it. Without them the rubric says it all."""
+    criteria_column: Annotated[str | None, UNSAID] = Field(default=None, min_length=1)
+    """Column of the prompts with each one's own criteria: a list of texts, or of tables with `text` and `weight`; their
+    scores are numbered. A row whose column is empty or something else is dropped."""
     score: Literal["expected", "written"] = "expected"
     """`expected`: the mean of the ratings under the probabilities of their tokens, from one token; a judge that gives
     them hardly any probability drops the row. `written`: the rating in a reply that may reason first, with its sign and
@@ -99,9 +132,21 @@ class JudgeReward(RewardSection):
     sampling: Sampling = Sampling()
     """How `written` replies are drawn."""
     prefill: str = ""
-    """Text put into the judge's mouth before the rating, for example `Rating: `."""
+    """Text put into the judge's mouth before the rating, for example `Rating: `. With an `endpoint` only where its
+    server can go on from it and says so: vLLM's can."""
     engine: Engine = Engine()
     """The judge's engines."""
+    endpoint: Annotated[Endpoint | None, UNSAID] = None
+    """A server as the judge (a `[rewards.endpoint]` table) instead of `model` and `engine`."""
+    top_logprobs: Annotated[int, UNSAID] = Field(default=20, ge=1)
+    """How many of its likeliest next tokens an `endpoint` is asked for where the score is `expected`; some servers give
+    fewer. Ratings beyond them count as 0, or drop the row where they may move the score by a thousandth of the scale.
+    vLLM's server is asked for the ratings themselves."""
+
+    @property
+    def scorer(self) -> str:
+        """The judge's name, on a server too."""
+        return self.endpoint.model if self.endpoint else self.model or ""
 
     @model_validator(mode="after")
     def _check_score(self) -> JudgeReward:
@@ -109,6 +154,28 @@ class JudgeReward(RewardSection):
             raise ValueError('pairwise takes two `ratings`, as in ["A", "B"], and the `expected` score')
         if self.votes > 1 and (self.score == "expected" or self.sampling.temperature == 0):
             raise ValueError('votes are drawn: give score = "written" and sampling.temperature above 0')
+        return self
+
+    @model_validator(mode="after")
+    def _check_criteria(self) -> JudgeReward:
+        names = [criterion.name for criterion in self.criteria]
+        if len(set(names)) < len(names):
+            raise ValueError("criteria: two have the same name; give each its own")
+        if names and self.criteria_column is not None:
+            raise ValueError("criteria stand in the job already; remove them, or criteria_column")
+        if names and (total := math.fsum(criterion.weight for criterion in self.criteria)) <= 0:
+            raise ValueError(f"criteria: their weights sum to {total:g}; give weights that sum to more than 0")
+        return self
+
+    @model_validator(mode="after")
+    def _check_endpoint(self) -> JudgeReward:
+        said = self.model_fields_set
+        if self.endpoint is None:
+            if "top_logprobs" in said:
+                raise ValueError("top_logprobs: engines give every rating's probability; remove it, or give endpoint")
+            return self
+        if self.model is not None or "engine" in said:
+            raise ValueError("endpoint names a judge already; remove model and engine, or endpoint")
         return self
 
 
@@ -140,15 +207,66 @@ class ImplicitReward(RewardSection, Readers):
         return self
 
 
+class EndpointReward(RewardSection, Server):
+    """A reward model behind a server: vLLM's, or one of your own."""
+
+    kind: Literal["endpoint"]
+    api: Literal["classify", "pooling", "score", "json"]
+    """What it is asked. `classify`, `pooling` and `score` are those routes of vLLM's server at `url`: of one
+    conversation, or with `score` of the pair of prompt and answer; the score is the head's output without an
+    activation. `json`: `url` itself gets `{"items": [{"prompt": messages, "answer": text}, …]}`, the answers to one
+    prompt, and replies `{"scores": [number, …]}`."""
+    model: Address | None = None
+    """The model's name on that server, where it asks for one."""
+    tokenizer: Address | None = None
+    """The reward model, named as in `student.model`, whose tokenizer and template make the tokens that are sent
+    (`classify`, `pooling`), as `kind = "classifier"` reads them; of its files the weights are not needed. By default
+    the server renders the messages."""
+    max_length: int = Field(default=1024, ge=8)
+    """Most tokens that are sent with `tokenizer`; a longer conversation keeps its last ones. Without it one that is too
+    long for the server drops its row."""
+    answer_only: bool = False
+    """Score the answer by itself, without the prompt."""
+    activation: bool = False
+    """Take the output behind the head's activation (a probability, mostly) in place of the output itself."""
+
+    @property
+    def scorer(self) -> str:
+        """The model's name, or where it is."""
+        return self.model or self.url
+
+    @property
+    def loads(self) -> list[str]:
+        """The model whose tokenizer is read."""
+        return [self.tokenizer] if self.tokenizer else []
+
+    @model_validator(mode="after")
+    def _check_api(self) -> EndpointReward:
+        said = self.model_fields_set
+        if self.tokenizer is not None and self.api in ("score", "json"):
+            raise ValueError(f'tokenizer: api = "{self.api}" takes texts, which the server renders; remove tokenizer')
+        if self.tokenizer is None and "max_length" in said:
+            raise ValueError("max_length: the server cuts what it renders, not rdpo; give tokenizer, or remove it")
+        if self.api == "score" and self.answer_only:
+            raise ValueError('answer_only: api = "score" takes prompt and answer; use "classify" for the answer alone')
+        if self.api == "json" and "activation" in said:
+            raise ValueError('activation: with api = "json" the server alone decides what a score is; remove it')
+        return self
+
+
 class FunctionReward(RewardSection):
     """A Python function `f(prompt: list[dict], answer: str, row: dict) -> float`."""
 
     kind: Literal["function"]
     function: Annotated[str, AfterValidator(_module_and_name)]
-    """Where it is: `package.module:name`, importable from the working directory."""
+    """Where it is: `package.module:name`, importable from the working directory. `rdpo.rewards:instructions` comes with
+    rdpo: the share of IFEval's instructions that an answer keeps, out of the prompts' columns `instruction_id_list` and
+    `kwargs`."""
 
 
-Reward = Annotated[ClassifierReward | JudgeReward | ImplicitReward | FunctionReward, Field(discriminator="kind")]
+Reward = Annotated[
+    ClassifierReward | JudgeReward | ImplicitReward | EndpointReward | FunctionReward, Field(discriminator="kind")
+]
 
 
 class Calibration(Section):

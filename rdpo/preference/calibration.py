@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from rdpo.config import Job, Pairs, Prompts, Reward, Synthesis
 from rdpo.errors import InputError
+from rdpo.files.stage_folder import StageFolder
 from rdpo.preference.agreement import agreement
 from rdpo.preference.pairs import make_pairs
 from rdpo.preference.rewards import score_answers
@@ -40,7 +41,8 @@ def tried_rewards(job: Job) -> list[Reward]:
     """The rewards that are tried: all on pairs of the user's, else those that load a model of their own."""
     if job.calibration.source:
         return job.rewards
-    return [reward for reward in job.rewards if kind_of(reward).needs_trial(job)]
+    kinds = [kind_of(reward) for reward in job.rewards]
+    return [kind.in_trial() for kind in kinds if kind.needs_trial(job)]
 
 
 def trial_prompts(job: Job) -> Prompts:
@@ -51,8 +53,11 @@ def trial_prompts(job: Job) -> Prompts:
     return settings if own else settings.model_copy(update={"system": None})
 
 
-def calibrate(job: Job) -> list[ray.data.Dataset]:
-    """The known pairs with the scores of the tried rewards; and those lines of their source that are none."""
+def calibrate(job: Job, folder: StageFolder | None = None) -> list[ray.data.Dataset]:
+    """The known pairs with the scores of the tried rewards; and those lines of their source that are none.
+
+    `folder` notes what ended the work on some from outside.
+    """
     prompts = trial_prompts(job)
     reading = Reading(SOURCE, pair_columns(prompts.column, "prompts.column", SOURCE))
     trial = job.model_copy(
@@ -66,7 +71,7 @@ def calibrate(job: Job) -> list[ray.data.Dataset]:
     # Held, for it is read twice: for the pairs, and for the lines that are none.
     read = without_duplicates(read_prompts(trial, reading).materialize()).materialize()
     pairs = given_answers(read.filter(alive), trial).materialize()
-    scored = score_answers(pairs.filter(alive), trial, list(SIDES))
+    scored = score_answers(pairs.filter(alive), trial, list(SIDES), folder=folder)
     unusable = [rows.filter(lambda row: not alive(row)) for rows in (read, pairs)]
     # Rewards see answers alone, so that known pairs need no reasoning.
     answers_alone = trial.model_copy(update={"synthesis": Synthesis()})

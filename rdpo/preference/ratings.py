@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
+from typing import TypeVar
 
 from rdpo.config import JudgeReward
 from rdpo.errors import InputError
@@ -26,6 +28,11 @@ FINAL = re.compile(rf"\b(?:final|overall|total)(?:\s+(?:rating|score|grade))?{BE
 LABELLED = re.compile(rf"\b(?:rating|score|grade|rate){BETWEEN}{WHOLE}", re.IGNORECASE)
 LEAST_SHARE = 0.005
 """Of the probability that a judge gives to its next token, the least share that its ratings must have together."""
+UNLISTED = 1e-3
+"""Of the scale, how far an expected rating may be moved by ratings whose probability a server does not say."""
+
+Token = TypeVar("Token", int, str)
+"""A token by its id, or by its text where a server says no more."""
 
 
 def check_rubric(reward: JudgeReward) -> None:
@@ -36,7 +43,14 @@ def check_rubric(reward: JudgeReward) -> None:
     """
     where = f"rewards.{reward.name}"
     known = {"prompt", "first", "second"} if reward.pairwise else {"prompt", "answer"}
+    by_criteria = bool(reward.criteria) or reward.criteria_column is not None
+    if by_criteria:
+        known = known | {"criterion"}
     used = check_template(reward.rubric, where)
+    if "criterion" in used and not by_criteria:
+        raise InputError(f"{where}.rubric uses criterion; give criteria, or criteria_column, to judge by")
+    if by_criteria and "criterion" not in used:
+        raise InputError(f"{where}.rubric asks the same for every criterion; use {{{{ criterion }}}} in it")
     if used - known:
         allowed = ", ".join(f"`{name}`" for name in sorted(known))
         raise InputError(f"{where}.rubric uses {', '.join(sorted(used - known))}; it may use {allowed}")
@@ -49,12 +63,20 @@ def rating_values(chat: Chat, reward: JudgeReward) -> dict[int, float]:
         InputError: a rating is not one token.
     """
     values = {}
-    for position, rating in enumerate(reward.ratings):
+    for rating, value in rating_counts(reward).items():
         ids = chat.text_ids(rating)
         if len(ids) != 1:
             raise InputError(f"rewards.{reward.name}.ratings: {rating!r} is {len(ids)} tokens; a rating must be one")
-        values[ids[0]] = 1.0 - position if reward.pairwise else rating_value(rating, position)
+        values[ids[0]] = value
     return values
+
+
+def rating_counts(reward: JudgeReward) -> dict[str, float]:
+    """Value of each rating by its text: its number, else its position; of a pair's two, 1 for the first."""
+    counts = {}
+    for position, rating in enumerate(reward.ratings):
+        counts[rating] = 1.0 - position if reward.pairwise else rating_value(rating, position)
+    return counts
 
 
 def rating_value(rating: str, position: int) -> float:
@@ -62,12 +84,12 @@ def rating_value(rating: str, position: int) -> float:
     return _number(rating.strip()) if re.fullmatch(NUMBER, rating.strip()) else float(position)
 
 
-def rating_share(values: dict[int, float], logprobs: dict[int, float]) -> float:
+def rating_share(values: Mapping[Token, float], logprobs: Mapping[Token, float]) -> float:
     """The share of the next token's probability, 0 to 1, that all ratings have together."""
     return sum(math.exp(logprobs[token]) for token in values if token in logprobs)
 
 
-def expected_rating(values: dict[int, float], logprobs: dict[int, float]) -> float:
+def expected_rating(values: Mapping[Token, float], logprobs: Mapping[Token, float]) -> float:
     """Mean of the ratings' values under their probabilities, made to sum to one.
 
     NaN where the ratings' share is below `LEAST_SHARE`: then the judge says something else, and what is left over is
@@ -77,6 +99,51 @@ def expected_rating(values: dict[int, float], logprobs: dict[int, float]) -> flo
     if share < LEAST_SHARE:
         return math.nan
     return sum(value * math.exp(logprobs[token]) for token, value in values.items() if token in logprobs) / share
+
+
+def certain_rating(values: Mapping[Token, float], logprobs: Mapping[Token, float]) -> float:
+    """`expected_rating`, where it is one and known.
+
+    Args:
+        values: value of each rating.
+        logprobs: those of the ratings, or of a server's likeliest tokens, among which ratings may be missing.
+
+    Raises:
+        ValueError: the ratings have hardly any probability, or one that is missing may have too much.
+    """
+    share, missing = rating_share(values, logprobs), missing_share(values, logprobs)
+    if share + missing < LEAST_SHARE:
+        raise ValueError(f"the judge's ratings have {share:.2g} of its next token's probability together")
+    if missing > UNLISTED * share:
+        absent = ", ".join(repr(token) for token in values if token not in logprobs)
+        raise ValueError(
+            f"ratings beyond the judge's {len(logprobs)} likeliest tokens ({absent}) may have {missing:.2g} of the "
+            f"probability, those among them {share:.2g}"
+        )
+    return expected_rating(values, logprobs)
+
+
+def missing_share(values: Mapping[Token, float], logprobs: Mapping[Token, float]) -> float:
+    """The most that the ratings which are not among the likeliest tokens may have of the next token's probability.
+
+    A token that is not listed is at most as likely as the last one that is. As a text a rating may be several tokens:
+    then it is at most as likely as the listed one that it begins with.
+    """
+    missing = [token for token in values if token not in logprobs]
+    if not missing or not logprobs:
+        return 0.0
+    least = math.exp(min(logprobs.values()))
+    rest = max(0.0, 1.0 - sum(map(math.exp, logprobs.values())))
+
+    begun = 0.0
+    for token, chance in logprobs.items():
+        if any(_begins_with(rating, token) for rating in missing):
+            begun += math.exp(chance)
+    return min(least * len(missing), rest) + begun
+
+
+def _begins_with(rating: int | str, token: int | str) -> bool:
+    return isinstance(rating, str) and isinstance(token, str) and token != "" and rating.startswith(token)
 
 
 def written_rating(reply: str, lowest: float, highest: float) -> float:

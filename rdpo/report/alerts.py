@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from rdpo.files.manifest import Manifest, Summary
+from rdpo.preference.scores import PART
 from rdpo.report.columns import PairColumns
 from rdpo.stages.table import STAGES
 
@@ -37,7 +38,8 @@ def _of_pairs(summary: Summary, pairs: PairColumns | None) -> Iterator[str]:
     for reward, sides in summary.get("agreement", {}).items():
         if sides["constant"]:
             yield f"{reward} gives every answer the same score; it tells nothing here."
-        elif sides["preferred"] < 0.5:
+        elif sides["preferred"] < 0.5 and PART not in reward:
+            # A part of a score may count against an answer.
             yield f"{reward} prefers the side to be rejected in most pairs; look at some before training on all."
     correlation = pairs.gap_follows_length if pairs else None
     if correlation is not None and abs(correlation) > GAP_FOLLOWS_LENGTH:

@@ -79,12 +79,18 @@ class PromptColumns:
         """How much one reward's score rose."""
         return self.scores["trained"][reward] - self.scores["start"][reward]
 
+    def scored(self, reward: str) -> NDArray[np.bool_]:
+        """Whether a reward scored both answers: not every prompt has as many criteria."""
+        return np.isfinite(self.change(reward))
+
     def by_length(self, reward: str) -> LengthSplit:
-        """A reward's win rate apart for answers that grew and those that did not."""
-        longer = self.growth > 0
-        start, trained = (self.scores[model][reward] for model in MODELS)
+        """A reward's win rate apart for answers that grew and those that did not, of those that it scored."""
+        scored = self.scored(reward)
+        growth = self.growth[scored]
+        longer = growth > 0
+        start, trained = (self.scores[model][reward][scored] for model in MODELS)
         grown, others = (_share_above(trained[where], start[where]) for where in (longer, ~longer))
-        correlation = rank_correlation(self.change(reward), self.growth)
+        correlation = rank_correlation(trained - start, growth)
         return LengthSplit(int(longer.sum()), grown, int((~longer).sum()), others, correlation)
 
 

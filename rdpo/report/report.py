@@ -249,13 +249,14 @@ def _evaluation(run: RunReader) -> Section:
 
 
 def _reward_charts(columns: PromptColumns, reward: str) -> dict[str, Markup]:
-    start, trained = (columns.scores[model][reward] for model in MODELS)
+    scored = columns.scored(reward)
+    start, trained = (columns.scores[model][reward][scored] for model in MODELS)
     models = {"start model": start, "trained model": trained}
     return {
         "scores": charts.histogram(models, reward, "prompts"),
         "each prompt, before and after": charts.scatter(start, trained, "start model", "trained model", diagonal=True),
         "gain by growth": charts.scatter(
-            columns.growth, columns.change(reward), "tokens that the answer grew", f"gain in {reward}"
+            columns.growth[scored], trained - start, "tokens that the answer grew", f"gain in {reward}"
         ),
     }
 

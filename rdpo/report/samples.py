@@ -131,4 +131,5 @@ def _sample(row: Row, columns: PromptColumns, place: int) -> Sample:
 def _answers(row: Row) -> Iterator[Answer]:
     for model in MODELS:
         tokens, reason, scores = (row[f"{model}_{name}"] for name in ("tokens", "finish_reason", "scores"))
-        yield Answer(model, escaped(row[model]), tokens, reason, scores or {})
+        known = {name: score for name, score in (scores or {}).items() if score is not None}
+        yield Answer(model, escaped(row[model]), tokens, reason, known)

@@ -42,13 +42,17 @@ def try_rewards(run: Run, folder: StageFolder, meter: Meter) -> Summary:
 
     Raises:
         InputError: one cannot be had, or gives no numbers.
+        EndpointDown: a server answers nothing.
     """
     from rdpo.files.rows import write_rows
+    from rdpo.files.unfinished import forget_end, raise_end
     from rdpo.preference.calibration import calibrate, check_calibration, right_sides, tried_rewards
 
     folder.clear_parts()
-    for rows in calibrate(run.job) if tried_rewards(run.job) else ():
+    forget_end(folder)
+    for rows in calibrate(run.job, folder) if tried_rewards(run.job) else ():
         write_rows(rows, folder, ID_COLUMN, lambda block: meter.advance(block.rows + block.dropped))
+    raise_end(folder)
     check_calibration(folder.count(), folder.reasons(), run.job)
     shares = right_sides(folder.tables(), run.job)
     for reward, share in shares.items() if run.job.calibration.source else ():

@@ -58,15 +58,19 @@ def prepare(job: Job, say: Say) -> bool:
 
 
 def check_other_sources(job: Job) -> None:
-    """Look at the sources that are read only after long work.
+    """Look at the sources that are read only after long work, and of the prompts at what rewards will read.
 
     Raises:
         InputError: one cannot be read, or has not the columns that it must have.
     """
     from rdpo.evaluation.retention import text_source
     from rdpo.preference.replay import ready_source
+    from rdpo.preference.rewards import reward_columns
+    from rdpo.stages.prompts import reading_of
     from rdpo.synthesis.sources import check_source
 
+    if reward_columns(job):
+        check_source(job.prompts, reading_of(job))
     if job.replay:
         check_source(*ready_source(job, job.replay))
     if job.retention:
@@ -133,8 +137,7 @@ def models_by_kind(job: Job) -> dict[str | None, set[tuple[str, str | None]]]:
         teacher = ModelRef.of(job, job.synthesis.teacher)
         found.append((place.teacher, teacher._replace(adapter=job.synthesis.adapter or teacher.adapter)))
     for reward in job.rewards:
-        named = (getattr(reward, field, None) for field in ("model", "reference"))
-        found += [(place.reward, ModelRef.of(job, name)) for name in named if name]
+        found += [(place.reward, ModelRef.of(job, name)) for name in reward.loads]
 
     # Adapters come from the hub too.
     found += [(kind, ModelRef(model.adapter)) for kind, model in found if model.adapter]

@@ -83,7 +83,8 @@ def evaluate(rows: ray.data.Dataset, run: Run) -> ray.data.Dataset:
     asked = {row[ID_COLUMN]: row["prompt"] for row in questions(prompts, job)}
     known = {START: _start_answers(run, asked)}
     answered = answer_prompts(prompts, job, models, known)
-    scored = score_answers(ray.data.from_arrow(table_of(answered)), job, [START, TRAINED]).materialize()
+    rows = ray.data.from_arrow(table_of(answered))
+    scored = score_answers(rows, job, [START, TRAINED], folder=run.folder("evaluation")).materialize()
     return add_divergence(scored, job, trained, DRAWN)
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rdpo.execution.run import Run
     from rdpo.files.manifest import Settings, Summary
     from rdpo.files.stage_folder import StageFolder
+    from rdpo.synthesis.columns import Reading
     from rdpo.tracking.console import Meter
 
 GIVEN = 2
@@ -69,7 +70,8 @@ def take_prompts(run: Run, folder: StageFolder, meter: Meter) -> Summary:
     from rdpo.synthesis.prompts import distinguishing, drop_duplicates, drop_heldout_questions, read_prompts
 
     folder.clear_parts()
-    write_rows(read_prompts(run.job), folder, ID_COLUMN, lambda block: meter.advance(block.rows + block.dropped))
+    rows = read_prompts(run.job, reading_of(run.job))
+    write_rows(rows, folder, ID_COLUMN, lambda block: meter.advance(block.rows + block.dropped))
     drop_duplicates(folder, distinguishing(run.job))
     drop_heldout_questions(folder)
     # Who is dropped is dropped before others are drawn; only what is left is counted.
@@ -111,6 +113,14 @@ def _of_sources(run: Run, folder: StageFolder) -> Summary:
         run.console.say(f"{'':<12}{name}: {', '.join(f'{count} {what}' for what, count in counted.items())}")
         found.append({"source": name, "rows": counted})
     return {"sources": found}
+
+
+def reading_of(job: Job) -> Reading:
+    """How the job's own source is read: with the columns that rewards need of it."""
+    from rdpo.preference.rewards import reward_columns
+    from rdpo.synthesis.columns import PROMPTS, Reading, needed_columns
+
+    return Reading(PROMPTS, (*needed_columns(job), *reward_columns(job)))
 
 
 def _near_duplicates(run: Run, folder: StageFolder) -> int:

@@ -11,7 +11,8 @@ if TYPE_CHECKING:
 
     from rdpo.config import Job
     from rdpo.execution.run import Run
-    from rdpo.files.manifest import Settings
+    from rdpo.files.manifest import Settings, Summary
+    from rdpo.files.stage_folder import StageFolder
 
 
 def settings(job: Job) -> Settings:
@@ -27,14 +28,32 @@ def score(rows: ray.data.Dataset, run: Run) -> ray.data.Dataset:
     from rdpo.preference.pairs import scored_answers
     from rdpo.preference.rewards import score_answers
 
-    return score_answers(rows, run.job, scored_answers(run.job), run.streams)
+    return score_answers(rows, run.job, scored_answers(run.job), run.streams, run.folder("rewards"))
+
+
+def summary(run: Run, folder: StageFolder) -> Summary:
+    """What the endpoints of judges read, wrote and cost; says so."""
+    from rdpo.preference.rewards.judge_endpoint import READ, WRITTEN
+    from rdpo.synthesis.endpoint import cost
+
+    spent: dict[str, dict[str, float]] = {}
+    for reward in run.job.rewards:
+        endpoint = getattr(reward, "endpoint", None)
+        if endpoint is None:
+            continue
+        columns = READ + reward.name, WRITTEN + reward.name
+        read, written = (folder.total(column) + folder.total(column, "dropped") for column in columns)
+        price = cost(read, written, endpoint.price_per_million)
+        run.console.say(f"{'':<12}endpoint of {reward.name}: {read} tokens read, cost {price:.2f}")
+        spent[reward.name] = {"tokens_read": read, "tokens_written": written, "cost": price}
+    return {"endpoints": spent} if spent else {}
 
 
 STAGE = Stage(
     "rewards",
     inputs=("synthesis",),
     settings=settings,
-    rows=RowWork(lambda run: run.source("synthesis"), score, has_failed=bool),
+    rows=RowWork(lambda run: run.source("synthesis"), score, summary, has_failed=bool),
     joins=True,
     packages=("rdpo", "vllm", "torch", "transformers"),
     command="score",

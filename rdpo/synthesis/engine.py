@@ -173,8 +173,8 @@ class Engine:
             tuple(answer.token_ids),
         )
 
-    async def score(self, ids: list[int]) -> float:
-        """The one output of a reward model's head, without an activation; of an engine with `runner="pooling"`.
+    async def outputs(self, ids: list[int]) -> list[float]:
+        """The outputs of a reward model's head, without an activation; of an engine with `runner="pooling"`.
 
         Raises:
             EngineError: the engine refuses the request.
@@ -183,8 +183,8 @@ class Engine:
 
         pooling = PoolingParams(task="classify", use_activation=False)
         final = await self._last(lambda prompt, name: self.engine.encode(prompt, pooling, name), ids)
-        [value] = final.outputs.data.float().tolist()
-        return float(value)
+        values: list[float] = final.outputs.data.float().tolist()
+        return values
 
     async def _final(self, prompt_ids: list[int], parameters: SamplingParams) -> RequestOutput:
         def generate(prompt: TokensPrompt, name: str) -> AsyncIterator[RequestOutput]:

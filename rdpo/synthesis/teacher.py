@@ -22,17 +22,19 @@ from rdpo.cluster.pools import Pool, engine_pool
 from rdpo.config import Endpoint as EndpointSettings
 from rdpo.config import Engine as EngineSettings
 from rdpo.config import Job, Sampling
+from rdpo.config import Server as ServerSettings
 from rdpo.config.task import Task, Turn
-from rdpo.errors import EndpointDown, InputError
+from rdpo.errors import InputError
 from rdpo.files.unfinished import unfinished
 from rdpo.modeling.chat import Chat, teacher_chat
 from rdpo.modeling.weights import ModelRef, local_adapter
 from rdpo.records import ID_COLUMN, Messages, Row, clean, draw_seed, drop, table_of
 from rdpo.synthesis.asking import ask
 from rdpo.synthesis.crashes import CrashGuard, open_crash_counts
-from rdpo.synthesis.endpoint import Endpoint, endpoint_key
+from rdpo.synthesis.endpoint import Endpoint
 from rdpo.synthesis.engine import Engine, Generation
 from rdpo.synthesis.instructions import load_task, rendered_prefill, template_values, turn_messages
+from rdpo.synthesis.server import ENDS, endpoint_key
 
 if TYPE_CHECKING:
     import ray.data
@@ -65,7 +67,7 @@ def teacher_pool(job: Job) -> Pool:
     return engine_pool("synthesis", "synthesis.engine", synthesis.engine, nodes, teacher)
 
 
-def client_pool(engine: EngineSettings, endpoint: EndpointSettings) -> EngineSettings:
+def client_pool(engine: EngineSettings, endpoint: ServerSettings) -> EngineSettings:
     """One actor without an engine, with enough rows in flight to keep all of the endpoint's places taken."""
     client = engine.model_copy(update={"concurrency": 1, "gpus": 0, "cpus": 1})
     # Twice as many rows as places, so that one is there when a place becomes free.
@@ -108,7 +110,7 @@ class EngineSpeaker:
 class EndpointSpeaker:
     """A server elsewhere."""
 
-    ends: tuple[type[Exception], ...] = (InputError, EndpointDown)
+    ends = ENDS
 
     def __init__(self, job: Job, key: SecretStr, settings: EndpointSettings):
         self.endpoint = Endpoint(settings, key)

@@ -11,6 +11,7 @@ from rdpo.execution.pipeline import run_stages
 from rdpo.execution.run import Run
 from rdpo.stages.table import STAGES
 from rdpo.tracking.console import Console
+from tests.support.chat_server import QUICK, Server, first_token
 
 pytestmark = pytest.mark.ray
 
@@ -59,3 +60,17 @@ def test_functions_and_the_teacher_as_judge_are_not_tried_without_pairs(ray_clus
     manifest, said = calibrated(job_table, tmp_path)
     assert (manifest.rows_in, manifest.summary) == (0, {"right": {}})
     assert "known pairs" in said
+
+
+def test_a_judge_whose_server_refuses_the_key_is_found_before_the_teacher_writes(ray_cluster, job_table, tmp_path):
+    server = Server(*[401] * 9)
+    with server.elsewhere() as address:
+        endpoint = {"url": f"{address}/v1", "model": "m", **QUICK}
+        judge = {"kind": "judge", "name": "judge", "rubric": "{{ prompt }} {{ answer }}", "ratings": ["4", "5"]}
+        judge["endpoint"] = endpoint
+        job_table["rewards"] = [judge]
+        with pytest.raises(InputError, match=r"rewards.judge.endpoint: http.* refuses the key in key_variable"):
+            calibrated(job_table, tmp_path / "run")
+        server.replies = [first_token({"4": -0.1, "5": -2.4}) for _ in range(9)]
+        manifest, _ = calibrated(job_table, tmp_path / "run")
+    assert manifest.rows_out == 2

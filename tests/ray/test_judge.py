@@ -3,7 +3,11 @@
 import pytest
 
 from rdpo.config import Job
+from rdpo.errors import InputError
+from rdpo.files.stage_folder import StageFolder
+from rdpo.files.unfinished import raise_end
 from rdpo.preference.rewards import score_answers
+from tests.support.chat_server import QUICK, Server, first_token
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -29,3 +33,26 @@ def test_judge_gives_expected_ratings(ray_cluster, job_table):
     for row in by_id.values():
         scores = row["answer_scores"]
         assert row["answer_score"] == pytest.approx(scores["judge"] + 0.5 * scores["length"])
+
+
+def test_rows_that_a_servers_end_leaves_without_scores_stay_to_be_done_and_no_other_reward_sees_them(
+    ray_cluster, job_table, tmp_path
+):
+    import ray
+
+    server = Server(first_token({"4": -0.1, "5": -2.4}), *[402] * 40)
+    folder = StageFolder(str(tmp_path), "rewards")
+    folder.begin("k")
+    rows = [{"prompt_id": f"p{i}", "prompt": [{"role": "user", "content": "q"}], "answer": "yes"} for i in range(9)]
+    with server.elsewhere() as address:
+        endpoint = {"url": f"{address}/v1", "model": "m", "concurrency": 1, **QUICK}
+        judge = {"kind": "judge", "name": "judge", "rubric": "{{ prompt }} {{ answer }}", "ratings": ["4", "5"]}
+        judge["endpoint"] = endpoint
+        job = Job.model_validate({**job_table, "rewards": [judge, *job_table["rewards"]]})
+        [scored] = score_answers(ray.data.from_items(rows), job, ["answer"], folder=folder).take_all()
+    assert scored["answer_scores"] == {"judge": pytest.approx(4, abs=0.2), "length": 3.0}
+    assert scored["tokens_read_judge"] == 7
+    with pytest.raises(InputError, match="refuses the key"):
+        raise_end(folder)
+    # What was asked after the end of the account is one question.
+    assert len(server.asked) <= 3

@@ -1,54 +1,19 @@
 """A real vLLM server on loopback as the teacher: three turns of each row, as transformers would speak them."""
 
-import os
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
-
 import pytest
 
 from rdpo.config import Job
 from rdpo.synthesis.teacher import synthesize
+from tests.support.vllm_server import serving
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.long]
-
-PATIENCE = 240
 
 
 @pytest.fixture(scope="module")
 def server(wordy_models, tmp_path_factory):
     """Base URL of a server for the first wordy model."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    arguments = {"--model": wordy_models[0], "--served-model-name": "wordy", "--host": "127.0.0.1", "--port": port}
-    limits = {"--max-model-len": "1024", "--dtype": "float32", "--generation-config": "vllm"}
-    flags = [part for pair in {**arguments, **limits}.items() for part in pair]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *flags, "--enforce-eager"]
-    log = tmp_path_factory.mktemp("server") / "log"
-    with log.open("w") as file:
-        environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
-        process = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
-    try:
-        wait_until_healthy(f"http://127.0.0.1:{port}/health", process, log)
-        yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        process.terminate()
-        process.wait(60)
-
-
-def wait_until_healthy(url, process, log):
-    deadline = time.monotonic() + PATIENCE
-    while time.monotonic() < deadline:
-        assert process.poll() is None, log.read_text()[-3000:]
-        try:
-            with urllib.request.urlopen(url, timeout=5):
-                return
-        except OSError:
-            time.sleep(0.5)
-    raise AssertionError(log.read_text()[-3000:])
+    with serving(wordy_models[0], tmp_path_factory.mktemp("server"), name="wordy") as address:
+        yield f"{address}/v1"
 
 
 def greedy(model, tokenizer, messages, max_tokens):

@@ -1,6 +1,8 @@
 """A chat completions server on loopback that behaves, or does not, and the endpoint teacher before it."""
 
 import asyncio
+import threading
+from contextlib import asynccontextmanager, contextmanager
 
 from aiohttp import web
 from pydantic import SecretStr
@@ -10,6 +12,7 @@ from rdpo.config import Sampling
 from rdpo.synthesis.endpoint import Endpoint
 
 SAMPLING = Sampling(max_tokens=5)
+QUICK = {"pause_s": 0.01, "timeout_s": 1.0}
 
 
 def completion(text="fine", finish_reason="stop"):
@@ -25,11 +28,22 @@ def completion(text="fine", finish_reason="stop"):
     }
 
 
+def first_token(logprobs, **more):
+    """A completion of one token, with the log-probabilities of the likeliest by their texts; None: it says none."""
+    reply = completion("x", "length")
+    if logprobs is not None:
+        listed = [{"token": token, "logprob": chance, "bytes": None} for token, chance in logprobs.items()]
+        content = [{"token": "x", "logprob": -1.0, "bytes": None, "top_logprobs": listed}]
+        reply["choices"][0]["logprobs"] = {"content": content, "refusal": None}
+    return {**reply, **more}
+
+
 class Server:
     """Plays a list of replies, then answers well; keeps what it was asked, and how many at once."""
 
     def __init__(self, *replies):
         self.replies, self.asked, self.keys = list(replies), [], []
+        self.routes = {}
         self.now = self.most = 0
         self.delay = 0.0
 
@@ -52,23 +66,44 @@ class Server:
             return web.json_response(reply)
         return web.Response(text=reply, content_type="application/json")
 
-    async def ask(self, *conversations, **settings):
-        """What an endpoint says to the conversations, or the error."""
+    @asynccontextmanager
+    async def running(self):
+        """Its address, while it runs."""
         app = web.Application()
         app.router.add_post("/v1/chat/completions", self.answer)
+        for path, handler in self.routes.items():
+            app.router.add_post(path, handler)
         runner = web.AppRunner(app)
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", 0)
         await site.start()
-        port = site._server.sockets[0].getsockname()[1]
-        sampling = SAMPLING.model_copy(update=settings.pop("sampling", {}))
-        settings = {"pause_s": 0.01, "timeout_s": 1.0, "retries": 2, **settings}
-        endpoint = Endpoint(Settings(url=f"http://127.0.0.1:{port}/v1", model="m", **settings), SecretStr("geheim"))
-        asked = [endpoint.say([{"role": "user", "content": text}], sampling, 11) for text in conversations]
         try:
-            return await asyncio.gather(*asked, return_exceptions=True)
+            yield f"http://127.0.0.1:{site._server.sockets[0].getsockname()[1]}"
         finally:
             await runner.cleanup()
+
+    @contextmanager
+    def elsewhere(self):
+        """Its address, while it runs in a thread of its own, for askers in other processes."""
+        loop = asyncio.new_event_loop()
+        thread = threading.Thread(target=loop.run_forever, daemon=True)
+        thread.start()
+        running = self.running()
+        try:
+            yield asyncio.run_coroutine_threadsafe(running.__aenter__(), loop).result()
+        finally:
+            asyncio.run_coroutine_threadsafe(running.__aexit__(None, None, None), loop).result()
+            loop.call_soon_threadsafe(loop.stop)
+            thread.join()
+
+    async def ask(self, *conversations, **settings):
+        """What an endpoint says to the conversations, or the error."""
+        sampling = SAMPLING.model_copy(update=settings.pop("sampling", {}))
+        settings = {**QUICK, "retries": 2, **settings}
+        async with self.running() as address:
+            endpoint = Endpoint(Settings(url=f"{address}/v1", model="m", **settings), SecretStr("geheim"))
+            asked = [endpoint.say([{"role": "user", "content": text}], sampling, 11) for text in conversations]
+            return await asyncio.gather(*asked, return_exceptions=True)
 
 
 def ask(server, *conversations, **settings):

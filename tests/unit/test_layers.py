@@ -9,9 +9,10 @@ PACKAGE = Path(__file__).parents[2] / "rdpo"
 ORDER = (
     *("cli", "api", "experiments", "report", "inspection", "planning", "stages", "execution", "evaluation"),
     *("preference", "synthesis", "training", "modeling", "cluster", "tracking", "config", "files", "records", "errors"),
+    "rewards",
 )
 ROOMS = {"evaluation", "training", "preference", "synthesis", "modeling"}
-ROOT = {"__init__.py", "__main__.py", "api.py", "errors.py", "records.py"}
+ROOT = {"__init__.py", "__main__.py", "api.py", "errors.py", "records.py", "rewards.py"}
 LONGEST = 400
 
 
@@ -81,7 +82,12 @@ def test_there_is_no_circle():
 
 def test_the_root_holds_what_a_program_calls_and_what_all_share():
     assert {path.name for path in PACKAGE.glob("*.py")} == ROOT
-    assert {path.parent.name for path in PACKAGE.glob("*/__init__.py")} == set(ORDER) - {"api", "records", "errors"}
+    assert {path.parent.name for path in PACKAGE.glob("*/__init__.py")} == set(ORDER) - {
+        "api",
+        "records",
+        "errors",
+        "rewards",
+    }
 
 
 def test_no_file_is_long():

@@ -7,7 +7,15 @@ import pytest
 from rdpo.config import JudgeReward
 from rdpo.errors import InputError
 from rdpo.modeling.chat import make_chat
-from rdpo.preference.ratings import check_rubric, expected_rating, rating_share, rating_values, written_rating
+from rdpo.preference.ratings import (
+    certain_rating,
+    check_rubric,
+    expected_rating,
+    missing_share,
+    rating_share,
+    rating_values,
+    written_rating,
+)
 from tests.support.models import byte_tokenizer
 
 
@@ -108,3 +116,32 @@ def test_a_rubric_may_use_what_the_judge_is_given():
 def test_settings_that_do_not_go_together(changes):
     with pytest.raises(ValueError, match=r"pairwise takes two|votes are drawn"):
         judge(**changes)
+
+
+@pytest.mark.parametrize(
+    ("values", "chances", "missing"),
+    [
+        ({"1": 1, "5": 5}, {"1": 0.5, "5": 0.3, "x": 0.1}, 0.0),
+        # At most as likely as the last that is listed, and not more than what is left.
+        ({"1": 1, "5": 5}, {"1": 0.5, "x": 0.1}, 0.1),
+        ({"1": 1, "4": 4, "5": 5}, {"1": 0.5, "x": 0.45}, 0.05),
+        # Of several tokens: as likely as the first of them, which counts once.
+        ({"-1": -1, "-2": -2, "1": 1}, {"1": 0.5, "-": 0.4}, 0.5),
+        ({"1": 1, "10": 10}, {"1": 0.6, "x": 0.3}, 0.7),
+        ({7: 1, 8: 2}, {7: 0.6, 9: 0.3}, 0.1),
+        ({"1": 1}, {}, 0.0),
+    ],
+)
+def test_the_most_that_missing_ratings_may_have(values, chances, missing):
+    logprobs = {token: math.log(chance) for token, chance in chances.items()}
+    assert missing_share(values, logprobs) == pytest.approx(missing)
+    if missing > 0.01:
+        with pytest.raises(ValueError, match="likeliest tokens"):
+            certain_rating(values, logprobs)
+
+
+def test_the_error_of_missing_ratings_is_a_thousandth_of_the_scale_at_most():
+    values, logprobs = {"1": 1.0, "5": 5.0}, {"1": math.log(0.9985), "x": math.log(0.0008)}
+    assert certain_rating(values, logprobs) == 1.0
+    # The missing one might have as much as the last that is listed.
+    assert expected_rating(values, {**logprobs, "5": math.log(0.0007)}) == pytest.approx(1.0, abs=4 * 1e-3)

@@ -1,8 +1,6 @@
 """Rewards: expected ratings, a classifier equal to plain transformers, functions that fail."""
 
-import json
 import math
-from pathlib import Path
 
 import pyarrow as pa
 import pytest
@@ -28,14 +26,8 @@ from rdpo.preference.rewards.function import load_function, score_by_function
 from rdpo.preference.rewards.implicit import Implicit, ImplicitKind, checked_implicit, reference_of
 from rdpo.preference.scores import combine_table
 from tests.support.adapters import adapter_on
+from tests.support.classifiers import ANSWERS, PROMPT, classifier, edit_config
 from tests.support.models import CHATML, byte_tokenizer, save_model, tiny_config
-
-PROMPT = [{"role": "user", "content": "why?"}]
-ANSWERS = ["because", "I do not know, and nobody else does either.", "x", "rain " * 9]
-
-
-def classifier(folder, **changes):
-    return ClassifierReward(kind="classifier", name="rm", model=folder, dtype="float32", **changes)
 
 
 def test_expected_rating_weighs_values_by_probability():
@@ -113,13 +105,6 @@ def saved_classifier(folder, template=CHATML, tokenizer=None, **changes):
     tokenizer = tokenizer or byte_tokenizer(template)
     config = tiny_config(tokenizer, **{"num_labels": 1, "initializer_range": 0.1, **changes})
     return save_model(folder, LlamaForSequenceClassification(config), tokenizer)
-
-
-def edit_config(folder, **changes):
-    """Change a saved configuration; None removes a key."""
-    path = Path(folder) / "config.json"
-    written = {**json.loads(path.read_text()), **changes}
-    path.write_text(json.dumps({key: value for key, value in written.items() if value is not None}))
 
 
 def alone(folder, ids):

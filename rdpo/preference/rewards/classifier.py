@@ -18,7 +18,7 @@ from rdpo.modeling.weights import ModelRef, fingerprint
 from rdpo.preference.rewards.classifier_input import Encoded, checked_classifier, last_token
 from rdpo.preference.rewards.kind import RewardKind
 from rdpo.preference.rewards.pooled import PooledClassifier
-from rdpo.preference.scores import REASON_CHARS, record_scores
+from rdpo.preference.scores import REASON_CHARS, Score, record_scores
 from rdpo.records import Messages, drop, table_of
 from rdpo.synthesis.crashes import open_crash_counts
 from rdpo.synthesis.engine import engine_settings
@@ -54,7 +54,7 @@ class ClassifierKind(RewardKind[ClassifierReward]):
         return [self._pool(job)]
 
     def score(self, rows: ray.data.Dataset, job: Job, answers: list[str]) -> ray.data.Dataset:
-        """Score by the model's one output."""
+        """Score by the model's output, or its outputs."""
         if self.reward.engine:
             arguments = {"reward": self.reward, "answers": answers, "job": job}
             return self._pool(job).map(rows, PooledClassifier, **arguments, crash_counts=open_crash_counts())
@@ -69,7 +69,7 @@ class ClassifierKind(RewardKind[ClassifierReward]):
 
 
 class Classifier:
-    """A Ray Data actor with a sequence-classification model of one output.
+    """A Ray Data actor with a sequence-classification model.
 
     A score is that of the model called with one conversation and no padding, whatever stands beside it in the batch.
     """
@@ -81,7 +81,7 @@ class Classifier:
         self.reward, self.answers = reward, answers
 
         checked = checked_classifier(reward, day=day)
-        self.input_ids = checked.conversations.input_ids
+        self.input_ids, self.outputs = checked.conversations.input_ids, checked.outputs
         self.device = take_device(reward.gpus)
         model, info = AutoModelForSequenceClassification.from_pretrained(
             checked.folder,
@@ -113,7 +113,7 @@ class Classifier:
             rows = record_scores(rows, answer, self.reward.name, self._scores(encoded))
         return table_of(rows)
 
-    def score(self, prompts: list[Messages], answers: list[str]) -> list[float]:
+    def score(self, prompts: list[Messages], answers: list[str]) -> list[Score]:
         """Scores of answers, in order.
 
         Raises:
@@ -121,29 +121,30 @@ class Classifier:
         """
         return self._scores([self.input_ids(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)])
 
-    def _scores(self, encoded: list[Encoded | None]) -> list[float]:
+    def _scores(self, encoded: list[Encoded | None]) -> list[Score]:
         """Scores in order, NaN of None; the forward runs over batches of similar length."""
         whole = {place: ids for place, ids in enumerate(encoded) if ids is not None}
         order = sorted(whole, key=lambda place: len(whole[place]["input_ids"]))
         size = self.reward.batch_size if self.by_token or self.in_batches else 1
-        scores = [math.nan] * len(encoded)
+        scores: list[Score] = [math.nan] * len(encoded)
         for start in range(0, len(order), size):
             chosen = order[start : start + size]
-            for place, score in zip(chosen, self._forward([whole[one] for one in chosen]), strict=True):
-                scores[place] = score
+            for place, values in zip(chosen, self._forward([whole[one] for one in chosen]), strict=True):
+                scores[place] = self.outputs.score(values)
         return scores
 
-    def _forward(self, encoded: list[Encoded]) -> list[float]:
+    def _forward(self, encoded: list[Encoded]) -> list[list[float]]:
+        """The model's outputs (B, outputs)."""
         import torch
 
         with torch.inference_mode():
             if self.by_token:
                 return self._at_last_tokens(encoded)
-            logits: list[float] = self.model(**self._padded(encoded)).logits[:, 0].float().tolist()
+            logits: list[list[float]] = self.model(**self._padded(encoded)).logits.float().tolist()
         return logits
 
-    def _at_last_tokens(self, encoded: list[Encoded]) -> list[float]:
-        """Scores of a model whose head stands on one token.
+    def _at_last_tokens(self, encoded: list[Encoded]) -> list[list[float]]:
+        """Outputs of a model whose head stands on one token.
 
         transformers looks for that token by comparing ids with the pad token, and finds padding where the two
         differ, or an end-of-turn token taken for padding. Here it is looked for before anything is padded.
@@ -154,8 +155,8 @@ class Classifier:
         hidden = base(**self._padded(encoded), use_cache=False).last_hidden_state
         places = torch.tensor([last_token(one["input_ids"], self.pad_id) for one in encoded], device=hidden.device)
         chosen = hidden[torch.arange(len(encoded), device=hidden.device), places]
-        scores: list[float] = self.model.score(chosen)[:, 0].float().tolist()
-        return scores
+        outputs: list[list[float]] = self.model.score(chosen).float().tolist()
+        return outputs
 
     def _padded(self, encoded: list[Encoded]) -> dict[str, torch.Tensor]:
         """One tensor (B, T) for each input, filled up on the right; what is filled up is not attended to."""

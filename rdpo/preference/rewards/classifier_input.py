@@ -9,11 +9,12 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rdpo.config import TEMPLATE_DATE, ClassifierReward
+from rdpo.config import TEMPLATE_DATE, ClassifierReward, EndpointReward
 from rdpo.errors import InputError
-from rdpo.modeling.loading import check_loaded, check_token_ids, outline, positions_of
+from rdpo.modeling.loading import architecture_outline, check_loaded, check_token_ids, outline, positions_of
 from rdpo.modeling.model_files import CONFIG
 from rdpo.modeling.weights import load_tokenizer, local_model, model_config
+from rdpo.preference.rewards.outputs import Outputs, outputs_of
 from rdpo.records import Messages, text_of
 
 if TYPE_CHECKING:
@@ -63,6 +64,16 @@ def last_token(ids: list[int], pad_id: int | None) -> int:
     return next(places, 0)
 
 
+def read_alone(conversations: Conversations, pad_id: int | None, prompt: Messages, answer: str) -> list[int]:
+    """What an engine is given, which reads its last token whatever it is: the ids up to where a decoder's head stands.
+
+    Raises:
+        ValueError: the chat template refuses the conversation.
+    """
+    ids = conversations.input_ids(prompt, answer)["input_ids"]
+    return ids[: last_token(ids, pad_id) + 1]
+
+
 def _rendered(tokenizer: PreTrainedTokenizerBase, messages: Messages, day: date, limit: dict[str, Any]) -> Encoded:
     try:
         encoded = tokenizer.apply_chat_template(
@@ -78,7 +89,7 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, messages: Messages, day: date,
 class CheckedClassifier:
     """A reward model that can be used: where it lies, its configuration, and how it reads conversations.
 
-    `scores_last`: its head stands on the last token that is not `pad_id`.
+    `scores_last`: its head stands on the last token that is not `pad_id`. `outputs`: which of its outputs count.
     """
 
     where: str
@@ -87,6 +98,7 @@ class CheckedClassifier:
     conversations: Conversations
     scores_last: bool
     pad_id: int | None
+    outputs: Outputs
 
 
 def checked_classifier(
@@ -97,8 +109,9 @@ def checked_classifier(
     No weights are read. `system`: the system message that every prompt will have; `day`: today, for templates that ask.
 
     Raises:
-        InputError: it has no classification head, more than one output, tensors that do not fit, token ids beyond its
-            embedding, or a chat template that refuses every prompt; or an engine is to read it and cannot.
+        InputError: it has no classification head, several outputs of which none is named, tensors that do not fit,
+            token ids beyond its embedding, or a chat template that refuses every prompt; or an engine is to read it
+            and cannot.
     """
     from transformers import AutoModelForSequenceClassification
 
@@ -107,21 +120,20 @@ def checked_classifier(
     if not any("SequenceClassification" in name for name in config.architectures or []):
         raise InputError(f"{where} has no classification head ({config.architectures}); use kind = 'judge'")
     model, info = outline(where, AutoModelForSequenceClassification, folder, config=config)
-    if not _says_labels(folder) and _stored_outputs(info) == {1}:
+    stored = _stored_outputs(info)
+    if not _says_labels(folder) and (stored == {1} or (len(stored) == 1 and reward.outputs)):
         # transformers takes two outputs where a configuration says nothing; the weights know better.
-        config.num_labels = 1
+        config.num_labels = stored.pop()
         model, info = outline(where, AutoModelForSequenceClassification, folder, config=config)
-    if config.num_labels != 1 and not (info["missing_keys"] or info["mismatched_keys"]):
-        raise InputError(f"{where} has {config.num_labels} outputs; a reward model has one")
+    fits = not (info["missing_keys"] or info["mismatched_keys"])
+    outputs = outputs_of(where, reward.outputs, config) if fits else Outputs({}, {})
     check_loaded(where, model, info, other_head=True)
 
-    tokenizer = load_tokenizer(reward.model)
-    # Of a conversation that is too long the answer stays: it is what is scored.
-    tokenizer.truncation_side = "left"
+    conversations = _conversations(model, reward.model, reward.max_length, reward.answer_only, day)
+    tokenizer = conversations.tokenizer
     check_token_ids(where, model, tokenizer)
     if system and tokenizer.chat_template and not reward.answer_only:
         _check_system(where, tokenizer, system, day)
-    most = min(reward.max_length, positions_of(model) or reward.max_length)
 
     scores_last = scores_last_token(type(model))
     if reward.engine and not scores_last:
@@ -129,8 +141,40 @@ def checked_classifier(
             f"{where}: engines read decoders whose head stands on the last token, and {type(model).__name__} is none; "
             "remove engine"
         )
-    read = Conversations(tokenizer, most, reward.answer_only, day)
-    return CheckedClassifier(where, folder, config, read, scores_last, config.get_text_config().pad_token_id)
+    pad_id = config.get_text_config().pad_token_id
+    return CheckedClassifier(where, folder, config, conversations, scores_last, pad_id, outputs)
+
+
+def served_conversations(
+    where: str, reward: EndpointReward, system: str | None = None, day: date = TEMPLATE_DATE
+) -> tuple[Conversations, int | None]:
+    """How a reward model that a server holds reads conversations, and its pad token; no weights are there.
+
+    Raises:
+        InputError: there is no such tokenizer, it is none of a decoder's, or its template refuses every prompt.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    name = reward.tokenizer or ""
+    config = model_config(name)
+    model = architecture_outline(f"{where}.tokenizer: {name}", AutoModelForSequenceClassification, config)
+    if not scores_last_token(type(model)):
+        raise InputError(
+            f"{where}.tokenizer: {name} is a {type(model).__name__}, which does not read token ids alone; remove "
+            'tokenizer, so that the server renders, or give api = "score"'
+        )
+    conversations = _conversations(model, name, reward.max_length, reward.answer_only, day)
+    if system and conversations.tokenizer.chat_template and not reward.answer_only:
+        _check_system(f"{where}.tokenizer: {name}", conversations.tokenizer, system, day)
+    return conversations, config.get_text_config().pad_token_id
+
+
+def _conversations(model: PreTrainedModel, name: str, max_length: int, answer_only: bool, day: date) -> Conversations:
+    tokenizer = load_tokenizer(name)
+    # Of a conversation that is too long the answer stays: it is what is scored.
+    tokenizer.truncation_side = "left"
+    most = min(max_length, positions_of(model) or max_length)
+    return Conversations(tokenizer, most, answer_only, day)
 
 
 def _says_labels(folder: str) -> bool:

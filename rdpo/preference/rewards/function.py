@@ -19,6 +19,7 @@ from rdpo.preference.rewards.imports import helper_hash
 from rdpo.preference.rewards.kind import RewardKind
 from rdpo.preference.scores import record_scores
 from rdpo.records import digest, drop, table_of
+from rdpo.synthesis.columns import Needed
 
 if TYPE_CHECKING:
     import ray.data
@@ -30,12 +31,18 @@ class FunctionKind(RewardKind[FunctionReward]):
     """A function runs in tasks, without a pool of its own."""
 
     def check_named(self, job: Job) -> None:
-        """Import the function.
+        """Import the function, and let it look for what it needs, if it has a `check` of its own.
 
         Raises:
             InputError: it cannot be used.
         """
-        load_function(self.reward.function)
+        check = getattr(load_function(self.reward.function), "check", None)
+        try:
+            if callable(check):
+                check()
+        except Exception as error:
+            said = f"{type(error).__name__}: {error}"
+            raise InputError(f"{self.where}: reward function {self.reward.function}: {said}") from None
 
     def check(self, job: Job) -> None:
         """Nothing beyond its import."""
@@ -53,6 +60,11 @@ class FunctionKind(RewardKind[FunctionReward]):
         arguments = {"reward": self.reward, "answers": answers, "path": os.getcwd()}
         blocks = rows.repartition(target_num_rows_per_block=BLOCK_ROWS)
         return blocks.map_batches(score_by_function, fn_kwargs=arguments, batch_format="pyarrow")
+
+    def columns(self) -> list[Needed]:
+        """Those that the function itself names."""
+        names = getattr(load_function(self.reward.function), "columns", ())
+        return [Needed((name,), f"{self.where}.function", f"{self.reward.function} reads it") for name in names]
 
     def needs_trial(self, job: Job) -> bool:
         """It loads no model, and may need columns that only the teacher writes."""

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from rdpo.cluster.pools import Pool
     from rdpo.config import Job
+    from rdpo.synthesis.columns import Needed
 
 R = TypeVar("R", bound=RewardSection)
 
@@ -61,6 +62,14 @@ class RewardKind(ABC, Generic[R]):
     def needs_trial(self, job: Job) -> bool:
         """Whether it is tried on two plain pairs where the user gives none: it loads a model of its own."""
         return True
+
+    def in_trial(self) -> R:
+        """The table for two plain pairs, which have no other columns; by default the same."""
+        return self.reward
+
+    def columns(self) -> list[Needed]:
+        """The columns of the source of the prompts that it reads beside the prompt; none by default."""
+        return []
 
     def against(self, start: str, adapter: str | None = None) -> R:
         """The table for a round that begins where a model trained from `start` ended; by default the same.

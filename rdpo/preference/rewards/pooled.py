@@ -14,8 +14,8 @@ import pyarrow as pa
 
 from rdpo.config import ClassifierReward, Job
 from rdpo.config import Engine as EngineSettings
-from rdpo.preference.rewards.classifier_input import checked_classifier, last_token
-from rdpo.preference.scores import with_scores
+from rdpo.preference.rewards.classifier_input import checked_classifier, read_alone
+from rdpo.preference.scores import Score, with_scores
 from rdpo.records import Row, table_of
 from rdpo.synthesis.crashes import CrashGuard
 from rdpo.synthesis.engine import Engine
@@ -45,10 +45,9 @@ class PooledClassifier:
         scores = asyncio.gather(*[self._score(row, answer) for answer in self.answers])
         return await with_scores(row, self.answers, self.reward.name, scores)
 
-    async def _score(self, row: Row, answer: str) -> float:
-        ids = self.checked.conversations.input_ids(row["prompt"], row[answer])["input_ids"]
-        # The engine reads the last token whatever it is.
-        return await self.engine.score(ids[: last_token(ids, self.checked.pad_id) + 1])
+    async def _score(self, row: Row, answer: str) -> Score:
+        ids = read_alone(self.checked.conversations, self.checked.pad_id, row["prompt"], row[answer])
+        return self.checked.outputs.score(await self.engine.outputs(ids))
 
     def __del__(self) -> None:
         # Ray ends an actor without another word; the processes of its engine would outlive it.

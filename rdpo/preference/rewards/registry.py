@@ -5,8 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, get_args
 
-from rdpo.config.rewards import ClassifierReward, FunctionReward, ImplicitReward, JudgeReward, Reward, RewardSection
+from rdpo.config.rewards import (
+    ClassifierReward,
+    EndpointReward,
+    FunctionReward,
+    ImplicitReward,
+    JudgeReward,
+    Reward,
+    RewardSection,
+)
 from rdpo.preference.rewards.classifier import ClassifierKind
+from rdpo.preference.rewards.endpoint import EndpointKind
 from rdpo.preference.rewards.function import FunctionKind
 from rdpo.preference.rewards.implicit import ImplicitKind
 from rdpo.preference.rewards.judge import JudgeKind
@@ -18,6 +27,7 @@ KINDS: Kinds = {
     ClassifierReward: ClassifierKind,
     JudgeReward: JudgeKind,
     ImplicitReward: ImplicitKind,
+    EndpointReward: EndpointKind,
     FunctionReward: FunctionKind,
 }
 
