@@ -44,6 +44,10 @@ class RewardSection(Section):
         return {name: value for name, value in self if isinstance(value, Engine)}
 
 
+MOVED = ("batch_size", "concurrency", "dtype", "gpus")
+"""Fields of a classifier that an engine's own table takes the place of."""
+
+
 class ClassifierReward(RewardSection):
     """A reward model with a classification head, run through transformers."""
 
@@ -81,7 +85,9 @@ class ClassifierReward(RewardSection):
             raise ValueError("outputs: every weight is 0; give one that counts another weight")
         if self.engine is None:
             return self
-        if own := {"gpus", "concurrency", "batch_size", "dtype"} & self.model_fields_set:
+        # Not whether they are said: a resolved job says all.
+        fields = type(self).model_fields
+        if own := [name for name in MOVED if getattr(self, name) != fields[name].default]:
             raise ValueError(f"{min(own)}: with an engine its own table says that; move it to engine, or remove it")
         if self.max_length > self.engine.max_model_len:
             raise ValueError(
@@ -134,7 +140,7 @@ class JudgeReward(RewardSection):
     prefill: str = ""
     """Text put into the judge's mouth before the rating, for example `Rating: `. With an `endpoint` only where its
     server can go on from it and says so: vLLM's can."""
-    engine: Engine = Engine()
+    engine: Annotated[Engine, UNSAID] = Engine()
     """The judge's engines."""
     endpoint: Annotated[Endpoint | None, UNSAID] = None
     """A server as the judge (a `[rewards.endpoint]` table) instead of `model` and `engine`."""
@@ -222,12 +228,12 @@ class EndpointReward(RewardSection, Server):
     """The reward model, named as in `student.model`, whose tokenizer and template make the tokens that are sent
     (`classify`, `pooling`), as `kind = "classifier"` reads them; of its files the weights are not needed. By default
     the server renders the messages."""
-    max_length: int = Field(default=1024, ge=8)
+    max_length: Annotated[int, UNSAID] = Field(default=1024, ge=8)
     """Most tokens that are sent with `tokenizer`; a longer conversation keeps its last ones. Without it one that is too
     long for the server drops its row."""
     answer_only: bool = False
     """Score the answer by itself, without the prompt."""
-    activation: bool = False
+    activation: Annotated[bool, UNSAID] = False
     """Take the output behind the head's activation (a probability, mostly) in place of the output itself."""
 
     @property

@@ -1,6 +1,7 @@
 """Real vLLM servers on loopback as judge and as reward model: the scores are those of the same models without one."""
 
 import asyncio
+import shutil
 
 import pyarrow as pa
 import pytest
@@ -13,6 +14,7 @@ from rdpo.preference.rewards.endpoint import ServedReward
 from rdpo.preference.rewards.judge_endpoint import ServedJudge
 from tests.support.classifiers import classifier
 from tests.support.crash_counts import NoCrashCounts
+from tests.support.models import byte_tokenizer
 from tests.support.vllm_server import serving
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.long]
@@ -124,3 +126,27 @@ def test_a_server_scores_as_the_classifier_does(
         assert (served["dropped"], expected["dropped"]) == (None, None)
         for answer in ("a_scores", "b_scores"):
             assert served[answer] == pytest.approx(expected[answer], abs=1e-4)
+
+
+def test_pairs_of_texts_are_scored_as_the_classifier_reads_them(tiny_classifier, job_table, tmp_path):
+    # A model without a chat template reads prompt and answer as two texts.
+    folder = tmp_path / "pairs"
+    shutil.copytree(tiny_classifier, folder)
+    tokenizer = byte_tokenizer(template=None)
+    tokenizer.save_pretrained(folder)
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    local = Classifier(classifier(str(folder)), ["a", "b"])(pa.Table.from_pylist(ROWS)).to_pylist()
+
+    with serving(str(folder), tmp_path, "rm", "--runner", "pooling") as address:
+        table = {"kind": "endpoint", "name": "rm", "api": "score", "url": address, "model": "rm"}
+
+        async def run():
+            reward, job = EndpointReward.model_validate(table), Job.model_validate(job_table)
+            actor = ServedReward(reward, ["a", "b"], job, NoCrashCounts, SecretStr("none"))
+            return [row async for block in actor(pa.Table.from_pylist(ROWS)) for row in block.to_pylist()]
+
+        served = asyncio.run(run())
+    for row, expected in zip(served, local, strict=True):
+        assert row.get("unfinished") is None and row["dropped"] is None
+        for answer in ("a_scores", "b_scores"):
+            assert row[answer] == pytest.approx(expected[answer], abs=1e-4)

@@ -1,6 +1,7 @@
 """A judge behind a server on loopback: its ratings by the probabilities that the server says, and where it cannot."""
 
 import asyncio
+import io
 import json
 import math
 
@@ -11,9 +12,14 @@ from pydantic import SecretStr
 
 from rdpo.config import Job, JudgeReward
 from rdpo.errors import EndpointDown, InputError
+from rdpo.execution.run import Run
+from rdpo.files.stage_folder import StageFolder
 from rdpo.files.unfinished import UNFINISHED
 from rdpo.preference.rewards.judge import JudgeKind
 from rdpo.preference.rewards.judge_endpoint import ServedJudge
+from rdpo.records import table_of
+from rdpo.stages.rewards import summary
+from rdpo.tracking.console import Console
 from tests.support.chat_server import QUICK, Server, completion, first_token
 from tests.support.crash_counts import NoCrashCounts
 
@@ -265,3 +271,20 @@ def test_a_run_in_a_loop_of_its_own_asks_too(job_table):
     with server.elsewhere() as address:
         asyncio.run(notebook(address))
     assert len(server.asked) == 1
+
+
+def test_what_the_judge_read_and_cost_stands_in_the_summary_and_is_said(job_table, tmp_path):
+    rows = [{"prompt_id": str(number), "tokens_read_j": 1000, "tokens_written_j": 10} for number in range(3)]
+    # Another reward's name may end as this one's does.
+    rows = [{**row, "tokens_read_my_j": 5, "tokens_written_my_j": 5} for row in rows]
+    folder = StageFolder(str(tmp_path), "rewards")
+    folder.begin("k")
+    folder.write_parts(table_of([*rows[:2], {**rows[2], "dropped": "no rating"}]), "prompt_id")
+    table = reward(endpoint={"price_per_million": (2.0, 10.0)}).model_dump()
+    screen = io.StringIO()
+    job = Job.model_validate({**job_table, "rewards": [*job_table["rewards"], table]})
+    found = summary(Run(job, str(tmp_path), Console(screen), lambda *_: False), folder)
+    cost = pytest.approx((3000 * 2 + 30 * 10) / 1e6)
+    assert found == {"endpoints": {"j": {"tokens_read": 3000, "tokens_written": 30, "cost": cost}}}
+    assert "endpoint of j: 3000 tokens read, cost 0.01" in screen.getvalue()
+    assert summary(Run(Job.model_validate(job_table), str(tmp_path), Console(screen), lambda *_: False), folder) == {}

@@ -6,7 +6,7 @@ from typing import get_args
 
 import pytest
 
-from rdpo.config import FunctionReward, Job, JudgeReward, Reward
+from rdpo.config import FunctionReward, Job, JudgeReward, Reward, load_job, to_toml
 from rdpo.errors import InputError
 from rdpo.preference.rewards import check_named_rewards
 from rdpo.preference.rewards.registry import KINDS, check_registry, kind_of
@@ -64,3 +64,25 @@ def test_engines_whose_model_may_run_code_are_named(job_table):
     engine = {"options": {"trust_remote_code": True}}
     job = job_of(job_table, {"kind": "judge", "name": "judge", "rubric": "{{ answer }}", "engine": engine})
     assert job.trusted_code == ["rewards.judge.engine.options"]
+
+
+@pytest.mark.parametrize(
+    "reward",
+    [
+        {"kind": "classifier", "model": "m"},
+        {"kind": "classifier", "model": "m", "engine": {"gpus": 4}, "outputs": {"helpful": 1.0}},
+        {"kind": "judge", "rubric": "x"},
+        {"kind": "judge", "rubric": "x", "endpoint": {"url": "http://j/v1", "model": "m"}, "top_logprobs": 5},
+        {"kind": "judge", "rubric": "x", "endpoint": {"url": "http://j/v1", "model": "m"}, "criteria_column": "c"},
+        {"kind": "judge", "rubric": "x", "engine": {"gpus": 1}, "criteria": [{"name": "c", "text": "x"}]},
+        {"kind": "implicit", "model": "m"},
+        {"kind": "endpoint", "url": "http://rm", "api": "json"},
+        {"kind": "endpoint", "url": "http://rm", "api": "score", "activation": True},
+        {"kind": "endpoint", "url": "http://rm", "api": "classify", "tokenizer": "m", "max_length": 64},
+    ],
+)
+def test_a_resolved_job_is_read_back_as_it_is(job_table, tmp_path, reward):
+    # Every run writes its job down so, and goes on with what is written.
+    job = job_of(job_table, {"name": "r", **reward})
+    (tmp_path / "job.toml").write_text(to_toml(job), encoding="utf-8")
+    assert load_job(tmp_path / "job.toml") == job
