@@ -11,6 +11,7 @@ from pydantic import SecretStr
 from rdpo.config import Endpoint as EndpointSettings
 from rdpo.config import Sampling
 from rdpo.errors import EndpointDown, InputError
+from rdpo.modeling.reasoning import KEYS, Unended, split_inline
 from rdpo.records import Messages
 from rdpo.synthesis.engine import Generation
 from rdpo.synthesis.server import Failed, Server, Unanswered, check_server, endpoint_key
@@ -55,15 +56,29 @@ class Endpoint:
         remedy = "`model`, or `url`, which mostly ends with /v1"
         self.server = Server(settings, key, where, repr(settings.model), remedy, self._advice)
 
-    async def say(self, messages: Messages, sampling: Sampling, seed: int) -> Generation:
+    async def say(
+        self, messages: Messages, sampling: Sampling, seed: int, reasons: bool = False, **arguments: Any
+    ) -> Generation:
         """One answer to a conversation.
+
+        Args:
+            messages: the conversation.
+            sampling: how the answer is drawn.
+            seed: of the draws.
+            reasons: reasoning is told from the answer. A server has one limit for both: the sum of their budgets.
+            arguments: further ones of the chat template, which vLLM's server and others of its kind take.
 
         Raises:
             Unanswered: the server will not answer it.
             InputError: the key or the model is refused.
             EndpointDown: it cannot be answered, nor can anything else.
         """
-        return await self.complete(messages, sampling, seed, partial(generation, keyless=self.server.keyless))
+        read = partial(generation, keyless=self.server.keyless, reasons=reasons)
+        if reasons:
+            most = sampling.max_tokens + sampling.max_reasoning_tokens
+            sampling = sampling.model_copy(update={"max_tokens": most})
+        extra: dict[str, Any] = {"chat_template_kwargs": arguments} if arguments else {}
+        return await self.complete(messages, sampling, seed, read, **extra)
 
     async def complete(
         self,
@@ -165,12 +180,12 @@ def withheld(response: Any, keyless: Callable[[str], str]) -> None:
         raise Unanswered(f"the endpoint withholds the answer: {keyless(str(refusal or reason))[:200]}")
 
 
-def generation(response: Any, keyless: Callable[[str], str]) -> Generation:
-    """The first choice of a chat completion.
+def generation(response: Any, keyless: Callable[[str], str], reasons: bool = False) -> Generation:
+    """The first choice of a chat completion; `reasons`: with the reasoning before its answer.
 
     Raises:
         Failed: it is no chat completion.
-        Unanswered: the answer is withheld, or has no text.
+        Unanswered: the answer is withheld, has no text, or ends inside its reasoning.
     """
     withheld(response, keyless)
     choice, (read, written) = response.choices[0], usage_of(response)
@@ -179,4 +194,20 @@ def generation(response: Any, keyless: Callable[[str], str]) -> Generation:
         if reason == "length":
             raise Unanswered("the endpoint wrote no text within max_tokens")
         raise Failed("the answer has no text", broken=True)
-    return Generation(keyless(text), "length" if reason == "length" else "stop", written, prompt_tokens=read)
+
+    reasoning = ""
+    if reasons:
+        try:
+            # A server that does not part them leaves both in the text.
+            inline, text = split_inline(text)
+        except Unended as error:
+            raise Unanswered(str(error)) from None
+        reasoning = _stated_reasoning(choice.message) or inline
+    ended = "length" if reason == "length" else "stop"
+    return Generation(keyless(text), ended, written, prompt_tokens=read, reasoning=keyless(reasoning))
+
+
+def _stated_reasoning(message: Any) -> str:
+    """What a server says was thought before an answer, under one of the names that servers have for it."""
+    stated = (getattr(message, key, None) for key in KEYS)
+    return next((one.strip() for one in stated if isinstance(one, str) and one.strip()), "")

@@ -114,10 +114,11 @@ class EndpointSpeaker:
 
     def __init__(self, job: Job, key: SecretStr, settings: EndpointSettings):
         self.endpoint = Endpoint(settings, key)
+        self.reasons, self.arguments = job.synthesis.reasoning != "off", job.synthesis.chat_template_kwargs
 
     async def say(self, messages: Messages, turn: Turn, sampling: Sampling, seed: int) -> Generation:
         """The answer by the server."""
-        return await self.endpoint.say(messages, sampling, seed)
+        return await self.endpoint.say(messages, sampling, seed, self.reasons, **self.arguments)
 
     def shutdown(self) -> None:
         """Nothing is held."""

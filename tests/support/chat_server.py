@@ -15,14 +15,14 @@ SAMPLING = Sampling(max_tokens=5)
 QUICK = {"pause_s": 0.01, "timeout_s": 1.0}
 
 
-def completion(text="fine", finish_reason="stop"):
+def completion(text="fine", finish_reason="stop", **stated):
     return {
         "id": "1",
         "object": "chat.completion",
         "created": 0,
         "model": "m",
         "choices": [
-            {"index": 0, "finish_reason": finish_reason, "message": {"role": "assistant", "content": text}},
+            {"index": 0, "finish_reason": finish_reason, "message": {"role": "assistant", "content": text, **stated}},
         ],
         "usage": {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10},
     }
@@ -99,10 +99,11 @@ class Server:
     async def ask(self, *conversations, **settings):
         """What an endpoint says to the conversations, or the error."""
         sampling = SAMPLING.model_copy(update=settings.pop("sampling", {}))
+        also = {"reasons": settings.pop("reasons", False), **settings.pop("arguments", {})}
         settings = {**QUICK, "retries": 2, **settings}
         async with self.running() as address:
             endpoint = Endpoint(Settings(url=f"{address}/v1", model="m", **settings), SecretStr("geheim"))
-            asked = [endpoint.say([{"role": "user", "content": text}], sampling, 11) for text in conversations]
+            asked = [endpoint.say([{"role": "user", "content": text}], sampling, 11, **also) for text in conversations]
             return await asyncio.gather(*asked, return_exceptions=True)
 
 

@@ -34,6 +34,36 @@ def test_what_openai_has_no_word_for_is_asked_as_vllms_server_knows_it():
 
 
 @pytest.mark.parametrize(
+    "reply",
+    [
+        completion("An apple.", reasoning_content="Hm."),
+        completion("An apple.", reasoning="Hm."),
+        completion("<think>\nHm.\n</think>\n\nAn apple."),
+    ],
+)
+def test_reasoning_of_a_server_is_told_from_its_answer(reply):
+    server = Server(reply)
+    [answer] = ask(server, reasons=True, sampling={"max_reasoning_tokens": 40}, arguments={"enable_thinking": True})
+    assert (answer.text, answer.reasoning) == ("An apple.", "Hm.")
+    assert server.asked[0]["max_tokens"] == 45
+    assert server.asked[0]["chat_template_kwargs"] == {"enable_thinking": True}
+
+
+def test_a_server_that_is_not_asked_for_reasoning_gets_no_word_of_it():
+    server = Server(completion("<think>Hm.</think>An apple."))
+    [answer] = ask(server)
+    assert (answer.text, answer.reasoning) == ("<think>Hm.</think>An apple.", "")
+    assert server.asked[0]["max_tokens"] == 5
+    assert not {"chat_template_kwargs", "max_reasoning_tokens"} & server.asked[0].keys()
+
+
+def test_an_answer_of_a_server_that_ends_inside_its_reasoning_drops_the_row():
+    [error] = ask(Server(completion("<think>Hm", "length")), reasons=True)
+    assert isinstance(error, Unanswered)
+    assert "inside its reasoning" in str(error)
+
+
+@pytest.mark.parametrize(
     "fault", [429, 500, 503, "cut", "slow", "{not json", "[]", json.dumps({"choices": []}), completion(None)]
 )
 def test_a_fault_is_asked_again(fault):
