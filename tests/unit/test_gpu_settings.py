@@ -8,8 +8,16 @@ from rdpo.cluster.hardware import ALLOCATOR
 from rdpo.config import Job, Training
 from rdpo.modeling import attention
 from rdpo.preference.reference import reference_pool
+from rdpo.preference.rewards.function import without_gpus
 from rdpo.training.deepspeed import zero_config
 from rdpo.training.trainer import GROUP_PATIENCE_S, _torch_trainer
+
+
+@pytest.mark.parametrize(("resources", "hidden"), [({"CPU": 2.0, "GPU": 1.0}, True), ({"CPU": 2.0}, False)])
+def test_a_reward_function_sees_no_gpu_that_others_have(monkeypatch, resources, hidden):
+    monkeypatch.setattr("ray.cluster_resources", lambda: resources)
+    environment = without_gpus().get("runtime_env", {}).get("env_vars", {})
+    assert environment == ({"CUDA_VISIBLE_DEVICES": ""} if hidden else {})
 
 
 @pytest.mark.parametrize(("gpus", "fused"), [(1, True), (0, None)])

@@ -8,7 +8,7 @@ import math
 import os
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
@@ -59,7 +59,7 @@ class FunctionKind(RewardKind[FunctionReward]):
         """Score by the function."""
         arguments = {"reward": self.reward, "answers": answers, "path": os.getcwd()}
         blocks = rows.repartition(target_num_rows_per_block=BLOCK_ROWS)
-        return blocks.map_batches(score_by_function, fn_kwargs=arguments, batch_format="pyarrow")
+        return blocks.map_batches(score_by_function, fn_kwargs=arguments, batch_format="pyarrow", **without_gpus())
 
     def columns(self) -> list[Needed]:
         """Those that the function itself names."""
@@ -69,6 +69,20 @@ class FunctionKind(RewardKind[FunctionReward]):
     def needs_trial(self, job: Job) -> bool:
         """It loads no model, and may need columns that only the teacher writes."""
         return False
+
+
+def without_gpus() -> dict[str, Any]:
+    """How Ray is asked for workers to which no GPU is visible.
+
+    Those of a task that asks for none see all of them, and a function that uses torch would take one that an engine or
+    the training has.
+    """
+    import ray
+
+    # A worker of its own takes seconds to start.
+    if not ray.cluster_resources().get("GPU"):
+        return {}
+    return {"runtime_env": {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}}
 
 
 def load_function(name: str, path: str | None = None) -> Callable[..., float]:
