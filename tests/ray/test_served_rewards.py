@@ -21,16 +21,13 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.long]
 
 RUBRIC = "Question: {{ prompt }}\nAnswer: {{ answer }}\nRate the answer from 1 to 5."
 PAIR = "{{ prompt }}\nA: {{ first }}\nB: {{ second }}\nWhich is better?"
+CRITERIA = [{"name": "short", "text": "Is it short?", "weight": 2}, {"name": "kind", "text": "Is it kind?"}]
+# Each starts an engine, so that few say much.
 JUDGES = {
-    "plain": {"rubric": RUBRIC},
-    "prefilled": {"rubric": RUBRIC, "prefill": "Rating: "},
-    "pairs": {"rubric": PAIR, "pairwise": True, "ratings": ["A", "B"]},
-    "criteria": {
-        "rubric": RUBRIC + " {{ criterion }}",
-        "criteria": [{"name": "short", "text": "Is it short?", "weight": 2}, {"name": "kind", "text": "Is it kind?"}],
-    },
-    "written": {"rubric": RUBRIC, "score": "written", "sampling": {"max_tokens": 40, "temperature": 0.0}},
+    "criteria": {"rubric": RUBRIC + " {{ criterion }}", "criteria": CRITERIA},
+    "pairs": {"rubric": PAIR, "pairwise": True, "ratings": ["A", "B"], "prefill": "Better: "},
 }
+WRITTEN = {"rubric": RUBRIC, "score": "written", "sampling": {"max_tokens": 40, "temperature": 0.0}}
 ROWS = [
     {
         "prompt_id": f"p{number}",
@@ -63,10 +60,8 @@ def test_a_server_judges_as_an_engine_does(ray_cluster, judge_server, job_table)
     endpoint = {"url": judge_server, "model": "judge"}
     scored = []
     for how in ({"engine": engine}, {"endpoint": endpoint}):
-        rewards = [{"kind": "judge", "name": name, **settings, **how} for name, settings in JUDGES.items()]
-        if "engine" in how:
-            # A random model writes no rating; whether the replies are the same is seen by the teacher's test.
-            rewards.pop()
+        judges = JUDGES if "engine" in how else {**JUDGES, "written": WRITTEN}
+        rewards = [{"kind": "judge", "name": name, **settings, **how} for name, settings in judges.items()]
         job = Job.model_validate({**job_table, "rewards": rewards})
         rows = score_answers(ray.data.from_items(ROWS), job, ["a", "b"]).take_all()
         scored.append({row["prompt_id"]: row for row in rows})
@@ -74,12 +69,13 @@ def test_a_server_judges_as_an_engine_does(ray_cluster, judge_server, job_table)
     for name, row in scored[0].items():
         served = scored[1][name]
         assert row["dropped"] is None
+        # A random model writes no rating; that a server's replies are an engine's is seen by the teacher's test.
         assert served["dropped"].startswith("reward written: score of a is not a finite number")
         for answer in ("a_scores", "b_scores"):
             own = {reward: score for reward, score in served[answer].items() if reward != "written"}
             assert own == pytest.approx(row[answer], abs=1e-3)
-        assert served["tokens_read_plain"] > 60 and served["tokens_written_plain"] == 2
-    ratings = {row["a_scores"]["plain"] for row in scored[0].values()}
+        assert served["tokens_read_criteria"] > 120 and served["tokens_written_criteria"] == 4
+    ratings = {row["a_scores"]["criteria.kind"] for row in scored[0].values()}
     assert len(ratings) > 1 and all(1 < rating < 5 for rating in ratings)
 
 
@@ -99,8 +95,8 @@ def judged(reward, job_table, url, ids=True):
 
 def test_twenty_tokens_that_do_not_have_the_ratings_make_none(judge_server, job_table):
     # This judge's choices are flat: twenty tokens do not have its ratings, and that is said.
-    assert [dropped for dropped, _ in judged(JUDGES["plain"], job_table, judge_server)] == [None] * len(ROWS)
-    for dropped, _ in judged(JUDGES["plain"], job_table, judge_server, ids=False):
+    assert [dropped for dropped, _ in judged({"rubric": RUBRIC}, job_table, judge_server)] == [None] * len(ROWS)
+    for dropped, _ in judged({"rubric": RUBRIC}, job_table, judge_server, ids=False):
         assert "likeliest tokens" in dropped
 
 

@@ -80,6 +80,21 @@ def test_vllms_server_is_asked_for_the_ratings_by_their_ids(job_table):
     assert server.asked[0]["logprob_token_ids"] == [11, 12]
 
 
+def test_a_server_that_cannot_say_the_tokens_yet_is_asked_again(job_table):
+    by_id = {"token_id:11": math.log(0.2), "token_id:12": math.log(0.2), "token_id:99": math.log(0.6)}
+    server = Server(first_token({"1": math.log(0.5), "5": math.log(0.5)}), first_token(by_id), first_token(by_id))
+    tokenize, times = tokenizing({"1": [11], "5": [12]}), []
+
+    async def sometimes(request):
+        times.append(1)
+        return web.json_response({}, status=503) if len(times) <= 2 else await tokenize(request)
+
+    server.routes["/tokenize"] = sometimes
+    rows = judge(server, job_table, {"a": "x"}, {"a": "y"}, {"a": "z"}, ratings=["1", "5"])
+    assert [row["a_scores"]["j"] for row in rows] == pytest.approx([3.0] * 3)
+    assert ["logprob_token_ids" in asked for asked in server.asked].count(True) >= 1
+
+
 def test_a_rating_of_two_tokens_ends_the_run(job_table):
     server = Server()
     server.routes["/tokenize"] = tokenizing({"-5": [1, 2], "5": [2]})

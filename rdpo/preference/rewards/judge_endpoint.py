@@ -133,16 +133,26 @@ class ServedJudge(Judging):
         async with self.first:
             self.endpoint.server.check()
             if not self.begun:
-                self.ids, self.begun = await self._find_ids(), True
+                try:
+                    self.ids, self.begun = await self._find_ids(), True
+                except Failed:
+                    # One that answers questions alone is no server of vLLM's; others are asked again.
+                    self.begun = self.endpoint.server.answered > 0
         return self.ids
 
     async def _find_ids(self) -> dict[str, int] | None:
+        """Token id of each rating, or None of another server.
+
+        Raises:
+            InputError: a rating is not one token.
+            Failed: the server does not answer now.
+        """
         ids: dict[str, int] = {}
         for rating in self.reward.ratings:
             try:
                 tokens = await self.endpoint.server.insist(partial(self._tokens, rating))
-            except (InputError, Refused, Failed):
-                # Whether it is another server or one that is gone, the first question will tell.
+            except (InputError, Refused):
+                # Whether it is another server, or refuses all, the first question will tell.
                 return None
             if tokens is None:
                 return None
