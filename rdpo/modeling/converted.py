@@ -8,6 +8,9 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,7 @@ def dequantised(file: Path) -> Path:
     stamp = f"{file.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
     folder = cache_dir() / "models" / f"{file.stem}-{hashlib.blake2b(stamp.encode(), digest_size=6).hexdigest()}"
 
-    return _made_once(folder, lambda partial: _convert_gguf(file, partial))
+    return _made_once(folder, partial(_convert_gguf, file))
 
 
 def _made_once(folder: Path, make: Callable[[Path], None]) -> Path:
@@ -35,11 +38,23 @@ def _made_once(folder: Path, make: Callable[[Path], None]) -> Path:
     # Several actors of one machine begin at the same time, and each wants the same model.
     with FileLock(f"{folder}.lock"):
         if not folder.is_dir():
-            partial = folder.with_name(f"{folder.name}.partial")
-            shutil.rmtree(partial, ignore_errors=True)
-            make(partial)
-            partial.rename(folder)
+            unfinished = folder.with_name(f"{folder.name}.partial")
+            shutil.rmtree(unfinished, ignore_errors=True)
+            if _one_of_several():
+                # transformers would partition what it loads here, and let the first process alone write what it saves.
+                with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as own:
+                    own.submit(make, unfinished).result()
+            else:
+                make(unfinished)
+            unfinished.rename(folder)
     return folder
+
+
+def _one_of_several() -> bool:
+    """Whether this process is one of several that train, or read a model, together."""
+    from torch import distributed
+
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
 def with_adapter(base: Path, adapter: Path, weights: bool, code: bool) -> Path:
@@ -55,16 +70,17 @@ def with_adapter(base: Path, adapter: Path, weights: bool, code: bool) -> Path:
     parts += [fingerprint_of(sorted(base.rglob(CODE)))] if code else []
     folder = cache_dir() / "models" / f"{base.name}-{'merged' if weights else 'text'}-{digest(*parts)[:12]}"
 
-    def make(partial: Path) -> None:
-        partial.mkdir()
-        if weights:
-            merge(base, adapter, partial, code)
-        else:
-            shutil.copy(base / CONFIG, partial)
-        copy_companions(base, partial, code)
-        copy_tokenizer(adapter, partial)
+    return _made_once(folder, partial(_put_together, base, adapter, weights, code))
 
-    return _made_once(folder, make)
+
+def _put_together(base: Path, adapter: Path, weights: bool, code: bool, folder: Path) -> None:
+    folder.mkdir()
+    if weights:
+        merge(base, adapter, folder, code)
+    else:
+        shutil.copy(base / CONFIG, folder)
+    copy_companions(base, folder, code)
+    copy_tokenizer(adapter, folder)
 
 
 def _convert_gguf(file: Path, folder: Path) -> None:

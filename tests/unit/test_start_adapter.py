@@ -12,13 +12,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from rdpo.config import Job
+from rdpo.errors import InputError
 from rdpo.evaluation.publish import publish
 from rdpo.modeling.student import frozen_student, student_forward, weights_of_start
 from rdpo.modeling.weights import ModelRef
 from rdpo.preference.reference import Reference
 from rdpo.training.checkpoint import EXPORT, MERGED, export_policy, finish_policy
 from rdpo.training.loop import PairTable, Trainer
-from tests.support.adapters import adapter_on
+from tests.support.adapters import adapter_on, edited
 from tests.support.jobs import valid_job
 from tests.support.model_card import FACTS
 from tests.support.models import save_model, tiny_config
@@ -221,6 +222,22 @@ def test_a_merge_is_made_once_and_again_when_the_adapter_is_another(tiny_model, 
     adapter_on(tiny_model, tmp_path / "sft", rank=2)
     assert student.folder() != first and student.fingerprint() != before
     assert student.base.fingerprint() == ModelRef(tiny_model).fingerprint()
+
+
+def test_one_of_several_processes_merges_in_a_process_of_its_own(tiny_model, tmp_path, monkeypatch):
+    student = ModelRef(tiny_model, adapter=adapter_on(tiny_model, tmp_path / "sft"))
+    expected = load_file(student.folder() / "model.safetensors")
+    monkeypatch.setenv("RDPO_CACHE", str(tmp_path / "other"))
+    monkeypatch.setattr("rdpo.modeling.converted._one_of_several", lambda: True)
+    # In this process nothing can be saved, as in one that is not the first.
+    monkeypatch.setattr("rdpo.modeling.start_adapter.save_model", None)
+    found = load_file(student.folder() / "model.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+    # What is wrong is said as if it were said here.
+    broken = ModelRef(tiny_model, adapter=edited(adapter_on(tiny_model, tmp_path / "broken"), r=7))
+    with pytest.raises(InputError, match="in another shape"):
+        broken.folder()
 
 
 def test_the_tokenizer_beside_an_adapter_is_the_students(tiny_model, tmp_path, tokenizer):
