@@ -169,7 +169,7 @@ class JudgeReward(RewardSection):
             raise ValueError("criteria: two have the same name; give each its own")
         if names and self.criteria_column is not None:
             raise ValueError("criteria stand in the job already; remove them, or criteria_column")
-        if names and (total := math.fsum(criterion.weight for criterion in self.criteria)) <= 0:
+        if names and (total := sum(criterion.weight for criterion in self.criteria)) <= 0:
             raise ValueError(f"criteria: their weights sum to {total:g}; give weights that sum to more than 0")
         return self
 

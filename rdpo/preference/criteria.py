@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rdpo.config import JudgeReward
+from rdpo.preference.scores import finite_or_nan
 from rdpo.records import Row, extra_of
 
 KNOWN = {"name", "text", "weight"}
@@ -24,8 +25,7 @@ class Criteria:
 
     def mean(self, scores: Mapping[str, float]) -> float:
         """The weighted mean of their scores."""
-        total = math.fsum(weight * scores[name] for name, weight in self.weights.items())
-        return total / math.fsum(self.weights.values())
+        return sum(weight * scores[name] for name, weight in self.weights.items()) / sum(self.weights.values())
 
 
 def criteria_of(reward: JudgeReward, row: Row) -> Criteria | None:
@@ -62,15 +62,15 @@ def _read(value: object) -> Criteria:
     weights: dict[str, float] = {}
     for number, one in enumerate(value, 1):
         texts[str(number)], weights[str(number)] = _text_and_weight(one, number)
-    if math.fsum(weights.values()) <= 0:
-        raise ValueError(f"has weights that sum to {math.fsum(weights.values()):g}; they must sum to more than 0")
+    if sum(weights.values()) <= 0:
+        raise ValueError(f"has weights that sum to {sum(weights.values()):g}; they must sum to more than 0")
     return Criteria(texts, weights)
 
 
 def _list_in(text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ValueError("begins as a list and is not JSON") from None
 
 
@@ -83,9 +83,9 @@ def _text_and_weight(one: object, number: int) -> tuple[str, float]:
     said = {name: value for name, value in one.items() if value is not None}
     if unknown := sorted(said.keys() - KNOWN):
         raise ValueError(f"has an unknown key `{unknown[0]}` in criterion {number}; there are text, weight and name")
-    text, weight = said.get("text"), said.get("weight", 1.0)
+    text, weight = said.get("text"), finite_or_nan(said.get("weight", 1.0))
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"has no text in criterion {number}")
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+    if math.isnan(weight):
         raise ValueError(f"has a weight in criterion {number} that is no finite number")
-    return text, float(weight)
+    return text, weight

@@ -33,6 +33,17 @@ class Composed:
 Score = float | Composed
 
 
+def finite_or_nan(value: object) -> float:
+    """A number out of JSON, which may be of any size; NaN where it is none, or not finite."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return math.nan
+    try:
+        number = float(value)
+    except OverflowError:
+        return math.nan
+    return number if math.isfinite(number) else math.nan
+
+
 def record_scores(rows: list[Row], answer: str, reward: str, scores: Sequence[Score]) -> list[Row]:
     """Rows with one reward's scores of one answer; a score that is no finite number drops the row."""
     recorded = []

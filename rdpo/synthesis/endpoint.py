@@ -161,7 +161,8 @@ def _begun(prefill: str) -> Messages:
 def usage_of(response: Any) -> tuple[int, int]:
     """Tokens read and written for a chat completion; zeros where the server does not say."""
     usage = getattr(response, "usage", None)
-    return (usage.prompt_tokens or 0, usage.completion_tokens or 0) if usage else (0, 0)
+    read, written = (getattr(usage, name, None) for name in ("prompt_tokens", "completion_tokens"))
+    return (read if isinstance(read, int) else 0, written if isinstance(written, int) else 0)
 
 
 def withheld(response: Any, keyless: Callable[[str], str]) -> None:
@@ -174,7 +175,7 @@ def withheld(response: Any, keyless: Callable[[str], str]) -> None:
     try:
         choice = response.choices[0]
         reason, refusal = choice.finish_reason, choice.message.refusal
-    except (AttributeError, TypeError, IndexError) as error:
+    except (AttributeError, TypeError, LookupError) as error:
         raise Failed(f"not a chat completion: {error}", broken=True) from None
     if reason == "content_filter" or refusal:
         raise Unanswered(f"the endpoint withholds the answer: {keyless(str(refusal or reason))[:200]}")

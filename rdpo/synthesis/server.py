@@ -184,7 +184,7 @@ class Server:
             raise self._status(error) from None
         except APIConnectionError as error:
             raise Failed(self.keyless(f"{type(error).__name__}: {error}")) from None
-        except (ValueError, APIResponseValidationError) as error:
+        except (ValueError, RecursionError, APIResponseValidationError) as error:
             raise Failed(self.keyless(f"the body is not JSON: {error}"), broken=True) from None
 
     def check(self) -> None:

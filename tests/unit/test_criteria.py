@@ -136,6 +136,8 @@ def test_a_column_holds_criteria_in_one_of_several_forms(value, texts, weights):
         ([{"text": "one", "points": 3}], "has an unknown key `points` in criterion 1; there are text, weight and name"),
         ([{"text": "one", "weight": "3"}], "has a weight in criterion 1 that is no finite number"),
         ([{"text": "one", "weight": True}], "has a weight in criterion 1 that is no finite number"),
+        ([{"text": "one", "weight": 10**400}], "has a weight in criterion 1 that is no finite number"),
+        ("[" * 100_000, "begins as a list and is not JSON"),
         ([{"text": "one", "weight": 1}, {"text": "two", "weight": -1}], "has weights that sum to 0"),
     ],
 )

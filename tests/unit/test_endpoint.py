@@ -64,7 +64,8 @@ def test_an_answer_of_a_server_that_ends_inside_its_reasoning_drops_the_row():
 
 
 @pytest.mark.parametrize(
-    "fault", [429, 500, 503, "cut", "slow", "{not json", "[]", json.dumps({"choices": []}), completion(None)]
+    "fault",
+    [429, 500, 503, "cut", "slow", "{not json", "[]", json.dumps({"choices": []}), '{"choices": {}}', completion(None)],
 )
 def test_a_fault_is_asked_again(fault):
     server = Server(fault, fault)

@@ -140,7 +140,7 @@ def test_a_reply_of_another_form_is_asked_for_again(job_table, reply):
     assert (row["dropped"], row["a_scores"], len(server.asked)) == (None, {"rm": 1.0}, 2)
 
 
-@pytest.mark.parametrize("value", [None, "7", True, [1.0]])
+@pytest.mark.parametrize("value", [None, "7", True, [1.0], 10**400])
 def test_a_score_that_is_no_number_drops_its_row(job_table, value):
     (row,) = score(Scorer({"scores": [value]}), job_table, api="json", path="/mine")
     assert row["dropped"] == "reward rm: score of a is not a finite number"

@@ -303,3 +303,36 @@ def test_what_the_judge_read_and_cost_stands_in_the_summary_and_is_said(job_tabl
     assert found == {"endpoints": {"j": {"tokens_read": 3000, "tokens_written": 30, "cost": cost}}}
     assert "endpoint of j: 3000 tokens read, cost 0.01" in screen.getvalue()
     assert summary(Run(Job.model_validate(job_table), str(tmp_path), Console(screen), lambda *_: False), folder) == {}
+
+
+def spoilt(change):
+    """A completion of one token with something else in it than the protocol says."""
+    reply = json.loads(json.dumps(first_token(DIGITS)))
+    change(reply)
+    return reply
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda reply: reply["choices"][0]["logprobs"]["content"][0]["top_logprobs"][0].update(logprob=1e6),
+        lambda reply: reply["choices"][0]["logprobs"]["content"][0]["top_logprobs"][0].update(logprob="often"),
+        lambda reply: reply["choices"][0]["logprobs"]["content"][0]["top_logprobs"][0].update(logprob=None),
+        lambda reply: reply["choices"][0]["logprobs"]["content"][0]["top_logprobs"][0].update(logprob=10**400),
+        lambda reply: reply["choices"][0].update(logprobs="yes"),
+        lambda reply: reply["choices"][0]["logprobs"].update(content=7),
+        lambda reply: reply["choices"][0]["logprobs"]["content"][0].update(top_logprobs=[7]),
+        lambda reply: reply.update(choices={}),
+    ],
+)
+def test_what_is_not_the_protocol_ends_clearly(job_table, change):
+    good, bad = first_token(DIGITS), spoilt(change)
+    rows = judge(Server(good, *[bad] * 9), job_table, {"a": "x"}, {"a": "y"}, endpoint={"concurrency": 1})
+    assert rows[0]["a_scores"]["j"] > 4
+    assert rows[1]["dropped"].startswith("reward j: the endpoint ")
+
+
+def test_counts_that_are_none_are_not_counted(job_table):
+    reply = spoilt(lambda reply: reply.update(usage={"prompt_tokens": "many", "completion_tokens": None}))
+    (row,) = judge(Server(reply), job_table)
+    assert (row["tokens_read_j"], row["tokens_written_j"]) == (0, 0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import AsyncIterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,7 @@ from rdpo.modeling.template import date_settings
 from rdpo.modeling.weights import ModelRef
 from rdpo.preference.rewards.classifier_input import read_alone, served_conversations
 from rdpo.preference.rewards.kind import RewardKind
-from rdpo.preference.scores import with_scores
+from rdpo.preference.scores import finite_or_nan, with_scores
 from rdpo.records import Messages, Row, table_of, text_of
 from rdpo.synthesis.crashes import CrashGuard, open_crash_counts
 from rdpo.synthesis.server import (
@@ -193,7 +192,7 @@ def _scores_in(reply: object, count: int) -> list[float]:
     scores = reply.get("scores") if isinstance(reply, dict) else None
     if not isinstance(scores, list) or len(scores) != count:
         raise Failed(f'the reply is not {{"scores": [...]}} with {count} numbers', broken=True)
-    return [_number(score) for score in scores]
+    return [finite_or_nan(score) for score in scores]
 
 
 def _outputs_in(reply: object, api: str) -> list[float]:
@@ -205,10 +204,4 @@ def _outputs_in(reply: object, api: str) -> list[float]:
         raise Failed(f"the reply is none of /{api}", broken=True) from None
     if isinstance(found, list) and any(isinstance(value, list) for value in found):
         raise Unanswered(f"the endpoint gives a number for each token; /{api} is to give one for the conversation")
-    return [_number(value) for value in (found if isinstance(found, list) else [found])]
-
-
-def _number(value: object) -> float:
-    """A score; what is no number is none, and drops its row."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if is_number else math.nan  # type: ignore[arg-type]
+    return [finite_or_nan(value) for value in (found if isinstance(found, list) else [found])]

@@ -20,6 +20,7 @@ from rdpo.errors import InputError
 from rdpo.files.unfinished import unfinished
 from rdpo.preference.ratings import certain_rating, rating_counts
 from rdpo.preference.rewards.judging import Judging, Question, Spent
+from rdpo.preference.scores import finite_or_nan
 from rdpo.records import Row
 from rdpo.synthesis.endpoint import HARMLESS, Endpoint, generation, usage_of, withheld
 from rdpo.synthesis.server import (
@@ -43,6 +44,8 @@ READ, WRITTEN = "tokens_read_", "tokens_written_"
 TOKEN_ID = "token_id:"
 """What a token looks like where vLLM's server names it by its id."""
 VLLM = "/tokenize"
+ROUNDING = 1e-3
+"""How far above 0 a log-probability may be."""
 ONE_TOKEN = Sampling(temperature=0.0, top_p=1.0, max_tokens=1)
 """What is read are the probabilities of that token, not the token."""
 
@@ -104,16 +107,22 @@ class ServedJudge(Judging):
     def _logprobs(self, response: Any) -> dict[str, float]:
         """Log-probabilities of the tokens that a reply may begin with, by their texts or ids."""
         withheld(response, self.endpoint.server.keyless)
-        found = response.choices[0].logprobs
-        content = found.content if found else None
-        if not content or not content[0].top_logprobs:
+        try:
+            found = response.choices[0].logprobs
+            first = found.content[0] if found and found.content else None
+            entries = first.top_logprobs or [] if first else []
+            listed = [(str(entry.token), finite_or_nan(entry.logprob)) for entry in entries]
+        except (AttributeError, TypeError, LookupError):
+            listed = []
+        if not listed:
             raise self._without_logprobs()
+        if not all(chance <= ROUNDING for _, chance in listed):
+            raise Failed("log-probabilities that are none", broken=True)
 
         chances: dict[str, float] = {}
-        for entry in content[0].top_logprobs:
+        for token, chance in listed:
             # Two tokens may have one text, with and without the blank before them for example.
-            known = chances.get(entry.token)
-            chances[entry.token] = entry.logprob if known is None else _either(known, entry.logprob)
+            chances[token] = _either(chances[token], chance) if token in chances else chance
         return chances
 
     def _without_logprobs(self) -> Exception:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -30,7 +29,7 @@ class Outputs:
             [value] = values
             return value
         named = {name: values[place] for name, place in self.places.items()}
-        return Composed(math.fsum(weight * named[name] for name, weight in self.weights.items()), named)
+        return Composed(sum(weight * named[name] for name, weight in self.weights.items()), named)
 
 
 def outputs_of(where: str, weights: Mapping[str, float], config: PretrainedConfig) -> Outputs:
