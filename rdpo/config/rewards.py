@@ -9,7 +9,17 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from rdpo.config.models import Endpoint, Engine, Readers, Sampling, Server
-from rdpo.config.section import MEMORY, PLACEMENT, UNSAID, Address, Concurrency, Dtype, Section, Source
+from rdpo.config.section import (
+    MEMORY,
+    PLACEMENT,
+    UNSAID,
+    Address,
+    Concurrency,
+    Dtype,
+    Section,
+    Source,
+    TemplateArguments,
+)
 
 
 def _module_and_name(function: str) -> str:
@@ -64,6 +74,8 @@ class ClassifierReward(RewardSection):
     """Most tokens that it reads, never more than it has positions for; a longer conversation keeps its last ones."""
     answer_only: bool = False
     """Score the answer by itself, without the prompt (for style and sentiment models)."""
+    chat_template_kwargs: Annotated[TemplateArguments, UNSAID] = Field(default_factory=dict)
+    """Further arguments of its chat template; those that it does not read are refused."""
     batch_size: Annotated[int, MEMORY] = Field(default=16, ge=1)
     """Conversations in one forward."""
     concurrency: Annotated[Concurrency, PLACEMENT] = 1
@@ -137,6 +149,10 @@ class JudgeReward(RewardSection):
     """Replies drawn for each answer where the score is `written`; their mean counts."""
     sampling: Sampling = Sampling()
     """How `written` replies are drawn."""
+    chat_template_kwargs: Annotated[TemplateArguments, UNSAID] = Field(default_factory=dict)
+    """Further arguments of the judge's chat template, on a server too; those that it does not read are refused. Where
+    the student judges, these are the student's, unless given. A judge whose template knows of thinking thinks before a
+    `written` rating, within `sampling.max_reasoning_tokens`; a server has `sampling.max_tokens` for both."""
     prefill: str = ""
     """Text put into the judge's mouth before the rating, for example `Rating: `. With an `endpoint` only where its
     server can go on from it and says so: vLLM's can."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import date
 from functools import lru_cache
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from rdpo.config import TEMPLATE_DATE
 from rdpo.errors import InputError
 from rdpo.modeling.masking import masked
-from rdpo.modeling.reasoning import ReasoningForm, reasoning_template
+from rdpo.modeling.reasoning import ReasoningForm, reasoning_template, thinks
 from rdpo.modeling.template import Opening, Template, Unfit, check_arguments, reads_date
 from rdpo.modeling.weights import ModelRef
 from rdpo.records import Messages
@@ -34,8 +35,9 @@ if TYPE_CHECKING:
     from rdpo.config import Job
 
 
-Thinking = Literal["off", "keep", "mask"]
-"""Whether answers begin with reasoning, and whether its tokens count."""
+Thinking = Literal["off", "keep", "mask", "free"]
+"""Whether answers begin with reasoning, and whether its tokens count; `free`: answers are read and never trained on, so
+that a model that thinks may do so."""
 
 
 class Answer(NamedTuple):
@@ -53,7 +55,8 @@ class Chat:
     `stop_ids` end generation, `end_id` is the one of them that the template writes. `ending` are the tokens that it
     writes behind an answer, up to that one; none where it writes none of them. `opening` is what it writes before an
     answer beyond where it asks for one. `reasoning`: how answers begin with reasoning; None: without any. `masks`: its
-    tokens are read and not counted (see `rdpo.modeling.masking`).
+    tokens are read and not counted (see `rdpo.modeling.masking`). `free`: nothing is trained on, so that prompts end
+    where the template asks in any case.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -64,6 +67,7 @@ class Chat:
     opening: str = ""
     reasoning: ReasoningForm | None = None
     masks: bool = False
+    free: bool = False
 
     def prompt_ids(self, messages: Messages, prefill: str = "") -> list[int]:
         """Token ids of a conversation up to where the assistant's answer begins (`prefill`: its first words).
@@ -76,14 +80,6 @@ class Chat:
         opening = self._opening(messages)
         ids = self._ids(opening.text)
         return ids + self.text_ids(opening.blanks + prefill) if prefill else ids
-
-    def asking_ids(self, messages: Messages) -> list[int]:
-        """Token ids of a conversation up to where the template asks: before the thoughts of a model that thinks.
-
-        Raises:
-            ValueError: the template refuses the conversation, or leaves out a part of it.
-        """
-        return self._ids(self.template.asking(messages))
 
     def pair_ids(self, messages: Messages, answers: Mapping[str, Answer]) -> dict[str, list[int]]:
         """Token ids of a conversation, as `prompt`, and of several answers by name.
@@ -121,7 +117,7 @@ class Chat:
 
     def _opening(self, messages: Messages) -> Opening:
         """What the template writes before the answer, or before the reasoning."""
-        if self.reasoning:
+        if self.reasoning or self.free:
             return Opening(messages, self.template.asking(messages), "")
         return self.template.opening(messages)
 
@@ -212,7 +208,6 @@ def make_chat(
     stop_ids: list[int],
     name: str,
     day: date = TEMPLATE_DATE,
-    only_asks: bool = False,
     arguments: Mapping[str, Any] | None = None,
     thinking: Thinking = "off",
 ) -> Chat:
@@ -223,7 +218,6 @@ def make_chat(
         stop_ids: the tokens that end generation, beside its EOS token.
         name: of the model, for messages.
         day: today, for templates that ask.
-        only_asks: answers are read and never trained on, so that they may begin with thoughts.
         arguments: further ones of the template's, such as `enable_thinking`.
         thinking: whether answers begin with reasoning, and whether that counts.
 
@@ -240,11 +234,10 @@ def make_chat(
     stops = tuple(dict.fromkeys([tokenizer.eos_token_id, *stop_ids]))
     template = Template(tokenizer, day, arguments or {})
     try:
+        if thinking == "free":
+            return _free_chat(template, stops)
         if thinking != "off":
             return _thinking_chat(template, stops, masks=thinking == "mask")
-        if only_asks:
-            template.asking([{"role": "user", "content": "x"}])
-            return Chat(tokenizer, template, tokenizer.eos_token_id, stops)
         opening = template.fit_opening()
         ending = _ending(tokenizer, template, stops)
     except Unfit as error:
@@ -280,6 +273,21 @@ def _thinking_chat(template: Template, stops: tuple[int, ...], masks: bool) -> C
     return Chat(template.tokenizer, template, end_id, stops, ending, reasoning=form, masks=masks)
 
 
+def _free_chat(template: Template, stops: tuple[int, ...]) -> Chat:
+    """The chat of a model whose answers are only read; it thinks where its template has a place for that.
+
+    Raises:
+        ValueError: the template fails on plain text.
+    """
+    form = None
+    if thinks(template):
+        with suppress(Unfit):
+            template, form = reasoning_template(template)
+    template.asking([{"role": "user", "content": "x"}])
+    end_id = template.tokenizer.eos_token_id
+    return Chat(template.tokenizer, template, end_id, stops, reasoning=form, free=True)
+
+
 def _ending(tokenizer: PreTrainedTokenizerBase, template: Template, stops: tuple[int, ...]) -> tuple[int, ...]:
     """What the template writes behind an answer up to the first token that stops generation; nothing if none does."""
     behind = list(tokenizer(template.ending(), add_special_tokens=False)["input_ids"])
@@ -291,7 +299,6 @@ def _ending(tokenizer: PreTrainedTokenizerBase, template: Template, stops: tuple
 def load_chat(
     model: ModelRef,
     day: date = TEMPLATE_DATE,
-    only_asks: bool = False,
     arguments: str = "{}",
     thinking: Thinking = "off",
 ) -> Chat:
@@ -310,7 +317,7 @@ def load_chat(
         reason = str(error).strip().splitlines()[0][:200]
         raise InputError(f"model {model.name}: its generation_config.json cannot be read: {reason}") from None
     stop_ids = [stops] if isinstance(stops, int) else list(stops or [])
-    return make_chat(tokenizer, stop_ids, model.name, day, only_asks, json.loads(arguments), thinking)
+    return make_chat(tokenizer, stop_ids, model.name, day, json.loads(arguments), thinking)
 
 
 def student_chat(job: Job) -> Chat:
@@ -348,14 +355,14 @@ def teacher_chat(job: Job) -> Chat:
     return load_chat(teacher, job.date, arguments=arguments, thinking=thinking)
 
 
-def rendering_settings(chat: Chat, only_asks: bool = False) -> dict[str, Any]:
+def rendering_settings(chat: Chat) -> dict[str, Any]:
     """What a stage that renders with a chat depends on beside the model's files; nothing for most templates."""
     found: dict[str, Any] = {}
     if reads_date(chat.tokenizer):
         found["date"] = chat.template.day.isoformat()
     if chat.opening:
         found["opening"] = chat.opening
-    if not only_asks and chat.ending != (chat.end_id,):
+    if not chat.free and chat.ending != (chat.end_id,):
         found["ending"] = list(chat.ending)
     if chat.template.arguments:
         found["arguments"] = dict(chat.template.arguments)

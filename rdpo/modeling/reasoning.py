@@ -99,7 +99,8 @@ def _form(template: Template) -> ReasoningForm | None:
         if form := _written(template, asked, {"content": PROBE, key: REASON}):
             return replace(form, key=key, opened=opened, without=without)
 
-    if not _may_use_usual_marks(template):
+    # Of a template that knows of thinking the marks are its own, whatever most models have.
+    if MARKS[0] not in template.tokenizer.get_chat_template() and thinks(template):
         return None
     inline = f"{MARKS[0]}\n{REASON}\n{MARKS[1]}\n\n{PROBE}"
     if form := _written(template, asked, {"content": inline}):
@@ -110,11 +111,10 @@ def _form(template: Template) -> ReasoningForm | None:
     return None
 
 
-def _may_use_usual_marks(template: Template) -> bool:
-    """Whether nothing speaks against the marks of most models: a template that knows of thinking names its marks."""
+def thinks(template: Template) -> bool:
+    """Whether a template knows of models that think: of the usual marks, or of an argument that asks for reasoning."""
     names = {name for arguments in THINKING for name in arguments}
-    source = template.tokenizer.get_chat_template()
-    return MARKS[0] in source or variables(template.tokenizer).isdisjoint(names)
+    return MARKS[0] in template.tokenizer.get_chat_template() or not variables(template.tokenizer).isdisjoint(names)
 
 
 def _answered(template: Template, message: dict[str, Any]) -> str:

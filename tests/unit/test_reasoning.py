@@ -11,11 +11,13 @@ from rdpo.config import Job, Sampling
 from rdpo.errors import InputError
 from rdpo.inspection.export import _with_reasoning
 from rdpo.inspection.show import REASONING_STYLE, _field
-from rdpo.modeling.chat import make_chat
+from rdpo.modeling.chat import make_chat, rendering_settings
 from rdpo.modeling.masking import counted_ids, read_ids
 from rdpo.modeling.reasoning import Unended
 from rdpo.preference.pairs import pair_row, sound
+from rdpo.preference.ratings import written_rating
 from rdpo.preference.reference import tokenize_pair
+from rdpo.preference.rewards.classifier_input import Conversations
 from rdpo.synthesis.asking import ask
 from rdpo.synthesis.conversation import Unusable, derive_pair, read_prompt
 from rdpo.synthesis.engine import Generation
@@ -220,6 +222,31 @@ def test_a_prefill_begins_the_answer_and_not_the_reasoning():
     answer, requests = asked(chat, ("<think>\nHm.\n</think>", "stop"), (" apple.", "stop"), prefill="An")
     assert answer.text == " apple."
     assert chat.tokenizer.decode(requests[1][0]).endswith("</think>An")
+
+
+def test_a_judge_that_thinks_is_read_behind_its_reasoning():
+    chat = chat_of("qwen3", "free")
+    reply, requests = asked(chat, ("<think>\nRather a 2.\n</think>", "stop"), ("Rating: 4<|im_end|>", "stop"))
+    assert written_rating(reply.text, 1, 5) == 4
+    assert chat.tokenizer.decode(requests[0][0]).endswith("<|im_start|>assistant\n")
+    with pytest.raises(Unended):
+        asked(chat, ("<think>\nRather a 2.", "stop"))
+
+
+@pytest.mark.parametrize("name", ["gemma4", "llama3"])
+def test_a_judge_whose_reasoning_has_no_known_form_is_asked_once(name):
+    chat = chat_of(name, "free")
+    reply, requests = asked(chat, ("Rating: 4", "stop"), max_tokens=9)
+    assert (reply.text, reply.reasoning, requests[0][1].max_tokens) == ("Rating: 4", "", 9)
+    assert "reasoning" not in rendering_settings(chat).get("rendering", {})
+    with pytest.raises(InputError, match="does not write reasoning"):
+        chat_of("gemma4", "keep")
+
+
+def test_arguments_reach_the_template_of_a_classifier():
+    tokenizer = byte_tokenizer(CHATML.replace("{% for", "{{ tone }}{% for", 1))
+    read = Conversations(tokenizer, 100, False, DAY, {"tone": "calm"}).input_ids([USER], ANSWER)["input_ids"]
+    assert tokenizer.decode(read).startswith("calm<|im_start|>user")
 
 
 def message(content, **more):

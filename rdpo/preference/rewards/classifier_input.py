@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from rdpo.config import TEMPLATE_DATE, ClassifierReward, EndpointReward
 from rdpo.errors import InputError
 from rdpo.modeling.loading import architecture_outline, check_loaded, check_token_ids, outline, positions_of
 from rdpo.modeling.model_files import CONFIG
+from rdpo.modeling.template import check_arguments
 from rdpo.modeling.weights import load_tokenizer, local_model, model_config
 from rdpo.preference.rewards.outputs import Outputs, outputs_of
 from rdpo.records import Messages, text_of
@@ -35,6 +36,8 @@ class Conversations:
     max_length: int
     answer_only: bool
     day: date
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    """Further ones of the chat template."""
 
     def input_ids(self, prompt: Messages, answer: str) -> Encoded:
         """What the model reads of one answer: the last tokens of a conversation that is too long.
@@ -47,7 +50,7 @@ class Conversations:
             return dict(self.tokenizer(answer, **limit))
         if self.tokenizer.chat_template:
             messages = [*prompt, {"role": "assistant", "content": answer}]
-            return _rendered(self.tokenizer, messages, self.day, limit)
+            return _rendered(self.tokenizer, messages, self.day, {**self.arguments, **limit})
         return dict(self.tokenizer(text_of(prompt), answer, **limit))
 
 
@@ -74,10 +77,10 @@ def read_alone(conversations: Conversations, pad_id: int | None, prompt: Message
     return ids[: last_token(ids, pad_id) + 1]
 
 
-def _rendered(tokenizer: PreTrainedTokenizerBase, messages: Messages, day: date, limit: dict[str, Any]) -> Encoded:
+def _rendered(tokenizer: PreTrainedTokenizerBase, messages: Messages, day: date, arguments: dict[str, Any]) -> Encoded:
     try:
         encoded = tokenizer.apply_chat_template(
-            messages, tokenize=True, return_dict=True, strftime_now=day.strftime, **limit
+            messages, tokenize=True, return_dict=True, strftime_now=day.strftime, **arguments
         )
     except Exception as error:
         # A template may raise whatever its author chose.
@@ -131,6 +134,11 @@ def checked_classifier(
 
     conversations = _conversations(model, reward.model, reward.max_length, reward.answer_only, day)
     tokenizer = conversations.tokenizer
+    if given := reward.chat_template_kwargs:
+        if not tokenizer.chat_template:
+            raise InputError(f"rewards.{reward.name}.chat_template_kwargs: {reward.model} has no chat template")
+        check_arguments(tokenizer, given, f"rewards.{reward.name}.chat_template_kwargs")
+        conversations = replace(conversations, arguments=given)
     check_token_ids(where, model, tokenizer)
     if system and tokenizer.chat_template and not reward.answer_only:
         _check_system(where, tokenizer, system, day)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 from rdpo.cluster.pools import Pool, engine_pool
 from rdpo.config import Endpoint, Job, JudgeReward, Sampling
 from rdpo.files.manifest import Settings
-from rdpo.modeling.chat import Chat, load_chat, rendering_settings
+from rdpo.modeling.chat import Chat, Thinking, load_chat, rendering_settings
 from rdpo.modeling.weights import ModelRef
 from rdpo.preference.ratings import certain_rating, check_rubric, rating_values
 from rdpo.preference.rewards.judge_endpoint import ServedJudge, check_served
 from rdpo.preference.rewards.judging import Judging, Question, reasons_first
 from rdpo.preference.rewards.kind import RewardKind
+from rdpo.records import Messages
+from rdpo.synthesis.asking import ask
 from rdpo.synthesis.columns import Needed
 from rdpo.synthesis.crashes import open_crash_counts
 from rdpo.synthesis.engine import Engine, Generation, engine_settings
@@ -65,7 +68,7 @@ class JudgeKind(RewardKind[JudgeReward]):
             return {**found, **asked}
 
         model = ModelRef.of(job, reward.model)
-        rendering = rendering_settings(judge_chat(reward, job), reasons_first(reward))
+        rendering = rendering_settings(judge_chat(reward, job))
         engine = engine_settings(reward.engine, model)
         return {**found, "weights": model.fingerprint(), **rendering, "engine": engine}
 
@@ -128,18 +131,15 @@ class Judge(Judging):
         return certain_rating(self.values, reply.logprobs or {})
 
     async def written(self, question: Question) -> str:
-        """A reply of the engine."""
+        """A reply of the engine; of one that thinks first, what it comes to."""
+        if reasons_first(self.reward):
+            return (await ask(self.engine, self.chat, _messages(question), self.reward.sampling, question.seed)).text
         return (await self._reply(question, self.reward.sampling, self.chat.stop_ids)).text
 
     async def _reply(
         self, question: Question, sampling: Sampling, stop_ids: tuple[int, ...], **extra: Any
     ) -> Generation:
-        messages = [{"role": "user", "content": question.text}]
-        if reasons_first(self.reward):
-            # A model that thinks may do so here: only the rating that it comes to is read.
-            prompt_ids = self.chat.asking_ids(messages)
-        else:
-            prompt_ids = self.chat.prompt_ids(messages, self.reward.prefill)
+        prompt_ids = self.chat.prompt_ids(_messages(question), self.reward.prefill)
         return await self.engine.generate(prompt_ids, sampling, question.seed, stop_ids, **extra)
 
     def __del__(self) -> None:
@@ -154,4 +154,13 @@ def judge_chat(reward: JudgeReward, job: Job) -> Chat:
     Raises:
         InputError: the model has none that the judge can be asked with.
     """
-    return load_chat(ModelRef.of(job, reward.model), job.date, reasons_first(reward))
+    given = reward.chat_template_kwargs
+    if not (given or reward.model):
+        given = job.student.chat_template_kwargs
+    arguments = json.dumps(given, sort_keys=True)
+    thinking: Thinking = "free" if reasons_first(reward) else "off"
+    return load_chat(ModelRef.of(job, reward.model), job.date, arguments, thinking)
+
+
+def _messages(question: Question) -> Messages:
+    return [{"role": "user", "content": question.text}]

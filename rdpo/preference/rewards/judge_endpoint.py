@@ -19,7 +19,7 @@ from rdpo.config import Job, JudgeReward, Sampling
 from rdpo.errors import InputError
 from rdpo.files.unfinished import unfinished
 from rdpo.preference.ratings import certain_rating, rating_counts
-from rdpo.preference.rewards.judging import Judging, Question, Spent
+from rdpo.preference.rewards.judging import Judging, Question, Spent, reasons_first
 from rdpo.preference.scores import finite_or_nan
 from rdpo.records import Row
 from rdpo.synthesis.endpoint import HARMLESS, Endpoint, generation, usage_of, withheld
@@ -87,8 +87,9 @@ class ServedJudge(Judging):
 
     async def written(self, question: Question) -> str:
         """A reply of the server."""
-        read = partial(generation, keyless=self.endpoint.server.keyless)
-        return (await self._asked(question, self.reward.sampling, read, {})).text
+        reasons, sampling = reasons_first(self.reward), self.reward.sampling
+        read = partial(generation, keyless=self.endpoint.server.keyless, reasons=reasons)
+        return (await self._asked(question, sampling, read, {})).text
 
     async def _asked(
         self, question: Question, sampling: Sampling, read: Callable[[Any], T], extra: Mapping[str, Any]
@@ -100,6 +101,8 @@ class ServedJudge(Judging):
             return read(response)
 
         messages = [{"role": "user", "content": question.text}]
+        if given := self.reward.chat_template_kwargs:
+            extra = {**extra, "chat_template_kwargs": given}
         return await self.endpoint.complete(
             messages, sampling, question.seed, count_and_read, self.reward.prefill, **extra
         )
