@@ -66,11 +66,12 @@ def check_other_sources(job: Job) -> None:
     from rdpo.evaluation.retention import text_source
     from rdpo.preference.replay import ready_source
     from rdpo.preference.rewards import reward_columns
-    from rdpo.stages.prompts import reading_of
+    from rdpo.synthesis.mixture import alone
     from rdpo.synthesis.sources import check_source
 
-    if reward_columns(job):
-        check_source(job.prompts, reading_of(job))
+    columns = reward_columns(job)
+    for part, reading in alone(job, columns) if columns else ():
+        check_source(part.prompts, reading)
     if job.replay:
         check_source(*ready_source(job, job.replay))
     if job.retention:

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from rdpo.execution.run import Run
     from rdpo.files.manifest import Settings, Summary
     from rdpo.files.stage_folder import StageFolder
-    from rdpo.synthesis.columns import Reading
     from rdpo.tracking.console import Meter
 
 GIVEN = 2
@@ -67,10 +66,11 @@ def take_prompts(run: Run, folder: StageFolder, meter: Meter) -> Summary:
         InputError: no usable prompt is left to train on or to evaluate with.
     """
     from rdpo.files.rows import write_rows
+    from rdpo.preference.rewards import reward_columns
     from rdpo.synthesis.prompts import distinguishing, drop_duplicates, drop_heldout_questions, read_prompts
 
     folder.clear_parts()
-    rows = read_prompts(run.job, reading_of(run.job))
+    rows = read_prompts(run.job, also=reward_columns(run.job))
     write_rows(rows, folder, ID_COLUMN, lambda block: meter.advance(block.rows + block.dropped))
     drop_duplicates(folder, distinguishing(run.job))
     drop_heldout_questions(folder)
@@ -113,14 +113,6 @@ def _of_sources(run: Run, folder: StageFolder) -> Summary:
         run.console.say(f"{'':<12}{name}: {', '.join(f'{count} {what}' for what, count in counted.items())}")
         found.append({"source": name, "rows": counted})
     return {"sources": found}
-
-
-def reading_of(job: Job) -> Reading:
-    """How the job's own source is read: with the columns that rewards need of it."""
-    from rdpo.preference.rewards import reward_columns
-    from rdpo.synthesis.columns import PROMPTS, Reading, needed_columns
-
-    return Reading(PROMPTS, (*needed_columns(job), *reward_columns(job)))
 
 
 def _near_duplicates(run: Run, folder: StageFolder) -> int:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import pyarrow as pa
 
@@ -16,7 +17,7 @@ from rdpo.config import Prompts as Settings
 from rdpo.errors import InputError, named
 from rdpo.files.stage_folder import StageFolder
 from rdpo.records import ID_COLUMN, SIDES, unit_draw
-from rdpo.synthesis.columns import Reading
+from rdpo.synthesis.columns import Needed, Reading
 from rdpo.synthesis.hub import PREFIX
 from rdpo.synthesis.sources import source_columns, source_files
 
@@ -26,23 +27,30 @@ Places = Mapping[str, int]
 """Files and data sets, with the number of the source that each belongs to."""
 
 
-def alone(job: Job) -> list[tuple[Job, Reading]]:
-    """The job with each of its sources as the only one, and how that is read."""
+def alone(job: Job, also: Sequence[Needed] = ()) -> list[tuple[Job, Reading]]:
+    """The job with each of its sources as the only one, and how that is read.
+
+    `also`: columns that every source must have beside those of its prompts.
+    """
     parts = [job.model_copy(update={"prompts": one}) for one in job.prompts.each()]
     if not job.prompts.sources:
-        return [(job, Reading.of_prompts(job))]
-    places = _hub_places(job.prompts)
-    return [(part, Reading.of_prompts(part, number, places.get(number))) for number, part in enumerate(parts)]
+        readings = [Reading.of_prompts(job)]
+    else:
+        places = _hub_places(job.prompts)
+        readings = [Reading.of_prompts(part, number, places.get(number)) for number, part in enumerate(parts)]
+    return [(part, replace(one, needed=(*one.needed, *also))) for part, one in zip(parts, readings, strict=True)]
 
 
-def check_together(job: Job) -> None:
+def check_together(job: Job, also: Sequence[Needed] = ()) -> None:
     """Look at the beginnings of several sources.
+
+    `also`: as for `alone`.
 
     Raises:
         InputError: one is missing or lacks a column, two read the same file, or only some have scores.
     """
     places_of(job.prompts)
-    columns = [source_columns(part.prompts, reading) for part, reading in alone(job)]
+    columns = [source_columns(part.prompts, reading) for part, reading in alone(job, also)]
     if job.synthesis.task is not None:
         return
     scored = [number for number, names in enumerate(columns) if set(SCORES) <= set(names)]

@@ -40,7 +40,7 @@ from rdpo.records import (
     split_name,
     unit_draw,
 )
-from rdpo.synthesis.columns import Reading
+from rdpo.synthesis.columns import Needed, Reading
 from rdpo.synthesis.conversation import Unusable, check_columns, derive_pair, read_prompt
 from rdpo.synthesis.formats import Raw
 from rdpo.synthesis.given import pair_id
@@ -81,21 +81,23 @@ BLOCK_ROWS = 4096
 SHOWN_CHARS = 500
 
 
-def read_prompts(job: Job, reading: Reading | None = None) -> ray.data.Dataset:
+def read_prompts(job: Job, reading: Reading | None = None, also: Sequence[Needed] = ()) -> ray.data.Dataset:
     """All rows of the job's source or sources, usable and dropped; a prompt that stands there twice is there twice.
 
     Args:
         job: its `prompts` say what is read, and its student's chat template measures it.
         reading: how another source is read that stands in the place of the job's own.
+        also: columns that each of the job's own must have beside those of its prompts.
 
     Raises:
         InputError: a source is missing or empty, has no such column, or does not go together with another.
     """
-    if reading or not job.prompts.sources:
-        return _read(job, reading or Reading.of_prompts(job))
-    check_together(job)
-    parts = [_read(part, of_part) for part, of_part in alone(job)]
-    return parts[0].union(*parts[1:])
+    if reading:
+        return _read(job, reading)
+    if job.prompts.sources:
+        check_together(job, also)
+    parts = [_read(part, of_part) for part, of_part in alone(job, also)]
+    return parts[0].union(*parts[1:]) if parts[1:] else parts[0]
 
 
 def _read(job: Job, reading: Reading) -> ray.data.Dataset:

@@ -16,6 +16,7 @@ from rdpo.files.stage_folder import StageFolder
 from rdpo.records import ID_COLUMN
 from rdpo.stages.prompts import settings as prompts_settings
 from rdpo.stages.prompts import take_prompts
+from rdpo.synthesis.columns import Needed
 from rdpo.synthesis.mixture import alone, check_together, counts, not_drawn, places_of
 from rdpo.synthesis.prompts import SCHEMA, check_templates, drop_duplicates, drop_not_drawn, prompt_row
 from tests.support.jobs import write_jsonl
@@ -181,6 +182,15 @@ def test_sources_whose_forms_clash_are_refused(rows, task, message, job_with, tm
         return
     with pytest.raises(InputError, match=message):
         check_together(job)
+
+
+def test_a_column_that_a_reward_reads_is_looked_for_in_each_source(job_with, files, tmp_path):
+    other = str(tmp_path / "other.jsonl")
+    write_jsonl(other, [{"prompt": "q", "criteria": ["short"]}])
+    needed = [Needed(("criteria",), "rewards.own.column")]
+    check_together(job_with({"source": other}), needed)
+    with pytest.raises(InputError, match=r"rewards\.own\.column: \S+tiny\.jsonl has no column `criteria`"):
+        check_together(job_with({"source": other}, {"source": files["tiny"]}), needed)
 
 
 def test_a_source_that_is_missing_is_named(job_with, files):

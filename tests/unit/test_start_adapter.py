@@ -224,6 +224,7 @@ def test_a_merge_is_made_once_and_again_when_the_adapter_is_another(tiny_model, 
     assert student.base.fingerprint() == ModelRef(tiny_model).fingerprint()
 
 
+@pytest.mark.long
 def test_one_of_several_processes_merges_in_a_process_of_its_own(tiny_model, tmp_path, monkeypatch):
     student = ModelRef(tiny_model, adapter=adapter_on(tiny_model, tmp_path / "sft"))
     expected = load_file(student.folder() / "model.safetensors")
