@@ -111,8 +111,8 @@ def test_show_gives_each_completion_token_its_log_prob_before_and_after(finished
     for side, values in read.items():
         assert sum(values.reference) == pytest.approx(row[f"reference_{side}_logps"], abs=1e-3)
         ids = torch.tensor([row["prompt_ids"] + row[f"{side}_ids"]])
-        logps = trained(ids).logits.float().log_softmax(-1)[0, values.start - 1 : -1]
-        expected = logps.gather(1, ids[0, values.start :, None])[:, 0].tolist()
+        logps = trained(ids).logits.float().log_softmax(-1)[0, values.positions[0] - 1 : -1]
+        expected = logps.gather(1, ids[0, values.positions[0] :, None])[:, 0].tolist()
         assert values.policy == pytest.approx(expected, abs=1e-3)
     assert main(["show", run_dir, "reference", "--logps", "--limit", "1"]) == 0
     printed = capsys.readouterr().out

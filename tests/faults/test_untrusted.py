@@ -160,8 +160,8 @@ def test_no_module_of_ours_leaves_the_question_of_trust_to_transformers():
 def test_trust_and_revision_are_the_students_alone(job_table):
     job_table["student"] |= {"trust_remote_code": True, "revision": "abc"}
     job = Job.model_validate(job_table)
-    assert job.model_or_student(None) == ModelRef.student(job) == (job.student.model, "abc", True)
-    assert job.model_or_student("other/model") == ModelRef.of(job, "other/model") == ("other/model", None, False)
+    assert job.model_or_student(None) == ModelRef.student(job) == (job.student.model, "abc", True, None)
+    assert job.model_or_student("other/model") == ModelRef.of(job, "other/model") == ("other/model", None, False, None)
     assert Student(model="x").trust_remote_code is False
 
 

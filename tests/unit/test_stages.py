@@ -16,7 +16,7 @@ from rdpo.execution.pipeline import run_stages
 from rdpo.execution.run import Run
 from rdpo.execution.stage import Stage
 from rdpo.files.stage_folder import StageFolder
-from rdpo.modeling import weights as models
+from rdpo.modeling import converted
 from rdpo.stages import synthesis
 from rdpo.stages.table import STAGES
 from rdpo.tracking.console import Console
@@ -101,14 +101,14 @@ def test_a_reward_made_of_another_function_is_known_by_the_file_that_names_it(jo
 
 
 def test_a_gguf_file_with_other_content_is_another_model(tmp_path, monkeypatch):
-    monkeypatch.setattr(models, "cache_dir", lambda: tmp_path / "cache")
-    monkeypatch.setattr(models, "_convert_gguf", convert)
+    monkeypatch.setattr(converted, "cache_dir", lambda: tmp_path / "cache")
+    monkeypatch.setattr(converted, "_convert_gguf", convert)
     file = tmp_path / "student.Q4_0-1.gguf"
     file.write_bytes(b"old!")
-    old = models._dequantised(file)
+    old = converted.dequantised(file)
     file.write_bytes(b"new!")
     os.utime(file, ns=(0, 0))
-    new = models._dequantised(file)
+    new = converted.dequantised(file)
     assert [(folder / "weights").read_bytes() for folder in (old, new)] == [b"old!", b"new!"]
 
 
