@@ -117,6 +117,7 @@ def test_two_workers_under_zero3_equal_one_with_smaller_micro_batches(run_dir, t
     assert heldout_margins(undisturbed[1]) == pytest.approx(margins, abs=2e-2)
 
 
+@pytest.mark.long
 def test_the_weights_of_the_best_step_leave(run_dir, table):
     table = {**table, "pairs": {"heldout_fraction": 0.1}}
     # A rate at which training soon does more harm than good.
