@@ -164,6 +164,15 @@ class Job(Section):
         return self
 
     @model_validator(mode="after")
+    def _check_reasoning(self) -> Job:
+        if self.retention and self.synthesis.trains_on_reasoning:
+            raise ValueError(
+                "retention: its texts have no reasoning, and the student is trained to think before it answers; remove "
+                '[retention], or set synthesis.reasoning = "strip"'
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_relations(self) -> Job:
         if self.evaluation.refine and not self.synthesis.task:
             raise ValueError("evaluation: refine speaks the turns of a task; give synthesis.task")

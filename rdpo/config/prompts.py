@@ -142,8 +142,9 @@ class Synthesis(Section):
     adapter: Address | None = None
     """A LoRA adapter that the teacher wears: a folder, an address in an object store, or a hub id."""
     chat_template_kwargs: Annotated[TemplateArguments, UNSAID] = Field(default_factory=dict)
-    """Further arguments of the teacher's chat template, on a server too; those that it does not read are refused. Where
-    the student teaches itself, these are the student's, unless given."""
+    """Further arguments of the teacher's chat template; those that it does not read are refused. A server is sent them
+    too, and may leave them out without a word. Where the student teaches itself, these are the student's, unless
+    given."""
     reasoning: Annotated[Literal["off", "strip", "keep", "mask"], UNSAID] = "off"
     """What is made of the reasoning that models write before an answer, or that a preference data set has. `off`:
     models are asked for answers without any. `strip`: the teacher thinks, and only its answers go on; the student

@@ -150,9 +150,10 @@ class JudgeReward(RewardSection):
     sampling: Sampling = Sampling()
     """How `written` replies are drawn."""
     chat_template_kwargs: Annotated[TemplateArguments, UNSAID] = Field(default_factory=dict)
-    """Further arguments of the judge's chat template, on a server too; those that it does not read are refused. Where
-    the student judges, these are the student's, unless given. A judge whose template knows of thinking thinks before a
-    `written` rating, within `sampling.max_reasoning_tokens`; a server has `sampling.max_tokens` for both."""
+    """Further arguments of the judge's chat template; those that it does not read are refused. A server is sent them
+    too, and may leave them out without a word. Where the student judges, these are the student's, unless given. A judge
+    whose template knows of thinking thinks before a `written` rating, within `sampling.max_reasoning_tokens`; a server
+    has `sampling.max_tokens` for both."""
     prefill: str = ""
     """Text put into the judge's mouth before the rating, for example `Rating: `. With an `endpoint` only where its
     server can go on from it and says so: vLLM's can."""

@@ -39,8 +39,7 @@ def texts(job: Job, retention: Retention) -> list[Row]:
     """The conversations, each with its given answer; one that cannot be used has the reason."""
     prompts, reading = text_source(job, retention)
     # With a task the source is one of prompts, not of pairs.
-    synthesis = Synthesis(task="best_of", reasoning=job.synthesis.reasoning)
-    trial = job.model_copy(update={"prompts": prompts, "synthesis": synthesis})
+    trial = job.model_copy(update={"prompts": prompts, "synthesis": Synthesis(task="best_of")})
 
     found: dict[str, Row] = {}
     for row in read_prompts(trial, reading).take_all():

@@ -196,6 +196,9 @@ def _answer_ids(row: Row, column: str, chat: Chat) -> list[int]:
         ids: list[int] = drawn
         return ids
     reasoning = (row.get(f"{column}_reasoning") or "") if chat.reasoning else ""
+    if chat.reasoning and not reasoning:
+        # Behind the place where it is asked the model would think, and not begin this answer.
+        return []
     return chat.completion_ids(row[column], row[f"{column}_finish_reason"] == "stop", reasoning)
 
 

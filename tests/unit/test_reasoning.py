@@ -2,17 +2,22 @@
 
 import asyncio
 import json
+import math
 import re
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from pydantic import ValidationError
 
 from rdpo.config import Job, Sampling
 from rdpo.errors import InputError
+from rdpo.evaluation.publish import verify
 from rdpo.inspection.export import _with_reasoning
 from rdpo.inspection.show import REASONING_STYLE, _field
 from rdpo.modeling.chat import make_chat, rendering_settings
 from rdpo.modeling.masking import counted_ids, read_ids
+from rdpo.modeling.readers import answer_logps
 from rdpo.modeling.reasoning import Unended
 from rdpo.preference.pairs import pair_row, sound
 from rdpo.preference.ratings import written_rating
@@ -23,7 +28,7 @@ from rdpo.synthesis.conversation import Unusable, derive_pair, read_prompt
 from rdpo.synthesis.engine import Generation
 from rdpo.synthesis.given import pair_id
 from rdpo.synthesis.prompts import prompt_row
-from tests.support.models import CHATML, byte_tokenizer
+from tests.support.models import CHATML, byte_tokenizer, llama
 from tests.support.templates import DAY, ENDS, FOLDER, NAMES, USER, pair_of, tokenizer_of
 
 MARKS = ("<think>", "</think>", "<｜end▁of▁sentence｜>", "<|start|>", "<|channel|>", "<|message|>")
@@ -327,3 +332,36 @@ def test_exported_messages_hold_their_reasoning():
     }
     # What was exported is read again as it was.
     assert derive_pair(found, "prompt", reasoning=True).reasoning == {"chosen": THOUGHT, "rejected": "Hm."}
+
+
+def test_an_answer_without_reasoning_is_not_read_where_a_model_would_think():
+    row = {"prompt": [USER], "x": ANSWER, "x_finish_reason": "stop", "x_reasoning": ""}
+
+    class Reader:
+        vocabulary, positions, asked = 1000, None, 0
+
+        def __call__(self, prompts, answers):
+            self.asked += 1
+            return [[-1.0] * len(prompts)]
+
+    reader = Reader()
+    [without] = answer_logps([row], "x", chat_of("qwen3", "keep"), reader)
+    assert math.isnan(without.nats) and not reader.asked
+    [found] = answer_logps([{**row, "x_reasoning": THOUGHT}], "x", chat_of("qwen3", "keep"), reader)
+    assert found.nats == -1.0
+    [masked] = answer_logps([{**row, "x_reasoning": THOUGHT}], "x", chat_of("qwen3", "mask"), reader)
+    assert masked.tokens < found.tokens
+
+
+def test_texts_without_reasoning_are_no_measure_of_a_student_that_thinks(job_table):
+    job_table |= {"retention": {"source": "texts.jsonl"}, "synthesis": {**job_table["synthesis"], "reasoning": "keep"}}
+    with pytest.raises(ValidationError, match="retention: its texts have no reasoning"):
+        Job.model_validate(job_table)
+    job_table["synthesis"]["reasoning"] = "strip"
+    Job.model_validate(job_table)
+
+
+def test_a_model_that_only_answers_after_thinking_can_be_published(tmp_path):
+    tokenizer = tokenizer_of("deepseek_r1_distill", MARKS)
+    folder = Path(llama(tmp_path / "model", tokenizer))
+    assert verify(folder, folder, is_adapter=False)["logit_difference"] == 0

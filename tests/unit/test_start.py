@@ -75,14 +75,14 @@ def test_the_same_model_has_several_names(tiny_model, tmp_path, monkeypatch):
     here = ModelRef(str(copy))
     assert _is_same(str(copy), here) and _is_same(tiny_model, here)
     assert _is_same("meta-llama/llama-3", here) and _is_same("/far/away/Llama-3/", here)
-    assert _is_same("/root/.cache/huggingface/hub/models--meta--Llama-3/snapshots/0123abcd", here)
+    assert _is_same("/home/somebody/.cache/huggingface/hub/models--meta--Llama-3/snapshots/0123abcd", here)
     assert not _is_same(other, here) and not _is_same("meta/llama-3.1", here)
 
     monkeypatch.setattr("rdpo.modeling.weights.local_model", lambda *of, **how: copy)
     on_hub = ModelRef("meta/llama-3")
     assert _is_same("meta/Llama-3", on_hub) and _is_same("/far/llama-3", on_hub)
     assert not _is_same("you/llama-3", on_hub)
-    assert not _is_same("/root/.cache/huggingface/hub/models--you--Llama-3/snapshots/0123abcd", on_hub)
+    assert not _is_same("/home/somebody/.cache/huggingface/hub/models--you--Llama-3/snapshots/0123abcd", on_hub)
 
 
 def test_an_adapter_that_names_no_model_is_known_by_its_tensors(adapter, tiny_model, tmp_path):

@@ -134,11 +134,8 @@ def checked_classifier(
 
     conversations = _conversations(model, reward.model, reward.max_length, reward.answer_only, day)
     tokenizer = conversations.tokenizer
-    if given := reward.chat_template_kwargs:
-        if not tokenizer.chat_template:
-            raise InputError(f"rewards.{reward.name}.chat_template_kwargs: {reward.model} has no chat template")
-        check_arguments(tokenizer, given, f"rewards.{reward.name}.chat_template_kwargs")
-        conversations = replace(conversations, arguments=given)
+    _check_arguments(reward, tokenizer)
+    conversations = replace(conversations, arguments=reward.chat_template_kwargs)
     check_token_ids(where, model, tokenizer)
     if system and tokenizer.chat_template and not reward.answer_only:
         _check_system(where, tokenizer, system, day)
@@ -183,6 +180,14 @@ def _conversations(model: PreTrainedModel, name: str, max_length: int, answer_on
     tokenizer.truncation_side = "left"
     most = min(max_length, positions_of(model) or max_length)
     return Conversations(tokenizer, most, answer_only, day)
+
+
+def _check_arguments(reward: ClassifierReward, tokenizer: PreTrainedTokenizerBase) -> None:
+    given, where = reward.chat_template_kwargs, f"rewards.{reward.name}.chat_template_kwargs"
+    if given and (reward.answer_only or not tokenizer.chat_template):
+        raise InputError(f"{where}: no chat template renders what {reward.model} reads; remove it")
+    if given:
+        check_arguments(tokenizer, given, where)
 
 
 def _says_labels(folder: str) -> bool:

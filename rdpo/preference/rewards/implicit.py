@@ -54,6 +54,10 @@ class ImplicitKind(RewardKind[ImplicitReward]):
         own = self.reward.model_dump(exclude={"reference_adapter"})
         return {**own, **weights, **precision, **rendering_settings(chat_like_student(job, trained))}
 
+    def needs_trial(self, job: Job) -> bool:
+        """Not where answers are read with their reasoning: the two plain pairs have none."""
+        return not job.synthesis.trains_on_reasoning
+
     def pools(self, job: Job) -> list[Pool]:
         """One pool."""
         return [self._pool(job)]

@@ -9,6 +9,7 @@ from rdpo.cluster.pools import Pool, engine_pool
 from rdpo.config import Endpoint, Job, JudgeReward, Sampling
 from rdpo.files.manifest import Settings
 from rdpo.modeling.chat import Chat, Thinking, load_chat, rendering_settings
+from rdpo.modeling.reasoning import Unended
 from rdpo.modeling.weights import ModelRef
 from rdpo.preference.ratings import certain_rating, check_rubric, rating_values
 from rdpo.preference.rewards.judge_endpoint import ServedJudge, check_served
@@ -133,7 +134,12 @@ class Judge(Judging):
     async def written(self, question: Question) -> str:
         """A reply of the engine; of one that thinks first, what it comes to."""
         if reasons_first(self.reward):
-            return (await ask(self.engine, self.chat, _messages(question), self.reward.sampling, question.seed)).text
+            try:
+                reply = await ask(self.engine, self.chat, _messages(question), self.reward.sampling, question.seed)
+            except Unended:
+                # No rating, as in any other reply without one: further votes may have some.
+                return ""
+            return reply.text
         return (await self._reply(question, self.reward.sampling, self.chat.stop_ids)).text
 
     async def _reply(

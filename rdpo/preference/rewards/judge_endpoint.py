@@ -18,6 +18,7 @@ from pydantic import SecretStr
 from rdpo.config import Job, JudgeReward, Sampling
 from rdpo.errors import InputError
 from rdpo.files.unfinished import unfinished
+from rdpo.modeling.reasoning import Unended, split_inline
 from rdpo.preference.ratings import certain_rating, rating_counts
 from rdpo.preference.rewards.judging import Judging, Question, Spent, reasons_first
 from rdpo.preference.scores import finite_or_nan
@@ -87,9 +88,14 @@ class ServedJudge(Judging):
 
     async def written(self, question: Question) -> str:
         """A reply of the server."""
-        reasons, sampling = reasons_first(self.reward), self.reward.sampling
-        read = partial(generation, keyless=self.endpoint.server.keyless, reasons=reasons)
-        return (await self._asked(question, sampling, read, {})).text
+        read = partial(generation, keyless=self.endpoint.server.keyless)
+        text = (await self._asked(question, self.reward.sampling, read, {})).text
+        if not reasons_first(self.reward):
+            return text
+        try:
+            return split_inline(text)[1]
+        except Unended:
+            return ""
 
     async def _asked(
         self, question: Question, sampling: Sampling, read: Callable[[Any], T], extra: Mapping[str, Any]
