@@ -37,6 +37,11 @@ SIDES = ("chosen", "rejected")
 SCORE_COLUMNS = tuple(f"{side}_scores" for side in SIDES)
 """The columns of pairs with the scores by every reward, also those of weight 0. Nothing after the pairs depends on
 them: training goes by `reward_gap`."""
+DRAWN = "_drawn"
+"""Behind the name of an answer: the column with the tokens that it was drawn as."""
+VOICE = "_voice"
+"""Behind the name of an answer: the column with the voice that spoke it, where it was drawn."""
+DRAWN_COLUMNS = tuple(f"{side}{DRAWN}" for side in SIDES)
 SHOWN_CHARS = 4000
 ROLES = ("system", "user", "assistant", "tool")
 TRAIN = "train"

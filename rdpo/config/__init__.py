@@ -23,3 +23,4 @@ from rdpo.config.rewards import (
 from rdpo.config.section import MEMORY, PLACEMENT, Concurrency, Dtype, Layout, Section, largest, smallest
 from rdpo.config.tracking import Tracking
 from rdpo.config.training import LOSS_OPTIONS, Lora, Loss, Training
+from rdpo.config.voices import Voice

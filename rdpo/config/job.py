@@ -108,6 +108,8 @@ class Job(Section):
     def trusted_code(self) -> list[str]:
         """The settings that let code run which ships with a model."""
         engines = {"synthesis.engine": self.synthesis.engine, "evaluation.engine": self.evaluation.engine}
+        for name, voice in self.synthesis.voices.items():
+            engines |= {f"synthesis.voices.{name}.engine": voice.engine} if voice.engine else {}
         for reward in self.rewards:
             engines |= {f"rewards.{reward.name}.{field}": engine for field, engine in reward.engines.items()}
         trusting = [name for name, engine in engines.items() if engine.options.get("trust_remote_code")]
@@ -151,6 +153,12 @@ class Job(Section):
                 "synthesis: adapter would lie on the student, which has one of its own; name the model that it is for "
                 "as synthesis.teacher, or remove it: the teacher is the student with student.adapter"
             )
+        for name, voice in self.synthesis.voices.items():
+            if voice.adapter and not voice.model:
+                raise ValueError(
+                    f"synthesis.voices.{name}: adapter would lie on the student, which has one of its own; name the "
+                    "model that it is for, or remove it"
+                )
         if self.student.continues and self.training.extrapolation:
             raise ValueError(
                 "training: extrapolation moves away from a start that has no adapter yet; set it to 0, or "
@@ -173,11 +181,17 @@ class Job(Section):
         return self
 
     @model_validator(mode="after")
-    def _check_relations(self) -> Job:
+    def _check_speakers(self) -> Job:
         if self.evaluation.refine and not self.synthesis.task:
             raise ValueError("evaluation: refine speaks the turns of a task; give synthesis.task")
+        if self.synthesis.voices and not self.synthesis.task:
+            raise ValueError("synthesis: voices speak the turns of a task; give synthesis.task, or remove voices")
         if self.synthesis.endpoint and (self.synthesis.teacher or self.synthesis.adapter):
             raise ValueError("synthesis: endpoint names a teacher already; remove teacher and adapter, or endpoint")
+        return self
+
+    @model_validator(mode="after")
+    def _check_relations(self) -> Job:
         if self.pairs.chosen == self.pairs.rejected:
             raise ValueError("pairs: chosen and rejected name the same turn; name two turns of the task")
         for section in ("reference", "training"):

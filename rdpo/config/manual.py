@@ -72,8 +72,10 @@ def manual() -> str:
 
 def _section(path: str, owner: type[Section], shared: Shared, depth: int = 2) -> Iterator[str]:
     field = owner.model_fields[path.rsplit(".", 1)[-1]]
-    model = _in(field.annotation)[0]
-    yield f"{'#' * depth} {f'[[{path}]]' if get_origin(field.annotation) is list else f'[{path}]'}\n"
+    model, kind = _in(field.annotation)[0], get_origin(field.annotation)
+    # A table of tables: the user names them.
+    table = {list: f"[[{path}]]", dict: f"[{path}.NAME]"}.get(kind, f"[{path}]")
+    yield f"{'#' * depth} {table}\n"
     yield f"{_one_line(model.__doc__)}{OPTIONAL if owner is Job and field.default is None else ''}\n"
     yield from _table(model.model_fields, shared)
     if issubclass(model, Loss):

@@ -8,6 +8,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from rdpo.config.models import Endpoint, Engine, Sampling
 from rdpo.config.section import UNSAID, Address, Section, Source, TemplateArguments
+from rdpo.config.voices import Voice, VoiceName
 from rdpo.records import HELDOUT, TRAIN, split_name
 
 SOURCE_FIELDS = ("subset", "dataset_split", "limit")
@@ -157,6 +158,9 @@ class Synthesis(Section):
     """How the teacher's turns are sampled."""
     engine: Engine = Engine()
     """The teacher's engines."""
+    voices: Annotated[dict[VoiceName, Voice], UNSAID] = Field(default_factory=dict)
+    """Further speakers, each in a table `[synthesis.voices.NAME]`. A turn of the task names the one that speaks it; a
+    turn that names none is the teacher's."""
 
     @property
     def trains_on_reasoning(self) -> bool:

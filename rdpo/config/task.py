@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from itertools import chain
+from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from rdpo.config.section import Section
+from rdpo.config.section import UNSAID, Section
+from rdpo.config.voices import VoiceName
 
 
 class Turn(Section):
@@ -32,6 +34,22 @@ class Turn(Section):
     """In place of the job's."""
     samples: int = Field(default=1, ge=1)
     """How many answers are drawn: from 2 on they are named NAME_1, NAME_2, …"""
+    voice: Annotated[VoiceName | list[VoiceName] | None, UNSAID] = None
+    """Who speaks it: a table `[synthesis.voices.NAME]` of the job; by default the teacher. Of a list one is drawn for
+    each prompt, by the weights of the voices; several samples are spoken by different ones, as far as there are so
+    many."""
+
+    @field_validator("voice")
+    @classmethod
+    def _check_several(cls, voice: str | list[str] | None) -> str | list[str] | None:
+        if isinstance(voice, list) and (len(voice) < 2 or len(set(voice)) < len(voice)):
+            raise ValueError("a list is of two voices or more, each of them once")
+        return voice
+
+    @property
+    def voices(self) -> list[str | None]:
+        """Those who may speak it; None is the teacher."""
+        return list(self.voice) if isinstance(self.voice, list) else [self.voice]
 
     @property
     def names(self) -> list[str]:

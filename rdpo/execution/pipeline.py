@@ -25,7 +25,7 @@ from rdpo.execution.marker import take_directory
 from rdpo.execution.reader import JOB_FILE
 from rdpo.execution.run import Run
 from rdpo.execution.stage import Stage
-from rdpo.execution.streaming import stream_rows
+from rdpo.execution.streaming import chain_of, steps_kept, stream_rows
 from rdpo.files.duplicates import remove_duplicates
 from rdpo.files.folder import Folder
 from rdpo.files.manifest import Manifest, Settings, Summary
@@ -176,14 +176,21 @@ def _make(run: Run, chain: Sequence[Stage]) -> None:
 def _work(run: Run, chain: Sequence[Stage], folders: Sequence[StageFolder], meter: Meter) -> Summary:
     if chain[0].execute:
         return chain[0].execute(run, folders[0], meter)
-    works = [stage.rows for stage in chain if stage.rows]
-    stream_rows(run, list(zip(works, folders, strict=True)), meter)
+    links = chain_of(run, [(stage.rows, folder) for stage, folder in zip(chain, folders, strict=True) if stage.rows])
+    if run.streams:
+        stream_rows(run, list(links), meter)
+        return {}
+    for link in links:
+        meter.begin(link.label)
+        stream_rows(run, [link], meter)
     return {}
 
 
 def _commit(run: Run, stage: Stage, folder: StageFolder, manifest: Manifest) -> None:
     if stage.rows:
         _check_kept(run, stage, folder)
+        for step in steps_kept(folder):
+            step.clear()
         if stage.id_column and (removed := remove_duplicates(folder, stage.id_column)):
             run.console.warn(f"{stage.name}: {removed} rows were stored twice, by tasks done again; one of each stays")
         manifest.summary = {"rows_in": stage.rows.source(run).count, **stage.rows.summarize(run, folder)}

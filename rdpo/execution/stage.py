@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -64,20 +64,33 @@ class Source:
     ids: Callable[[], pa.ChunkedArray]
 
 
+Make = Callable[["ray.data.Dataset", "Run"], "ray.data.Dataset"]
+"""What is made of rows."""
+
+
 @dataclass(frozen=True)
 class RowWork:
     """What a stage does that maps rows to rows.
 
-    `summarize` looks at the finished folder. `generates`: the rows' `*_tokens` are this stage's work and
-    count for its rate. `has_failed`: whether the reasons why all rows were dropped, with how many each, mean that the
-    stage failed as a whole; it is not committed then, and its rows stay to be done.
+    `make` is all of it, unless there are `steps`, each of which may hold a model of its own. What all steps but the
+    last make, dropped rows too, is kept beside the stage's parts until the stage is finished.
+
+    `summarize` looks at the finished folder. `generates`: the rows' `*_tokens` are this stage's work and count for its
+    rate. `has_failed`: whether the reasons why all rows were dropped, with how many each, mean that the stage failed as
+    a whole; it is not committed then, and its rows stay to be done.
     """
 
     source: Callable[[RunReader], Source]
-    make: Callable[[ray.data.Dataset, Run], ray.data.Dataset]
+    make: Make | None = None
     summarize: Callable[[Run, StageFolder], Summary] = lambda run, folder: {}
     generates: bool = False
     has_failed: Callable[[Mapping[str, int]], bool] = lambda reasons: False
+    steps: Callable[[Run], Sequence[Make]] | None = None
+
+    def makes(self, run: Run) -> list[Make]:
+        """Its steps, or the one thing that it does."""
+        steps = self.steps(run) if self.steps else [self.make]
+        return [step for step in steps if step]
 
 
 @dataclass(frozen=True)

@@ -16,18 +16,26 @@ if TYPE_CHECKING:
     import ray.data
 
 
-def stored(rows: ray.data.Dataset, folder: StageFolder, id_column: str, pass_on: bool) -> ray.data.Dataset:
+def stored(
+    rows: ray.data.Dataset, folder: StageFolder, id_column: str, pass_on: bool, whole: bool = False
+) -> ray.data.Dataset:
     """The data set with a last step that stores each block as a part of the folder.
 
-    It yields the kept rows where another stage takes them up (`pass_on`), else one `WriteProgress` for each block.
+    It yields the kept rows where others take them up (`pass_on`), else one `WriteProgress` for each block. `whole`:
+    rows that are dropped lie among the others and go on with them; they are counted at the end.
     """
     path, name = folder.path.rsplit("/", 1)[0], folder.name
 
     def store(block: pa.Table) -> pa.Table:
-        progress = StageFolder(path, name).write_parts(block, id_column)
-        if pass_on:
-            return block.filter(pc.is_null(block["dropped"].cast(pa.string())))
-        return pa.Table.from_pylist([asdict(progress)])
+        into = StageFolder(path, name)
+        if whole:
+            into.write_rows_below(block, id_column, "")
+            progress = WriteProgress(block.num_rows, 0, 0)
+        else:
+            progress = into.write_parts(block, id_column)
+        if not pass_on:
+            return pa.Table.from_pylist([asdict(progress)])
+        return block if whole else block.filter(pc.is_null(block["dropped"].cast(pa.string())))
 
     return rows.map_batches(store, batch_format="pyarrow", batch_size=None)
 

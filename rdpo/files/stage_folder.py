@@ -43,6 +43,10 @@ class StageFolder(PartsFolder):
         if self.exists(MANIFEST) or self.begun.get("key") != key:
             self.clear()
             self._write_attempt(key, noted or {})
+        self.remove_unreadable()
+
+    def remove_unreadable(self) -> None:
+        """Remove parts that are not whole, as a disk that was full may leave them."""
         for below in ("", "dropped"):
             for name in self.names(PART, below):
                 if not self._is_readable(name):

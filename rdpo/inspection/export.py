@@ -24,6 +24,7 @@ from rdpo.files.folder import Folder
 from rdpo.files.manifest import Manifest
 from rdpo.files.stage_folder import StageFolder
 from rdpo.records import HELDOUT, ID_COLUMN, QUESTION, SIDES, text_of
+from rdpo.synthesis.voices import models_named
 
 PAIR_COLUMNS = (
     ID_COLUMN,
@@ -38,6 +39,8 @@ PAIR_COLUMNS = (
     "rejected_scores",
     "chosen_from",
     "rejected_from",
+    "chosen_voice",
+    "rejected_voice",
 )
 REASONING_KEY = "reasoning_content"
 """Under which most templates, and TRL, look for the reasoning of a message."""
@@ -72,6 +75,7 @@ def _pairs(stage: StageFolder, manifest: Manifest, job: Job, made: Path) -> dict
     }
     splits = {split: count for split, count in counts.items() if count}
     facts = {"job": job, "manifest": manifest, "splits": splits, "version": __version__}
+    facts["speakers"] = models_named(job)
     (made / "README.md").write_text(rendered_card("dataset.md.jinja", **facts), encoding="utf-8")
     return {f"data/{split}.parquet": count for split, count in splits.items()}
 

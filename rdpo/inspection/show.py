@@ -16,7 +16,7 @@ from rdpo.execution.reader import RunReader, table_of_stage
 from rdpo.inspection.token_logps import TokenLogps, TokenReader
 from rdpo.modeling.chat import student_chat
 from rdpo.modeling.masking import counted_ids, read_ids
-from rdpo.records import ID_COLUMN, Row, shown
+from rdpo.records import DRAWN, ID_COLUMN, Row, shown
 
 Decode = Callable[[list[int]], str]
 """The text of token ids."""
@@ -72,7 +72,8 @@ def _decoder(run_dir: str, stage: str, row: Row) -> Decode | None:
 
 
 def _panel(row: Row, decode: Decode | None) -> Panel:
-    parts = [_field(name, value, decode) for name, value in row.items() if name != ID_COLUMN and value is not None]
+    hidden = {name for name in row if name == ID_COLUMN or name.endswith(DRAWN)}
+    parts = [_field(name, value, decode) for name, value in row.items() if name not in hidden and value is not None]
     return Panel(Group(*parts), title=Text(shown(row[ID_COLUMN])), title_align="left")
 
 

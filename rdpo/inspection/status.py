@@ -18,6 +18,7 @@ from rdpo.errors import InputError
 from rdpo.execution.lock import holder
 from rdpo.execution.reader import JOB_FILE, RunReader, job_of_run, round_dir
 from rdpo.execution.stage import Stage
+from rdpo.execution.streaming import steps_kept
 from rdpo.files.folder import IN_PROGRESS, Folder
 from rdpo.files.manifest import Manifest
 from rdpo.records import HELDOUT
@@ -35,7 +36,8 @@ class StageStatus:
     """A stage: `done`, `outdated` (its inputs were made again since), `in progress`, `interrupted` or `not begun`.
 
     `stored` rows, steps or texts (`unit`) of `total`, where that is known; `seconds` that it took, or since it was
-    begun; `left_s` by the pace of the last steps.
+    begun; `left_s` by the pace of the last steps; `earlier`: rows that its first, second, … step but the last has
+    stored, where it has several.
     """
 
     stage: str
@@ -48,6 +50,7 @@ class StageStatus:
     loss: float | None = None
     margin: float | None = None
     left_s: float | None = None
+    earlier: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -93,6 +96,7 @@ def _stage(run: RunReader, made: Made, stage: Stage, driven: bool) -> StageStatu
         return _trained(run, made, status)
     status.dropped = folder.count("dropped")
     status.stored, status.total = folder.count() + status.dropped, _expected(run, made, stage)
+    status.earlier = [step.count() for step in steps_kept(folder)]
     return status
 
 
@@ -151,6 +155,8 @@ def _line(status: StageStatus) -> str:
     parts = [f"{status.stored}{of} {status.unit}"] if status.stored or of else []
     if status.dropped:
         parts.append(f"{status.dropped} dropped")
+    if status.earlier:
+        parts.append(f"{', '.join(map(str, status.earlier))} in the steps before")
 
     if status.loss is not None and status.margin is not None:
         parts.append(f"loss {status.loss:.4f}  margin {status.margin:.3f}")

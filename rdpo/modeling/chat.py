@@ -41,11 +41,15 @@ that a model that thinks may do so."""
 
 
 class Answer(NamedTuple):
-    """An answer, whether the model ended it by itself, and the reasoning before it, for a chat that has reasoning."""
+    """An answer, whether the model ended it by itself, and the reasoning before it, for a chat that has reasoning.
+
+    `drawn`: the tokens that a model with the same vocabulary drew it as, without those that end the turn.
+    """
 
     text: str
     finished: bool
     reasoning: str = ""
+    drawn: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,8 @@ class Chat:
         prompt = self._ids(opening.text)
         answer_ids = self._reasoned_ids if self.reasoning else self._answer_ids
         completions = {name: answer_ids(opening, prompt, answer) for name, answer in answers.items()}
-        return {"prompt": prompt, **completions}
+        kept = {name: self._as_drawn(prompt, ids, answers[name]) for name, ids in completions.items()}
+        return {"prompt": prompt, **kept}
 
     def completion_ids(self, answer: str, finished: bool, reasoning: str = "") -> list[int]:
         """Token ids of an answer; with the end of the turn only where the model wrote it itself."""
@@ -187,6 +192,17 @@ class Chat:
         if self._decoded(whole).startswith(self._decoded(prompt + alone)):
             return alone
         raise ValueError("the tokenizer does not give back the answer as it stands in the conversation")
+
+    def _as_drawn(self, prompt: list[int], ids: list[int], answer: Answer) -> list[int]:
+        """The ids of an answer, or those that it was drawn as: a model need not write a text as a tokenizer would.
+
+        They are taken where they are the same text: blanks around an answer, for example, are not trained on.
+        """
+        ending = self.ending if answer.finished else ()
+        text, drawn = ids[: len(ids) - len(ending)], list(answer.drawn)
+        if not (ids and drawn) or self._decoded(prompt + drawn) != self._decoded(prompt + text):
+            return ids
+        return [*drawn, *ending]
 
     def _has_special(self, ids: list[int]) -> bool:
         return not set(ids).isdisjoint(self.tokenizer.all_special_ids)
@@ -353,6 +369,14 @@ def teacher_chat(job: Job) -> Chat:
     # What is stripped is thought all the same.
     thinking: Thinking = "off" if job.synthesis.reasoning == "off" else "keep"
     return load_chat(teacher, job.date, arguments=arguments, thinking=thinking)
+
+
+def same_tokens(one: ModelRef, other: ModelRef) -> bool:
+    """Whether two models have the same tokens under the same ids."""
+    if one == other:
+        return True
+    first, second = (model.tokenizer().get_vocab() for model in (one, other))
+    return bool(first == second)
 
 
 def rendering_settings(chat: Chat) -> dict[str, Any]:

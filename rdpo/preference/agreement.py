@@ -1,4 +1,6 @@
-"""How far rewards and teacher agree, over all pairs: shares, means, and the defects of the conversations."""
+"""How far rewards and teacher agree, over all pairs: shares, means, whose answers they are, and the defects of the
+conversations.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,10 @@ from itertools import chain
 import pyarrow as pa
 
 from rdpo.config import Pairs
+from rdpo.records import SIDES, VOICE
 
 COLUMNS = ["chosen_from", "rejected_from", "chosen_scores", "rejected_scores"]
+VOICES = [f"{side}{VOICE}" for side in SIDES]
 SWAPPED = "swapped"
 """The column of pairs whose sides stand the other way round than the settings name them."""
 
@@ -79,3 +83,14 @@ def count_defects(parts: Iterable[pa.Table]) -> dict[str, int]:
     for part in parts:
         counts.update(chain.from_iterable(part["defects"].to_pylist()))
     return dict(counts)
+
+
+def count_voices(parts: Iterable[pa.Table]) -> dict[str, dict[str, int]]:
+    """How often the answer of each drawn voice is chosen, and how often rejected; nothing where none was drawn."""
+    counts: dict[str, dict[str, int]] = {}
+    for part in parts:
+        for side, column in zip(SIDES, VOICES, strict=True):
+            for voice in part[column].to_pylist() if column in part.column_names else ():
+                if voice is not None:
+                    counts.setdefault(voice, dict.fromkeys(SIDES, 0))[side] += 1
+    return dict(sorted(counts.items()))

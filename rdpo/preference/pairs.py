@@ -3,8 +3,9 @@
 Adds `chosen` and `rejected` (one assistant message each, so that the table is a conversational
 preference data set as it stands), `score_chosen`, `score_rejected`, `reward_gap`, whether the sides were `swapped`
 against what the settings name, for both sides whether the answer was finished, `heldout` for those that are not
-trained on, the `defects` of the conversation that they come from, and `chosen_reasoning` and `rejected_reasoning` where
-it is trained on.
+trained on, the `defects` of the conversation that they come from, `chosen_reasoning` and `rejected_reasoning` where
+it is trained on, `chosen_voice` and `rejected_voice` where the voices of a turn were drawn, `chosen_drawn` and
+`rejected_drawn` where the tokens of answers are those of the student.
 """
 
 from __future__ import annotations
@@ -22,7 +23,20 @@ from rdpo.config import Pairs as Settings
 from rdpo.config.task import Task, Turn
 from rdpo.errors import InputError
 from rdpo.preference.shaping import Shaping, find_length_coef, matrix, mean_length_gap
-from rdpo.records import HELDOUT, ID_COLUMN, QUESTION, SIDES, Row, drop, prompt_id, rows_of, table_of, unit_draw
+from rdpo.records import (
+    DRAWN,
+    HELDOUT,
+    ID_COLUMN,
+    QUESTION,
+    SIDES,
+    VOICE,
+    Row,
+    drop,
+    prompt_id,
+    rows_of,
+    table_of,
+    unit_draw,
+)
 from rdpo.synthesis.defects import defects
 from rdpo.synthesis.instructions import beginning, load_task, question_of
 
@@ -198,6 +212,9 @@ def pair_row(
         pair[f"{side}_finished"] = row[f"{turn}_finish_reason"] == "stop"
         if reasoned:
             pair[f"{side}_reasoning"] = row.get(f"{turn}_reasoning") or ""
+        for beside in (VOICE, DRAWN):
+            if f"{turn}{beside}" in row:
+                pair[f"{side}{beside}"] = row[f"{turn}{beside}"]
     pair["reward_gap"] = pair["score_chosen"] - pair["score_rejected"]
     return pair
 

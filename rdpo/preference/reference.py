@@ -1,9 +1,9 @@
 """Reference log-probs of both completions, by the forward that training uses.
 
 Adds `prompt_ids`, `chosen_ids`, `rejected_ids` (the student's tokenizer; tokens that do not count as in
-`rdpo.modeling.masking`) and `reference_chosen_logps`, `reference_rejected_logps` (sums over the completion's tokens
-that count, fp32). The stage's key holds the weights' fingerprint, so a cached value never outlives the weights it came
-from.
+`rdpo.modeling.masking`; an answer that was drawn with the student's vocabulary has the tokens that were drawn) and
+`reference_chosen_logps`, `reference_rejected_logps` (sums over the completion's tokens that count, fp32). The stage's
+key holds the weights' fingerprint, so a cached value never outlives the weights it came from.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from rdpo.modeling.readers import Reader
 from rdpo.modeling.student import frozen_student
 from rdpo.modeling.weights import ModelRef
 from rdpo.preference.known_logps import KnownLogps, recalled
-from rdpo.records import SCORE_COLUMNS, SIDES, Row, alive, drop
+from rdpo.records import DRAWN_COLUMNS, SCORE_COLUMNS, SIDES, Row, alive, drop
 from rdpo.training.backend import backend_of
 from rdpo.training.sharded import open_reader
 
@@ -95,7 +95,12 @@ def tokenize_pair(row: Row, chat: Chat, max_length: int, vocabulary: int | None 
     `vocabulary`: how many ids the model has a row for.
     """
     answers = {
-        side: Answer(row[side][0]["content"], row[f"{side}_finished"], row.get(f"{side}_reasoning") or "")
+        side: Answer(
+            row[side][0]["content"],
+            row[f"{side}_finished"],
+            row.get(f"{side}_reasoning") or "",
+            tuple(row.get(f"{side}_drawn") or ()),
+        )
         for side in SIDES
     }
     try:
@@ -182,5 +187,5 @@ def _schema(pairs: pa.Schema) -> pa.Schema:
     # Named, not inferred: a block in which all rows are dropped would have null columns, which fit no other block's.
     ids = [pa.field(name, pa.list_(pa.int32())) for name in ID_COLUMNS]
     logps = [pa.field(f"reference_{side}_logps", pa.float64()) for side in SIDES]
-    kept = [field for field in pairs if field.name not in ("dropped", *SCORE_COLUMNS)]
+    kept = [field for field in pairs if field.name not in ("dropped", *SCORE_COLUMNS, *DRAWN_COLUMNS)]
     return pa.schema([*kept, *ids, *logps, pa.field("dropped", pa.string())])

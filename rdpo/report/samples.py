@@ -14,7 +14,7 @@ from rdpo.config import Job
 from rdpo.evaluation.compare import MODELS
 from rdpo.evaluation.intervals import Values
 from rdpo.files.stage_folder import StageFolder
-from rdpo.records import ID_COLUMN, Row, by_id, rows_of, text_of
+from rdpo.records import ID_COLUMN, VOICE, Row, by_id, rows_of, text_of
 from rdpo.report.columns import PromptColumns
 from rdpo.report.differences import Difference, difference
 from rdpo.report.page import escaped
@@ -114,7 +114,14 @@ def _conversation(row: Row, job: Job) -> Conversation:
     found = difference(row[before] or "", row[after] or "") if before in texts and after in texts else None
     if found:
         texts |= {before: found.before, after: found.after}
-    return Conversation(row[ID_COLUMN][:ID_DIGITS], escaped(text_of(row["prompt"])), list(texts.items()), found)
+    turns = [(_with_voice(name, row), text) for name, text in texts.items()]
+    return Conversation(row[ID_COLUMN][:ID_DIGITS], escaped(text_of(row["prompt"])), turns, found)
+
+
+def _with_voice(name: str, row: Row) -> str:
+    """A turn's name, with that of the voice where one was drawn."""
+    voice = row.get(f"{name}{VOICE}")
+    return f"{name} ({voice})" if voice else name
 
 
 def _sample(row: Row, columns: PromptColumns, place: int) -> Sample:

@@ -131,12 +131,14 @@ def check_access(job: Job, ray: ModuleType) -> None:
 def models_by_kind(job: Job) -> dict[str | None, set[tuple[str, str | None]]]:
     """Names and revisions of the hub's models that a job loads, by the kind of node that loads them; None is any."""
     from rdpo.modeling.weights import ModelRef, is_on_hub
+    from rdpo.synthesis.voices import speakers
 
     place, student = job.cluster.placement, ModelRef.student(job)
     found = [(place.trainer, student), (place.teacher, student)]
-    if job.synthesis.task and not job.synthesis.endpoint:
-        teacher = ModelRef.of(job, job.synthesis.teacher)
-        found.append((place.teacher, teacher._replace(adapter=job.synthesis.adapter or teacher.adapter)))
+    for seen in speakers(job).values() if job.synthesis.task else ():
+        if not seen.synthesis.endpoint:
+            teacher = ModelRef.of(seen, seen.synthesis.teacher)
+            found.append((place.teacher, teacher._replace(adapter=seen.synthesis.adapter or teacher.adapter)))
     for reward in job.rewards:
         found += [(place.reward, ModelRef.of(job, name)) for name in reward.loads]
 
@@ -160,39 +162,56 @@ def check_named(job: Job) -> None:
     from rdpo.preference.rewards import check_named_rewards
     from rdpo.synthesis.instructions import check_words, load_task
     from rdpo.synthesis.prompts import check_templates
+    from rdpo.synthesis.voices import check_voices
 
     check_templates(job.prompts)
     if job.synthesis.task:
         check_words(load_task(job.synthesis.task), job.synthesis.values)
+        check_voices(job)
     scored_answers(job)
     check_named_rewards(job)
 
 
 def _check_teacher(job: Job) -> None:
-    from rdpo.modeling.chat import teacher_chat
-    from rdpo.modeling.weights import local_adapter
     from rdpo.preference.pairs import scored_answers
-    from rdpo.synthesis.endpoint import check_endpoint
-    from rdpo.synthesis.instructions import beginning, check_prefills, check_words, load_task
-    from rdpo.synthesis.teacher import check_conversations
+    from rdpo.synthesis.instructions import beginning, check_words, load_task
+    from rdpo.synthesis.voices import check_voices, speakers
 
     scored_answers(job)
-    if job.synthesis.task:
-        check_words(load_task(job.synthesis.task), job.synthesis.values)
+    task = load_task(job.synthesis.task) if job.synthesis.task else None
+    if task:
+        check_words(task, job.synthesis.values)
+        check_voices(job)
     for section, condition in (("pairs", job.pairs.condition), ("evaluation", job.evaluation.condition)):
         if condition:
             beginning(load_task(job.synthesis.task or ""), condition, f"{section}.condition")
-    answers = load_task(job.synthesis.task).answers if job.evaluation.refine and job.synthesis.task else []
+    answers = task.answers if job.evaluation.refine and task else []
     if job.evaluation.refine and job.pairs.chosen not in answers:
         raise InputError(f"evaluation.refine: pairs.chosen = {job.pairs.chosen!r} is no turn; name one of {answers}")
+    for voice, seen in speakers(job).items() if task else ():
+        _check_speaker(seen, voice)
 
-    if not job.synthesis.endpoint:
-        chat = teacher_chat(job)
-        if job.synthesis.task:
-            for system in dict.fromkeys(one.system for one in job.prompts.each()):
-                check_conversations(load_task(job.synthesis.task), chat, system)
-        if job.synthesis.adapter:
-            local_adapter(job.synthesis.adapter)
-    elif job.synthesis.task:
-        check_endpoint(job.synthesis.endpoint)
-        check_prefills(load_task(job.synthesis.task))
+
+def _check_speaker(job: Job, voice: str | None) -> None:
+    """Try the teacher of a job, who is one of its voices perhaps.
+
+    Raises:
+        InputError: it cannot speak its turns.
+    """
+    from rdpo.modeling.chat import teacher_chat
+    from rdpo.modeling.weights import local_adapter
+    from rdpo.synthesis.endpoint import check_endpoint
+    from rdpo.synthesis.instructions import check_prefills, load_task
+    from rdpo.synthesis.teacher import check_conversations
+    from rdpo.synthesis.voices import table_of_voice, turns_of
+
+    task = load_task(job.synthesis.task or "")
+    if job.synthesis.endpoint:
+        check_endpoint(job.synthesis.endpoint, f"{table_of_voice(voice)}.endpoint")
+        check_prefills(turns_of(task, voice))
+        return
+    chat = teacher_chat(job)
+    for system in dict.fromkeys(one.system for one in job.prompts.each()):
+        check_conversations(task, chat, system, voice)
+    if job.synthesis.adapter:
+        local_adapter(job.synthesis.adapter)

@@ -71,8 +71,8 @@ def _shaping(run: Run) -> Shaping | None:
 
 
 def summary(run: Run, folder: StageFolder) -> Summary:
-    """How far the rewards agree with the teacher, the defects of its turns, and the price of length; says so."""
-    from rdpo.preference.agreement import COLUMNS, SWAPPED, agreement, count_defects
+    """How far the rewards agree with the teacher, whose answers are chosen, defects, the price of length; says so."""
+    from rdpo.preference.agreement import COLUMNS, SWAPPED, VOICES, agreement, count_defects, count_voices
 
     settings = run.job.pairs
     # Only the columns that count are read: the texts would stay in the driver's memory.
@@ -90,7 +90,14 @@ def summary(run: Run, folder: StageFolder) -> Summary:
         if sides.constant:
             run.console.warn(f"{reward} gives every answer the same score; it tells nothing here")
 
+    # Of the kept ones: those whose voices are trained on.
+    voices = count_voices(folder.tables("", [], VOICES))
+    for voice, times in voices.items():
+        run.console.say(f"{'':<12}{voice}: chosen {times['chosen']} times, rejected {times['rejected']}")
+
     facts: dict[str, Any] = {"agreement": {reward: asdict(sides) for reward, sides in agreed.items()}}
+    if voices:
+        facts["voices"] = voices
     if shaping := _shaping(run):
         facts["shaping"] = asdict(shaping)
         gap = f"the best are {shaping.mean_length_gap:+.1f} characters longer than the worst"

@@ -7,15 +7,12 @@ from rdpo.config import Job
 from rdpo.evaluation.generate import answer_pool
 from rdpo.preference.reference import reference_pool
 from rdpo.preference.rewards import reward_pools
-from rdpo.synthesis.teacher import teacher_pool
+from rdpo.synthesis.teacher import speaker_pools
 
 
 def pools_of(job: Job) -> list[Pool]:
     """The pools of a job, in the order of its stages."""
-    pools = []
-    # The client of an endpoint holds no model, and waits most of the time.
-    if job.synthesis.task and not job.synthesis.endpoint:
-        pools.append(teacher_pool(job))
+    pools = speaker_pools(job) if job.synthesis.task else []
     pools += reward_pools(job)
     pools.append(reference_pool(job))
     if job.training.max_steps != 0:

@@ -5,47 +5,69 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING
 
-from rdpo.execution.stage import RowWork, Source, Stage
-from rdpo.records import ID_COLUMN, Row
+from rdpo.execution.stage import Make, RowWork, Source, Stage
+from rdpo.records import ID_COLUMN, VOICE, Row
 from rdpo.stages.prompts import split_source
 from rdpo.stages.settings import prefill_settings
 
 if TYPE_CHECKING:
     import ray.data
 
-    from rdpo.config import Job
+    from rdpo.config import Endpoint, Job
+    from rdpo.config.task import Task
     from rdpo.execution.reader import RunReader
     from rdpo.execution.run import Run
     from rdpo.files.manifest import Settings, Summary
     from rdpo.files.stage_folder import StageFolder
+    from rdpo.synthesis.voices import Leg
 
 PROMPT_LENGTH = "_prompt_length"
+SPEAKER = ("teacher", "adapter", "chat_template_kwargs", "sampling", "engine")
+"""Settings that a table of synthesis and one of a voice have in common."""
 
 
 def settings(job: Job) -> Settings:
-    """Settings of the synthesis stage, with the task's wording and the teacher's weights."""
-    from rdpo.modeling.chat import rendering_settings, teacher_chat
-    from rdpo.modeling.weights import ModelRef, adapter_fingerprint
-    from rdpo.synthesis.engine import engine_settings
+    """Settings of the synthesis stage, with the task's wording and the weights of all that speak."""
     from rdpo.synthesis.instructions import load_task
+    from rdpo.synthesis.voices import TEACHER, speakers
 
     if job.synthesis.task is None:
         return {"split": job.synthesis.split, "limit": job.synthesis.limit}
-    task = load_task(job.synthesis.task).model_dump()
-    teacher = None if job.synthesis.endpoint else ModelRef.of(job, job.synthesis.teacher)
-    weights = teacher.fingerprint() if teacher else None
-    found = {**job.synthesis.model_dump(), "turns": task, "weights": weights, "seed": job.seed}
-    found |= prefill_settings(job)
-    if teacher:
-        found |= rendering_settings(teacher_chat(job))
-        found["engine"] = engine_settings(job.synthesis.engine, teacher)
-    if job.synthesis.adapter:
-        found["adapter_weights"] = adapter_fingerprint(job.synthesis.adapter)
+    task, speaking = load_task(job.synthesis.task).model_dump(), speakers(job)
+    common = job.synthesis.model_dump(exclude={"voices", *(SPEAKER if TEACHER not in speaking else ())})
+    found = {**common, "turns": task, "seed": job.seed, **prefill_settings(job)}
+    if TEACHER in speaking:
+        found |= _speaker_settings(job)
+
+    voices = {voice: seen for voice, seen in speaking.items() if voice is not TEACHER}
+    if voices:
+        # A list: in a table the names would be the user's, and what does not count is known by name.
+        found["voices"] = [_voice_settings(job, voice, seen) for voice, seen in voices.items()]
+    return found
+
+
+def _voice_settings(job: Job, voice: str, seen: Job) -> Settings:
+    own = seen.synthesis.model_dump(include=set(SPEAKER))
+    return {"voice": voice, "share": job.synthesis.voices[voice].weight, **own, **_speaker_settings(seen)}
+
+
+def _speaker_settings(job: Job) -> Settings:
+    """What the words of a job's teacher depend on, beside the settings of its table."""
+    from rdpo.modeling.chat import rendering_settings, teacher_chat
+    from rdpo.modeling.weights import ModelRef, adapter_fingerprint
+    from rdpo.synthesis.engine import engine_settings
+
     if endpoint := job.synthesis.endpoint:
         # How it is asked does not change what it says.
-        found |= {"endpoint": {"url": endpoint.url, "model": endpoint.model}, "engine": None}
+        return {"endpoint": {"url": endpoint.url, "model": endpoint.model}, "engine": None, "weights": None}
+    teacher = ModelRef.of(job, job.synthesis.teacher)
+    found = {"weights": teacher.fingerprint(), **rendering_settings(teacher_chat(job))}
+    found["engine"] = engine_settings(job.synthesis.engine, teacher)
+    if job.synthesis.adapter:
+        found["adapter_weights"] = adapter_fingerprint(job.synthesis.adapter)
     return found
 
 
@@ -54,15 +76,33 @@ def training_prompts(run: RunReader) -> Source:
     return split_source(run, run.job.synthesis.split, run.job.synthesis.limit)
 
 
-def write_answers(rows: ray.data.Dataset, run: Run) -> ray.data.Dataset:
-    """The teacher's turns, or the answers that come with the prompts."""
+def write_answers(run: Run) -> list[Make]:
+    """The answers that come with the prompts, or the turns of the task: a step for each that speaks at a stretch."""
     from rdpo.synthesis.given import given_answers
-    from rdpo.synthesis.instructions import check_apart, check_fields, check_turns_apart, load_task
-    from rdpo.synthesis.teacher import synthesize
+    from rdpo.synthesis.instructions import load_task
+    from rdpo.synthesis.voices import legs
 
     if not run.job.synthesis.task:
-        return given_answers(rows, run.job)
-    task, words = load_task(run.job.synthesis.task), run.job.synthesis.values
+        return [lambda rows, run: given_answers(rows, run.job)]
+    _check_task(run)
+    return [partial(_speak, leg) for leg in legs(load_task(run.job.synthesis.task))]
+
+
+def _speak(leg: Leg, rows: ray.data.Dataset, run: Run) -> ray.data.Dataset:
+    from rdpo.synthesis.teacher import synthesize
+
+    return synthesize(rows, run.job, leg)
+
+
+def _check_task(run: Run) -> None:
+    """Hold the task against the columns of the prompts.
+
+    Raises:
+        InputError: they do not fit.
+    """
+    from rdpo.synthesis.instructions import check_apart, check_fields, check_turns_apart, load_task
+
+    task, words = load_task(run.job.synthesis.task or ""), run.job.synthesis.values
     prompts = run.folder("prompts")
     if words:
         check_apart(words.keys(), _named_rows(prompts, words.keys()))
@@ -70,7 +110,6 @@ def write_answers(rows: ray.data.Dataset, run: Run) -> ray.data.Dataset:
 
     first = next(prompts.tables()).slice(0, 1)
     check_fields(task, first.to_pylist()[0], words)
-    return synthesize(rows, run.job)
 
 
 def _named_rows(prompts: StageFolder, names: Iterable[str]) -> Iterator[Row]:
@@ -84,23 +123,63 @@ def _named_rows(prompts: StageFolder, names: Iterable[str]) -> Iterator[Row]:
 
 
 def summary(run: Run, folder: StageFolder) -> Summary:
-    """What an endpoint read, wrote and cost; says so."""
+    """What the teacher's endpoint, or those of voices, read, wrote and cost; says so."""
+    from rdpo.synthesis.instructions import load_task
+    from rdpo.synthesis.voices import TEACHER, speakers
+
+    found: dict[str | None, Summary] = {}
+    if not run.job.synthesis.task:
+        return {}
+    task = load_task(run.job.synthesis.task)
+    for voice, seen in speakers(run.job).items():
+        if seen.synthesis.endpoint:
+            found[voice] = _spent(folder, task, voice, seen.synthesis.endpoint)
+            read, price = found[voice]["tokens_read"], found[voice]["cost"]
+            of = "" if voice is TEACHER else f" of {voice}"
+            run.console.say(f"{'':<12}endpoint{of}: {read} tokens read, cost {price:.2f}")
+    teacher = found.pop(TEACHER, {})
+    return {**teacher, "voices": found} if found else teacher
+
+
+def _spent(folder: StageFolder, task: Task, voice: str | None, endpoint: Endpoint) -> Summary:
+    """Tokens that a server has read and written for the turns of one speaker, and what they cost."""
     from rdpo.files.parts import TOKENS
     from rdpo.synthesis.endpoint import cost
+    from rdpo.synthesis.voices import is_drawn, turns_of
 
-    if not (run.job.synthesis.endpoint and run.job.synthesis.task):
-        return {}
-    read, written = (folder.total(of) + folder.total(of, "dropped") for of in (PROMPT_LENGTH, TOKENS))
-    price = cost(read, written, run.job.synthesis.endpoint.price_per_million)
-    run.console.say(f"{'':<12}endpoint: {read} tokens read, cost {price:.2f}")
-    return {"tokens_read": read, "tokens_written": written, "cost": price}
+    read = written = 0
+    for turn in turns_of(task, voice):
+        for name in turn.names:
+            where = {f"{name}{VOICE}": voice} if is_drawn(turn) else {}
+            counts = [f"{name}{PROMPT_LENGTH}", f"{name}{TOKENS}"]
+            for below in ("", "dropped"):
+                more = _totals(folder, below, counts, where)
+                read, written = read + more[0], written + more[1]
+    return {
+        "tokens_read": read,
+        "tokens_written": written,
+        "cost": cost(read, written, endpoint.price_per_million),
+    }
+
+
+def _totals(folder: StageFolder, below: str, columns: list[str], where: dict[str, str | None]) -> list[int]:
+    """Sums of columns over the rows that have some values; rows that were dropped before they had any count as 0."""
+    import pyarrow.compute as pc
+
+    sums = [0] * len(columns)
+    for part in folder.tables(below, [], [*columns, *where]):
+        for name, value in where.items():
+            part = part.filter(pc.equal(part[name], value))
+        there = [pc.sum(part[name]).as_py() or 0 if name in part.column_names else 0 for name in columns]
+        sums = [one + other for one, other in zip(sums, there, strict=True)]
+    return sums
 
 
 STAGE = Stage(
     "synthesis",
     inputs=("prompts",),
     settings=settings,
-    rows=RowWork(training_prompts, write_answers, summary, generates=True, has_failed=bool),
+    rows=RowWork(training_prompts, None, summary, generates=True, has_failed=bool, steps=write_answers),
     packages=("rdpo", "vllm", "torch", "transformers"),
     command="synthesize",
 )

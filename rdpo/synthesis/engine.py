@@ -54,6 +54,9 @@ class Generation:
     """The tokens as they were drawn, with the one that ended the answer, and with the reasoning before it."""
     reasoning: str = ""
     """What was thought before the answer; of it `tokens` counts the tokens too."""
+    drawn: tuple[int, ...] = ()
+    """The answer's tokens with those of its first words, which were given, and without the one that ended it; nothing
+    where the student's tokenizer has others."""
 
 
 class EngineError(ValueError):

@@ -22,11 +22,14 @@ from pydantic import ValidationError
 from rdpo.config import BEST, WORST, check_kind
 from rdpo.config.task import Task, Turn
 from rdpo.errors import InputError, did_you_mean
-from rdpo.records import HELDOUT, ID_COLUMN, QUESTION, Messages, Row, extra_of, text_of
+from rdpo.records import DRAWN, HELDOUT, ID_COLUMN, QUESTION, VOICE, Messages, Row, extra_of, text_of
 
 COLUMNS = {"source", "line", "prompt", ID_COLUMN, QUESTION, "prompt_length", "split", "extra", "dropped", HELDOUT}
 """Columns that rows have before the first turn, or get for the pairs; a turn of that name would overwrite one."""
-BESIDE_ANSWERS = ("_finish_reason", "_tokens", "_prompt_length", "_prompt_cached", "_scores", "_score", "_reasoning")
+BESIDE_ANSWERS = (
+    *("_finish_reason", "_tokens", "_prompt_length", "_prompt_cached", "_scores", "_score", "_reasoning"),
+    *(VOICE, DRAWN),
+)
 """How the names of columns end that stand beside each answer."""
 SHIPPED = files("rdpo.synthesis") / "tasks"
 _SANDBOX = ImmutableSandboxedEnvironment(undefined=StrictUndefined, autoescape=False)
@@ -106,13 +109,13 @@ def check_template(template: str, where: str) -> set[str]:
         raise InputError(f"{where}: template: too deeply nested") from None
 
 
-def check_prefills(task: Task) -> None:
-    """Check that no turn puts words into the teacher's mouth, which a server may not continue.
+def check_prefills(turns: Iterable[Turn]) -> None:
+    """Check that no turn puts words into the mouth of a server, which may not continue them.
 
     Raises:
         InputError: a turn does.
     """
-    for turn in task.turns:
+    for turn in turns:
         if turn.prefill:
             raise InputError(f"synthesis.task: turn `{turn.name}` has a `prefill`, which an endpoint cannot go on from")
 
@@ -149,7 +152,7 @@ def check_words(task: Task, words: Collection[str]) -> None:
         raise InputError("synthesis.values: `prompt` is what templates know the prompt as; give the word another name")
     answered: set[str] = set()
     for turn in task.turns:
-        used = {name for template in (turn.system, turn.user, turn.prefill) for name in _names_in(template, turn)}
+        used = names_used(turn)
         if taken := used & answered & set(words):
             name = min(taken)
             raise InputError(
@@ -159,8 +162,10 @@ def check_words(task: Task, words: Collection[str]) -> None:
         answered.update(turn.names)
 
 
-def _names_in(template: str | None, turn: Turn) -> set[str]:
-    return check_template(template or "", f"synthesis.task: turn `{turn.name}`")
+def names_used(turn: Turn) -> set[str]:
+    """The names that the templates of a turn use."""
+    where = f"synthesis.task: turn `{turn.name}`"
+    return {name for text in (turn.system, turn.user, turn.prefill) for name in check_template(text or "", where)}
 
 
 def check_apart(words: Collection[str], rows: Iterable[Row]) -> None:
@@ -201,7 +206,7 @@ def _taken_names(task: Task) -> dict[str, str]:
     answered: dict[str, str] = {}
     taken: dict[str, str] = {}
     for turn in task.turns:
-        used = {name for template in (turn.system, turn.user, turn.prefill) for name in _names_in(template, turn)}
+        used = names_used(turn)
         for name in used & answered.keys():
             taken[name] = f"turn `{turn.name}` uses `{name}`, which is an answer of the task and"
         for name in used:
@@ -225,7 +230,7 @@ def _check_different(task: Task, row: Row, words: Mapping[str, str]) -> None:
         used = check_template((turn.user or "") + turn.prefill, turn.name)
         if turn.after is None and not used & set(task.answers):
             prefill = rendered_prefill(turn, template_values(row, words))
-            question = str((question_of(turn, row, words), prefill, turn.temperature, turn.top_p))
+            question = str((question_of(turn, row, words), prefill, turn.temperature, turn.top_p, turn.voice))
             if question in asked:
                 raise InputError(
                     f"synthesis.task: turns `{asked[question]}` and `{turn.name}` ask the same; give them different "

@@ -55,8 +55,13 @@ class Meter:
         self.console, self.stage, self.total, self.unit = console, stage, total, unit
         self.done = self.tokens = 0
         self.note = ""
-        self.began = time.monotonic()
+        self.began = self._part_began = time.monotonic()
         self._printed = self.began
+        self._label = ""
+
+    def begin(self, label: str) -> None:
+        """Count from the beginning: another part of the stage, which has the same units."""
+        self.done, self._label, self._part_began = 0, label, time.monotonic()
 
     def advance(self, units: int, tokens: int = 0, note: str = "") -> None:
         """Count finished units and tokens; `note` stands at the end of the line."""
@@ -76,11 +81,12 @@ class Meter:
     def line(self) -> str:
         """The state as one line of text."""
         of = f"/{self.total}" if self.total else ""
-        parts = [f"{self.stage:<11} {self.done}{of} {self.unit}"]
+        parts = [f"{self.stage:<11} {self.done}{of} {self.unit}{self._label and f', {self._label}'}"]
         if self.tokens:
             parts.append(f"{self.tokens / max(self.seconds, 1e-9):,.0f} tokens/s")
         if self.total and 0 < self.done < self.total:
-            parts.append(f"{self.seconds / self.done * (self.total - self.done):.0f} s left")
+            elapsed = time.monotonic() - self._part_began
+            parts.append(f"{elapsed / self.done * (self.total - self.done):.0f} s left")
         parts.append(f"{self.seconds:.0f} s")
         return "  ".join(parts + ([self.note] if self.note else []))
 

@@ -44,6 +44,8 @@ def worker(name, diary, pause=0.0, drops=(), stop_at=None, ends_by=None):
     def make_block(block: pa.Table) -> pa.Table:
         rows = block.to_pylist()
         for index, row in enumerate(rows):
+            if row.get("dropped"):
+                continue
             if row["prompt_id"] == stop_at and diary.joinpath("stop").exists():
                 raise Stop(stop_at)
             if ends_by and int(row["prompt_id"]) % 2:
@@ -164,3 +166,64 @@ def test_a_stage_that_keeps_no_row_is_not_committed_and_is_done_once_the_cause_i
     run = run_together(tmp_path, worker("a", diary), worker("b", diary))
     assert run.manifests["rewards"].rows_out == ROWS
     assert {count for count, _ in made(diary, "a").values()} == ({2} if failing == "a" else {1})
+
+
+def run_in_steps(folder, makes, together=True):
+    steps = RowWork(source, steps=lambda run: makes, has_failed=bool)
+    run = Run(Job.model_validate(JOB), str(folder), Console(io.StringIO()), lambda *_: together)
+    run_stages(run, [Stage("synthesis", (), lambda job: {}, rows=steps)])
+    return run
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_steps_of_a_stage_pass_on_dropped_rows_and_leave_nothing_behind(ray_cluster, tmp_path, diary, together):
+    makes = [worker("a", diary, drops=IDS[3:9]), worker("b", diary), worker("c", diary)]
+    run = run_in_steps(tmp_path, makes, together)
+    manifest = run.manifests["synthesis"]
+    assert (manifest.rows_in, manifest.rows_out, manifest.dropped) == (ROWS, ROWS - 6, {"unwanted": 6})
+    folder = StageFolder(str(tmp_path), "synthesis")
+    assert set(folder.table().column_names) >= {"a", "b", "c"}
+    assert not any(name.startswith("step-") for name in folder.files())
+    assert set(made(diary, "c")) == set(IDS) - set(IDS[3:9])
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_what_a_step_of_a_stopped_run_has_made_is_not_made_again(ray_cluster, tmp_path, diary, together):
+    (diary / "stop").touch()
+    with pytest.raises(Exception, match="Stop"):
+        run_in_steps(tmp_path, [worker("a", diary, pause=0.02), worker("b", diary, stop_at=IDS[20])], together)
+    folder = StageFolder(str(tmp_path), "synthesis")
+    kept = set(StageFolder(folder.path, "step-1").done_ids("prompt_id").to_pylist())
+    done = set(folder.done_ids("prompt_id").to_pylist())
+    assert kept and done <= kept
+    assert together or kept == set(IDS)
+    (diary / "stop").unlink()
+
+    run = run_in_steps(tmp_path, [worker("a", diary), worker("b", diary)], together)
+    assert run.manifests["synthesis"].rows_out == ROWS
+    assert all(count == 1 for row, (count, _) in made(diary, "a").items() if row in kept)
+    assert all(count == 1 for row, (count, _) in made(diary, "b").items() if row in done)
+
+
+def test_a_damaged_part_is_made_again_from_its_first_step_and_nothing_else_is(ray_cluster, tmp_path, diary):
+    makes = [worker("a", diary), worker("b", diary)]
+    run_in_steps(tmp_path, makes)
+    folder = StageFolder(str(tmp_path), "synthesis")
+    part = folder.parts()[0]
+    lost = set(folder.part(part)["prompt_id"].to_pylist())
+    folder.reopen([part])
+    run = run_in_steps(tmp_path, makes)
+    assert run.manifests["synthesis"].rows_out == ROWS
+    for name in "ab":
+        assert {row for row, (count, _) in made(diary, name).items() if count == 2} == lost
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_rows_that_a_step_cannot_finish_stay_to_be_done(ray_cluster, tmp_path, diary, together):
+    error = InputError("the quota is used up")
+    with pytest.raises(InputError, match="the quota is used up"):
+        run_in_steps(tmp_path, [worker("a", diary, ends_by=error), worker("b", diary)], together)
+    assert set(made(diary, "b")) == (set(IDS[::2]) if together else set())
+    run = run_in_steps(tmp_path, [worker("a", diary), worker("b", diary)], together)
+    assert run.manifests["synthesis"].rows_out == ROWS
+    assert {count for name in "ab" for count, _ in made(diary, name).values()} == {1}

@@ -6,15 +6,15 @@ CHATML = (
 )
 
 
-def byte_tokenizer(template=CHATML, bos=None, specials=("<|im_start|>", "<|im_end|>"), eos="<|im_end|>"):
-    """A byte-level tokenizer: every byte is a token, plus the special ones."""
+def byte_tokenizer(template=CHATML, bos=None, specials=("<|im_start|>", "<|im_end|>"), eos="<|im_end|>", merges=()):
+    """A byte-level tokenizer: every byte is a token, plus the special ones, and what `merges` make of two."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     specials = [*([bos] if bos else []), *specials]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: index for index, token in enumerate([*specials, *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    vocabulary = {token: index for index, token in enumerate([*specials, *alphabet, *map("".join, merges)])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=list(merges)))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(specials)

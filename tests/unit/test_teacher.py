@@ -34,6 +34,8 @@ user = "Again, please."
 class Rule:
     """Says which seed it got and how long the conversation was; refuses what the prompt says it shall."""
 
+    ends, keeps_tokens = (), False
+
     def __init__(self, job):
         self.asked = []
 

@@ -22,6 +22,7 @@ from rdpo.synthesis.crashes import open_crash_counts
 from rdpo.synthesis.engine import Engine, Generation, engine_settings
 from rdpo.synthesis.server import check_server, endpoint_key
 from rdpo.synthesis.teacher import client_pool
+from rdpo.synthesis.voices import engine_models
 
 if TYPE_CHECKING:
     import ray.data
@@ -88,11 +89,10 @@ class JudgeKind(RewardKind[JudgeReward]):
         return self._pool(job).map(rows, Judge, **arguments)
 
     def needs_trial(self, job: Job) -> bool:
-        """Not where the judge is the model that writes the answers, which is loaded anyway."""
+        """Not where the judge is a model that writes the answers, which is loaded anyway."""
         if self.reward.endpoint:
             return True
-        teacher = None if job.synthesis.endpoint else job.synthesis.teacher or job.student.model
-        return (self.reward.model or job.student.model) != teacher
+        return (self.reward.model or job.student.model) not in engine_models(job)
 
     def in_trial(self) -> JudgeReward:
         """With one plain criterion in place of those of a column, which the plain pairs do not have."""
