@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
     import pyarrow as pa
 
-Messages = list[dict[str, str]]
+Messages = list[dict[str, Any]]
+"""Tables of texts: `role`, `content`, and what `rdpo.messages` knows beyond them, which may be None."""
 Row = dict[str, Any]
 
 ID_COLUMN = "prompt_id"
@@ -92,13 +93,18 @@ class Fingerprint(str):
 
 
 def prompt_id(messages: Messages) -> str:
-    """Identity of a prompt: a hash of its messages' roles and contents."""
-    return digest([[message["role"], message["content"]] for message in messages])
+    """Identity of a prompt: a hash of its messages' roles and contents, and of what they have beyond these."""
+    return digest([[message["role"], message["content"], *_beyond(message)] for message in messages])
 
 
 def question_id(messages: Messages) -> str:
     """Identity of the question that a prompt asks: as `prompt_id`, whatever its case, white space and Unicode form."""
-    return digest([[message["role"], plain_text(message["content"])] for message in messages])
+    return digest([[message["role"], plain_text(message["content"]), *_beyond(message)] for message in messages])
+
+
+def _beyond(message: dict[str, Any]) -> list[list[str]]:
+    """What a message has beyond role and content; nothing in most."""
+    return sorted([key, value] for key, value in message.items() if value and key not in ("role", "content"))
 
 
 def plain_text(text: str) -> str:
@@ -171,8 +177,14 @@ def _written_out(code: int) -> str:
 def text_of(messages: Messages) -> str:
     """The conversation as plain text for templates: the contents, or role by role if several."""
     if len(messages) == 1:
-        return messages[0]["content"]
-    return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
+        return said(messages[0])
+    return "\n\n".join(f"{message['role']}: {said(message)}" for message in messages)
+
+
+def said(message: dict[str, Any]) -> str:
+    """The content of a message, and the calls of tools behind it."""
+    content, calls = message["content"], message.get("tool_calls")
+    return f"{content}\n{calls}".strip() if calls else str(content)
 
 
 def extra_of(row: Row) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def _section(path: str, owner: type[Section], shared: Shared, depth: int = 2) ->
     field = owner.model_fields[path.rsplit(".", 1)[-1]]
     model, kind = _in(field.annotation)[0], get_origin(field.annotation)
     # A table of tables: the user names them.
-    table = {list: f"[[{path}]]", dict: f"[{path}.NAME]"}.get(kind, f"[{path}]")
+    table = f"[[{path}]]" if kind is list else f"[{path}.NAME]" if kind is dict else f"[{path}]"
     yield f"{'#' * depth} {table}\n"
     yield f"{_one_line(model.__doc__)}{OPTIONAL if owner is Job and field.default is None else ''}\n"
     yield from _table(model.model_fields, shared)

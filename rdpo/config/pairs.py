@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from rdpo.config.models import Readers
-from rdpo.config.section import MEMORY, PLACEMENT, Section, Source
+from rdpo.config.section import MEMORY, PLACEMENT, UNSAID, Section, Source
 
 BEST, WORST = "best", "worst"
 
@@ -82,6 +82,10 @@ class Reference(Readers):
     cpus: Annotated[int | None, PLACEMENT] = Field(default=None, ge=1)
     """CPU cores of one process; by default all cores of the machine without GPUs, or its shard's part of them; one
     with GPUs."""
+    train_on: Annotated[Literal["last", "all"], UNSAID] = "last"
+    """Which messages of the assistant count in the loss, in ready pairs whose sides have several behind what they have
+    in common, results of tools between them. `last`: such pairs are dropped, for only a last answer is trained on.
+    `all`: all of the assistant's; what tools return is read and not counted."""
     max_length: int = Field(default=1024, ge=16)
     """Pairs whose prompt and longer completion together have more tokens are dropped, never cut."""
     tokens_per_batch: Annotated[int, MEMORY] = Field(default=4096, ge=32)

@@ -6,7 +6,7 @@ import math
 import re
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, JsonValue, model_validator
 
 from rdpo.config.models import Endpoint, Engine, Readers, Sampling, Server
 from rdpo.config.section import (
@@ -28,6 +28,17 @@ def _module_and_name(function: str) -> str:
     module, _, name = function.rpartition(".")
     meant = f"; did you mean `{module}:{name}`?" if re.fullmatch(r"[\w.]+", module) and name.isidentifier() else ""
     raise ValueError(f"write MODULE:NAME with one colon, as my_rewards:brevity{meant}")
+
+
+RATING = "rating"
+"""The key of a judge's rating in a reply of JSON."""
+REASON_CHARS = 500
+
+
+def _counted(rating: str, position: int) -> int | float:
+    if not re.fullmatch(r"\s*-?\d+(\.\d+)?\s*", rating):
+        return position
+    return float(rating) if "." in rating else int(rating)
 
 
 class RewardSection(Section):
@@ -77,7 +88,10 @@ class ClassifierReward(RewardSection):
     chat_template_kwargs: Annotated[TemplateArguments, UNSAID] = Field(default_factory=dict)
     """Further arguments of its chat template; those that it does not read are refused."""
     batch_size: Annotated[int, MEMORY] = Field(default=16, ge=1)
-    """Conversations in one forward."""
+    """Conversations in one forward; of packed rows it is so many times `max_length` tokens, or 8,192."""
+    layout: Annotated[Literal["auto", "padded"], MEMORY, UNSAID] = "auto"
+    """`auto`: a decoder that can reads packed rows, in which what the answers to a prompt have in common stands once;
+    `padded`: each conversation is read whole. The scores are the same."""
     concurrency: Annotated[Concurrency, PLACEMENT] = 1
     """Number of reward actors, or `[smallest, largest]`."""
     gpus: Annotated[float, PLACEMENT] = Field(default=0, ge=0)
@@ -135,10 +149,12 @@ class JudgeReward(RewardSection):
     criteria_column: Annotated[str | None, UNSAID] = Field(default=None, min_length=1)
     """Column of the prompts with each one's own criteria: a list of texts, or of tables with `text` and `weight`; their
     scores are numbered. A row whose column is empty or something else is dropped."""
-    score: Literal["expected", "written"] = "expected"
+    score: Literal["expected", "written", "json"] = "expected"
     """`expected`: the mean of the ratings under the probabilities of their tokens, from one token; a judge that gives
     them hardly any probability drops the row. `written`: the rating in a reply that may reason first, with its sign and
-    decimals: `[[4]]`, `Overall: 4`, `Rating: 4`, `4/5`, or the only number; ratings that differ are none."""
+    decimals: `[[4]]`, `Overall: 4`, `Rating: 4`, `4/5`, or the only number; ratings that differ are none. `json`: the
+    `rating` of a JSON object, beside the `reason` for it; the judge can write nothing else, so that small ones rate
+    too."""
     ratings: list[str] = Field(default=["1", "2", "3", "4", "5"], min_length=2)
     """The words the judge chooses from, numbers counting as their value; each one token where the score is
     `expected`, the ends of the scale where it is `written`."""
@@ -146,9 +162,12 @@ class JudgeReward(RewardSection):
     """Show two answers at a time, in both orders; the score is the mean probability of the first of two `ratings`
     for the answer that stands first, of the second for the one that stands second."""
     votes: int = Field(default=1, ge=1)
-    """Replies drawn for each answer where the score is `written`; their mean counts."""
+    """Replies drawn for each answer where the score is `written` or `json`; their mean counts."""
+    json_schema: Annotated[dict[str, JsonValue] | None, UNSAID] = None
+    """What a `json` reply is held to, a JSON schema of an object with a number `rating`; by default a `reason` of at
+    most 500 characters, then a `rating` out of the `ratings`."""
     sampling: Sampling = Sampling()
-    """How `written` replies are drawn."""
+    """How `written` and `json` replies are drawn."""
     chat_template_kwargs: Annotated[TemplateArguments, UNSAID] = Field(default_factory=dict)
     """Further arguments of the judge's chat template; those that it does not read are refused. A server is sent them
     too, and may leave them out without a word. Where the student judges, these are the student's, unless given. A judge
@@ -173,11 +192,33 @@ class JudgeReward(RewardSection):
 
     @model_validator(mode="after")
     def _check_score(self) -> JudgeReward:
-        if self.pairwise and (self.score == "written" or len(self.ratings) != 2):
+        if self.pairwise and (self.score != "expected" or len(self.ratings) != 2):
             raise ValueError('pairwise takes two `ratings`, as in ["A", "B"], and the `expected` score')
         if self.votes > 1 and (self.score == "expected" or self.sampling.temperature == 0):
-            raise ValueError('votes are drawn: give score = "written" and sampling.temperature above 0')
+            raise ValueError('votes are drawn: give score = "written" or "json", and sampling.temperature above 0')
+        if self.score == "json" and self.prefill:
+            raise ValueError("prefill: a reply in JSON begins with a bracket; remove it")
+        if self.json_schema is not None:
+            properties = self.json_schema.get("properties")
+            if self.score != "json" or not (isinstance(properties, dict) and RATING in properties):
+                raise ValueError(f'json_schema is that of an object with a {RATING!r}, where score = "json"')
         return self
+
+    @property
+    def reply_schema(self) -> dict[str, JsonValue]:
+        """The JSON schema of a `json` reply."""
+        if self.json_schema is not None:
+            return self.json_schema
+        # As rdpo.preference.ratings counts them: a word by its position.
+        ratings: list[JsonValue] = [_counted(one, position) for position, one in enumerate(self.ratings)]
+        reason: dict[str, JsonValue] = {"type": "string", "maxLength": REASON_CHARS}
+        return {
+            "type": "object",
+            # In this order: the reason comes before the rating that it is for.
+            "properties": {"reason": reason, RATING: {"enum": ratings}},
+            "required": ["reason", RATING],
+            "additionalProperties": False,
+        }
 
     @model_validator(mode="after")
     def _check_criteria(self) -> JudgeReward:

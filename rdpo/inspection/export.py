@@ -23,7 +23,8 @@ from rdpo.execution.reader import RunReader
 from rdpo.files.folder import Folder
 from rdpo.files.manifest import Manifest
 from rdpo.files.stage_folder import StageFolder
-from rdpo.records import HELDOUT, ID_COLUMN, QUESTION, SIDES, text_of
+from rdpo.messages import CALLS, TOOLS, template_form, tools_of
+from rdpo.records import HELDOUT, ID_COLUMN, QUESTION, SIDES, Row, text_of
 from rdpo.synthesis.voices import models_named
 
 PAIR_COLUMNS = (
@@ -69,15 +70,23 @@ def export(run_dir: str, what: str, target: str) -> list[str]:
 
 def _pairs(stage: StageFolder, manifest: Manifest, job: Job, made: Path) -> dict[str, int]:
     (made / "data").mkdir()
+    # No table holds arguments of calls, whose names and types differ from row to row.
+    write, ending = (_write_lines, "jsonl") if _calls(stage.schema()) else (_write, "parquet")
     counts = {
-        split: _write(_split(stage, heldout), made / "data" / f"{split}.parquet")
+        split: write(_split(stage, heldout), made / "data" / f"{split}.{ending}")
         for split, heldout in (("train", False), ("test", True))
     }
     splits = {split: count for split, count in counts.items() if count}
-    facts = {"job": job, "manifest": manifest, "splits": splits, "version": __version__}
+    facts = {"job": job, "manifest": manifest, "splits": splits, "version": __version__, "ending": ending}
     facts["speakers"] = models_named(job)
     (made / "README.md").write_text(rendered_card("dataset.md.jinja", **facts), encoding="utf-8")
-    return {f"data/{split}.parquet": count for split, count in splits.items()}
+    return {f"data/{split}.{ending}": count for split, count in splits.items()}
+
+
+def _calls(schema: pa.Schema) -> bool:
+    """Whether messages of pairs have more than roles and contents."""
+    messages = (schema.field(name).type.value_type for name in ("prompt", *SIDES))
+    return any(kind.get_field_index(CALLS) >= 0 for kind in messages)
 
 
 def _split(stage: StageFolder, heldout: bool) -> Iterator[pa.Table]:
@@ -115,6 +124,20 @@ def _write(tables: Iterator[pa.Table], path: Path) -> int:
     if writer:
         writer.close()
     return count
+
+
+def _write_lines(tables: Iterator[pa.Table], path: Path) -> int:
+    """Write tables as JSON lines in the form that data sets with tools have, unless they hold no row; how many rows."""
+    lines = [json.dumps(_with_calls(row), ensure_ascii=False) for table in tables for row in table.to_pylist()]
+    if lines:
+        path.write_text("\n".join([*lines, ""]), encoding="utf-8")
+    return len(lines)
+
+
+def _with_calls(row: Row) -> Row:
+    """A pair with the calls of its messages as tables, and the tools in a column of their own."""
+    sides = {name: template_form(row[name]) for name in ("prompt", *SIDES)}
+    return {**row, **sides, **({TOOLS: tools} if (tools := tools_of(row["prompt"])) else {})}
 
 
 def _answers(stage: StageFolder, job: Job, made: Path) -> dict[str, int]:

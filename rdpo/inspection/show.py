@@ -16,7 +16,7 @@ from rdpo.execution.reader import RunReader, table_of_stage
 from rdpo.inspection.token_logps import TokenLogps, TokenReader
 from rdpo.modeling.chat import student_chat
 from rdpo.modeling.masking import counted_ids, read_ids
-from rdpo.records import DRAWN, ID_COLUMN, Row, shown
+from rdpo.records import DRAWN, ID_COLUMN, Row, said, shown
 
 Decode = Callable[[list[int]], str]
 """The text of token ids."""
@@ -88,7 +88,7 @@ def _field(name: str, value: Any, decode: Decode | None) -> Text:
         value = ", ".join(map(str, value))
     if isinstance(value, list):
         for message in value:
-            text.append(f"\n[{message['role']}] ", style="cyan").append(shown(message["content"]), style="not bold")
+            text.append(f"\n[{message['role']}] ", style="cyan").append(shown(said(message)), style="not bold")
         return text
 
     if isinstance(value, dict):

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from rdpo.config import TEMPLATE_DATE
 from rdpo.errors import InputError
 from rdpo.modeling.masking import masked
+from rdpo.modeling.messages import answer_ids, specials
 from rdpo.modeling.reasoning import ReasoningForm, reasoning_template, thinks
 from rdpo.modeling.template import Opening, Template, Unfit, check_arguments, reads_date
 from rdpo.modeling.weights import ModelRef
@@ -41,15 +42,15 @@ that a model that thinks may do so."""
 
 
 class Answer(NamedTuple):
-    """An answer, whether the model ended it by itself, and the reasoning before it, for a chat that has reasoning.
-
-    `drawn`: the tokens that a model with the same vocabulary drew it as, without those that end the turn.
+    """An answer, whether the model ended it by itself, the reasoning before it (for a chat that has any), its tokens as
+    a model with the same vocabulary drew them, and its messages where they are more than a text (`modeling.messages`).
     """
 
     text: str
     finished: bool
     reasoning: str = ""
     drawn: tuple[int, ...] = ()
+    messages: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class Chat:
             ValueError: the template refuses the conversation, or leaves out a part of it.
         """
         opening = self._opening(messages)
-        ids = self._ids(opening.text)
+        ids = self.written_ids(opening.text)
         return ids + self.text_ids(opening.blanks + prefill) if prefill else ids
 
     def pair_ids(self, messages: Messages, answers: Mapping[str, Answer]) -> dict[str, list[int]]:
@@ -92,11 +93,15 @@ class Chat:
             ValueError: the template refuses the conversation, or writes it or an answer in another way than it is.
         """
         opening = self._opening(messages)
-        prompt = self._ids(opening.text)
-        answer_ids = self._reasoned_ids if self.reasoning else self._answer_ids
-        completions = {name: answer_ids(opening, prompt, answer) for name, answer in answers.items()}
-        kept = {name: self._as_drawn(prompt, ids, answers[name]) for name, ids in completions.items()}
-        return {"prompt": prompt, **kept}
+        prompt = self.written_ids(opening.text)
+        return {"prompt": prompt, **{name: self._completion(opening, prompt, one) for name, one in answers.items()}}
+
+    def _completion(self, opening: Opening, prompt: list[int], answer: Answer) -> list[int]:
+        """Token ids of one answer behind its prompt."""
+        if answer.messages:
+            return answer_ids(self, opening, prompt, list(answer.messages))
+        ids = (self._reasoned_ids if self.reasoning else self._answer_ids)(opening, prompt, answer)
+        return self._as_drawn(prompt, ids, answer)
 
     def completion_ids(self, answer: str, finished: bool, reasoning: str = "") -> list[int]:
         """Token ids of an answer; with the end of the turn only where the model wrote it itself."""
@@ -113,7 +118,7 @@ class Chat:
         # The marks are tokens of their own. The blanks before the second one are not: with a full stop they make one.
         mark = form.behind.lstrip()
         blanks = form.behind[: len(form.behind) - len(mark)]
-        return [*self._ids(form.before), *self.text_ids(reasoning + blanks), *self._ids(mark)]
+        return [*self.written_ids(form.before), *self.text_ids(reasoning + blanks), *self.written_ids(mark)]
 
     def text_ids(self, text: str) -> list[int]:
         """Token ids of plain text, without special tokens; text that looks like one stays text."""
@@ -132,13 +137,13 @@ class Chat:
         Raises:
             ValueError: they do not stand there like this.
         """
-        answer, finished, reasoning = given
+        answer, finished, reasoning = given.text, given.finished, given.reasoning
         if not answer:
             return []
         if not reasoning:
             raise ValueError("there is no reasoning before the answer")
 
-        whole = self._ids(self._reasoned(opening, answer, reasoning))
+        whole = self.written_ids(self._reasoned(opening, answer, reasoning))
         thought, text = self.reasoning_ids(reasoning), self.text_ids(answer)
         ids = [*thought, *text, *(self.ending if finished else ())]
         if whole[: len(prompt) + len(ids)] != prompt + ids and not self._decoded(whole).startswith(
@@ -171,18 +176,18 @@ class Chat:
         Raises:
             ValueError: it does not stand there like this.
         """
-        answer, finished, _ = given
+        answer, finished = given.text, given.finished
         if not answer:
             return []
 
-        whole = self._ids(self.template.answered(opening, answer))
+        whole = self.written_ids(self.template.answered(opening, answer))
         alone = self.completion_ids(opening.blanks + answer, finished)
         if whole[: len(prompt) + len(alone)] == prompt + alone:
             return alone
 
         # The usual case is done; what follows are tokenizers for which text alone and text in place differ.
         # Tokenizers that put a blank before every text do so before an answer that stands alone, too.
-        joined = self._ids(opening.text + opening.blanks + answer)
+        joined = self.written_ids(opening.text + opening.blanks + answer)
         within = [*joined[len(prompt) :], *(self.ending if finished else ())]
         if whole[: len(prompt) + len(within)] == prompt + within and not self._has_special(joined[len(prompt) :]):
             return within
@@ -205,12 +210,12 @@ class Chat:
         return [*drawn, *ending]
 
     def _has_special(self, ids: list[int]) -> bool:
-        return not set(ids).isdisjoint(self.tokenizer.all_special_ids)
+        return not specials(self.tokenizer).keys().isdisjoint(ids)
 
     def _decoded(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
-    def _ids(self, text: str) -> list[int]:
+    def written_ids(self, text: str) -> list[int]:
         """Token ids of what the template wrote; a BOS that it and the tokenizer both put there stands once."""
         ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         bos = self.tokenizer.bos_token_id

@@ -19,6 +19,7 @@ from rdpo.modeling.layout import Batch, Tokens, packed_batch, padded_batch
 from rdpo.modeling.loading import check_loaded
 from rdpo.modeling.logits import logit_transform
 from rdpo.modeling.logprobs import CompletionHead, sum_by_sequence
+from rdpo.modeling.reading import read_packed, read_padded
 from rdpo.modeling.start_adapter import put_on
 
 if TYPE_CHECKING:
@@ -94,13 +95,9 @@ class Policy(nn.Module):
         """Read in this layout from now on."""
         self.packed = packed
         if packed:
-            attention.register()
-            self.causal.set_attn_implementation(attention.NAME)
-        elif getattr(self.config, "attn_logit_softcapping", None):
-            # transformers' sdpa leaves the cap out without a word (Gemma 2).
-            self.causal.set_attn_implementation("eager")
-        elif self.causal.config._attn_implementation == attention.NAME:
-            self.causal.set_attn_implementation(self.padded_attention)
+            read_packed(self.causal)
+        else:
+            read_padded(self.causal, self.padded_attention)
 
     def layer_types(self) -> list[type]:
         """Classes of the architecture's decoder layers."""

@@ -128,15 +128,15 @@ def _packed_fault(policy: Policy, texts: Texts, own: Tensor, within: float) -> s
     """What is wrong with packed rows; nothing if they are right."""
     try:
         difference = distance(policy, texts, own)
-        if difference <= within and _windows(policy.causal):
+        if difference <= within and windows_of(policy.causal):
             # A window is seldom shorter than a probe: it is made so, for the model's own forward too.
-            with _short_windows(policy.causal):
+            with short_windows(policy.causal):
                 difference = distance(policy, texts, own_logps(policy.causal, texts))
     except MACHINE:
         raise
     except Exception as error:
         # What an architecture makes of arguments that it does not know is up to it.
-        return _shown(error)
+        return in_short(error)
     return "" if difference <= within else f"differ by {difference:.2g} nats a token from the model's own logits"
 
 
@@ -148,10 +148,11 @@ def _or_refused(where: str) -> Iterator[None]:
     except MACHINE:
         raise
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise InputError(f"{where}: it does not read text alone like a language model ({_shown(error)})") from None
+        raise InputError(f"{where}: it does not read text alone like a language model ({in_short(error)})") from None
 
 
-def _shown(error: Exception) -> str:
+def in_short(error: Exception) -> str:
+    """An error in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:SHOWN_CHARS]}"
 
 
@@ -179,7 +180,7 @@ def own_logps(model: PreTrainedModel, texts: Texts, plain: bool = True) -> Tenso
     """
     device = next(model.parameters()).device
     found = []
-    with torch.inference_mode(), _plain_attention(model) if plain else nullcontext():
+    with torch.inference_mode(), plain_attention(model) if plain else nullcontext():
         for prompt, answer in texts.sequences():
             ids = torch.tensor([[*prompt, *answer]], device=device)
             logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
@@ -208,7 +209,8 @@ def policy_logps(policy: Policy, texts: Texts) -> Tensor:
 
 
 @contextmanager
-def _plain_attention(model: PreTrainedModel) -> Iterator[None]:
+def plain_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Within this context a model reads by the attention that transformers writes out, where it has a choice."""
     kept = model.config._attn_implementation
     try:
         model.set_attn_implementation("eager")
@@ -222,7 +224,7 @@ def _plain_attention(model: PreTrainedModel) -> Iterator[None]:
         model.set_attn_implementation(kept)
 
 
-def _windows(model: PreTrainedModel) -> list[tuple[object, str, int]]:
+def windows_of(model: PreTrainedModel) -> list[tuple[object, str, int]]:
     """Where a model keeps the widths of its windows: its configuration and its modules."""
     holders = [model.config.get_text_config(), *model.modules()]
     found = ((holder, name, getattr(holder, name, None)) for holder, name in product(holders, WINDOWS))
@@ -230,8 +232,9 @@ def _windows(model: PreTrainedModel) -> list[tuple[object, str, int]]:
 
 
 @contextmanager
-def _short_windows(model: PreTrainedModel) -> Iterator[None]:
-    kept = _windows(model)
+def short_windows(model: PreTrainedModel) -> Iterator[None]:
+    """Within this context the windows of a model are shorter than a probe."""
+    kept = windows_of(model)
     try:
         for holder, name, width in kept:
             setattr(holder, name, min(width, SHORT_WINDOW))

@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import date
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateSyntaxError, meta, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import htmlsafe_json_dumps
 
 from rdpo.config import TEMPLATE_DATE
 from rdpo.errors import InputError
+from rdpo.messages import NAME, TOOLS, calls_of, is_plain, template_form, tool_name, tools_of
 from rdpo.records import Messages
 
 if TYPE_CHECKING:
@@ -162,8 +164,10 @@ class Template:
             ValueError: it refuses them.
         """
         passed = {"strftime_now": self.day.strftime, **self.arguments, **arguments}
+        if tools := tools_of(messages):
+            passed["tools"] = tools
         try:
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, **passed)
+            text = self.tokenizer.apply_chat_template(template_form(messages), tokenize=False, **passed)
         except Exception as error:
             # A template may raise whatever its author chose.
             raise ValueError(str(error) or type(error).__name__) from None
@@ -176,12 +180,12 @@ class Template:
             ValueError: one is missing, changed, or not in its place.
         """
         roles = tuple(message["role"] for message in messages)
-        if roles not in self.known_roles:
+        if is_plain(messages) and roles not in self.known_roles:
             # Words that stand nowhere else tell more than a short message does.
             tried = probes(roles)
             _check_in_order(tried, render(tried))
             self.known_roles.add(roles)
-        _check_in_order(messages, text)
+        check_written(messages, text)
 
 
 def reads_date(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -234,19 +238,60 @@ def probes(roles: tuple[str, ...]) -> Messages:
     return [{"role": role, "content": f"message{number}x5b1f"} for number, role in enumerate(roles)]
 
 
+def check_written(messages: Messages, text: str) -> None:
+    """Look for all of a conversation in what a template wrote of it.
+
+    Raises:
+        ValueError: something is missing, changed, or not in its place.
+    """
+    for tool in tools_of(messages) or ():
+        if tool_name(tool) not in text:
+            raise ValueError(f"the chat template leaves out the tool {tool_name(tool)}")
+    _check_in_order(messages, text)
+
+
 def _check_in_order(messages: Messages, text: str) -> None:
     place = 0
     for number, message in enumerate(messages):
+        if message["role"] == TOOLS:
+            continue
         # Some templates write the first system message into the user's last one; nothing is lost by that.
         is_first_system = number == 0 and message["role"] == "system"
-        forms = {message["content"].strip()}
-        # Some templates write a tool's answer as a JSON string.
-        if message["role"] == "tool":
-            forms.add(json.dumps(message["content"], ensure_ascii=False)[1:-1])
-        ends = [text.find(form, 0 if is_first_system else place) + len(form) for form in forms if form in text[place:]]
-        if not ends:
-            raise ValueError(f"the chat template leaves out or changes a message of the {message['role']}")
-        place = place if is_first_system else min(ends)
+        for forms in _written_forms(message):
+            ends = [
+                text.find(form, 0 if is_first_system else place) + len(form) for form in forms if form in text[place:]
+            ]
+            if not ends:
+                raise ValueError(f"the chat template leaves out or changes a message of the {message['role']}")
+            place = place if is_first_system else min(ends)
+
+
+def _written_forms(message: dict[str, Any]) -> Iterator[set[str]]:
+    """What must be found of a message, one after the other, each in one of the forms that templates write."""
+    # Whose words a tool's are, its place says.
+    if message.get(NAME) and message["role"] != "tool":
+        yield {message[NAME]}
+    forms = {message["content"].strip()}
+    # Some templates write a tool's answer as a JSON string.
+    if message["role"] == "tool":
+        forms.add(json.dumps(message["content"], ensure_ascii=False)[1:-1])
+    yield forms
+
+    for call in calls_of(message):
+        function = call.get("function", call)
+        yield {function["name"]}
+        for name, value in function["arguments"].items():
+            yield {name}
+            yield _value_forms(value)
+
+
+def _value_forms(value: object) -> set[str]:
+    """The forms in which templates write the value of an argument: as JSON of one kind or another, or as Python's."""
+    plain = {json.dumps(value, ensure_ascii=ascii) for ascii in (True, False)}
+    tight = {json.dumps(value, ensure_ascii=False, separators=(",", ":")), str(value)}
+    # In HTML's escapes, as Jinja's own filter writes it; inside a JSON string, as a text.
+    escaped = {str(htmlsafe_json_dumps(value))}
+    return {form.strip('"') if isinstance(value, str) else form for form in plain | tight | escaped}
 
 
 def _shared(one: str, other: str) -> int:

@@ -1,15 +1,16 @@
 """From scored answers to preference pairs: who is chosen, by how much, and which pairs are no use.
 
-Adds `chosen` and `rejected` (one assistant message each, so that the table is a conversational
-preference data set as it stands), `score_chosen`, `score_rejected`, `reward_gap`, whether the sides were `swapped`
-against what the settings name, for both sides whether the answer was finished, `heldout` for those that are not
-trained on, the `defects` of the conversation that they come from, `chosen_reasoning` and `rejected_reasoning` where
+Adds `chosen` and `rejected` (one assistant message each, or the messages that a data set gave, so that the table is a
+conversational preference data set as it stands), `score_chosen`, `score_rejected`, `reward_gap`, whether the sides were
+`swapped` against what the settings name, for both sides whether the answer was finished, `heldout` for those that are
+not trained on, the `defects` of the conversation that they come from, `chosen_reasoning` and `rejected_reasoning` where
 it is trained on, `chosen_voice` and `rejected_voice` where the voices of a turn were drawn, `chosen_drawn` and
 `rejected_drawn` where the tokens of answers are those of the student.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping
 from itertools import chain
@@ -30,14 +31,17 @@ from rdpo.records import (
     QUESTION,
     SIDES,
     VOICE,
+    Messages,
     Row,
     drop,
     prompt_id,
     rows_of,
     table_of,
+    text_of,
     unit_draw,
 )
 from rdpo.synthesis.defects import defects
+from rdpo.synthesis.given import WHOLE
 from rdpo.synthesis.instructions import beginning, load_task, question_of
 
 if TYPE_CHECKING:
@@ -196,8 +200,8 @@ def pair_row(
     pair = {
         ID_COLUMN: row[ID_COLUMN],
         "prompt": row["prompt"],
-        "chosen": [{"role": "assistant", "content": row[chosen]}],
-        "rejected": [{"role": "assistant", "content": row[rejected]}],
+        "chosen": _completion(row, chosen),
+        "rejected": _completion(row, rejected),
         "chosen_from": chosen,
         "rejected_from": rejected,
         "swapped": swapped,
@@ -217,6 +221,12 @@ def pair_row(
                 pair[f"{side}{beside}"] = row[f"{turn}{beside}"]
     pair["reward_gap"] = pair["score_chosen"] - pair["score_rejected"]
     return pair
+
+
+def _completion(row: Row, turn: str) -> Messages:
+    """The messages of an answer: one of the assistant, or those that a data set gave."""
+    whole: Messages = json.loads(row.get(f"{turn}{WHOLE}") or "[]")
+    return whole or [{"role": "assistant", "content": row[turn]}]
 
 
 def _turn(row: Row, settings: Settings, side: str, length_coef: float) -> str:
@@ -246,7 +256,7 @@ def _samples(row: Row, turn: str) -> list[str]:
 
 def sound(pair: Row, settings: Settings) -> Row:
     """The pair, or the pair with the reason why its answers are no use."""
-    chosen, rejected = pair["chosen"][0]["content"], pair["rejected"][0]["content"]
+    chosen, rejected = (text_of(pair[side]) for side in SIDES)
     if chosen.strip() == rejected.strip():
         return drop(pair, "chosen and rejected are the same")
     if min(len(chosen), len(rejected)) < settings.min_answer_chars:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping
 from typing import TypeVar
 
 from rdpo.config import JudgeReward
+from rdpo.config.rewards import RATING
 from rdpo.errors import InputError
 from rdpo.modeling.chat import Chat
 from rdpo.synthesis.instructions import check_template
@@ -170,6 +172,16 @@ def written_rating(reply: str, lowest: float, highest: float) -> float:
     if alone := re.fullmatch(rf"\W*?({NUMBER})\W*", (text.strip().splitlines() or [""])[-1]):
         return _agreed([_number(alone[1])], lowest, highest)
     return _agreed([_number(one) for one in ANY.findall(text)], lowest, highest)
+
+
+def json_rating(reply: str, lowest: float, highest: float) -> float:
+    """The `rating` of a reply that is a JSON object; NaN if it is none, cut off for example, or off the scale."""
+    try:
+        rating = json.loads(reply)[RATING]
+    except (ValueError, TypeError, LookupError, RecursionError):
+        return math.nan
+    is_number = isinstance(rating, int | float) and not isinstance(rating, bool)
+    return float(rating) if is_number and lowest <= rating <= highest else math.nan
 
 
 def _without_scale(found: re.Match[str], lowest: float, highest: float) -> str:

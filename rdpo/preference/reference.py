@@ -19,6 +19,7 @@ from rdpo.cluster.pools import BLOCK_ROWS, Held, Pool
 from rdpo.config import Job
 from rdpo.errors import InputError
 from rdpo.files.stage_folder import StageFolder
+from rdpo.messages import is_plain
 from rdpo.modeling.chat import Answer, Chat, student_chat
 from rdpo.modeling.masking import read_ids
 from rdpo.modeling.packing import PairSize
@@ -26,7 +27,7 @@ from rdpo.modeling.readers import Reader
 from rdpo.modeling.student import frozen_student
 from rdpo.modeling.weights import ModelRef
 from rdpo.preference.known_logps import KnownLogps, recalled
-from rdpo.records import DRAWN_COLUMNS, SCORE_COLUMNS, SIDES, Row, alive, drop
+from rdpo.records import DRAWN, DRAWN_COLUMNS, SCORE_COLUMNS, SIDES, Row, alive, drop, text_of
 from rdpo.training.backend import backend_of
 from rdpo.training.sharded import open_reader
 
@@ -94,17 +95,8 @@ def tokenize_pair(row: Row, chat: Chat, max_length: int, vocabulary: int | None 
 
     `vocabulary`: how many ids the model has a row for.
     """
-    answers = {
-        side: Answer(
-            row[side][0]["content"],
-            row[f"{side}_finished"],
-            row.get(f"{side}_reasoning") or "",
-            tuple(row.get(f"{side}_drawn") or ()),
-        )
-        for side in SIDES
-    }
     try:
-        found = chat.pair_ids(row["prompt"], answers)
+        found = chat.pair_ids(row["prompt"], {side: _answer(row, side) for side in SIDES})
     except ValueError as error:
         without: Row = {name: [] for name in ID_COLUMNS}
         return drop({**row, **without, "dropped": None}, f"chat template refuses the pair: {str(error)[:REASON_CHARS]}")
@@ -120,6 +112,17 @@ def tokenize_pair(row: Row, chat: Chat, max_length: int, vocabulary: int | None 
     if vocabulary is not None and max(max(read_ids(tokens)) for tokens in ids.values()) >= vocabulary:
         return drop(row, "a token lies beyond the model's embedding")
     return row
+
+
+def _answer(row: Row, side: str) -> Answer:
+    messages = row[side]
+    return Answer(
+        text_of(messages),
+        row[f"{side}_finished"],
+        row.get(f"{side}_reasoning") or "",
+        tuple(row.get(f"{side}{DRAWN}") or ()),
+        () if len(messages) == 1 and is_plain(messages) else tuple(messages),
+    )
 
 
 def pair_size(row: Row) -> PairSize:

@@ -36,6 +36,7 @@ def settings(job: Job) -> Settings:
         # Pairs that are ready are read in another way than prompts.
         "given": job.synthesis.task is None and GIVEN,
         **({"reasoned": True} if job.synthesis.reasoning != "off" else {}),
+        **({"train_on": job.reference.train_on} if job.reference.train_on != "last" else {}),
         **tokenizer_settings(job),
         # Splits and templates are drawn alike for every seed of a job.
         "seed": SEED,

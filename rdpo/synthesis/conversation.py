@@ -12,10 +12,11 @@ import ast
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
+from rdpo.messages import CALL_ID, CALLS, NAME, TOOLS, calls_text, is_plain, with_tools
 from rdpo.modeling.reasoning import KEYS, Unended, split_inline
-from rdpo.records import ROLES, SIDES, Messages, clean
+from rdpo.records import ROLES, SIDES, Messages, clean, text_of
 
 LITERAL_CHARS = 1 << 20
 """Longest text that is read as Python's repr of messages."""
@@ -35,30 +36,45 @@ class Pair:
     answers: dict[str, str]
     reasoning: dict[str, str] = field(default_factory=dict)
     """What was thought before each answer, where it was asked for."""
+    completions: dict[str, Messages] = field(default_factory=dict)
+    """The messages of an answer that is more than one with a text: one that calls tools, or several."""
 
 
-def derive_pair(raw: Mapping[str, object], column: str, reasoning: bool = False) -> Pair:
+def derive_pair(raw: Mapping[str, object], column: str, reasoning: bool = False, several: bool = False) -> Pair:
     """The pair of a row whose prompt, if it has one of its own, stands in `column`.
 
-    `reasoning`: what is written before an answer is told from it, and left out of earlier turns as templates do.
+    Args:
+        raw: the row.
+        column: the column with the prompt.
+        reasoning: what is written before an answer is told from it, and left out of earlier turns as templates do.
+        several: an answer may be of several messages, the results of tools among them.
 
     Raises:
         Unusable: something is missing, contradicts itself, or would be lost.
     """
-    check_columns(raw)
+    pair = _derived(raw, column, reasoning, several)
+    if pair.completions and reasoning:
+        raise Unusable("an answer of calls or of several messages cannot be read with reasoning; set it to off")
+    return replace(pair, prompt=_with_tools(pair.prompt, raw))
+
+
+def _derived(raw: Mapping[str, object], column: str, reasoning: bool, several: bool) -> Pair:
     prompt = None if raw.get(column) is None else _read(raw[column], column)
     sides = {side: _read(raw.get(side), side) for side in SIDES}
     if reasoning:
-        return _reasoned_pair(prompt, sides, column)
+        return _reasoned_pair(prompt, sides, column, several)
     for name, value in ((column, prompt), *sides.items()):
         _check_no_reasoning(value, name)
-    return _pair_of(prompt, sides, column)
+    return _pair_of(prompt, sides, column, several)
 
 
-def _reasoned_pair(prompt: str | Messages | None, sides: Mapping[str, str | Messages], column: str) -> Pair:
+def _reasoned_pair(
+    prompt: str | Messages | None, sides: Mapping[str, str | Messages], column: str, several: bool
+) -> Pair:
     """A pair with the reasoning before its answers."""
     parted = {side: _answer_parted(value, side) for side, value in sides.items()}
-    pair = _pair_of(_without_reasoning(prompt), {side: value for side, (value, _) in parted.items()}, column)
+    answers = {side: value for side, (value, _) in parted.items()}
+    pair = _pair_of(_without_reasoning(prompt), answers, column, several)
     return replace(pair, reasoning={side: thought for side, (_, thought) in parted.items()})
 
 
@@ -73,19 +89,23 @@ def _answer_parted(value: str | Messages, side: str) -> tuple[str | Messages, st
     except Unended as error:
         raise Unusable(f"{side}: {error}") from None
     stated = next((last[key] for key in KEYS if key in last), "")
-    return [*_without_reasoning(value[:-1]), {"role": last["role"], "content": answer}], stated.strip() or thought
+    bare = [{**message, "content": answer} for message in _without_reasoning([last])]
+    return [*_without_reasoning(value[:-1]), *bare], stated.strip() or thought
 
 
-def _pair_of(prompt: str | Messages | None, sides: Mapping[str, str | Messages], column: str) -> Pair:
+def _pair_of(prompt: str | Messages | None, sides: Mapping[str, str | Messages], column: str, several: bool) -> Pair:
     wholes = {side: _whole(prompt, sides, side, column) for side in SIDES}
 
     shared = _common_beginning(*wholes.values())
     for side, messages in wholes.items():
-        _check_one_answer(side, len(messages) - len(shared))
+        if not several:
+            _check_one_answer(side, len(messages) - len(shared))
     if not shared:
         raise Unusable(f"{column}: chosen and rejected have no beginning in common, and there is no prompt beside them")
     check_last(shared, column)
-    return Pair(shared, {side: messages[-1]["content"] for side, messages in wholes.items()})
+    following = {side: messages[len(shared) :] for side, messages in wholes.items()}
+    whole = {side: answer for side, answer in following.items() if answer[1:] or not is_plain(answer)}
+    return Pair(shared, {side: text_of(answer) for side, answer in following.items()}, completions=whole)
 
 
 def _check_no_reasoning(value: str | Messages | None, column: str | None) -> None:
@@ -104,17 +124,32 @@ def _without_reasoning(value: T) -> T:
     """Messages with nothing but role and content; text as it is."""
     if not isinstance(value, list):
         return value
-    return [{"role": message["role"], "content": message["content"]} for message in value]
+    return [{key: text for key, text in message.items() if key not in KEYS} for message in value]
 
 
-def check_columns(raw: Mapping[str, object]) -> None:
-    """Look for columns that belong to the conversation and have no place in it here.
+def _with_tools(messages: Messages, raw: Mapping[str, object]) -> Messages:
+    """The messages with the tools that stand beside them.
 
     Raises:
-        Unusable: there is one.
+        Unusable: they are no tools.
     """
-    if raw.get("tools"):
-        raise Unusable("tools: the tools that the assistant may call would be lost; such rows cannot be used yet")
+    try:
+        return with_tools(messages, raw.get(TOOLS))
+    except ValueError as error:
+        raise Unusable(f"{TOOLS}: {str(error)[:SHOWN_CHARS]}") from None
+
+
+def derive_prompt(raw: Mapping[str, object], column: str, reasoning: bool = False) -> Messages:
+    """The prompt of a row, which stands in `column`, with the tools beside it; `reasoning` as in `derive_pair`.
+
+    Raises:
+        Unusable: it is none, or something in it would be lost.
+    """
+    try:
+        prompt = read_prompt(raw.get(column), reasoning)
+    except Unusable as error:
+        raise Unusable(f"{column}: {error}") from None
+    return _with_tools(prompt, raw)
 
 
 def read_prompt(value: object, reasoning: bool = False) -> Messages:
@@ -160,7 +195,7 @@ def _user(text: str) -> Messages:
 
 
 def _read(value: object, column: str | None) -> str | Messages:
-    """Text, or messages with nothing but role and content, and perhaps the assistant's reasoning under its own key."""
+    """Text, or messages of texts by the keys that are known, the assistant's reasoning under its own key."""
     if isinstance(value, str):
         value = _from_text(value, column)
     if isinstance(value, str):
@@ -198,23 +233,41 @@ def _literal(text: str) -> object:
     return ast.literal_eval(text)
 
 
-def _message(message: object, column: str | None) -> dict[str, str]:
+def _message(message: object, column: str | None) -> dict[str, Any]:
     if not isinstance(message, dict) or message.get("role") not in ROLES:
         raise Unusable(_place(column, f"a message needs a role out of {', '.join(ROLES)}"))
 
     role = message["role"]
     # A table of messages has every key in every message; those that a message does not have are null there.
     stated = {key: value for key, value in message.items() if value not in (None, "", [], {})}
-    reasoning = {key: clean(stated[key]) for key in KEYS if role == "assistant" and isinstance(stated.get(key), str)}
-    lost = stated.keys() - {"role", "content"} - reasoning.keys()
+    beyond = _beyond(stated, role, column)
+    lost = stated.keys() - {"role", "content"} - beyond.keys()
     if lost:
         raise Unusable(_place(column, f"a message of the {role} has `{min(lost)}`, which would be lost"))
 
     content = _content(message.get("content"), role, column)
-    # Templates write a system message that is empty in another way than none.
-    if not content.strip() and role != "system":
+    # Templates write a system message that is empty in another way than none; a call may stand without a text.
+    if not content.strip() and role != "system" and CALLS not in beyond:
         raise Unusable(_place(column, f"a message of the {role} is empty"))
-    return {"role": role, "content": content, **reasoning}
+    return {"role": role, "content": content, **beyond}
+
+
+def _beyond(stated: Mapping[str, object], role: str, column: str | None) -> dict[str, str]:
+    """What a message has beyond role and content, as far as one of its role may have it.
+
+    Raises:
+        Unusable: its calls are none.
+    """
+    takes = {"assistant": (*KEYS, NAME), "tool": (NAME, CALL_ID)}.get(role, (NAME,))
+    texts = {key: value for key, value in stated.items() if key in takes and isinstance(value, str)}
+    found = {key: clean(text) for key, text in texts.items()}
+    if role == "assistant" and CALLS in stated:
+        try:
+            found[CALLS] = calls_text(stated[CALLS])
+        except ValueError as error:
+            reason = f"a message of the assistant has {CALLS} that cannot be read: {str(error)[:SHOWN_CHARS]}"
+            raise Unusable(_place(column, reason)) from None
+    return found
 
 
 def _content(value: object, role: str, column: str | None) -> str:
@@ -285,6 +338,6 @@ def _common_beginning(chosen: Messages, rejected: Messages) -> Messages:
 def _check_one_answer(side: str, following: int) -> None:
     if following > 1:
         raise Unusable(
-            f"{side}: {following} messages follow what chosen and rejected have in common; only a last answer can be "
-            "trained on"
+            f"{side}: {following} messages follow what chosen and rejected have in common; only a last answer is "
+            'trained on, unless reference.train_on = "all"'
         )

@@ -11,6 +11,7 @@ from pydantic import SecretStr
 from rdpo.config import Endpoint as EndpointSettings
 from rdpo.config import Sampling
 from rdpo.errors import EndpointDown, InputError
+from rdpo.messages import server_form, tools_of
 from rdpo.modeling.reasoning import KEYS, Unended, split_inline
 from rdpo.records import Messages
 from rdpo.synthesis.engine import Generation
@@ -113,13 +114,15 @@ class Endpoint:
     ) -> T:
         request: dict[str, Any] = {
             "model": self.settings.model,
-            "messages": messages,
+            "messages": server_form(messages),
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "seed": seed,
             self.settings.token_limit: sampling.max_tokens,
             **{name: value for name, value in sampling.used.items() if name in OPENAI},
         }
+        if tools := tools_of(messages):
+            request["tools"] = [one if "function" in one else {"type": "function", "function": one} for one in tools]
         # Known to vLLM's server and others of its kind.
         others = {name: value for name, value in sampling.used.items() if name not in OPENAI} | extra
         if others:
@@ -179,6 +182,8 @@ def withheld(response: Any, keyless: Callable[[str], str]) -> None:
         raise Failed(f"not a chat completion: {error}", broken=True) from None
     if reason == "content_filter" or refusal:
         raise Unanswered(f"the endpoint withholds the answer: {keyless(str(refusal or reason))[:200]}")
+    if getattr(choice.message, "tool_calls", None):
+        raise Unanswered("the endpoint calls a tool in place of an answer")
 
 
 def generation(response: Any, keyless: Callable[[str], str], reasons: bool = False) -> Generation:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from datasketch import MinHash, MinHashLSH
 
+from rdpo.messages import TOOLS
 from rdpo.records import HELDOUT, ID_COLUMN, Row, extra_of, plain_text, rows_of
 from rdpo.synthesis.prompts import BARE
 
@@ -83,8 +84,8 @@ def near_heldout(folder: StageFolder, templates: bool) -> set[str]:
 
 
 def _asked(row: Row, templates: bool) -> str:
-    """The words of a prompt but for its system message."""
-    words = [message["content"] for message in row["prompt"] if message["role"] != "system"]
+    """The words of a prompt but for its system message and the tools, which many prompts share."""
+    words = [message["content"] for message in row["prompt"] if message["role"] not in ("system", TOOLS)]
     if templates:
         words[-1] = extra_of(row).get(BARE, words[-1])
     return "\n".join(words)

@@ -20,6 +20,7 @@ from rdpo.config import Prompts as Settings
 from rdpo.errors import InputError
 from rdpo.files.duplicates import repeated
 from rdpo.files.stage_folder import StageFolder
+from rdpo.messages import BEYOND, is_plain
 from rdpo.modeling.chat import student_chat
 from rdpo.records import (
     HELDOUT,
@@ -41,9 +42,9 @@ from rdpo.records import (
     unit_draw,
 )
 from rdpo.synthesis.columns import Needed, Reading
-from rdpo.synthesis.conversation import Unusable, check_columns, derive_pair, read_prompt
+from rdpo.synthesis.conversation import Unusable, derive_pair, derive_prompt
 from rdpo.synthesis.formats import Raw
-from rdpo.synthesis.given import pair_id
+from rdpo.synthesis.given import REASONING, WHOLE, pair_id
 from rdpo.synthesis.instructions import check_template, render
 from rdpo.synthesis.mixture import NOT_DRAWN, Places, alone, check_together, not_drawn
 from rdpo.synthesis.sources import raw_rows
@@ -65,6 +66,9 @@ SCHEMA = pa.schema(
         ("dropped", pa.string()),
     ]
 )
+CALLING = pa.list_(pa.struct([(key, pa.string()) for key in ("role", "content", *BEYOND)]))
+WITH_CALLS = pa.schema([field.with_type(CALLING) if field.name == "prompt" else field for field in SCHEMA])
+"""Of rows whose messages have more than roles and contents."""
 SEED = 0
 """Of splits and templates: runs with other seeds are trained and measured on the same prompts."""
 DUPLICATE = "duplicate of an earlier prompt"
@@ -117,7 +121,8 @@ def _prompt_table(raw: pa.Table, job: Job) -> pa.Table:
     rows = [
         prompt_row(row["source"], row["line"], row["problem"] or json.loads(row["raw"]), job) for row in raw.to_pylist()
     ]
-    return pa.Table.from_pylist(rows, schema=SCHEMA)
+    plain = all(is_plain(row["prompt"]) for row in rows)
+    return pa.Table.from_pylist(rows, schema=SCHEMA if plain else WITH_CALLS)
 
 
 def prompt_row(source: str, line: int, raw: Raw, job: Job) -> Row:
@@ -164,21 +169,18 @@ def _question(raw: Mapping[str, object], messages: Messages, system: str | None)
 
 
 def _conversation(raw: dict[str, object], job: Job) -> tuple[Messages, dict[str, str]]:
-    """The prompt of a raw row, and both answers if they are given, with their reasoning where that is asked for.
+    """The prompt of a raw row, and both answers if they are given, with their reasoning and whole messages beside them.
 
     Raises:
         Unusable: it is no conversation, or something of it would be lost.
     """
     settings, reasoning = job.prompts, job.synthesis.reasoning != "off"
     if job.synthesis.task is None:
-        pair = derive_pair(raw, settings.column, reasoning)
-        thoughts = {f"{side}_reasoning": thought for side, thought in pair.reasoning.items()}
-        return with_system(pair.prompt, settings.system), {**pair.answers, **thoughts}
-    check_columns(raw)
-    try:
-        return with_system(read_prompt(raw.get(settings.column), reasoning), settings.system), {}
-    except Unusable as error:
-        raise Unusable(f"{settings.column}: {error}") from None
+        pair = derive_pair(raw, settings.column, reasoning, several=job.reference.train_on == "all")
+        beside = {f"{side}{REASONING}": thought for side, thought in pair.reasoning.items()}
+        beside |= {f"{side}{WHOLE}": json.dumps(whole, ensure_ascii=False) for side, whole in pair.completions.items()}
+        return with_system(pair.prompt, settings.system), {**pair.answers, **beside}
+    return with_system(derive_prompt(raw, settings.column, reasoning), settings.system), {}
 
 
 def with_system(messages: Messages, system: str | None) -> Messages:
@@ -253,7 +255,7 @@ def distinguishing(job: Job) -> tuple[str, ...]:
 
     These are both answers of ready pairs, and what the templates put around the prompt.
     """
-    given = SIDES if job.synthesis.task is None else ()
+    given = (*SIDES, *(f"{side}{WHOLE}" for side in SIDES)) if job.synthesis.task is None else ()
     templates = [one for part in job.prompts.each() for one in (*part.templates, *part.heldout_templates)]
     used = {name for template in templates for name in check_template(template, "prompts.templates")}
     return tuple(sorted({*given, *used} - {"prompt", BARE}))

@@ -279,13 +279,13 @@ class Conversation:
 
 
 def typed(table: pa.Table, columns: dict[str, pa.DataType]) -> pa.Table:
-    """The table with these columns in any case, and of these types."""
+    """The table with these columns behind its others in any case, and of these types."""
     for name, kind in columns.items():
         if name not in table.column_names:
             table = table.append_column(name, pa.nulls(table.num_rows, kind))
         elif table.schema.field(name).type != kind:
             table = table.set_column(table.column_names.index(name), name, table[name].cast(kind))
-    return table
+    return table.select([*(name for name in table.column_names if name not in columns), *columns])
 
 
 def check_conversations(task: Task, chat: Chat, system: str | None, voice: str | None = TEACHER) -> None:

@@ -63,8 +63,8 @@ def drawn_voices(turn: Turn, row_id: str, job: Job) -> dict[str, str | None]:
     Of several voices the order is drawn by their weights, without putting back (Efraimidis and Spirakis, 2006).
     """
     order = turn.voices
-    if len(order) > 1:
-        keys = {voice: _key(turn, voice, row_id, job) for voice in order if voice}
+    if is_drawn(turn):
+        keys: dict[str | None, float] = {voice: _key(turn, voice, row_id, job) for voice in order if voice}
         order = sorted(keys, key=keys.__getitem__, reverse=True)
     return {name: order[number % len(order)] for number, name in enumerate(turn.names)}
 

@@ -56,3 +56,22 @@ def test_rows_that_a_servers_end_leaves_without_scores_stay_to_be_done_and_no_ot
         raise_end(folder)
     # What was asked after the end of the account is one question.
     assert len(server.asked) <= 3
+
+
+@pytest.mark.long
+def test_a_judge_that_can_write_nothing_else_rates(ray_cluster, job_table):
+    """A random model writes no rating by itself."""
+    import ray
+
+    engine = {"max_model_len": 1024, "kv_cache_gib": 1, "batch_rows": 4}
+    schema = {"type": "object", "properties": {"rating": {"enum": [1, 2, 3]}}, "required": ["rating"]}
+    judge = {"kind": "judge", "name": "judge", "rubric": "Rate: {{ answer }}", "engine": engine, "score": "json"}
+    judge |= {"ratings": ["1", "2", "3"], "json_schema": schema, "sampling": {"temperature": 1.0, "max_tokens": 64}}
+    job = Job.model_validate({**job_table, "rewards": [judge]})
+    rows = [{"prompt_id": f"p{i}", "prompt": [{"role": "user", "content": "q"}], "answer": "a" * i} for i in range(12)]
+    scored = score_answers(ray.data.from_items(rows), job, ["answer"]).take_all()
+    ratings = [row["answer_scores"]["judge"] for row in scored if not row["dropped"]]
+    # White space is allowed in JSON, and may fill a reply.
+    assert len(ratings) > 6
+    assert set(ratings) <= {1.0, 2.0, 3.0}
+    assert len(set(ratings)) > 1

@@ -112,14 +112,23 @@ def test_an_empty_system_message_is_kept_and_keys_that_are_null_are_none():
             "rejected: its last message is not the assistant's",
         ),
         (
-            {"prompt": [QUESTION, says("assistant", "", tool_calls=CALL)], "chosen": "a", "rejected": "b"},
-            "prompt: a message of the assistant has `tool_calls`, which would be lost",
+            {"prompt": [QUESTION, says("assistant", "", tool_calls=[{"name": 3}])], "chosen": "a", "rejected": "b"},
+            "prompt: a message of the assistant has tool_calls that cannot be read: a call without the name of a",
+        ),
+        (
+            {"prompt": [says("user", "q", tool_calls=CALL)], "chosen": "a", "rejected": "b"},
+            "prompt: a message of the user has `tool_calls`, which would be lost",
+        ),
+        (
+            {"prompt": [says("user", "q", weight=0)], "chosen": "a", "rejected": "b"},
+            "prompt: a message of the user has `weight`, which would be lost",
         ),
         (
             {"prompt": "q", "chosen": [says("assistant", "a", reasoning_content="hm")], "rejected": "b"},
             "chosen: a message of the assistant has `reasoning_content`, which would be lost",
         ),
-        ({"prompt": "q", "chosen": "a", "rejected": "b", "tools": CALL}, "tools: the tools that the assistant may"),
+        ({"prompt": "q", "chosen": "a", "rejected": "b", "tools": [{"x": 1}]}, "tools: no list of JSON schemas with"),
+        ({"prompt": "q", "chosen": "a", "rejected": "b", "tools": "["}, "tools: Expecting value"),
         (
             {"prompt": [says("user", [{"type": "image_url", "image_url": {}}])], "chosen": "a", "rejected": "b"},
             "prompt: a message of the user has a part of type image_url; only text can be used",

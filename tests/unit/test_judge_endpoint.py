@@ -336,3 +336,12 @@ def test_counts_that_are_none_are_not_counted(job_table):
     reply = spoilt(lambda reply: reply.update(usage={"prompt_tokens": "many", "completion_tokens": None}))
     (row,) = judge(Server(reply), job_table)
     assert (row["tokens_read_j"], row["tokens_written_j"]) == (0, 0)
+
+
+def test_a_server_is_asked_for_json_by_its_schema(job_table):
+    server = Server(completion('{"reason": "9 flaws", "rating": 4}'))
+    (row,) = judge(server, job_table, score="json")
+    assert row["a_scores"]["j"] == 4.0
+    held = server.asked[0]["response_format"]
+    assert held["type"] == "json_schema"
+    assert held["json_schema"]["schema"]["properties"]["rating"] == {"enum": [1, 4, 5]}

@@ -8,11 +8,11 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[2] / "rdpo"
 ORDER = (
     *("cli", "api", "experiments", "report", "inspection", "planning", "stages", "execution", "evaluation"),
-    *("preference", "synthesis", "training", "modeling", "cluster", "tracking", "config", "files", "records", "errors"),
-    "rewards",
+    *("preference", "synthesis", "training", "modeling", "cluster", "tracking", "config", "files"),
+    *("messages", "records", "errors", "rewards"),
 )
 ROOMS = {"evaluation", "training", "preference", "synthesis", "modeling"}
-ROOT = {"__init__.py", "__main__.py", "api.py", "errors.py", "records.py", "rewards.py"}
+ROOT = {"__init__.py", "__main__.py", "api.py", "errors.py", "messages.py", "records.py", "rewards.py"}
 LONGEST = 400
 
 
@@ -84,6 +84,7 @@ def test_the_root_holds_what_a_program_calls_and_what_all_share():
     assert {path.name for path in PACKAGE.glob("*.py")} == ROOT
     assert {path.parent.name for path in PACKAGE.glob("*/__init__.py")} == set(ORDER) - {
         "api",
+        "messages",
         "records",
         "errors",
         "rewards",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from datetime import date
+from itertools import accumulate, chain, pairwise
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
@@ -26,6 +28,8 @@ from rdpo.synthesis.engine import engine_settings
 if TYPE_CHECKING:
     import ray.data
     import torch
+
+    from rdpo.preference.rewards.packed import PackedReader
 
 
 class ClassifierKind(RewardKind[ClassifierReward]):
@@ -72,11 +76,15 @@ class Classifier:
     """A Ray Data actor with a sequence-classification model.
 
     A score is that of the model called with one conversation and no padding, whatever stands beside it in the batch.
+    Decoders that can read packed rows read what the answers to a prompt have in common once (see `packed`).
     """
 
     def __init__(self, reward: ClassifierReward, answers: list[str], day: date = TEMPLATE_DATE):
         import torch
         from transformers import AutoModelForSequenceClassification
+
+        from rdpo.modeling.reading import read_padded
+        from rdpo.preference.rewards.packed import open_packed
 
         self.reward, self.answers = reward, answers
 
@@ -93,8 +101,11 @@ class Classifier:
         )
         check_loaded(checked.where, model, info, other_head=True)
         self.model = model.eval().to(self.device)
+        read_padded(self.model)
 
         self.by_token, self.pad_id = checked.scores_last, checked.pad_id
+        packs = self.by_token and reward.layout != "padded"
+        self.packed = open_packed(self.model, reward.batch_size * reward.max_length) if packs else None
         pad, rows = self.pad_id, model.get_input_embeddings().weight.shape[0]
         # Without a pad token of its own transformers' classes take one conversation; XLNet's reads the last place.
         self.in_batches = pad is not None and 0 <= pad < rows and not hasattr(model, "sequence_summary")
@@ -102,15 +113,18 @@ class Classifier:
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Score a block of rows; one that the chat template refuses is dropped."""
         rows = batch.to_pylist()
+        encoded: list[list[Encoded | None]] = [[] for _ in rows]
         for answer in self.answers:
-            encoded: list[Encoded | None] = []
             for position, row in enumerate(rows):
                 try:
-                    encoded.append(self.input_ids(row["prompt"], row[answer]))
+                    encoded[position].append(self.input_ids(row["prompt"], row[answer]))
                 except ValueError as error:
                     rows[position] = drop(row, f"reward {self.reward.name}: {error}"[:REASON_CHARS])
-                    encoded.append(None)
-            rows = record_scores(rows, answer, self.reward.name, self._scores(encoded))
+                    encoded[position].append(None)
+
+        scores = self._scores_of_rows(encoded)
+        for answer, column in zip(self.answers, zip(*scores, strict=True), strict=True):
+            rows = record_scores(rows, answer, self.reward.name, column)
         return table_of(rows)
 
     def score(self, prompts: list[Messages], answers: list[str]) -> list[Score]:
@@ -119,7 +133,35 @@ class Classifier:
         Raises:
             ValueError: the chat template refuses a conversation.
         """
-        return self._scores([self.input_ids(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)])
+        encoded = [[self.input_ids(prompt, answer)] for prompt, answer in zip(prompts, answers, strict=True)]
+        return [score for [score] in self._scores_of_rows(encoded)]
+
+    def _scores_of_rows(self, encoded: Sequence[Sequence[Encoded | None]]) -> list[list[Score]]:
+        """Scores of each row's answers, NaN of None."""
+        if self.packed:
+            return self._packed_scores(self.packed, encoded)
+        sizes, flat = [len(row) for row in encoded], self._scores([*chain.from_iterable(encoded)])
+        ends = [*accumulate(sizes, initial=0)]
+        return [flat[start:end] for start, end in pairwise(ends)]
+
+    def _packed_scores(self, read: PackedReader, encoded: Sequence[Sequence[Encoded | None]]) -> list[list[Score]]:
+        """The same, each row's conversations with their common beginning once."""
+        from rdpo.preference.rewards.packed import Group
+
+        scores: list[list[Score]] = [[math.nan] * len(row) for row in encoded]
+        groups: list[Group] = []
+        places: list[list[tuple[int, int]]] = []
+        for number, row in enumerate(encoded):
+            there = {(number, place): one["input_ids"] for place, one in enumerate(row) if one is not None}
+            if there:
+                heads = [last_token(ids, self.pad_id) for ids in there.values()]
+                groups.append(Group.of([*there.values()], heads))
+                places.append([*there])
+
+        found = chain.from_iterable(read(groups))
+        for (number, place), values in zip(chain.from_iterable(places), found, strict=True):
+            scores[number][place] = self.outputs.score(values)
+        return scores
 
     def _scores(self, encoded: list[Encoded | None]) -> list[Score]:
         """Scores in order, NaN of None; the forward runs over batches of similar length."""

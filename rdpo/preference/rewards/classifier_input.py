@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from rdpo.config import TEMPLATE_DATE, ClassifierReward, EndpointReward
 from rdpo.errors import InputError
+from rdpo.messages import is_plain, template_form, tools_of
 from rdpo.modeling.loading import architecture_outline, check_loaded, check_token_ids, outline, positions_of
 from rdpo.modeling.model_files import CONFIG
-from rdpo.modeling.template import check_arguments
+from rdpo.modeling.template import check_arguments, check_written
 from rdpo.modeling.weights import load_tokenizer, local_model, model_config
 from rdpo.preference.rewards.outputs import Outputs, outputs_of
 from rdpo.records import Messages, text_of
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 LABELS = ("num_labels", "id2label")
+LIMITS = ("truncation", "max_length")
 Encoded = dict[str, list[int]]
 
 
@@ -45,7 +47,7 @@ class Conversations:
         Raises:
             ValueError: the chat template refuses the conversation.
         """
-        limit: dict[str, Any] = {"truncation": True, "max_length": self.max_length}
+        limit: dict[str, Any] = dict(zip(LIMITS, (True, self.max_length), strict=True))
         if self.answer_only:
             return dict(self.tokenizer(answer, **limit))
         if self.tokenizer.chat_template:
@@ -78,10 +80,15 @@ def read_alone(conversations: Conversations, pad_id: int | None, prompt: Message
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, messages: Messages, day: date, arguments: dict[str, Any]) -> Encoded:
+    form, passed = template_form(messages), {"strftime_now": day.strftime, **arguments}
+    if tools := tools_of(messages):
+        passed["tools"] = tools
     try:
-        encoded = tokenizer.apply_chat_template(
-            messages, tokenize=True, return_dict=True, strftime_now=day.strftime, **arguments
-        )
+        if not is_plain(messages):
+            # Many templates leave tools and their calls out without a word.
+            whole = {name: value for name, value in passed.items() if name not in LIMITS}
+            check_written(messages, str(tokenizer.apply_chat_template(form, tokenize=False, **whole)))
+        encoded = tokenizer.apply_chat_template(form, tokenize=True, return_dict=True, **passed)
     except Exception as error:
         # A template may raise whatever its author chose.
         raise ValueError(f"chat template refuses the conversation: {error}") from None

@@ -15,6 +15,7 @@ from rdpo.config import EndpointReward, Engine, Job
 from rdpo.errors import InputError
 from rdpo.files.manifest import Settings
 from rdpo.files.unfinished import unfinished
+from rdpo.messages import is_plain
 from rdpo.modeling.template import date_settings
 from rdpo.modeling.weights import ModelRef
 from rdpo.preference.rewards.classifier_input import read_alone, served_conversations
@@ -118,6 +119,8 @@ class ServedReward:
             InputError: the server cannot be used.
             EndpointDown: it answers nothing any more.
         """
+        if self.read is None and not is_plain(prompt):
+            raise ValueError("calls of tools are not sent to a server; name its tokenizer, and they are rendered here")
         await self._begin()
         if self.reward.api == "json":
             return await self._answered(self._items(prompt, texts), len(texts))

@@ -63,7 +63,7 @@ class JudgeKind(RewardKind[JudgeReward]):
         """Its fields, and the judge's weights; of a server which one it is, and not how it is asked."""
         reward = self.reward
         found = reward.model_dump(exclude={"top_logprobs"})
-        if reward.score == "written" and reward.sampling.temperature > 0:
+        if reward.score != "expected" and reward.sampling.temperature > 0:
             found["judge_seed"] = job.seed
         if endpoint := reward.endpoint:
             asked = {"endpoint": {"url": endpoint.url, "model": endpoint.model}, "engine": None, "weights": None}
@@ -120,7 +120,7 @@ class Judge(Judging):
     def __init__(self, reward: JudgeReward, answers: list[str], job: Job, crash_counts: ActorHandle):
         super().__init__(reward, answers, job, crash_counts)
         self.chat = judge_chat(reward, job)
-        self.values = {} if reward.score == "written" else rating_values(self.chat, reward)
+        self.values = rating_values(self.chat, reward) if reward.score == "expected" else {}
         self.engine = Engine(str(ModelRef.of(job, reward.model).folder()), reward.engine, job.seed)
 
     async def expected(self, question: Question) -> float:
@@ -140,7 +140,12 @@ class Judge(Judging):
                 # No rating, as in any other reply without one: further votes may have some.
                 return ""
             return reply.text
-        return (await self._reply(question, self.reward.sampling, self.chat.stop_ids)).text
+        held: dict[str, Any] = {}
+        if self.reward.score == "json":
+            from vllm.sampling_params import StructuredOutputsParams
+
+            held["structured_outputs"] = StructuredOutputsParams(json=self.reward.reply_schema)
+        return (await self._reply(question, self.reward.sampling, self.chat.stop_ids, **held)).text
 
     async def _reply(
         self, question: Question, sampling: Sampling, stop_ids: tuple[int, ...], **extra: Any

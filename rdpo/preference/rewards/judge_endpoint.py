@@ -89,7 +89,11 @@ class ServedJudge(Judging):
     async def written(self, question: Question) -> str:
         """A reply of the server."""
         read = partial(generation, keyless=self.endpoint.server.keyless)
-        text = (await self._asked(question, self.reward.sampling, read, {})).text
+        held: dict[str, Any] = {}
+        if self.reward.score == "json":
+            schema = {"name": "rating", "schema": self.reward.reply_schema, "strict": True}
+            held["response_format"] = {"type": "json_schema", "json_schema": schema}
+        text = (await self._asked(question, self.reward.sampling, read, held)).text
         if not reasons_first(self.reward):
             return text
         try:

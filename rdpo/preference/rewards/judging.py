@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from rdpo.config import Job, JudgeReward
 from rdpo.preference.criteria import Criteria, criteria_of
-from rdpo.preference.ratings import rating_value, written_rating
+from rdpo.preference.ratings import json_rating, rating_value, written_rating
 from rdpo.preference.scores import Composed, Score, with_scores
 from rdpo.records import ID_COLUMN, Row, draw_seed, table_of, text_of
 from rdpo.synthesis.crashes import CrashGuard
@@ -46,9 +46,9 @@ class Judging(ABC):
     """A Ray Data actor that has answers judged.
 
     The score of an answer is the expected rating (the rating tokens' probabilities, made to sum to one, times their
-    values), the mean of the ratings that the judge writes down (`score = "written"`), or, with `pairwise`, the mean
-    probability to be preferred to the row's other answers, over both orders in which they can be shown. With criteria
-    it is the weighted mean of such scores, each by one of them.
+    values), the mean of the ratings that the judge writes down (`score = "written"` or `"json"`), or, with `pairwise`,
+    the mean probability to be preferred to the row's other answers, over both orders in which they can be shown. With
+    criteria it is the weighted mean of such scores, each by one of them.
     """
 
     def __init__(self, reward: JudgeReward, answers: list[str], job: Job, crash_counts: ActorHandle):
@@ -119,7 +119,8 @@ class Judging(ABC):
 
     async def _vote(self, question: Question) -> float:
         scale = [rating_value(rating, position) for position, rating in enumerate(self.reward.ratings)]
-        return written_rating(await self.written(question), min(scale), max(scale))
+        read = json_rating if self.reward.score == "json" else written_rating
+        return read(await self.written(question), min(scale), max(scale))
 
     async def _preferences(self, row: Row, also: Mapping[str, str], role: str, spent: Spent) -> list[float]:
         """How often each answer is preferred to the others; each pair is shown once in each order."""
