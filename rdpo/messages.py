@@ -14,13 +14,11 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from rdpo.records import Messages, clean
+from rdpo.records import BEYOND, Messages, clean
 
 TOOLS = "tools"
 """The role of the message that holds the tools of a conversation, and the column of a data set with them."""
-CALLS, CALL_ID, NAME = "tool_calls", "tool_call_id", "name"
-BEYOND = (CALLS, NAME, CALL_ID)
-"""Keys that a message may have beyond its role and content."""
+CALLS, NAME, CALL_ID = BEYOND
 
 
 def calls_text(calls: object) -> str:

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 Messages = list[dict[str, Any]]
 """Tables of texts: `role`, `content`, and what `rdpo.messages` knows beyond them, which may be None."""
 Row = dict[str, Any]
+BEYOND = ("tool_calls", "name", "tool_call_id")
+"""Keys that a message may have beyond its role and content."""
 
 ID_COLUMN = "prompt_id"
 """The column with a row's id."""
@@ -104,7 +106,7 @@ def question_id(messages: Messages) -> str:
 
 def _beyond(message: dict[str, Any]) -> list[list[str]]:
     """What a message has beyond role and content; nothing in most."""
-    return sorted([key, value] for key, value in message.items() if value and key not in ("role", "content"))
+    return [[key, message[key]] for key in BEYOND if message.get(key)]
 
 
 def plain_text(text: str) -> str:

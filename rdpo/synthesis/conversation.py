@@ -339,5 +339,5 @@ def _check_one_answer(side: str, following: int) -> None:
     if following > 1:
         raise Unusable(
             f"{side}: {following} messages follow what chosen and rejected have in common; only a last answer is "
-            'trained on, unless reference.train_on = "all"'
+            "trained on while reference.train_on is `last`"
         )

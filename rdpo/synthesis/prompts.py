@@ -20,9 +20,10 @@ from rdpo.config import Prompts as Settings
 from rdpo.errors import InputError
 from rdpo.files.duplicates import repeated
 from rdpo.files.stage_folder import StageFolder
-from rdpo.messages import BEYOND, is_plain
+from rdpo.messages import is_plain
 from rdpo.modeling.chat import student_chat
 from rdpo.records import (
+    BEYOND,
     HELDOUT,
     ID_COLUMN,
     QUESTION,

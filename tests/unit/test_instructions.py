@@ -24,6 +24,7 @@ def test_shipped_tasks_load_and_fit_plain_prompts(name):
     special = {
         "best_of": [f"response_{k}" for k in range(1, 5)],
         "counterfactual": ["control", "treatment", "negative"],
+        "delta": ["strong", "weak"],
     }
     assert task.answers == special.get(name, ["response", "critique", "revision"])
 

@@ -147,7 +147,7 @@ def test_a_column_named_like_a_word_of_the_job_is_found_before_the_teacher_speak
     folder.write_parts(pa.Table.from_pylist(rows), "prompt_id")
     run = SimpleNamespace(job=Job.model_validate(job_table), folder=lambda name: folder)
     with pytest.raises(InputError, match=r"`negative` is also a column of the prompts \(row y\)"):
-        synthesis.write_answers(None, run)
+        synthesis.write_answers(run)
 
 
 @pytest.mark.parametrize("column", ["response", "critique", "revision"])
@@ -163,4 +163,4 @@ def test_a_column_named_like_a_turn_ends_the_run_before_the_teacher_begins(job_t
     folder.write_parts(pa.Table.from_pylist(rows), "prompt_id")
     run = SimpleNamespace(job=Job.model_validate(job_table), folder=lambda name: folder)
     with pytest.raises(InputError, match=rf"answer `{column}` of turn `{column}` has the name of a column .*\(row z\)"):
-        synthesis.write_answers(None, run)
+        synthesis.write_answers(run)

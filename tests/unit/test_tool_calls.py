@@ -121,7 +121,7 @@ def test_of_several_messages_those_of_the_assistant_count(name):
 
 
 def test_several_messages_are_refused_where_the_last_is_trained_on():
-    with pytest.raises(Unusable, match=r'chosen: 3 messages follow .* unless reference.train_on = "all"'):
+    with pytest.raises(Unusable, match=r"chosen: 3 messages follow .* while reference.train_on is `last`"):
         derive_pair(SEVERAL, "prompt")
 
 

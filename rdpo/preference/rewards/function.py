@@ -80,7 +80,7 @@ def without_gpus() -> dict[str, Any]:
     import ray
 
     # A worker of its own takes seconds to start.
-    if not ray.cluster_resources().get("GPU"):
+    if not (ray.is_initialized() and ray.cluster_resources().get("GPU")):
         return {}
     return {"runtime_env": {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}}
 
