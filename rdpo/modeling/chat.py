@@ -26,7 +26,7 @@ from rdpo.errors import InputError
 from rdpo.modeling.masking import masked
 from rdpo.modeling.messages import answer_ids, specials
 from rdpo.modeling.reasoning import ReasoningForm, reasoning_template, thinks
-from rdpo.modeling.template import Opening, Template, Unfit, check_arguments, reads_date
+from rdpo.modeling.template import Opening, Template, Unfit, check_arguments, reads_date, template_ids
 from rdpo.modeling.weights import ModelRef
 from rdpo.records import Messages
 
@@ -216,12 +216,8 @@ class Chat:
         return str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
     def written_ids(self, text: str) -> list[int]:
-        """Token ids of what the template wrote; a BOS that it and the tokenizer both put there stands once."""
-        ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        bos = self.tokenizer.bos_token_id
-        while bos is not None and ids[:2] == [bos, bos]:
-            ids.pop(0)
-        return ids
+        """Token ids of what the template wrote."""
+        return template_ids(self.tokenizer, text)
 
 
 def make_chat(
@@ -367,13 +363,17 @@ def teacher_chat(job: Job) -> Chat:
     Raises:
         InputError: there is none that works.
     """
-    given = job.synthesis.chat_template_kwargs
-    if not (given or job.synthesis.teacher):
-        given = job.student.chat_template_kwargs
-    teacher, arguments = ModelRef.of(job, job.synthesis.teacher), json.dumps(given, sort_keys=True)
+    teacher = ModelRef.of(job, job.synthesis.teacher)
+    arguments = json.dumps(teacher_arguments(job), sort_keys=True)
     # What is stripped is thought all the same.
     thinking: Thinking = "off" if job.synthesis.reasoning == "off" else "keep"
     return load_chat(teacher, job.date, arguments=arguments, thinking=thinking)
+
+
+def teacher_arguments(job: Job) -> dict[str, Any]:
+    """Further arguments of the teacher's chat template; unless given the student's, where that teaches itself."""
+    given = job.synthesis.chat_template_kwargs
+    return given if given or job.synthesis.teacher else job.student.chat_template_kwargs
 
 
 def same_tokens(one: ModelRef, other: ModelRef) -> bool:

@@ -143,7 +143,7 @@ class Template:
             self.text(opening.messages, add_generation_prompt=True, **{**arguments, **self.arguments})
             for arguments in NO_THINKING
         ]
-        shared = _shared(asked[0], before)
+        shared = shared_length(asked[0], before)
         if not any(before.startswith(text) for text in asked):
             raise Unfit(
                 f"asked with it, a model begins its answer behind {asked[0][shared:]!r}; where the answer is given, "
@@ -186,6 +186,15 @@ class Template:
             _check_in_order(tried, render(tried))
             self.known_roles.add(roles)
         check_written(messages, text)
+
+
+def template_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of what a template wrote; a BOS that it and the tokenizer both put there stands once."""
+    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    bos = tokenizer.bos_token_id
+    while bos is not None and ids[:2] == [bos, bos]:
+        ids.pop(0)
+    return ids
 
 
 def reads_date(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -294,7 +303,7 @@ def _value_forms(value: object) -> set[str]:
     return {form.strip('"') if isinstance(value, str) else form for form in plain | tight | escaped}
 
 
-def _shared(one: str, other: str) -> int:
+def shared_length(one: str, other: str) -> int:
     """How many characters two texts begin with in common."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((place for place, (left, right) in pairs if left != right), min(len(one), len(other)))
