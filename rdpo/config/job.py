@@ -108,6 +108,8 @@ class Job(Section):
     def trusted_code(self) -> list[str]:
         """The settings that let code run which ships with a model."""
         engines = {"synthesis.engine": self.synthesis.engine, "evaluation.engine": self.evaluation.engine}
+        if self.prompts.made and self.prompts.made.engine:
+            engines["prompts.made.engine"] = self.prompts.made.engine
         for name, voice in self.synthesis.voices.items():
             engines |= {f"synthesis.voices.{name}.engine": voice.engine} if voice.engine else {}
         for reward in self.rewards:
@@ -177,6 +179,22 @@ class Job(Section):
             raise ValueError(
                 "retention: its texts have no reasoning, and the student is trained to think before it answers; remove "
                 '[retention], or set synthesis.reasoning = "strip"'
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_made(self) -> Job:
+        made = self.prompts.made
+        if made is None:
+            return self
+        if self.synthesis.task is None:
+            raise ValueError(
+                "prompts: made writes prompts without answers; give synthesis.task, whose turns answer them"
+            )
+        if self.synthesis.endpoint and made.model is None:
+            raise ValueError(
+                "prompts: made is written by engines, and the teacher is a server; name the model that writes as "
+                "prompts.made.model"
             )
         return self
 

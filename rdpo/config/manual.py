@@ -30,8 +30,8 @@ Every field of a job, section by section, in the order in which data passes them
 
 A job is one TOML file. A key of a section stands in its table, `[training]` and below it `beta = 0.2`, or is written
 out, `training.beta = 0.2`; on the command line it is `--set training.beta=0.2`. A key that is not here is refused. Only
-`name`, `student.model` and `prompts.source` (or `prompts.sources`) are always required. What has no default may be left
-out.
+`name`, `student.model` and `prompts.source` (or `prompts.sources`, or `prompts.made`) are always required. What has no
+default may be left out.
 `rdpo run JOB.toml --dry-run` prints a job with all its defaults.
 """
 OPTIONAL = " Without this table there is no such stage."

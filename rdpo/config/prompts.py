@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
+from rdpo.config.made import Made
 from rdpo.config.models import Endpoint, Engine, Sampling
 from rdpo.config.section import UNSAID, Address, Section, Source, TemplateArguments
 from rdpo.config.voices import Voice, VoiceName
@@ -49,7 +50,7 @@ class Prompts(Section):
     source: Source | None = None
     """A JSONL, Parquet or CSV file or a folder of them, on disk or in an object store (`s3://…`), or `hf:DATASET` for a
     Hugging Face dataset, with `@` and a branch, tag or commit behind it for another than the newest. JSON and CSV files
-    may be compressed (`.jsonl.gz`, `.jsonl.zst`). Required, unless there are `sources`."""
+    may be compressed (`.jsonl.gz`, `.jsonl.zst`). Required, unless there are `sources`, or prompts are `made`."""
     subset: str | None = None
     """Configuration name of a Hugging Face dataset."""
     dataset_split: str = "train"
@@ -75,9 +76,25 @@ class Prompts(Section):
     """Longer prompts (student's tokenizer, chat template included) are dropped, never cut."""
     sources: Annotated[list[PromptSource], UNSAID] = Field(default_factory=list)
     """Several sources in place of `source`, each a table `[[prompts.sources]]`."""
+    made: Annotated[Made | None, UNSAID] = None
+    """Prompts that a model writes in place of `source`, in a table `[prompts.made]`."""
+
+    @model_validator(mode="after")
+    def _check_made(self) -> Prompts:
+        if self.made is None:
+            return self
+        for name in ("source", "sources"):
+            if getattr(self, name):
+                raise ValueError(f"made: the prompts are written, and {name} names some that are read; remove either")
+        for name in (*SOURCE_FIELDS, "column"):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} is that of a source, and the prompts are made; remove {name}")
+        return self
 
     @model_validator(mode="after")
     def _check_sources(self) -> Prompts:
+        if self.made:
+            return self
         if (self.source is None) == (not self.sources):
             raise ValueError("give either source, or a table [[prompts.sources]] for each of several")
         if not self.sources:
@@ -96,7 +113,7 @@ class Prompts(Section):
     @property
     def name(self) -> str:
         """What is read, for a person."""
-        return self.source or ", ".join(one.source for one in self.sources)
+        return self.source or ", ".join(one.source for one in self.sources) or "prompts.made"
 
     @property
     def has_shares(self) -> bool:

@@ -22,6 +22,7 @@ from rdpo.modeling.model_files import ADAPTER_CONFIG
 from rdpo.modeling.saving import copy_companions, copy_tokenizer, save_model
 from rdpo.modeling.weights import is_on_hub, local_adapter
 from rdpo.records import visible
+from rdpo.synthesis.made import writer_named
 from rdpo.synthesis.voices import models_named
 
 if TYPE_CHECKING:
@@ -179,7 +180,7 @@ def _code(text: str) -> str:
 
 def model_card(job: Job, facts: dict[str, Any]) -> str:
     """The folder's README.md, with the metadata block of the Hugging Face hub."""
-    return rendered_card("card.md.jinja", job=job, speakers=models_named(job), **facts)
+    return rendered_card("card.md.jinja", job=job, speakers=models_named(job), writer=writer_named(job), **facts)
 
 
 def rendered_card(template: str, **facts: Any) -> str:

@@ -11,7 +11,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from rdpo.config import Job, Student
+from rdpo.config import Job, Prompts, Student
 from rdpo.errors import InputError
 from rdpo.evaluation.compare import KL_ANSWERS
 from rdpo.evaluation.intervals import Estimate, with_interval
@@ -26,7 +26,7 @@ from rdpo.stages.table import stages_of
 from rdpo.tracking.console import Console
 from rdpo.tracking.tables import aligned
 
-MODEL, ADAPTER = "model", "adapter"
+MODEL, ADAPTER, MADE = "model", "adapter", "made"
 
 
 def run_rounds(job: Job, run_dir: str, console: Console, check: Check = lambda: None) -> None:
@@ -97,6 +97,7 @@ def job_of_round(job: Job, number: int, starts: Sequence[str]) -> Job:
     changes: dict[str, Any] = {"name": f"{job.name}-{number}", "rounds": job.rounds.model_copy(update={"count": 1})}
     if number > 1:
         changes["student"] = _student_of(job, starts[number - 1])
+        changes["prompts"] = _prompts_of(job, starts[1])
         if job.rounds.reward_reference == "previous":
             # Of later rounds the start is a whole model, which the one before published.
             adapter = job.student.adapter if number == 2 else None
@@ -110,6 +111,14 @@ def _student_of(job: Job, published: str) -> Student:
         return job.student.model_copy(update={"adapter": os.path.join(published, ADAPTER)})
     whole = {"model": published, "revision": None, "adapter": None, "adapter_use": "merge"}
     return job.student.model_copy(update=whole)
+
+
+def _prompts_of(job: Job, published: str) -> Prompts:
+    """The prompts of later rounds: those that the first round made, where it did. `published`: its model."""
+    if job.prompts.made is None:
+        return job.prompts
+    made = os.path.join(os.path.dirname(published), MADE)
+    return job.prompts.model_copy(update={"source": made, "made": None})
 
 
 class Outcome:

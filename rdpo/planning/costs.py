@@ -25,7 +25,7 @@ from rdpo.files.manifest import Manifest
 from rdpo.stages.pools import pools_of
 from rdpo.tracking.tables import aligned
 
-STAGES = ("synthesis", "rewards", "reference", "training", "evaluation")
+STAGES = ("made", "synthesis", "rewards", "reference", "training", "evaluation")
 ANYWHERE = "anywhere"
 SLACK_S = 10.0
 
@@ -204,6 +204,8 @@ def stage_costs(job: Job, prompts: int, rates: Rates, prices: Mapping[str, Price
 
 
 def _rows(job: Job, stage: str, prompts: int, rates: Rates) -> float:
+    if stage == "made" and job.prompts.made:
+        return job.prompts.made.count
     rows = prompts * rates.rows_per_prompt.get(stage, 1.0)
     if stage == "training":
         return trained_rows(rows, job.training)

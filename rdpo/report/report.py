@@ -25,6 +25,7 @@ from rdpo.report.page import SCRIPT, write_page
 from rdpo.report.provenance import sources
 from rdpo.report.samples import Sample, conversations, evaluated_samples
 from rdpo.stages.table import WITHOUT_ROWS, names_of
+from rdpo.synthesis.made import writer_named
 from rdpo.synthesis.voices import models_named
 from rdpo.training.metrics import StepMetrics
 
@@ -73,6 +74,7 @@ def write_report(run_dir: str, under_way: bool = False) -> str:
         script=SCRIPT,
         job=job,
         speakers=models_named(job),
+        writer=writer_named(job),
         run_dir=run_dir,
         settings=json.dumps(job.model_dump(mode="json", exclude_none=True), indent=2, ensure_ascii=False),
         manifests=manifests,

@@ -29,6 +29,7 @@ def prepare(job: Job, say: Say) -> bool:
     from rdpo.modeling.weights import ModelRef
     from rdpo.preference.rewards import check_rewards
     from rdpo.stages.pools import pools_of
+    from rdpo.synthesis.made import check_made
     from rdpo.synthesis.prompts import check_templates
 
     check_templates(job.prompts)
@@ -41,6 +42,8 @@ def prepare(job: Job, say: Say) -> bool:
 
     pools = pools_of(job)
     check_cpu_engines(pools)
+    if job.prompts.made:
+        check_made(job)
     _check_teacher(job)
     check_rewards(job)
     check_other_sources(job)
@@ -66,11 +69,14 @@ def check_other_sources(job: Job) -> None:
     from rdpo.evaluation.retention import text_source
     from rdpo.preference.replay import ready_source
     from rdpo.preference.rewards import reward_columns
+    from rdpo.synthesis.made import check_made_columns
     from rdpo.synthesis.mixture import alone
     from rdpo.synthesis.sources import check_source
 
     columns = reward_columns(job)
-    for part, reading in alone(job, columns) if columns else ():
+    if job.prompts.made:
+        check_made_columns(job, columns)
+    for part, reading in alone(job, columns) if columns and not job.prompts.made else ():
         check_source(part.prompts, reading)
     if job.replay:
         check_source(*ready_source(job, job.replay))
@@ -131,11 +137,13 @@ def check_access(job: Job, ray: ModuleType) -> None:
 def models_by_kind(job: Job) -> dict[str | None, set[tuple[str, str | None]]]:
     """Names and revisions of the hub's models that a job loads, by the kind of node that loads them; None is any."""
     from rdpo.modeling.weights import ModelRef, is_on_hub
+    from rdpo.synthesis.made import as_teacher
     from rdpo.synthesis.voices import speakers
 
     place, student = job.cluster.placement, ModelRef.student(job)
     found = [(place.trainer, student), (place.teacher, student)]
-    for seen in speakers(job).values() if job.synthesis.task else ():
+    engines = [as_teacher(job)] if job.prompts.made else []
+    for seen in [*engines, *(speakers(job).values() if job.synthesis.task else ())]:
         if not seen.synthesis.endpoint:
             teacher = ModelRef.of(seen, seen.synthesis.teacher)
             found.append((place.teacher, teacher._replace(adapter=seen.synthesis.adapter or teacher.adapter)))
@@ -161,10 +169,13 @@ def check_named(job: Job) -> None:
     from rdpo.preference.pairs import scored_answers
     from rdpo.preference.rewards import check_named_rewards
     from rdpo.synthesis.instructions import check_words, load_task
+    from rdpo.synthesis.made import check_made_named
     from rdpo.synthesis.prompts import check_templates
     from rdpo.synthesis.voices import check_voices
 
     check_templates(job.prompts)
+    if job.prompts.made:
+        check_made_named(job)
     if job.synthesis.task:
         check_words(load_task(job.synthesis.task), job.synthesis.values)
         check_voices(job)

@@ -7,12 +7,14 @@ from rdpo.config import Job
 from rdpo.evaluation.generate import answer_pool
 from rdpo.preference.reference import reference_pool
 from rdpo.preference.rewards import reward_pools
+from rdpo.synthesis.made import writer_pool
 from rdpo.synthesis.teacher import speaker_pools
 
 
 def pools_of(job: Job) -> list[Pool]:
     """The pools of a job, in the order of its stages."""
-    pools = speaker_pools(job) if job.synthesis.task else []
+    pools = [writer_pool(job)] if job.prompts.made else []
+    pools += speaker_pools(job) if job.synthesis.task else []
     pools += reward_pools(job)
     pools.append(reference_pool(job))
     if job.training.max_steps != 0:

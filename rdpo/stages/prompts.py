@@ -6,12 +6,13 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from rdpo.errors import InputError, named
-from rdpo.execution.stage import Source, Stage
+from rdpo.execution.stage import Reads, Source, Stage
 from rdpo.records import HELDOUT, ID_COLUMN
 from rdpo.stages.settings import tokenizer_settings
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import ray.data
 
     from rdpo.config import Job
     from rdpo.execution.reader import RunReader
@@ -28,10 +29,10 @@ def settings(job: Job) -> Settings:
     """Settings of the prompts stage, with the content of its source."""
     from rdpo.synthesis.prompts import SEED
 
-    # Counting them changes no prompt.
-    counted = {"near_duplicates"} if job.prompts.near_duplicates == "count" else None
+    # Counting them changes no prompt; how prompts are made counts by what was made.
+    counted = {"near_duplicates"} if job.prompts.near_duplicates == "count" else set()
     return {
-        **job.prompts.model_dump(exclude=counted),
+        **job.prompts.model_dump(exclude={"made", *counted}),
         **_contents(job),
         # Pairs that are ready are read in another way than prompts.
         "given": job.synthesis.task is None and GIVEN,
@@ -48,6 +49,8 @@ def _contents(job: Job) -> Settings:
     from rdpo.synthesis.columns import PROMPTS
     from rdpo.synthesis.sources import content_hash
 
+    if job.prompts.made:
+        return {}
     if job.prompts.source:
         with named(PROMPTS):
             return {"content": content_hash(job.prompts.source)}
@@ -67,12 +70,10 @@ def take_prompts(run: Run, folder: StageFolder, meter: Meter) -> Summary:
         InputError: no usable prompt is left to train on or to evaluate with.
     """
     from rdpo.files.rows import write_rows
-    from rdpo.preference.rewards import reward_columns
-    from rdpo.synthesis.prompts import distinguishing, drop_duplicates, drop_heldout_questions, read_prompts
+    from rdpo.synthesis.prompts import distinguishing, drop_duplicates, drop_heldout_questions
 
     folder.clear_parts()
-    rows = read_prompts(run.job, also=reward_columns(run.job))
-    write_rows(rows, folder, ID_COLUMN, lambda block: meter.advance(block.rows + block.dropped))
+    write_rows(_prompts_of(run), folder, ID_COLUMN, lambda block: meter.advance(block.rows + block.dropped))
     drop_duplicates(folder, distinguishing(run.job))
     drop_heldout_questions(folder)
     # Who is dropped is dropped before others are drawn; only what is left is counted.
@@ -89,6 +90,17 @@ def take_prompts(run: Run, folder: StageFolder, meter: Meter) -> Summary:
             why = f"; {reason}" if reason else ""
             raise InputError(f"prompts: no usable prompt in the {split} split of {run.job.prompts.name}{why}")
     return {"rows_in": meter.done, "splits": splits, "near_duplicates": near, **found}
+
+
+def _prompts_of(run: Run) -> ray.data.Dataset:
+    """All rows of the source, or of the prompts that were made."""
+    from rdpo.preference.rewards import reward_columns
+    from rdpo.synthesis.made import read_made
+    from rdpo.synthesis.prompts import read_prompts
+
+    if run.job.prompts.made:
+        return read_made(run.folder("made").dataset(), run.job)
+    return read_prompts(run.job, also=reward_columns(run.job))
 
 
 def _draw(run: Run, folder: StageFolder) -> None:
@@ -174,4 +186,10 @@ def split_ids(folder: StageFolder, split: str) -> pa.ChunkedArray:
     return pa.chunked_array(chunks, pa.string())
 
 
-STAGE = Stage("prompts", inputs=(), settings=settings, execute=take_prompts)
+STAGE = Stage(
+    "prompts",
+    inputs=("made",),
+    settings=settings,
+    execute=take_prompts,
+    reads={"made": Reads(columns=(ID_COLUMN, "prompt", "persona", "topic"))},
+)

@@ -8,6 +8,9 @@ if TYPE_CHECKING:
     from rdpo.config import Job
     from rdpo.files.manifest import Settings
 
+SPEAKER = ("teacher", "adapter", "chat_template_kwargs", "sampling", "engine")
+"""Settings that a table of synthesis and one of a voice have in common."""
+
 
 def student_settings(job: Job) -> Settings:
     """The student, the precision that it is computed in, and a fingerprint of its weights."""
@@ -55,3 +58,24 @@ def prefill_settings(job: Job) -> Settings:
 
     turns = load_task(job.synthesis.task).turns if job.synthesis.task else []
     return {"prefill": "rendered"} if any("{" in turn.prefill for turn in turns) else {}
+
+
+def speaker_settings(job: Job, rendering: Settings | None = None) -> Settings:
+    """What the words of a job's teacher depend on, beside the settings of its table.
+
+    `rendering`: what its chat template makes them depend on, where it is not asked as a teacher is.
+    """
+    from rdpo.modeling.chat import rendering_settings, teacher_chat
+    from rdpo.modeling.weights import ModelRef, adapter_fingerprint
+    from rdpo.synthesis.engine import engine_settings
+
+    if endpoint := job.synthesis.endpoint:
+        # How it is asked does not change what it says.
+        return {"endpoint": {"url": endpoint.url, "model": endpoint.model}, "engine": None, "weights": None}
+    teacher = ModelRef.of(job, job.synthesis.teacher)
+    read = rendering_settings(teacher_chat(job)) if rendering is None else rendering
+    found = {"weights": teacher.fingerprint(), **read}
+    found["engine"] = engine_settings(job.synthesis.engine, teacher)
+    if job.synthesis.adapter:
+        found["adapter_weights"] = adapter_fingerprint(job.synthesis.adapter)
+    return found

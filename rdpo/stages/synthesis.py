@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from rdpo.execution.stage import Make, RowWork, Source, Stage
 from rdpo.records import ID_COLUMN, VOICE, Row
 from rdpo.stages.prompts import split_source
-from rdpo.stages.settings import prefill_settings
+from rdpo.stages.settings import SPEAKER, prefill_settings, speaker_settings
 
 if TYPE_CHECKING:
     import ray.data
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from rdpo.synthesis.voices import Leg
 
 PROMPT_LENGTH = "_prompt_length"
-SPEAKER = ("teacher", "adapter", "chat_template_kwargs", "sampling", "engine")
-"""Settings that a table of synthesis and one of a voice have in common."""
 
 
 def settings(job: Job) -> Settings:
@@ -40,7 +38,7 @@ def settings(job: Job) -> Settings:
     common = job.synthesis.model_dump(exclude={"voices", *(SPEAKER if TEACHER not in speaking else ())})
     found = {**common, "turns": task, "seed": job.seed, **prefill_settings(job)}
     if TEACHER in speaking:
-        found |= _speaker_settings(job)
+        found |= speaker_settings(job)
 
     voices = {voice: seen for voice, seen in speaking.items() if voice is not TEACHER}
     if voices:
@@ -51,24 +49,7 @@ def settings(job: Job) -> Settings:
 
 def _voice_settings(job: Job, voice: str, seen: Job) -> Settings:
     own = seen.synthesis.model_dump(include=set(SPEAKER))
-    return {"voice": voice, "share": job.synthesis.voices[voice].weight, **own, **_speaker_settings(seen)}
-
-
-def _speaker_settings(job: Job) -> Settings:
-    """What the words of a job's teacher depend on, beside the settings of its table."""
-    from rdpo.modeling.chat import rendering_settings, teacher_chat
-    from rdpo.modeling.weights import ModelRef, adapter_fingerprint
-    from rdpo.synthesis.engine import engine_settings
-
-    if endpoint := job.synthesis.endpoint:
-        # How it is asked does not change what it says.
-        return {"endpoint": {"url": endpoint.url, "model": endpoint.model}, "engine": None, "weights": None}
-    teacher = ModelRef.of(job, job.synthesis.teacher)
-    found = {"weights": teacher.fingerprint(), **rendering_settings(teacher_chat(job))}
-    found["engine"] = engine_settings(job.synthesis.engine, teacher)
-    if job.synthesis.adapter:
-        found["adapter_weights"] = adapter_fingerprint(job.synthesis.adapter)
-    return found
+    return {"voice": voice, "share": job.synthesis.voices[voice].weight, **own, **speaker_settings(seen)}
 
 
 def training_prompts(run: RunReader) -> Source:

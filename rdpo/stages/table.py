@@ -13,6 +13,7 @@ from rdpo.execution.stage import Stage
 from rdpo.stages import (
     calibration,
     evaluation,
+    made,
     model,
     pairs,
     policy,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from rdpo.config import Job
 
 STAGES = (
+    made.STAGE,
     prompts.STAGE,
     calibration.STAGE,
     synthesis.STAGE,

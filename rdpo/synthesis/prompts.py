@@ -106,10 +106,15 @@ def read_prompts(job: Job, reading: Reading | None = None, also: Sequence[Needed
 
 
 def _read(job: Job, reading: Reading) -> ray.data.Dataset:
+    return rendered(raw_rows(job.prompts, reading), job)
+
+
+def rendered(raw: ray.data.Dataset, job: Job) -> ray.data.Dataset:
+    """Rows of prompts from raw rows, in the columns of `sources.RAW`."""
     # The cut between reading and rendering lets all cores render what one file holds; one that is not strict would be
-    # fused with both sides of it.
-    raw = raw_rows(job.prompts, reading).repartition(target_num_rows_per_block=BLOCK_ROWS, strict=True)
-    return raw.map_batches(_prompt_table, fn_kwargs={"job": job}, batch_format="pyarrow", batch_size=None)
+    # fused with both sides of it. Nor may two small blocks hold the same prompts: parts are named after their ids.
+    blocks = raw.repartition(target_num_rows_per_block=BLOCK_ROWS, strict=True)
+    return blocks.map_batches(_prompt_table, fn_kwargs={"job": job}, batch_format="pyarrow", batch_size=None)
 
 
 def beside(settings: Settings, source: str, column: str, limit: int | None) -> Settings:

@@ -115,8 +115,7 @@ class EngineSpeaker:
         self.chat = teacher_chat(job)
         # With reasoning before them the tokens of answers are not told apart.
         self.keeps_tokens = self.chat.reasoning is None and same_tokens(model, ModelRef.student(job))
-        worn = str(local_adapter(job.synthesis.adapter)) if job.synthesis.adapter else None
-        self.engine = Engine(str(model.folder()), job.synthesis.engine, job.seed, worn)
+        self.engine = open_engine(job)
 
     async def say(self, messages: Messages, turn: Turn, sampling: Sampling, seed: int) -> Generation:
         """The answer by the engine."""
@@ -135,6 +134,13 @@ class EngineSpeaker:
     def shutdown(self) -> None:
         """End the engine."""
         self.engine.shutdown()
+
+
+def open_engine(job: Job) -> Engine:
+    """An engine in this process with the model of the job's teacher."""
+    model = ModelRef.of(job, job.synthesis.teacher)
+    worn = str(local_adapter(job.synthesis.adapter)) if job.synthesis.adapter else None
+    return Engine(str(model.folder()), job.synthesis.engine, job.seed, worn)
 
 
 class EndpointSpeaker:

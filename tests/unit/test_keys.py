@@ -54,6 +54,10 @@ VARIANTS = {
         'rewards=[{kind="judge", name="judge", model="a/judge", rubric="Rate {answer} to {prompt}."}, '
         '{kind="implicit", name="implicit", model="a/policy", reference="a/start"}]',
     ],
+    "personas": [
+        'prompts={made={kind="personas", count=100, model="a/writer", template="{{ persona }}, {{ topic }}", '
+        'personas={source="who.jsonl", column="who"}, topics={source="hf:some/topics", column="topic"}}}',
+    ],
 }
 
 
