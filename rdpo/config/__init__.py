@@ -20,6 +20,7 @@ from rdpo.config.rewards import (
     ImplicitReward,
     JudgeReward,
     Reward,
+    TargetReward,
 )
 from rdpo.config.section import MEMORY, PLACEMENT, Concurrency, Dtype, Layout, Section, largest, smallest
 from rdpo.config.tracking import Tracking

@@ -11,7 +11,7 @@ from rdpo.config.evaluation import Evaluation, Publish, Retention, Rounds
 from rdpo.config.models import Student
 from rdpo.config.pairs import Pairs, Reference, Replay
 from rdpo.config.prompts import Prompts, Synthesis
-from rdpo.config.rewards import Calibration, Reward
+from rdpo.config.rewards import Calibration, Reward, TargetReward
 from rdpo.config.section import Address, Section, largest
 from rdpo.config.tracking import Tracking
 from rdpo.config.training import Training
@@ -131,6 +131,9 @@ class Job(Section):
         names = [reward.name for reward in self.rewards]
         if len(set(names)) < len(names):
             raise ValueError("rewards: two rewards have the same name; give each its own `name`")
+        within = [reward.reward.name for reward in self.rewards if isinstance(reward, TargetReward)]
+        if twice := next((name for name in within if [*names, *within].count(name) > 1), None):
+            raise ValueError(f"rewards: the name {twice!r} of a target's reward is another one's too; give it its own")
         if self.synthesis.task and not self.rewards:
             raise ValueError("rewards: give at least one; only a ready preference data set can do without")
         if self.rewards and not any(reward.weight for reward in self.rewards):

@@ -64,7 +64,7 @@ def manual() -> str:
         parts += _rewards(shared) if name == "rewards" else _section(name, Job, shared)
     parts.append(f"## {SHARED}\n")
     for model, places in shared.items():
-        where = ", ".join(f"`{place}`" for place in places)
+        where = ", ".join(f"`{place}`" for place in dict.fromkeys(places))
         parts += [f"### {model.__name__}\n", f"{_one_line(model.__doc__)} In {where}.\n"]
         parts += _table(model.model_fields, shared)
     return "\n".join([*parts, *_task()])
@@ -118,7 +118,9 @@ def _rewards(shared: Shared) -> Iterator[str]:
         yield f"{_one_line(model.__doc__)}\n"
         yield from _table(own, shared)
         for name in _sections(model):
-            if _models(model, name)[0] not in shared:
+            inner = _models(model, name)[0]
+            # A reward within another is one of those on this page.
+            if inner not in shared and not issubclass(inner, RewardSection):
                 yield from _section(f"rewards.{name}", model, shared, depth=4)
 
 
@@ -184,7 +186,7 @@ def _words(annotation: Any, several: bool = False) -> str:
     if origin is Literal:
         return ", ".join(f"`{json.dumps(part)}`" for part in parts)
     if origin in (Union, UnionType):
-        return " or ".join(_words(part, several) for part in parts)
+        return " or ".join(dict.fromkeys(_words(part, several) for part in parts))
     if origin is tuple:
         return f"list of {len(parts)} {_words(parts[0], several=True)}"
     if origin is list:

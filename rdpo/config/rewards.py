@@ -328,8 +328,62 @@ class FunctionReward(RewardSection):
     `kwargs`."""
 
 
+class TargetReward(RewardSection):
+    """Answers that are prompts for a target: the worse that answers them, the better (ReverseGen, arXiv 2410.16736)."""
+
+    kind: Literal["target"]
+    reward: Annotated[ClassifierReward | JudgeReward | FunctionReward, Field(discriminator="kind")]
+    """What scores the target's answers: a table `[rewards.reward]` of kind `classifier`, `judge` or `function`, which
+    sees what the target was asked as the prompt. The score is the mean of its scores, negated; the mean stands beside
+    it, as `NAME.` and this table's name."""
+    model: Address | None = None
+    """The target, named as in `student.model`; by default the student."""
+    system: str | None = None
+    """System message with which the target is asked."""
+    samples: int = Field(default=1, ge=1)
+    """How many answers to each are drawn from the target."""
+    sampling: Sampling = Sampling()
+    """How they are drawn. A target whose template knows of thinking thinks first, within `max_reasoning_tokens`; a
+    server has `max_tokens` for both. Its reasoning is not scored."""
+    chat_template_kwargs: TemplateArguments = Field(default_factory=dict)
+    """Further arguments of the target's chat template; where the student is the target, these are the student's, unless
+    given."""
+    engine: Annotated[Engine, UNSAID] = Engine()
+    """The target's engines."""
+    endpoint: Annotated[Endpoint | None, UNSAID] = None
+    """A server as the target (a `[rewards.endpoint]` table) instead of `model` and `engine`."""
+
+    @property
+    def scorer(self) -> str:
+        """The target's name, on a server too."""
+        return self.endpoint.model if self.endpoint else self.model or ""
+
+    @property
+    def loads(self) -> list[str]:
+        """The target, and what scores its answers."""
+        return [*super().loads, *self.reward.loads]
+
+    @property
+    def engines(self) -> dict[str, Engine]:
+        """The target's, and those of what scores its answers."""
+        return {**super().engines, **{f"reward.{name}": engine for name, engine in self.reward.engines.items()}}
+
+    @model_validator(mode="after")
+    def _check_target(self) -> TargetReward:
+        if self.endpoint and (self.model is not None or "engine" in self.model_fields_set):
+            raise ValueError("endpoint names a target already; remove model and engine, or endpoint")
+        if self.samples > 1 and self.sampling.temperature == 0:
+            raise ValueError("samples are drawn: give sampling.temperature above 0, or samples = 1")
+        if self.reward.weight != 1:
+            raise ValueError(f"reward.weight: its scores count by the weight of {self.name}; remove it")
+        if isinstance(self.reward, JudgeReward) and self.reward.pairwise:
+            raise ValueError("reward.pairwise: the target's answers are scored one by one; remove it")
+        return self
+
+
 Reward = Annotated[
-    ClassifierReward | JudgeReward | ImplicitReward | EndpointReward | FunctionReward, Field(discriminator="kind")
+    ClassifierReward | JudgeReward | ImplicitReward | EndpointReward | FunctionReward | TargetReward,
+    Field(discriminator="kind"),
 ]
 
 

@@ -32,12 +32,14 @@ def score(rows: ray.data.Dataset, run: Run) -> ray.data.Dataset:
 
 
 def summary(run: Run, folder: StageFolder) -> Summary:
-    """What the endpoints of judges read, wrote and cost; says so."""
+    """What the endpoints of judges and targets read, wrote and cost; says so."""
+    from rdpo.config import TargetReward
     from rdpo.preference.rewards.judge_endpoint import READ, WRITTEN
     from rdpo.synthesis.endpoint import cost
 
     spent: dict[str, dict[str, float]] = {}
-    for reward in run.job.rewards:
+    within = [reward.reward for reward in run.job.rewards if isinstance(reward, TargetReward)]
+    for reward in [*run.job.rewards, *within]:
         endpoint = getattr(reward, "endpoint", None)
         if endpoint is None:
             continue

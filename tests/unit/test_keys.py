@@ -54,9 +54,11 @@ VARIANTS = {
         'rewards=[{kind="judge", name="judge", model="a/judge", rubric="Rate {answer} to {prompt}."}, '
         '{kind="implicit", name="implicit", model="a/policy", reference="a/start"}]',
     ],
-    "personas": [
+    "personas and a target": [
         'prompts={made={kind="personas", count=100, model="a/writer", template="{{ persona }}, {{ topic }}", '
         'personas={source="who.jsonl", column="who"}, topics={source="hf:some/topics", column="topic"}}}',
+        'rewards=[{kind="target", name="fails", model="a/target", samples=2, '
+        'reward={kind="classifier", name="right", model="a/reward"}}]',
     ],
 }
 

@@ -2,8 +2,8 @@
 
 For each answer column NAME adds `NAME_scores` (each reward's score by name) and `NAME_score` (their
 weighted sum, the one that is optimised). A reward is a classifier head through transformers, a
-language model as judge, a trained model against its start, a server, or a Python function: one file
-each, and one line in `registry.py`.
+language model as judge, a trained model against its start, a server, a Python function, or another
+model that is asked the answers: one file each, and one line in `registry.py`.
 """
 
 from __future__ import annotations

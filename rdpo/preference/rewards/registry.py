@@ -13,6 +13,7 @@ from rdpo.config.rewards import (
     JudgeReward,
     Reward,
     RewardSection,
+    TargetReward,
 )
 from rdpo.preference.rewards.classifier import ClassifierKind
 from rdpo.preference.rewards.endpoint import EndpointKind
@@ -20,6 +21,7 @@ from rdpo.preference.rewards.function import FunctionKind
 from rdpo.preference.rewards.implicit import ImplicitKind
 from rdpo.preference.rewards.judge import JudgeKind
 from rdpo.preference.rewards.kind import RewardKind
+from rdpo.preference.rewards.target import TargetKind
 
 Kinds = Mapping[type[RewardSection], type[RewardKind[Any]]]
 
@@ -29,6 +31,7 @@ KINDS: Kinds = {
     ImplicitReward: ImplicitKind,
     EndpointReward: EndpointKind,
     FunctionReward: FunctionKind,
+    TargetReward: TargetKind,
 }
 
 
