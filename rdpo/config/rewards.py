@@ -355,8 +355,9 @@ class TargetReward(RewardSection):
 
     @property
     def scorer(self) -> str:
-        """The target's name, on a server too."""
-        return self.endpoint.model if self.endpoint else self.model or ""
+        """The target's name, on a server too, and what scores its answers."""
+        target = self.endpoint.model if self.endpoint else self.model or "the student"
+        return f"{target}, whose answers {self.reward.kind} {self.reward.scorer}".rstrip() + " scores"
 
     @property
     def loads(self) -> list[str]:

@@ -2,21 +2,26 @@
 
 import asyncio
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pyarrow as pa
 import pytest
 from pydantic import ValidationError
 
-from rdpo.config import Job
+from rdpo.config import Job, to_toml
 from rdpo.config.files import job_of as job_of_table
 from rdpo.config.files import to_table
 from rdpo.errors import InputError
+from rdpo.evaluation.publish import model_card
 from rdpo.execution.keys import stage_key
+from rdpo.execution.reader import JOB_FILE
 from rdpo.experiments.comparison import load_comparison
 from rdpo.experiments.rounds import job_of_round
+from rdpo.files.folder import Folder
 from rdpo.planning.costs import Rates, stage_costs
 from rdpo.report.provenance import sources
+from rdpo.report.report import write_report
 from rdpo.stages.checks import check_named, check_other_sources, models_by_kind
 from rdpo.stages.made import name_of, numbers, settings
 from rdpo.stages.pools import pools_of
@@ -38,6 +43,7 @@ from rdpo.synthesis.prompts import prompt_row
 from rdpo.synthesis.sources import RAW
 from tests.support.crash_counts import NoCrashCounts
 from tests.support.jobs import write_job, write_jsonl
+from tests.support.made_up import commit
 from tests.support.models import CHATML, byte_tokenizer, llama
 
 ENDPOINT = {"url": "http://teacher:8000/v1", "model": "large"}
@@ -361,3 +367,13 @@ def test_seeds_are_compared_on_the_same_prompts(table, tmp_path):
     write_job(tmp_path / "job.toml", table)
     _, jobs = load_comparison(tmp_path / "compare.toml")
     assert len({key(job) for job in jobs.values()}) == 1
+
+
+def test_the_report_and_the_card_say_who_wrote_the_prompts(table, tmp_path):
+    run_dir = str(tmp_path / "run")
+    Folder(run_dir).write_bytes(JOB_FILE, to_toml(changed(table)).encode())
+    commit(run_dir, "prompts", [{"prompt_id": "a", "prompt_length": 5}], {"splits": {"train": 1}, "near_duplicates": 0})
+    page = Path(write_report(run_dir)).read_text(encoding="utf-8")
+    assert f"1 prompts of 5 that {table['student']['model']} wrote (magpie): 1 train" in page
+    facts = {"version": "1", "evaluation": {"prompts": 0, "rewards": []}, "pairs": 1, "lineage": {}}
+    assert f"`{table['student']['model']}` wrote the prompts." in model_card(changed(table), facts)

@@ -219,6 +219,8 @@ def test_pools_models_and_code_of_both_are_known(job_table):
     assert job.trusted_code == ["rewards.target.reward.engine.options"]
     served = job_with(job_table, endpoint=ENDPOINT)
     assert not [pool for pool in pools_of(served) if pool.stage == "rewards"]
+    assert job.rewards[0].scorer == "a/target, whose answers classifier a/rm scores"
+    assert served.rewards[0].scorer == "m, whose answers function tests.rewards:length scores"
 
 
 def test_a_target_that_cannot_be_asked_is_refused_before_work(job_table, tmp_path):
