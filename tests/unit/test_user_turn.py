@@ -65,6 +65,42 @@ def test_a_users_message_ends_with_what_the_template_writes(name, end):
     assert (turn.end or tokens[turn.end_id]) == end
 
 
+INST = (
+    "{% if messages[0]['role'] == 'system' %}{% set rest = messages[1:] %}"
+    "{% set before = '<<SYS>>\n' + messages[0]['content'] + '\n<</SYS>>\n\n' %}"
+    "{% else %}{% set rest = messages %}{% set before = '' %}{% endif %}{% for m in rest %}"
+    "{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + (before if loop.first else '') }}"
+    "{{ m['content'].strip() }} [/INST]"
+    "{% else %} {{ m['content'].strip() }} {{ eos_token }}{% endif %}{% endfor %}"
+)
+NAMED = (
+    "{% for m in messages %}{% if m['role'] == 'system' %}{{ m['content'] }} {% elif m['role'] == 'user' %}"
+    "USER: {{ m['content'] }} {% else %}ASSISTANT: {{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+ENDED = (
+    "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "before", "behind_system", "end"),
+    [
+        (INST, "<s>[INST]", "<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\n", " [/INST]"),
+        (NAMED, "USER:", "Be brief. USER:", " ASSISTANT:"),
+        (ENDED, "<|user|>\n", "<|system|>\nBe brief.</s>\n<|user|>\n", ""),
+    ],
+)
+def test_forms_in_which_models_were_trained(template, before, behind_system, end):
+    tokenizer = byte_tokenizer(template, "<s>", ("</s>",), "</s>")
+    bare, with_system = user_turn(Template(tokenizer)), user_turn(Template(tokenizer), "Be brief.")
+    assert (bare.before, with_system.before) == (before, behind_system)
+    assert bare.end == with_system.end == end
+    # Where the template ends a message with words alone there is no token to end it.
+    assert (bare.end_id is None) == bool(end)
+
+
 def around(template, **more):
     return user_turn(Template(byte_tokenizer(template, **more)))
 
