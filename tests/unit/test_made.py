@@ -233,6 +233,13 @@ def test_personas_are_asked_for_in_the_words_of_the_template(personas, tokenizer
     assert row["prompt"][0]["content"].startswith("Why ")
 
 
+def test_a_template_that_reaches_for_more_than_words_drops_its_prompts(personas):
+    job = changed(personas, template="{{ persona.__class__.__mro__ }} {{ topic }}")
+    found, asked = written(job, rows_of(7, persona="nurse", topic="rain"))
+    assert not asked
+    assert found["dropped"][0].as_py().startswith("template: access to attribute '__class__'")
+
+
 def test_the_numbers_of_a_run_are_known_without_writing_any(table):
     source = numbers(SimpleNamespace(job=changed(table, count=3)))
     assert source.count == 3
