@@ -61,7 +61,8 @@ def _mark_in(chat: Chat, messages: Messages) -> str | None:
 
 def specials(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
     """The special tokens of a tokenizer by id: also those without a role, as most of Llama 3's are."""
-    return {id: token.content for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    named = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
+    return named | {id: token.content for id, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 
 def _with_places(chat: Chat, whole: str) -> tuple[list[int], list[int]]:

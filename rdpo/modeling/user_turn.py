@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from rdpo.modeling.messages import specials
 from rdpo.modeling.template import PROBE, Template, Unfit, shared_length, template_ids
 from rdpo.records import Messages
 
@@ -115,5 +116,4 @@ def added_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
 
 def unspoken_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """The tokens that are left out where others become text."""
-    added = (number for number, token in tokenizer.added_tokens_decoder.items() if token.special)
-    return frozenset([*tokenizer.all_special_ids, *added])
+    return frozenset(specials(tokenizer))
