@@ -30,6 +30,9 @@ FIRST = '{"rows"'
 class Echo:
     """A speaker that answers at once with what it was asked."""
 
+    ends: tuple[type[Exception], ...] = ()
+    keeps_tokens = False
+
     def __init__(self, job):
         pass
 
@@ -75,15 +78,16 @@ def echoing():
     """The stages with the teacher's engine replaced by `Echo`."""
     from rdpo.stages.table import STAGES as ALL
     from rdpo.synthesis.crashes import open_crash_counts
-    from rdpo.synthesis.teacher import Teacher, teacher_pool
+    from rdpo.synthesis.teacher import Teacher, speaker_pool
 
     def speak(rows, run):
         arguments = {"job": run.job, "speaker_class": Echo, "crash_counts": open_crash_counts()}
-        return teacher_pool(run.job).map(rows, Teacher, **arguments)
+        return speaker_pool(run.job).map(rows, Teacher, **arguments)
 
     chosen = [stage for stage in ALL if stage.name in STAGES]
     return [
-        replace(stage, rows=replace(stage.rows, make=speak)) if stage.name == "synthesis" else stage for stage in chosen
+        replace(stage, rows=replace(stage.rows, steps=lambda run: [speak])) if stage.name == "synthesis" else stage
+        for stage in chosen
     ]
 
 

@@ -91,15 +91,15 @@ def stages():
     """Prompts, and synthesis with the teacher's engine replaced by `Slow`."""
     from rdpo.stages.table import STAGES
     from rdpo.synthesis.crashes import open_crash_counts
-    from rdpo.synthesis.teacher import Teacher, teacher_pool
+    from rdpo.synthesis.teacher import Teacher, speaker_pool
 
     def speak(rows, run):
         arguments = {"job": run.job, "speaker_class": Slow, "crash_counts": open_crash_counts()}
-        return teacher_pool(run.job).map(rows, Teacher, **arguments)
+        return speaker_pool(run.job).map(rows, Teacher, **arguments)
 
     named = {stage.name: stage for stage in STAGES}
     synthesis = named["synthesis"]
-    return [named["prompts"], replace(synthesis, rows=replace(synthesis.rows, make=speak))]
+    return [named["prompts"], replace(synthesis, rows=replace(synthesis.rows, steps=lambda run: [speak]))]
 
 
 def measure(nodes: int, rows: int, folder: Path) -> dict:

@@ -28,7 +28,7 @@ from rdpo.modeling.weights import ModelRef, local_model
 from rdpo.records import Messages, Row, draw_seed, prompt_id
 from rdpo.synthesis.engine import Engine, engine_arguments, engine_environment
 from rdpo.synthesis.instructions import check_prefills, load_task, template_values, turn_messages
-from rdpo.synthesis.teacher import synthesize, teacher_model, turn_sampling
+from rdpo.synthesis.teacher import synthesize, turn_sampling
 
 if TYPE_CHECKING:
     import ray.data
@@ -109,7 +109,10 @@ def note(row: Row, turn: Turn, text: str, tokens: int, prompt: int, cached: int 
 def arguments_of(job: Job) -> dict[str, Any]:
     """What rdpo's engine gives to vLLM, for those who call vLLM by themselves."""
     settings = job.synthesis.engine
-    return {**engine_arguments(str(local_model(teacher_model(job))), settings, job.seed), **settings.options}
+    return {
+        **engine_arguments(str(local_model(job.synthesis.teacher or job.student.model)), settings, job.seed),
+        **settings.options,
+    }
 
 
 def sampling_arguments(job: Job, turn: Turn, row: Row, chat: Chat) -> dict[str, Any]:
@@ -130,7 +133,7 @@ def speak_raw(job: Job, task: Task, rows: list[Row]) -> Spoken:
     from vllm import LLM, SamplingParams, TokensPrompt
     from vllm.sampling_params import RequestOutputKind
 
-    model = teacher_model(job)
+    model = job.synthesis.teacher or job.student.model
     chat, llm = load_chat(ModelRef(model)), LLM(**arguments_of(job))
 
     def say(turn: Turn, spoken: list[Row], conversations: list[Messages]) -> None:
@@ -155,7 +158,7 @@ def speak_barriers(job: Job, task: Task, rows: list[Row]) -> Spoken:
 
 
 async def _speak_barriers(job: Job, task: Task, rows: list[Row]) -> Spoken:
-    model = teacher_model(job)
+    model = job.synthesis.teacher or job.student.model
     chat, engine = load_chat(ModelRef(model)), Engine(str(local_model(model)), job.synthesis.engine, job.seed)
 
     async def say(turn: Turn, row: Row, messages: Messages) -> None:
@@ -201,7 +204,7 @@ def turn_processor(job: Job, task: Task, turn: Turn) -> Callable[["ray.data.Data
     """The processor of one turn; the engine itself turns text into ids and ids into text."""
     from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 
-    model, settings = teacher_model(job), job.synthesis.engine
+    model, settings = (job.synthesis.teacher or job.student.model), job.synthesis.engine
     chat = load_chat(ModelRef(model))
 
     def ask(data: Row) -> Row:
