@@ -85,8 +85,9 @@ def echoing():
         return speaker_pool(run.job).map(rows, Teacher, **arguments)
 
     chosen = [stage for stage in ALL if stage.name in STAGES]
+    echo = [speak]
     return [
-        replace(stage, rows=replace(stage.rows, steps=lambda run: [speak])) if stage.name == "synthesis" else stage
+        replace(stage, rows=replace(stage.rows, steps=lambda run: echo)) if stage.name == "synthesis" else stage
         for stage in chosen
     ]
 
