@@ -74,9 +74,9 @@ def write_prompts(path: Path, rows: int) -> None:
             file.write(json.dumps({"prompt": f"Tell me about number {row} and {said}."}) + "\n")
 
 
-def echoing():
-    """The stages with the teacher's engine replaced by `Echo`."""
-    from rdpo.stages.table import STAGES as ALL
+def echoing(job):
+    """The stages of a job with the teacher's engine replaced by `Echo`."""
+    from rdpo.stages.table import stages_of
     from rdpo.synthesis.crashes import open_crash_counts
     from rdpo.synthesis.teacher import Teacher, speaker_pool
 
@@ -84,7 +84,7 @@ def echoing():
         arguments = {"job": run.job, "speaker_class": Echo, "crash_counts": open_crash_counts()}
         return speaker_pool(run.job).map(rows, Teacher, **arguments)
 
-    chosen = [stage for stage in ALL if stage.name in STAGES]
+    chosen = [stage for stage in stages_of(job) if stage.name in STAGES]
     echo = [speak]
     return [
         replace(stage, rows=replace(stage.rows, steps=lambda run: echo)) if stage.name == "synthesis" else stage
@@ -126,7 +126,7 @@ def measure(rows: int, folder: Path) -> dict:
         run = Run(job, run_dir, Console(sys.stderr), lambda *_: False)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         began = time.monotonic()
-        run_stages(run, echoing())
+        run_stages(run, echoing(job))
         seconds = time.monotonic() - began
     watch.done.set()
     return {

@@ -87,9 +87,9 @@ def job_of(source: Path, nodes: int, address: str) -> Job:
     )
 
 
-def stages():
+def stages(job):
     """Prompts, and synthesis with the teacher's engine replaced by `Slow`."""
-    from rdpo.stages.table import STAGES
+    from rdpo.stages.table import stages_of
     from rdpo.synthesis.crashes import open_crash_counts
     from rdpo.synthesis.teacher import Teacher, speaker_pool
 
@@ -97,7 +97,7 @@ def stages():
         arguments = {"job": run.job, "speaker_class": Slow, "crash_counts": open_crash_counts()}
         return speaker_pool(run.job).map(rows, Teacher, **arguments)
 
-    named = {stage.name: stage for stage in STAGES}
+    named = {stage.name: stage for stage in stages_of(job)}
     synthesis = named["synthesis"]
     return [named["prompts"], replace(synthesis, rows=replace(synthesis.rows, steps=lambda run: [speak]))]
 
@@ -122,7 +122,7 @@ def measure(nodes: int, rows: int, folder: Path) -> dict:
     with locked(job, run_dir):
         run = Run(job, run_dir, Console(sys.stderr), lambda *_: False)
         run.console.listeners = [pace]
-        run_stages(run, stages())
+        run_stages(run, stages(job))
     # A driver whose cluster goes before it does exits with an error.
     ray.shutdown()
     cluster.shutdown()

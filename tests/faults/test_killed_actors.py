@@ -61,7 +61,7 @@ def test_ten_thousand_rows_outlive_their_actors(ray_cluster, job_table, tmp_path
     job = Job.model_validate(job_table)
     with locked(job, str(tmp_path / "run")), Killer() as killer:
         run = Run(job, str(tmp_path / "run"), Console(io.StringIO()), lambda *_: False)
-        run_stages(run, [stage for stage in echoing() if stage.name != "pairs"])
+        run_stages(run, [stage for stage in echoing(job) if stage.name != "pairs"])
     assert killer.kills >= LEAST_KILLS
     for stage in ("synthesis", "rewards"):
         folder = run.folder(stage)
