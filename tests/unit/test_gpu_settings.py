@@ -15,6 +15,7 @@ from rdpo.training.trainer import GROUP_PATIENCE_S, _torch_trainer
 
 @pytest.mark.parametrize(("resources", "hidden"), [({"CPU": 2.0, "GPU": 1.0}, True), ({"CPU": 2.0}, False)])
 def test_a_reward_function_sees_no_gpu_that_others_have(monkeypatch, resources, hidden):
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
     monkeypatch.setattr("ray.cluster_resources", lambda: resources)
     environment = without_gpus().get("runtime_env", {}).get("env_vars", {})
     assert environment == ({"CUDA_VISIBLE_DEVICES": ""} if hidden else {})
