@@ -183,6 +183,7 @@ def _work(run: Run, chain: Sequence[Stage], folders: Sequence[StageFolder], mete
     for link in links:
         meter.begin(link.label)
         stream_rows(run, [link], meter)
+    meter.label = ""
     return {}
 
 

@@ -57,11 +57,11 @@ class Meter:
         self.note = ""
         self.began = self._part_began = time.monotonic()
         self._printed = self.began
-        self._label = ""
+        self.label = ""
 
     def begin(self, label: str) -> None:
         """Count from the beginning: another part of the stage, which has the same units."""
-        self.done, self._label, self._part_began = 0, label, time.monotonic()
+        self.done, self.label, self._part_began = 0, label, time.monotonic()
 
     def advance(self, units: int, tokens: int = 0, note: str = "") -> None:
         """Count finished units and tokens; `note` stands at the end of the line."""
@@ -81,7 +81,7 @@ class Meter:
     def line(self) -> str:
         """The state as one line of text."""
         of = f"/{self.total}" if self.total else ""
-        parts = [f"{self.stage:<11} {self.done}{of} {self.unit}{self._label and f', {self._label}'}"]
+        parts = [f"{self.stage:<11} {self.done}{of} {self.unit}{self.label and f', {self.label}'}"]
         if self.tokens:
             parts.append(f"{self.tokens / max(self.seconds, 1e-9):,.0f} tokens/s")
         if self.total and 0 < self.done < self.total:

@@ -12,6 +12,7 @@ from tests.support.chat_server import QUICK, Server, first_token
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
+@pytest.mark.long
 def test_judge_gives_expected_ratings(ray_cluster, job_table):
     import ray
 
