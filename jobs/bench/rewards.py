@@ -1,6 +1,6 @@
 """How fast a reward model scores K answers to each prompt: packed rows against padded ones and plain transformers.
 
-    python jobs/bench/rewards.py [--answers 2 8] [--rows 24] [--repeat 3] [--cores N] [--gpu]
+    python jobs/bench/rewards.py [--answers 2 8] [--rows 24] [--repeat 3] [--layers 6] [--width 384] [--gpu]
 
 The reward model is a random decoder with a head on its last token. Prompts have 300 to 800 tokens, answers 40 to 160.
 Each way runs alone in its process, one after the other, several times. Printed are rows a second, most memory, how many

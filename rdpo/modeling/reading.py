@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from rdpo.modeling import attention
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    from rdpo.modeling.weights import ModelRef
+
+
+def cap_settings(model: ModelRef) -> dict[str, Any]:
+    """A mark, where a model caps its attention: earlier versions read classifiers without the cap."""
+    return {"attention": "capped"} if caps_attention(model.config()) else {}
+
+
+def caps_attention(config: PretrainedConfig) -> bool:
+    """Whether an architecture bounds its attention scores, which transformers' sdpa leaves out without a word."""
+    return bool(getattr(config.get_text_config(), "attn_logit_softcapping", None))
 
 
 def read_packed(model: PreTrainedModel) -> None:
     """Let a model read packed rows."""
+    from rdpo.modeling import attention
+
     attention.register()
     model.set_attn_implementation(attention.NAME)
 
@@ -23,8 +35,9 @@ def read_padded(model: PreTrainedModel, usual: str | None = None) -> None:
         model: the model.
         usual: the attention that it has by default, where it may have another one now.
     """
-    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
-        # transformers' sdpa leaves the cap out without a word (Gemma 2).
+    from rdpo.modeling import attention
+
+    if caps_attention(model.config):
         model.set_attn_implementation("eager")
     elif usual and model.config._attn_implementation == attention.NAME:
         model.set_attn_implementation(usual)

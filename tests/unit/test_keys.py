@@ -18,7 +18,7 @@ from rdpo.cluster import hardware
 from rdpo.config import load_job, read_toml
 from rdpo.execution.keys import former_key, stage_key
 from rdpo.experiments.comparison import load_comparison
-from rdpo.modeling import chat, template
+from rdpo.modeling import chat, reading, template
 from rdpo.modeling import weights as models
 from rdpo.preference.rewards import function, imports
 from rdpo.preference.rewards.function import source_hash
@@ -82,6 +82,7 @@ REPLACED = {
     chat.teacher_chat: plain,
     chat.chat_like_student: plain,
     template.date_settings: plain,
+    reading.cap_settings: plain,
     models.fingerprint: stand_in("weights"),
     models.tokenizer_fingerprint: stand_in("tokenizer"),
     models.adapter_fingerprint: stand_in("adapter"),

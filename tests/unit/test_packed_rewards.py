@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from rdpo.preference.rewards.classifier import Classifier
+from rdpo.config import Job
+from rdpo.preference.rewards.classifier import Classifier, ClassifierKind
 from rdpo.preference.rewards.packed import Group, Row, rows_of
 from tests.support.architectures import SMALL, small_model
 from tests.support.classifiers import PROMPT, classifier
@@ -115,6 +116,15 @@ def test_a_cap_on_attention_is_kept_in_either_layout(tmp_path, monkeypatch, layo
     right = alone(actor, LONG, ANSWERS[1])
     assert abs(right - without) > 1e-3
     assert scored(actor, [LONG])[0][1] == pytest.approx(right, abs=1e-5)
+
+
+def test_scores_without_the_cap_are_made_again_and_those_of_other_models_are_not(tmp_path, monkeypatch, job_table):
+    found = {}
+    for kind in ("gemma2", "llama"):
+        reward = classifier(reward_model(tmp_path / kind, kind, monkeypatch))
+        found[kind] = ClassifierKind(reward).settings(Job.model_validate(job_table))
+    assert found["gemma2"]["attention"] == "capped"
+    assert "attention" not in found["llama"]
 
 
 def test_an_architecture_that_is_not_exact_in_packed_rows_reads_padded_ones(tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ from rdpo.cluster.pools import Held, Pool, engine_pool
 from rdpo.config import TEMPLATE_DATE, ClassifierReward, Job
 from rdpo.files.manifest import Settings
 from rdpo.modeling.loading import check_loaded
+from rdpo.modeling.reading import cap_settings
 from rdpo.modeling.template import date_settings
 from rdpo.modeling.weights import ModelRef, fingerprint
 from rdpo.preference.rewards.classifier_input import Encoded, checked_classifier, last_token
@@ -51,7 +52,7 @@ class ClassifierKind(RewardKind[ClassifierReward]):
         found = {**reward.model_dump(exclude={"engine"}), "weights": weights, **date_settings(model, job.date)}
         if reward.engine:
             return {**found, "engine": engine_settings(reward.engine, model)}
-        return {**found, **computed_dtype(reward.dtype, reward.gpus)}
+        return {**found, **cap_settings(model), **computed_dtype(reward.dtype, reward.gpus)}
 
     def pools(self, job: Job) -> list[Pool]:
         """One pool."""
