@@ -209,7 +209,7 @@ class RunView(RunReader):
         self._check_begun(stage)
         return self.folder(stage).dataset()
 
-    def export(self, what: Literal["pairs", "answers"], target: str) -> None:
+    def export(self, what: Literal["pairs", "groups", "answers"], target: str) -> None:
         """Write the pairs as a preference data set, or the evaluated answers as AlpacaEval's outputs, in a new folder.
 
         Raises:

@@ -37,14 +37,17 @@ HELDOUT = "heldout"
 """The split of prompts that nothing is trained on, and the column of pairs that are held out of training."""
 SIDES = ("chosen", "rejected")
 """The two answers of a preference pair, in the names of its columns."""
-SCORE_COLUMNS = tuple(f"{side}_scores" for side in SIDES)
+SCORE_COLUMNS = ("chosen_scores", "rejected_scores", "others_scores")
 """The columns of pairs with the scores by every reward, also those of weight 0. Nothing after the pairs depends on
 them: training goes by `reward_gap`."""
 DRAWN = "_drawn"
 """Behind the name of an answer: the column with the tokens that it was drawn as."""
 VOICE = "_voice"
 """Behind the name of an answer: the column with the voice that spoke it, where it was drawn."""
-DRAWN_COLUMNS = tuple(f"{side}{DRAWN}" for side in SIDES)
+OTHERS = "others"
+"""What the columns of a group are called by, in the place of a side: each has a list over the answers between the
+chosen and the rejected one, in the order of preference."""
+DRAWN_COLUMNS = tuple(f"{side}{DRAWN}" for side in (*SIDES, OTHERS))
 SHOWN_CHARS = 4000
 ROLES = ("system", "user", "assistant", "tool")
 TRAIN = "train"
@@ -187,6 +190,12 @@ def said(message: dict[str, Any]) -> str:
     """The content of a message, and the calls of tools behind it."""
     content, calls = message["content"], message.get("tool_calls")
     return f"{content}\n{calls}".strip() if calls else str(content)
+
+
+def others_of(row: Row) -> list[Row]:
+    """Of a group each answer between its chosen and its rejected one, with its value in every column of such a list."""
+    columns = {name: values for name, values in row.items() if OTHERS in name.split("_") and values is not None}
+    return [{name: values[place] for name, values in columns.items()} for place in range(len(columns.get(OTHERS, ())))]
 
 
 def extra_of(row: Row) -> dict[str, Any]:

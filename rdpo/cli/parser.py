@@ -188,7 +188,8 @@ def _add_looking(commands: Commands) -> None:
 def _add_export(commands: Commands) -> None:
     export = _looks(commands, "export", does.export, "write a run's pairs or answers for other programs")
     _add_place(export, "run_dir", "RUN_DIR", DIRECTORY)
-    export.add_argument("what", choices=["pairs", "answers"], help="a preference data set, or AlpacaEval's outputs")
+    what = "a preference data set, groups of answers with their scores, or AlpacaEval's outputs"
+    export.add_argument("what", choices=["pairs", "groups", "answers"], help=what)
     _add_place(export, "target", "FOLDER", DIRECTORY)
 
 

@@ -9,7 +9,7 @@ from rdpo.config.files import check_kind, explained, job_of, load_job, read_toml
 from rdpo.config.job import RESOURCES, TEMPLATE_DATE, Cluster, Job, Placement
 from rdpo.config.made import Made, Texts
 from rdpo.config.models import MEMORY_OPTIONS, Endpoint, Engine, Sampling, Server, Student
-from rdpo.config.pairs import BEST, WORST, Defect, Pairs, Reference, Replay, Sides
+from rdpo.config.pairs import BEST, REST, WORST, Defect, Pairs, Reference, Replay, Sides
 from rdpo.config.prompts import Prompts, Synthesis
 from rdpo.config.rewards import (
     Calibration,

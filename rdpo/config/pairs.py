@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rdpo.config.models import Readers
 from rdpo.config.section import MEMORY, PLACEMENT, UNSAID, Section, Source
 
-BEST, WORST = "best", "worst"
+BEST, WORST, REST = "best", "worst", "rest"
 
 Defect = Literal["refusal", "empty_critique", "no_change_asked", "repeats_response", "quotes_critique", "preamble"]
 """What can be wrong with the teacher's turns."""
@@ -41,6 +41,11 @@ class Pairs(Section):
     on average as long as rejected ones (DICE, arXiv 2406.09760)."""
     also: list[Sides] = Field(default_factory=list)
     """Further pairs from each row, as `[{ chosen = "control", rejected = "negative" }]`."""
+    others: Annotated[Literal["rest"] | list[str] | None, UNSAID] = None
+    """Make groups: further answers between the chosen and the rejected one. `rest`: all other usable samples of
+    `among`, in the order of their scores; or turns in the order of preference. With `direction = "reward"` all answers
+    of a group stand in the order of their scores. What would drop a pair is left out of a group. Which loss goes
+    over them, `training.loss` says."""
     condition: str | None = None
     """The turn whose question becomes the pair's prompt; by default the prompt itself, whatever was asked to get the
     answers."""
@@ -60,6 +65,17 @@ class Pairs(Section):
     method makes of it. Which answers are cut off or too short is looked at before, `min_gap` after."""
     drop_truncated: Literal["never", "chosen", "any"] = "never"
     """Drop pairs whose chosen answer (or either) was cut off at the token limit."""
+
+    @model_validator(mode="after")
+    def _check_others(self) -> Pairs:
+        if self.others and self.also:
+            raise ValueError("others makes one group of each row, also further pairs; remove one of the two")
+        if self.others == []:
+            raise ValueError("others names no answer; remove it, or give `rest` or names of turns")
+        named = [self.chosen, self.rejected, *(self.others if isinstance(self.others, list) else ())]
+        if len(set(named)) < len(named):
+            raise ValueError(f"others: {', '.join(named)}: each answer of a group is named once")
+        return self
 
 
 class Replay(Section):

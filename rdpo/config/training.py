@@ -35,8 +35,28 @@ LOSS_OPTIONS = {
     "kto": {"reference_point", "offset", "weight"},
     "bco": {"reference_point", "weight"},
     "sft": {"weight"},
+    "plackett_luce": {"offset"},
+    "infonca": set(),
+    "nca": set(),
 }
 """What each loss takes besides beta and sft_coef: options, and ways in which the reward gap can enter."""
+
+LossName = Literal[
+    "dpo",
+    "robust",
+    "hinge",
+    "ipo",
+    "regression",
+    "simpo",
+    "orpo",
+    "sppo",
+    "kto",
+    "bco",
+    "sft",
+    "plackett_luce",
+    "infonca",
+    "nca",
+]
 
 REWARD_USES = {"offset", "soft_label", "geometric_label", "weight"}
 OPTIONS_AT_REST = {
@@ -51,8 +71,10 @@ OPTIONS_AT_REST = {
 class Loss(Section):
     """The preference loss, see `rdpo.training.losses`: a shape, and how the external reward enters it."""
 
-    loss: Literal["dpo", "robust", "hinge", "ipo", "regression", "simpo", "orpo", "sppo", "kto", "bco", "sft"] = "dpo"
-    """Score and shape; `dpo` with an offset is refined DPO, `sft` trains on the chosen answers alone."""
+    loss: LossName = "dpo"
+    """Score and shape; `dpo` with an offset is refined DPO, `sft` trains on the chosen answers alone. The last three
+    are losses of groups (`pairs.others`); on a group any other is the mean over its chosen answer with each other one.
+    `plackett_luce` is rDPO over the whole order; `infonca` and `nca` go by the scores, with `reward_temperature`."""
     beta: float = Field(default=0.1, gt=0)
     """Strength of the pull towards the reference (ipo: tau; sppo: 1 / eta; orpo: lambda)."""
     normalization: Literal["sum", "token_mean"] = "sum"
@@ -89,6 +111,8 @@ class Loss(Section):
         for name, at_rest in OPTIONS_AT_REST.items():
             if getattr(self, name) != at_rest and name not in takes:
                 raise ValueError(f"loss {self.loss} does not take {name}; remove it")
+        if self.loss == "plackett_luce" and self.offset_transform != "identity":
+            raise ValueError("loss plackett_luce adds up offsets, which logarithms do not; remove offset_transform")
         return self
 
     @property

@@ -110,9 +110,9 @@ class PartsFolder(Folder):
         except (OSError, ValueError, pa.ArrowException):
             return False
 
-    def table(self, below: str = "", columns: list[str] | None = None) -> pa.Table:
-        """All kept (or dropped) rows as one table."""
-        tables = list(self.tables(below, columns))
+    def table(self, below: str = "", columns: list[str] | None = None, optional: Sequence[str] = ()) -> pa.Table:
+        """All kept (or dropped) rows as one table, with the `optional` columns that some of them have."""
+        tables = list(self.tables(below, columns, optional))
         return pa.concat_tables(tables, promote_options="permissive") if tables else pa.table({})
 
     def total(self, ending: str, below: str = "") -> int:

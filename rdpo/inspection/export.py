@@ -1,8 +1,9 @@
 """What a run made, in the formats that other programs read.
 
 Pairs become a preference data set: conversational `prompt`, `chosen` and `rejected` with their scores, as Parquet with
-a card, which TRL and the `datasets` library load as it is. The answers of the evaluation become AlpacaEval's outputs: a
-JSON list of `instruction`, `output` and `generator` for each of the two models.
+a card, which TRL and the `datasets` library load as it is; of a group its chosen answer with each other one. Groups
+become rows of `prompt`, `answers` and `scores`, in the order of preference, as Parquet. The answers of the evaluation
+become AlpacaEval's outputs: a JSON list of `instruction`, `output` and `generator` for each of the two models.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from rdpo.files.folder import Folder
 from rdpo.files.manifest import Manifest
 from rdpo.files.stage_folder import StageFolder
 from rdpo.messages import CALLS, TOOLS, template_form, tools_of
-from rdpo.records import HELDOUT, ID_COLUMN, QUESTION, SIDES, Row, text_of
+from rdpo.records import HELDOUT, ID_COLUMN, OTHERS, QUESTION, SIDES, Row, others_of, table_of, text_of
 from rdpo.synthesis.voices import models_named
 
 PAIR_COLUMNS = (
@@ -46,25 +47,30 @@ PAIR_COLUMNS = (
 REASONING_KEY = "reasoning_content"
 """Under which most templates, and TRL, look for the reasoning of a message."""
 REASONED = pa.list_(pa.struct([(name, pa.string()) for name in ("role", "content", REASONING_KEY)]))
-STAGES = {"pairs": "pairs", "answers": "evaluation"}
+STAGES = {"pairs": "pairs", "groups": "pairs", "answers": "evaluation"}
 
 
 def export(run_dir: str, what: str, target: str) -> list[str]:
-    """Write the `pairs` or the `answers` of a run to a new folder, on disk or in an object store; what was written.
+    """Write the `pairs`, `groups` or `answers` of a run to a new folder, on disk or in a store; what was written.
 
     Raises:
-        InputError: their stage is not finished or holds no rows, or the folder is not empty.
+        InputError: their stage is not finished or holds no such rows, or the folder is not empty.
     """
     run = RunReader(run_dir)
     name = STAGES[what]
     job, stage, manifest = run.job_of(name), run.folder(name), run.require(name)
     if not stage.parts():
         raise InputError(f"{run_dir}: the {stage.name} stage holds no rows; see its dropped reasons")
+    if what == "groups" and OTHERS not in stage.schema().names:
+        raise InputError(f"{run_dir}: holds pairs, no groups (`pairs.others`); export its pairs")
     folder = Folder(target)
     if folder.files():
         raise InputError(f"{target}: is not empty; name a new folder")
     with folder.made() as made:
-        written = _pairs(stage, manifest, job, made) if what == "pairs" else _answers(stage, job, made)
+        if what == "answers":
+            written = _answers(stage, job, made)
+        else:
+            written = _pairs(stage, manifest, job, made) if what == "pairs" else _groups(stage, made)
     return [f"{count} {what} -> {folder.address(name)}" for name, count in written.items()]
 
 
@@ -83,6 +89,48 @@ def _pairs(stage: StageFolder, manifest: Manifest, job: Job, made: Path) -> dict
     return {f"data/{split}.{ending}": count for split, count in splits.items()}
 
 
+def _groups(stage: StageFolder, made: Path) -> dict[str, int]:
+    counts = {}
+    for split, heldout in (("train", False), ("test", True)):
+        path = made / f"{split}.parquet"
+        rows = ([_group(row) for row in part.to_pylist() if bool(row[HELDOUT]) == heldout] for part in stage.tables())
+        if count := _write((table_of(some).drop_columns("dropped") for some in rows), path):
+            counts[path.name] = count
+    return counts
+
+
+def _group(row: Row) -> Row:
+    """A group in the order of preference."""
+    whole = {
+        name: [row[f"chosen{name}"], *(one[f"{OTHERS}{name}"] for one in others_of(row)), row[f"rejected{name}"]]
+        for name in ("", "_from")
+    }
+    scores = [row["score_chosen"], *(one[f"score_{OTHERS}"] for one in others_of(row)), row["score_rejected"]]
+    return {
+        ID_COLUMN: row[ID_COLUMN],
+        "prompt": row["prompt"],
+        "answers": whole[""],
+        "scores": scores,
+        "answers_from": whole["_from"],
+    }
+
+
+def _against_rest(rows: pa.Table) -> pa.Table:
+    """Groups as pairs of the chosen answer with each other one, whose number is in the id."""
+    if OTHERS not in rows.column_names:
+        return rows
+    found = []
+    for row in rows.to_pylist():
+        found.append(row)
+        for number, one in enumerate(others_of(row), start=1):
+            other = {
+                name.replace(OTHERS, "rejected"): value for name, value in one.items() if not name.startswith("gap")
+            }
+            gap = {"reward_gap": one[f"gap_{OTHERS}"], ID_COLUMN: f"{row[ID_COLUMN]}/{number}"}
+            found.append({**row, **other, **gap})
+    return pa.Table.from_pylist(found, rows.schema)
+
+
 def _calls(schema: pa.Schema) -> bool:
     """Whether messages of pairs have more than roles and contents."""
     messages = (schema.field(name).type.value_type for name in ("prompt", *SIDES))
@@ -95,7 +143,7 @@ def _split(stage: StageFolder, heldout: bool) -> Iterator[pa.Table]:
     named = [name for name in PAIR_COLUMNS if name in schema.names]
     for part in stage.tables():
         # Columns that only later parts have are null in this one.
-        rows = pa.concat_tables([schema.empty_table(), part], promote_options="permissive")
+        rows = _against_rest(pa.concat_tables([schema.empty_table(), part], promote_options="permissive"))
         chosen = rows.filter(pc.equal(pc.fill_null(rows[HELDOUT], False), heldout))
         yield _with_reasoning(chosen, named)
 

@@ -16,7 +16,7 @@ from rdpo.execution.reader import RunReader, table_of_stage
 from rdpo.inspection.token_logps import TokenLogps, TokenReader
 from rdpo.modeling.chat import student_chat
 from rdpo.modeling.masking import counted_ids, read_ids
-from rdpo.records import DRAWN, ID_COLUMN, Row, said, shown
+from rdpo.records import DRAWN, ID_COLUMN, OTHERS, Messages, Row, said, shown
 
 Decode = Callable[[list[int]], str]
 """The text of token ids."""
@@ -84,18 +84,27 @@ def _field(name: str, value: Any, decode: Decode | None) -> Text:
     if name.endswith(REASONING):
         return text.append(shown(value), style=REASONING_STYLE)
 
-    if isinstance(value, list) and not all(isinstance(item, dict) for item in value):
+    if name == OTHERS:
+        for answer in value:
+            text.append_text(_messages(answer))
+        return text
+    if isinstance(value, list) and not all(isinstance(item, dict) and "role" in item for item in value):
         value = ", ".join(map(str, value))
     if isinstance(value, list):
-        for message in value:
-            text.append(f"\n[{message['role']}] ", style="cyan").append(shown(said(message)), style="not bold")
-        return text
+        return text.append_text(_messages(value))
 
     if isinstance(value, dict):
         value = "  ".join(f"{key} {score:.3f}" for key, score in value.items() if score is not None)
     if isinstance(value, float):
         value = f"{value:.4f}"
     return text.append(shown(str(value)), style="not bold")
+
+
+def _messages(messages: Messages) -> Text:
+    text = Text()
+    for message in messages:
+        text.append(f"\n[{message['role']}] ", style="cyan").append(shown(said(message)), style="not bold")
+    return text
 
 
 def _tokens(name: str, ids: list[int], decode: Decode) -> Text:

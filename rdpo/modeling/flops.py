@@ -56,15 +56,15 @@ class Arithmetic:
         """FLOPs of forward and backward over pairs."""
         passes = 2 if self.frozen else 3
         tokens = sum(size.packed if packed else size.tokens for size in sizes)
-        answers = sum(size.chosen + size.rejected for size in sizes)
+        answers = sum(sum(size.answers) for size in sizes)
         seen = sum(_seen(size, packed) for size in sizes)
         return 2.0 * passes * (self.layers * tokens + self.head * answers) + 3 * 4.0 * self.attention * seen
 
 
 def _seen(size: PairSize, packed: bool) -> float:
-    """Pairs of a query and a key that it sees, over both answers."""
-    prompt, answers = size.prompt, (size.chosen, size.rejected)
-    once = prompt**2 / 2 * (1 if packed else 2)
+    """Pairs of a query and a key that it sees, over all answers."""
+    prompt, answers = size.prompt, size.answers
+    once = prompt**2 / 2 * (1 if packed else len(answers))
     return once + sum(answer * (prompt + answer / 2) for answer in answers)
 
 

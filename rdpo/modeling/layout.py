@@ -1,7 +1,8 @@
 """How a forward's tokens are laid out: each prompt once with all its answers behind it, or padded rows.
 
 Shapes: P prompts with K answers each are S = K * P sequences, all first answers, then all second
-ones. C is the number of completion tokens of all sequences together that count.
+ones. Where prompts have further answers, of any number, those follow prompt by prompt. C is the number of completion
+tokens of all sequences together that count.
 """
 
 from __future__ import annotations
@@ -64,16 +65,21 @@ class Batch:
         return replace(self, **moved)
 
 
-def padded_batch(prompts: Sequence[Tokens], answers: Sequence[Sequence[Tokens]]) -> Batch:
+def padded_batch(
+    prompts: Sequence[Tokens], answers: Sequence[Sequence[Tokens]], others: Sequence[Sequence[Tokens]] = ()
+) -> Batch:
     """Right-padded rows, one for each sequence: the reference layout, which every architecture reads.
 
     Args:
         prompts: P lists of token ids, none empty.
         answers: K lists of P lists of token ids, none empty.
+        others: further answers of each of the P prompts; nothing where none has any.
     """
     pairs: list[tuple[Tokens, Tokens]] = []
     for column in answers:
         pairs += zip(prompts, column, strict=True)
+    for prompt, more in zip(prompts, others, strict=bool(others)):
+        pairs += [(prompt, answer) for answer in more]
     width = max(len(prompt) + len(answer) for prompt, answer in pairs)
 
     rows: list[list[int]] = []
@@ -96,14 +102,18 @@ def padded_batch(prompts: Sequence[Tokens], answers: Sequence[Sequence[Tokens]])
     )
 
 
-def packed_batch(prompts: Sequence[Tokens], answers: Sequence[Sequence[Tokens]]) -> Batch:
+def packed_batch(
+    prompts: Sequence[Tokens], answers: Sequence[Sequence[Tokens]], others: Sequence[Sequence[Tokens]] = ()
+) -> Batch:
     """One row without padding in which every prompt stands once: prompt | answer | answer | prompt | ...
 
     Args:
         prompts: P lists of token ids, none empty.
         answers: K lists of P lists of token ids, none empty.
+        others: further answers of each of the P prompts; nothing where none has any.
     """
-    groups = list(zip(prompts, *answers, strict=True))
+    further = others or [()] * len(prompts)
+    groups = [(prompt, *own, *more) for prompt, *own, more in zip(prompts, *answers, further, strict=True)]
     spans: list[Span] = []
     for prompt, *own in groups:
         start = spans[-1].end if spans else 0
@@ -114,6 +124,9 @@ def packed_batch(prompts: Sequence[Tokens], answers: Sequence[Sequence[Tokens]])
     for number, column in enumerate(answers):
         for span, answer in zip(spans, column, strict=True):
             predicting += _counting(_predicting(span, number), answer)
+    for span, more in zip(spans, further, strict=True):
+        for number, answer in enumerate(more, start=len(answers)):
+            predicting += _counting(_predicting(span, number), answer)
 
     tokens = read_ids([*chain.from_iterable(chain.from_iterable(groups))])
     positions = chain.from_iterable(map(_span_positions, spans))
@@ -122,7 +135,7 @@ def packed_batch(prompts: Sequence[Tokens], answers: Sequence[Sequence[Tokens]])
         position_ids=torch.tensor([[*positions]]),
         predict_at=torch.tensor(predicting),
         spans=tuple(spans),
-        **_completions([*chain.from_iterable(answers)]),
+        **_completions([*chain.from_iterable(answers), *chain.from_iterable(further)]),
     )
 
 

@@ -104,9 +104,11 @@ class Policy(nn.Module):
         names = set(self.causal._no_split_modules or ())
         return list({type(module) for module in self.modules() if type(module).__name__ in names})
 
-    def batch(self, prompts: Sequence[Tokens], *answers: Sequence[Tokens]) -> Batch:
-        """P prompts with K answers each in the layout that the policy reads."""
-        return (packed_batch if self.packed else padded_batch)(prompts, answers)
+    def batch(
+        self, prompts: Sequence[Tokens], *answers: Sequence[Tokens], others: Sequence[Sequence[Tokens]] = ()
+    ) -> Batch:
+        """P prompts with K answers each, and perhaps `others` of each, in the layout that the policy reads."""
+        return (packed_batch if self.packed else padded_batch)(prompts, answers, others)
 
     def forward(self, batch: Batch) -> Tensor:
         """Summed completion log-probs (S,) in fp32."""

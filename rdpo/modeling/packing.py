@@ -24,33 +24,39 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class PairSize:
-    """Tokens of a pair's parts."""
+    """Tokens of a pair's parts; of a group those of its other answers too."""
 
     prompt: int
     chosen: int
     rejected: int
+    others: tuple[int, ...] = ()
+
+    @property
+    def answers(self) -> tuple[int, ...]:
+        """Tokens of each answer."""
+        return self.chosen, self.rejected, *self.others
 
     @property
     def longest(self) -> int:
-        """Tokens of the longer of its two sequences."""
-        return self.prompt + max(self.chosen, self.rejected)
+        """Tokens of the longest of its sequences."""
+        return self.prompt + max(self.answers)
 
     @property
     def packed(self) -> int:
         """Tokens of the pair with its prompt once."""
-        return self.prompt + self.chosen + self.rejected
+        return self.prompt + sum(self.answers)
 
     @property
     def tokens(self) -> int:
-        """Tokens of both sequences, prompt included in each: the work, however it is laid out."""
-        return self.packed + self.prompt
+        """Tokens of all sequences, prompt included in each: the work, however it is laid out."""
+        return self.packed + self.prompt * (len(self.answers) - 1)
 
 
 def batch_tokens(sizes: Sequence[PairSize], packed: bool) -> int:
     """Positions of a forward over pairs: packed rows have no padding, others are as wide as the longest."""
     if packed:
         return sum(size.packed for size in sizes)
-    return 2 * len(sizes) * max(size.longest for size in sizes)
+    return sum(len(size.answers) for size in sizes) * max(size.longest for size in sizes)
 
 
 def epoch_order(num_pairs: int, seed: int, epoch: int) -> list[int]:

@@ -92,7 +92,7 @@ class Reader(Protocol):
         ...
 
     def __call__(self, prompts: Sequence[Tokens], *answers: Sequence[Tokens]) -> list[list[float]]:
-        """Summed completion log-probs in nats, (K, P), of K answers, one or two, to each of P prompts."""
+        """Summed completion log-probs in nats, (K, P), of K answers to each of P prompts."""
         ...
 
 
@@ -140,8 +140,9 @@ def forward(policy: Policy, batch: Batch) -> list[float]:
 def sizes_of(prompts: Sequence[Tokens], *answers: Sequence[Tokens]) -> list[PairSize]:
     """Sizes by which forwards are planned; a lone answer is a pair whose second answer is empty."""
     lengths = [[len(answer) for answer in column] for column in answers]
-    columns = lengths if len(lengths) == 2 else [*lengths, [0] * len(prompts)]
-    return [PairSize(len(prompt), *parts) for prompt, *parts in zip(prompts, *columns, strict=True)]
+    columns = lengths if len(lengths) > 1 else [*lengths, [0] * len(prompts)]
+    rows = zip(prompts, *columns, strict=True)
+    return [PairSize(len(prompt), chosen, rejected, tuple(others)) for prompt, chosen, rejected, *others in rows]
 
 
 def rows_at(places: Sequence[int], *columns: Sequence[Tokens]) -> list[list[Tokens]]:

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from itertools import chain
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from rdpo.config import Pairs
-from rdpo.records import SIDES, VOICE
+from rdpo.records import OTHERS, SIDES, VOICE
 
 COLUMNS = ["chosen_from", "rejected_from", "chosen_scores", "rejected_scores"]
 VOICES = [f"{side}{VOICE}" for side in SIDES]
@@ -94,3 +95,12 @@ def count_voices(parts: Iterable[pa.Table]) -> dict[str, dict[str, int]]:
                 if voice is not None:
                     counts.setdefault(voice, dict.fromkeys(SIDES, 0))[side] += 1
     return dict(sorted(counts.items()))
+
+
+def count_answers(parts: Iterable[pa.Table]) -> dict[str, int]:
+    """How many groups have so many answers, by their number; `parts` have the column `others`."""
+    counts: Counter[int] = Counter()
+    for part in parts:
+        if OTHERS in part.column_names:
+            counts.update(len(SIDES) + (size or 0) for size in pc.list_value_length(part[OTHERS]).to_pylist())
+    return {str(size): counts[size] for size in sorted(counts)}

@@ -5,7 +5,9 @@ conversational preference data set as it stands), `score_chosen`, `score_rejecte
 `swapped` against what the settings name, for both sides whether the answer was finished, `heldout` for those that are
 not trained on, the `defects` of the conversation that they come from, `chosen_reasoning` and `rejected_reasoning` where
 it is trained on, `chosen_voice` and `rejected_voice` where the voices of a turn were drawn, `chosen_drawn` and
-`rejected_drawn` where the tokens of answers are those of the student.
+`rejected_drawn` where the tokens of answers are those of the student. A group has the same of the answers between
+these two in lists (`others`, `others_from`, …), `score_others`, and in `gap_others` how much lower each scores than the
+chosen one.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from rdpo.config import BEST, WORST, Job, Sides
+from rdpo.config import BEST, REST, WORST, Job, Sides
 from rdpo.config import Pairs as Settings
 from rdpo.config.task import Task, Turn
 from rdpo.errors import InputError
@@ -28,6 +30,7 @@ from rdpo.records import (
     DRAWN,
     HELDOUT,
     ID_COLUMN,
+    OTHERS,
     QUESTION,
     SIDES,
     VOICE,
@@ -173,6 +176,8 @@ def answers_of(settings: Settings, turns: list[Turn] | None) -> list[str]:
     named = [settings.chosen, settings.rejected]
     for sides in settings.also:
         named += [sides.chosen, sides.rejected]
+    if settings.others:
+        named += [BEST] if settings.others == REST else settings.others
 
     wanted: list[str] = []
     for side in named:
@@ -196,6 +201,8 @@ def pair_row(
     swapped = settings.direction == "reward" and row[f"{rejected}_score"] > row[f"{chosen}_score"]
     if swapped:
         chosen, rejected = rejected, chosen
+    if settings.others:
+        chosen, *between, rejected = group_order(row, settings, (chosen, rejected), length_coef)
 
     pair = {
         ID_COLUMN: row[ID_COLUMN],
@@ -220,7 +227,45 @@ def pair_row(
             if f"{turn}{beside}" in row:
                 pair[f"{side}{beside}"] = row[f"{turn}{beside}"]
     pair["reward_gap"] = pair["score_chosen"] - pair["score_rejected"]
-    return pair
+    return pair | _of_others(row, between, pair["score_chosen"], reasoned) if settings.others else pair
+
+
+def group_order(row: Row, settings: Settings, sides: tuple[str, str], length_coef: float) -> list[str]:
+    """The answers of a group, by name, in the order of preference; those of no use, or of another's words, left out."""
+    taken = {row[side].strip() for side in sides}
+    names = _usable(row, settings) if settings.others == REST else [*(settings.others or ())]
+    between: list[str] = []
+    for name in names:
+        if name not in sides and _is_usable(row, name, settings) and row[name].strip() not in taken:
+            taken.add(row[name].strip())
+            between.append(name)
+
+    shaped = {name: row[f"{name}_score"] - length_coef * len(row[name]) for name in [*sides, *between]}
+    # Sorting keeps equals in their order.
+    if settings.direction == "reward":
+        return sorted([sides[0], *between, sides[1]], key=lambda name: -shaped[name])
+    if settings.others == REST:
+        between = sorted(between, key=lambda name: -shaped[name])
+    return [sides[0], *between, sides[1]]
+
+
+def _of_others(row: Row, names: list[str], best: float, reasoned: bool) -> Row:
+    """The columns of a group's answers between the chosen and the rejected one, see `records.OTHERS`."""
+    scores = [row[f"{name}_score"] for name in names]
+    found: Row = {
+        OTHERS: [_completion(row, name) for name in names],
+        f"{OTHERS}_from": names,
+        f"score_{OTHERS}": scores,
+        f"gap_{OTHERS}": [best - score for score in scores],
+        f"{OTHERS}_scores": [row[f"{name}_scores"] for name in names],
+        f"{OTHERS}_finished": [row[f"{name}_finish_reason"] == "stop" for name in names],
+    }
+    if reasoned:
+        found[f"{OTHERS}_reasoning"] = [row.get(f"{name}_reasoning") or "" for name in names]
+    for beside in (VOICE, DRAWN):
+        if any(f"{name}{beside}" in row for name in names):
+            found[f"{OTHERS}{beside}"] = [row.get(f"{name}{beside}") for name in names]
+    return found
 
 
 def _completion(row: Row, turn: str) -> Messages:
@@ -241,12 +286,13 @@ def _turn(row: Row, settings: Settings, side: str, length_coef: float) -> str:
 
 def _usable(row: Row, settings: Settings) -> list[str]:
     """The samples that no filter would drop."""
-    return [
-        name
-        for name in _samples(row, settings.among)
-        if len(row[name]) >= settings.min_answer_chars
-        and (settings.drop_truncated == "never" or row[f"{name}_finish_reason"] == "stop")
-    ]
+    return [name for name in _samples(row, settings.among) if _is_usable(row, name, settings)]
+
+
+def _is_usable(row: Row, name: str, settings: Settings) -> bool:
+    """Whether no filter would drop an answer, whichever side it is on."""
+    whole = settings.drop_truncated == "never" or row[f"{name}_finish_reason"] == "stop"
+    return whole and len(row[name]) >= settings.min_answer_chars
 
 
 def _samples(row: Row, turn: str) -> list[str]:
@@ -257,6 +303,8 @@ def _samples(row: Row, turn: str) -> list[str]:
 def sound(pair: Row, settings: Settings) -> Row:
     """The pair, or the pair with the reason why its answers are no use."""
     chosen, rejected = (text_of(pair[side]) for side in SIDES)
+    if pair.get(OTHERS) and len({pair["score_chosen"], pair["score_rejected"], *pair[f"score_{OTHERS}"]}) == 1:
+        return drop(pair, "all answers of the group have the same score")
     if chosen.strip() == rejected.strip():
         return drop(pair, "chosen and rejected are the same")
     if min(len(chosen), len(rejected)) < settings.min_answer_chars:
@@ -269,11 +317,15 @@ def sound(pair: Row, settings: Settings) -> Row:
 
 
 def exchanged(pair: Row) -> Row:
-    """The pair with its sides in each other's place, scores and all."""
+    """The pair with its sides in each other's place, scores and all; a group in the opposite order."""
     other = {"chosen": "rejected", "rejected": "chosen"}
     # By the columns' names alone, so that a new column of a side changes places too.
     other_way = {name: pair[re.sub("chosen|rejected", lambda side: other[side[0]], name)] for name in pair}
-    return {**other_way, "reward_gap": -pair["reward_gap"], "swapped": not pair["swapped"]}
+    other_way |= {"reward_gap": -pair["reward_gap"], "swapped": not pair["swapped"]}
+    if OTHERS in pair:
+        other_way |= {name: values[::-1] for name, values in pair.items() if OTHERS in name.split("_")}
+        other_way[f"gap_{OTHERS}"] = [other_way["score_chosen"] - score for score in other_way[f"score_{OTHERS}"]]
+    return other_way
 
 
 def wide_enough(pair: Row, settings: Settings) -> Row:

@@ -2,7 +2,8 @@
 
 Adds `prompt_ids`, `chosen_ids`, `rejected_ids` (the student's tokenizer; tokens that do not count as in
 `rdpo.modeling.masking`; an answer that was drawn with the student's vocabulary has the tokens that were drawn) and
-`reference_chosen_logps`, `reference_rejected_logps` (sums over the completion's tokens that count, fp32). The stage's
+`reference_chosen_logps`, `reference_rejected_logps` (sums over the completion's tokens that count, fp32). A group has
+`others_ids` and `reference_others_logps` too, of the answers between those two, in the order of preference. The stage's
 key holds the weights' fingerprint, so a cached value never outlives the weights it came from.
 """
 
@@ -27,7 +28,7 @@ from rdpo.modeling.readers import Reader
 from rdpo.modeling.student import frozen_student
 from rdpo.modeling.weights import ModelRef
 from rdpo.preference.known_logps import KnownLogps, recalled
-from rdpo.records import DRAWN, DRAWN_COLUMNS, SCORE_COLUMNS, SIDES, Row, alive, drop, text_of
+from rdpo.records import DRAWN, DRAWN_COLUMNS, OTHERS, SCORE_COLUMNS, SIDES, Row, alive, drop, others_of, text_of
 from rdpo.training.backend import backend_of
 from rdpo.training.sharded import open_reader
 
@@ -95,21 +96,26 @@ def tokenize_pair(row: Row, chat: Chat, max_length: int, vocabulary: int | None 
 
     `vocabulary`: how many ids the model has a row for.
     """
+    others = _others(row)
     try:
-        found = chat.pair_ids(row["prompt"], {side: _answer(row, side) for side in SIDES})
+        found = chat.pair_ids(row["prompt"], {side: _answer(row, side) for side in SIDES} | others)
     except ValueError as error:
         without: Row = {name: [] for name in ID_COLUMNS}
         return drop({**row, **without, "dropped": None}, f"chat template refuses the pair: {str(error)[:REASON_CHARS]}")
 
-    ids = {f"{name}_ids": tokens for name, tokens in found.items()}
-    row = {**row, **ids, "dropped": None}
-    if not (ids["chosen_ids"] and ids["rejected_ids"]):
+    row = {**row, **{f"{name}_ids": found[name] for name in ("prompt", *SIDES)}, "dropped": None}
+    if others:
+        row["others_ids"] = [found[name] for name in others]
+    answers = [tokens for name, tokens in found.items() if name != "prompt"]
+    if not all(answers):
         return drop(row, "a completion has no tokens")
-    if ids["chosen_ids"] == ids["rejected_ids"]:
+    if found["chosen"] == found["rejected"]:
         return drop(row, "chosen and rejected have the same tokens")
+    if len(set(map(tuple, answers))) < len(answers):
+        return drop(row, "two answers of the group have the same tokens")
     if pair_size(row).longest > max_length:
-        return drop(row, "pair is longer than reference.max_length")
-    if vocabulary is not None and max(max(read_ids(tokens)) for tokens in ids.values()) >= vocabulary:
+        return drop(row, f"{'an answer of the group' if others else 'pair'} is longer than reference.max_length")
+    if vocabulary is not None and max(max(read_ids(tokens)) for tokens in found.values()) >= vocabulary:
         return drop(row, "a token lies beyond the model's embedding")
     return row
 
@@ -125,9 +131,15 @@ def _answer(row: Row, side: str) -> Answer:
     )
 
 
+def _others(row: Row) -> dict[str, Answer]:
+    """The answers of a group between its chosen and its rejected one, by names that are no side's."""
+    return {f"{OTHERS} {place}": _answer(one, OTHERS) for place, one in enumerate(others_of(row))}
+
+
 def pair_size(row: Row) -> PairSize:
     """Tokens of a pair's parts."""
-    return PairSize(len(row["prompt_ids"]), len(row["chosen_ids"]), len(row["rejected_ids"]))
+    others = tuple(map(len, row.get("others_ids") or ()))
+    return PairSize(len(row["prompt_ids"]), len(row["chosen_ids"]), len(row["rejected_ids"]), others)
 
 
 class Reference:
@@ -167,16 +179,20 @@ class Reference:
         longest, vocabulary = self.settings.max_length, self.vocabulary
         pairs = (tokenize_pair(row, self.chat, longest, vocabulary) for row in batch.to_pylist())
         rows = [recalled(pair, self.known) for pair in pairs]
-        missing = [index for index, row in enumerate(rows) if alive(row) and row["reference_chosen_logps"] is None]
-        if missing:
-            self._fill(rows, missing)
+        missing = [row for row in rows if alive(row) and row["reference_chosen_logps"] is None]
+        # Those with as many answers together: a forward reads as many to each of its prompts.
+        for count in sorted({len(pair_size(row).answers) for row in missing}):
+            self._fill([row for row in missing if len(pair_size(row).answers) == count])
         return pa.Table.from_pylist(rows, schema=_schema(batch.schema))
 
-    def _fill(self, rows: list[Row], missing: list[int]) -> None:
-        columns = ([rows[index][name] for index in missing] for name in ID_COLUMNS)
-        for side, logps in zip(SIDES, self.reader(*columns), strict=True):
-            for index, value in zip(missing, logps, strict=True):
-                rows[index][f"reference_{side}_logps"] = value
+    def _fill(self, rows: list[Row]) -> None:
+        prompts = [row["prompt_ids"] for row in rows]
+        answers = [[row["chosen_ids"], row["rejected_ids"], *(row.get("others_ids") or ())] for row in rows]
+        found = self.reader(prompts, *zip(*answers, strict=True))
+        for row, (chosen, rejected, *others) in zip(rows, zip(*found, strict=True), strict=True):
+            row["reference_chosen_logps"], row["reference_rejected_logps"] = chosen, rejected
+            if others:
+                row["reference_others_logps"] = others
 
 
 def _held(known: ObjectRef[KnownLogps]) -> KnownLogps:
@@ -191,4 +207,7 @@ def _schema(pairs: pa.Schema) -> pa.Schema:
     ids = [pa.field(name, pa.list_(pa.int32())) for name in ID_COLUMNS]
     logps = [pa.field(f"reference_{side}_logps", pa.float64()) for side in SIDES]
     kept = [field for field in pairs if field.name not in ("dropped", *SCORE_COLUMNS, *DRAWN_COLUMNS)]
+    if OTHERS in pairs.names:
+        ids.append(pa.field("others_ids", pa.list_(pa.list_(pa.int32()))))
+        logps.append(pa.field("reference_others_logps", pa.list_(pa.float64())))
     return pa.schema([*kept, *ids, *logps, pa.field("dropped", pa.string())])

@@ -9,7 +9,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from rdpo.execution.stage import Reads, RowWork, Source, Stage
-from rdpo.records import ID_COLUMN, QUESTION
+from rdpo.records import ID_COLUMN, OTHERS, QUESTION
 from rdpo.stages.settings import question_settings
 
 if TYPE_CHECKING:
@@ -72,7 +72,15 @@ def _shaping(run: Run) -> Shaping | None:
 
 def summary(run: Run, folder: StageFolder) -> Summary:
     """How far the rewards agree with the teacher, whose answers are chosen, defects, the price of length; says so."""
-    from rdpo.preference.agreement import COLUMNS, SWAPPED, VOICES, agreement, count_defects, count_voices
+    from rdpo.preference.agreement import (
+        COLUMNS,
+        SWAPPED,
+        VOICES,
+        agreement,
+        count_answers,
+        count_defects,
+        count_voices,
+    )
 
     settings = run.job.pairs
     # Only the columns that count are read: the texts would stay in the driver's memory.
@@ -90,6 +98,10 @@ def summary(run: Run, folder: StageFolder) -> Summary:
         if sides.constant:
             run.console.warn(f"{reward} gives every answer the same score; it tells nothing here")
 
+    groups = count_answers(folder.tables("", [], [OTHERS])) if settings.others else {}
+    if groups:
+        run.console.say(f"{'':<12}groups of " + ", ".join(f"{size} answers: {count}" for size, count in groups.items()))
+
     # Of the kept ones: those whose voices are trained on.
     voices = count_voices(folder.tables("", [], VOICES))
     for voice, times in voices.items():
@@ -98,6 +110,8 @@ def summary(run: Run, folder: StageFolder) -> Summary:
     facts: dict[str, Any] = {"agreement": {reward: asdict(sides) for reward, sides in agreed.items()}}
     if voices:
         facts["voices"] = voices
+    if groups:
+        facts["groups"] = groups
     if shaping := _shaping(run):
         facts["shaping"] = asdict(shaping)
         gap = f"the best are {shaping.mean_length_gap:+.1f} characters longer than the worst"

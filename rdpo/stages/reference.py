@@ -75,7 +75,7 @@ def pairs_source(run: RunReader) -> Source:
 def refer(rows: ray.data.Dataset, run: Run) -> ray.data.Dataset:
     """Token ids and the reference's log-probs of pairs; those that a sibling has made are taken from there."""
     from rdpo.execution.keys import same_settings
-    from rdpo.preference.known_logps import COLUMNS, known_logps
+    from rdpo.preference.known_logps import COLUMNS, OPTIONAL, known_logps
     from rdpo.preference.reference import FORWARD, add_reference
 
     own = settings(run.job)
@@ -85,7 +85,7 @@ def refer(rows: ray.data.Dataset, run: Run) -> ray.data.Dataset:
         # Where all log-probs are known the model is not even loaded.
         if forward := folder.read_json(FORWARD):
             run.folder("reference").write_json(FORWARD, forward)
-    tables = chain.from_iterable(folder.tables(columns=COLUMNS) for folder in same)
+    tables = chain.from_iterable(folder.tables("", COLUMNS, OPTIONAL) for folder in same)
     return add_reference(rows, run.job, known_logps(tables), run.dir)
 
 

@@ -15,11 +15,13 @@ if TYPE_CHECKING:
     from rdpo.files.manifest import Settings, Summary
     from rdpo.files.stage_folder import StageFolder
     from rdpo.tracking.console import Meter
+    from rdpo.training.loop import PairTable
 
 
 READ = (
     *(ID_COLUMN, HELDOUT, "prompt_ids", "chosen_ids", "rejected_ids", "reward_gap"),
     *("reference_chosen_logps", "reference_rejected_logps"),
+    *("others_ids", "reference_others_logps", "gap_others"),
 )
 """The columns that training reads: those of `rdpo.training.loop.PairTable`."""
 
@@ -55,17 +57,38 @@ def train_policy(run: Run, folder: StageFolder, meter: Meter) -> Summary:
     if not meter.total:
         raise InputError(f"training: {len(data)} pairs make no optimizer step; add prompts or lower batch_size")
 
-    gaps = data.table["reward_gap"].to_pylist()
+    referred = as_referred(job, run.dir)
+    check_room(data, referred)
+    gaps = data.gaps
     if warning := advice(gaps, GapScale.fitted(gaps, job.training.reward_norm), job.training):
         run.console.warn(warning)
 
-    history = train(as_referred(job, run.dir), run.dir, folder, lambda metrics: _step(meter, metrics), run.console.warn)
+    history = train(referred, run.dir, folder, lambda metrics: _step(meter, metrics), run.console.warn)
     taken = [step for step in history if not step["skipped"]]
     if not taken:
         raise InputError("training: every step had a loss or gradient that is not finite; lower training.learning_rate")
 
     summary = {"steps": len(taken), "pairs": len(data), "first": taken[0], "last": taken[-1]}
     return {**summary, **_selected(run, history), **_heldout(run, folder)}
+
+
+def check_room(data: PairTable, job: Job) -> None:
+    """Hold the groups against the budget of a forward, in which each must have room.
+
+    Raises:
+        InputError: the largest one has more tokens.
+    """
+    from rdpo.modeling.packing import batch_tokens
+
+    packed, budget = job.training.layout == "packed", job.training.tokens_per_batch
+    sizes = [batch_tokens([size], packed) if size.others else 0 for size in data.sizes]
+    largest = max(range(len(sizes)), key=sizes.__getitem__, default=0)
+    if sizes and sizes[largest] > budget:
+        name = data.rows((largest,))[ID_COLUMN][0]
+        raise InputError(
+            f"training.tokens_per_batch = {budget}: the {len(data.sizes[largest].answers)} answers of the group {name} "
+            f"have {sizes[largest]} tokens; raise it, or lower reference.max_length or the number of samples"
+        )
 
 
 def _step(meter: Meter, metrics: dict[str, float]) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
+from torch import Tensor
 
 from rdpo.cluster.hardware import peak_flops, peak_memory_gib
 from rdpo.config import Job
@@ -28,6 +29,7 @@ from rdpo.modeling.packing import MicroBatch, PairSize, epoch_order, epoch_steps
 from rdpo.records import HELDOUT, ID_COLUMN, SIDES, Row
 from rdpo.training.backend import Backend, backend_of
 from rdpo.training.gaps import GapScale
+from rdpo.training.group_losses import GROUP_LOSSES, GroupLogps, Ranks, group_loss, order_kept
 from rdpo.training.losses import PairLogps, implicit_rewards, preference_loss, reward_terms
 from rdpo.training.metrics import MetricSums, PairOutcome
 from rdpo.training.schedule import learning_rate
@@ -41,6 +43,8 @@ COLUMNS = [
     "reference_rejected_logps",
     "reward_gap",
 ]
+OF_OTHERS = ["others_ids", "reference_others_logps", "gap_others"]
+"""The columns of groups: of the answers between the chosen and the rejected one, in the order of preference."""
 
 
 class NonFiniteStep(RuntimeError):
@@ -61,16 +65,32 @@ class PairTable:
         if not folder.parts():
             reasons = [f"{count}: {reason}" for reason, count in folder.reasons().items()]
             raise InputError(f"reference: no pair is left to train on; dropped {'; '.join(reasons) or 'none'}")
-        rows = folder.table(columns=[*COLUMNS, HELDOUT])
+        rows = folder.table(columns=[*COLUMNS, HELDOUT], optional=OF_OTHERS)
         return cls.of(rows.filter(pc.equal(pc.fill_null(rows[HELDOUT], False), heldout)))
 
     @classmethod
     def of(cls, rows: pa.Table) -> PairTable:
         """The rows of a reference stage, in any order."""
         # Parts are stored in the order in which actors finished them; what a step trains on must not depend on that.
-        table = rows.select(COLUMNS).sort_by(ID_COLUMN).combine_chunks()
+        grouped = [name for name in OF_OTHERS if name in rows.column_names]
+        table = rows.select([*COLUMNS, *grouped]).sort_by(ID_COLUMN).combine_chunks()
         lengths = [pa.compute.list_value_length(table[name]).to_pylist() for name in COLUMNS[1:4]]
-        return cls(table, [PairSize(*parts) for parts in zip(*lengths, strict=True)])
+        ids = table[OF_OTHERS[0]].to_pylist() if grouped else [None] * len(table)
+        others = [tuple(map(len, answers or ())) for answers in ids]
+        return cls(table, [PairSize(*parts, more) for *parts, more in zip(*lengths, others, strict=True)])
+
+    @property
+    def has_groups(self) -> bool:
+        """Whether some row has more than two answers."""
+        return any(size.others for size in self.sizes)
+
+    @property
+    def gaps(self) -> list[float]:
+        """How much lower than the chosen answer's the score of each other answer is, of all rows."""
+        found: list[float] = self.table["reward_gap"].to_pylist()
+        if OF_OTHERS[2] in self.table.column_names:
+            found += chain.from_iterable(gaps or () for gaps in self.table[OF_OTHERS[2]].to_pylist())
+        return found
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
@@ -119,8 +139,8 @@ class Trainer:
         self.policy = self.engine.policy
 
         # Of all pairs, and fixed: a scale of each batch would make a loss depend on its neighbours.
-        gaps = data.table["reward_gap"].to_pylist()
-        self.scale = GapScale.fitted(gaps, job.training.reward_norm)
+        self.scale = GapScale.fitted(data.gaps, job.training.reward_norm)
+        self.grouped = job.training.loss in GROUP_LOSSES or data.has_groups
 
         self.skipped = 0
         self.arithmetic = Arithmetic.of(self.policy)
@@ -137,7 +157,7 @@ class Trainer:
         rate = learning_rate(index, total, training.learning_rate, training.warmup_ratio, training.schedule)
         self.engine.set_lr(rate)
 
-        sums, packed = MetricSums(self.device), self.policy.packed
+        sums, packed = MetricSums(self.device, self.grouped), self.policy.packed
         plan = plan_step(pairs, self.data.sizes, self.workers, training.tokens_per_batch, packed)
         share = plan[self.rank]
         for number, micro in enumerate(share, start=1):
@@ -215,18 +235,21 @@ class Trainer:
     def outcome(self, micro: MicroBatch, data: PairTable) -> PairOutcome:
         """Forward of one micro-batch: losses and what is reported."""
         training, rows = self.job.training, data.rows(micro.pairs)
-        batch = self.policy.batch(rows["prompt_ids"], rows["chosen_ids"], rows["rejected_ids"])
+        others = [ids or [] for ids in rows.get(OF_OTHERS[0], [])] if self.grouped else []
+        batch = self.policy.batch(rows["prompt_ids"], rows["chosen_ids"], rows["rejected_ids"], others=others)
         batch = batch.to(self.device)
 
         # The first answers of all pairs stand before the second ones, see `rdpo.modeling.layout`.
-        chosen, rejected = self.engine.forward(batch).chunk(2)
-        lengths = batch.lengths.chunk(2)
+        forward, pairs = self.engine.forward(batch), len(micro.pairs)
+        chosen, rejected = forward[: 2 * pairs].chunk(2)
+        lengths = batch.lengths[: 2 * pairs].chunk(2)
         references = (chosen.new_tensor(rows[f"reference_{side}_logps"]) for side in SIDES)
         logps = PairLogps(chosen, rejected, *references, *lengths)
         reward = reward_terms(self.scale(chosen.new_tensor(rows["reward_gap"])), training)
+        group = self._group(forward, batch.lengths, rows, others) if self.grouped else None
 
         return PairOutcome(
-            loss=preference_loss(logps, reward, training),
+            loss=preference_loss(logps, reward, training) if group is None else group_loss(group, training),
             sft_loss=logps.nll,
             chosen_rewards=implicit_rewards(chosen, logps.reference_chosen, training.beta),
             rejected_rewards=implicit_rewards(rejected, logps.reference_rejected, training.beta),
@@ -234,4 +257,17 @@ class Trainer:
             rejected_logps=rejected,
             delta=logps.delta,
             offset=reward.offset,
+            order=() if group is None else order_kept(group),
         )
+
+    def _group(
+        self, forward: Tensor, lengths: Tensor, rows: dict[str, list[Any]], others: list[list[Any]]
+    ) -> GroupLogps:
+        """The groups of a micro-batch, by rank, from the log-probs (S,) and lengths (S,) of its sequences."""
+        pairs = len(rows["reward_gap"])
+        ranks = Ranks.of([len(more) for more in others] or [0] * pairs, forward.device)
+        between = [chain.from_iterable(more or () for more in rows.get(name, ())) for name in OF_OTHERS[1:]]
+        known = [*chain.from_iterable(rows[f"reference_{side}_logps"] for side in SIDES), *between[0]]
+        gaps = self.scale(forward.new_tensor([*[0.0] * pairs, *rows["reward_gap"], *between[1]]))
+        columns = (forward, forward.new_tensor(known), lengths, gaps)
+        return GroupLogps(*(column[ranks.index] for column in columns), ranks.there)

@@ -2,8 +2,9 @@
 
 Names are the field's: `loss`, `rewards/{chosen,rejected,margins,accuracies}`, `logps/{chosen,rejected}`
 (sums per completion, nats), `grad_norm`, `learning_rate`. Ours: `offset/mean`, `offset/negative_share`,
-`offset/zero_share`, `delta/mean`; `tflops_per_worker`, the step's model FLOPs a second in 1e12, and `mfu`, their
-share of what the GPU's datasheet promises.
+`offset/zero_share`, `delta/mean`; of groups `groups/accuracies`, the share of all ordered pairs of answers that the
+implicit rewards put the right way round, and `groups/tau`, Kendall's tau with the scores; `tflops_per_worker`, the
+step's model FLOPs a second in 1e12, and `mfu`, their share of what the GPU's datasheet promises.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ NAMES = (
     "offset/negative_share",
     "offset/zero_share",
 )
+OF_GROUPS = ("groups/accuracies", "groups/tau")
 
 
 @dataclass
@@ -44,9 +46,11 @@ class PairOutcome:
     rejected_logps: Tensor
     delta: Tensor
     offset: Tensor
+    order: tuple[Tensor, ...] = ()
+    """Of groups: how far the policy agrees with their order, by OF_GROUPS."""
 
     def sums(self) -> Tensor:
-        """Sums over the pairs, in the order of NAMES, in fp64."""
+        """Sums over the pairs, in the order of NAMES and of OF_GROUPS, in fp64."""
         margins = self.chosen_rewards - self.rejected_rewards
         columns = (
             self.loss,
@@ -61,6 +65,7 @@ class PairOutcome:
             self.offset,
             self.offset < 0,
             self.offset == 0,
+            *self.order,
         )
         return torch.stack([column.detach().double().sum() for column in columns])
 
@@ -68,8 +73,9 @@ class PairOutcome:
 class MetricSums:
     """Adds up the micro-batches of a step on one worker, then over all workers."""
 
-    def __init__(self, device: torch.device):
-        self.sums = torch.zeros(len(NAMES) + 2, dtype=torch.float64, device=device)
+    def __init__(self, device: torch.device, groups: bool = False):
+        self.names = NAMES + OF_GROUPS if groups else NAMES
+        self.sums = torch.zeros(len(self.names) + 2, dtype=torch.float64, device=device)
 
     def add(self, outcome: PairOutcome, tokens: int) -> None:
         """Count one micro-batch of `tokens` real tokens."""
@@ -83,5 +89,5 @@ class MetricSums:
         if torch.distributed.is_initialized():
             torch.distributed.all_reduce(self.sums)
         *sums, pairs, tokens = self.sums.tolist()
-        means = {name: total / max(pairs, 1) for name, total in zip(NAMES, sums, strict=True)}
+        means = {name: total / max(pairs, 1) for name, total in zip(self.names, sums, strict=True)}
         return {**means, "pairs": pairs, "tokens": tokens}
