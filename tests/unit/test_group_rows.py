@@ -308,3 +308,66 @@ def test_groups_are_made_of_a_block_of_rows(job_table):
     rows = pairs_table(table_of([scored(), scored(**cut, **{ID_COLUMN: "q"})]), job).to_pylist()
     assert rows[0]["dropped"] is None
     assert rows[1]["dropped"] == "fewer usable samples than pairs.min_samples"
+
+
+@pytest.fixture
+def run_with_groups(job_table, tmp_path):
+    """A run whose pairs stage holds two groups and a pair."""
+    from rdpo.execution.reader import JOB_FILE
+    from rdpo.files.folder import Folder
+    from tests.support.made_up import commit
+
+    table = {**job_table, "pairs": {"chosen": "best", "rejected": "worst", "others": "rest"}}
+    from rdpo.config import job_of, to_toml
+
+    Folder(str(tmp_path / "run")).write_bytes(JOB_FILE, to_toml(job_of(table, "test")).encode())
+    rows = [scored(**{ID_COLUMN: name}) for name in "ab"] + [scored({"response_1": 1.0, "response_2": 0.0})]
+    commit(tmp_path / "run", "pairs", [pair_row(row, BEST_AND_REST) | {"heldout": False} for row in rows])
+    return str(tmp_path / "run")
+
+
+def test_groups_are_exported_as_pairs_of_the_best_with_each_other_one(run_with_groups, tmp_path):
+    from datasets import load_dataset
+
+    from rdpo.inspection.export import export
+
+    export(run_with_groups, "pairs", str(tmp_path / "pairs"))
+    rows = load_dataset(str(tmp_path / "pairs"), cache_dir=str(tmp_path / "cache"))["train"].to_list()
+    first = [row for row in rows if row[ID_COLUMN].startswith("a")]
+    assert len(rows) == 3 + 3 + 1
+    assert [row["rejected_from"] for row in first] == ["response_3", "response_4", "response_1"]
+    assert {row["chosen"][0]["content"] for row in first} == {"text of response_2"}
+    assert [row["reward_gap"] for row in first] == [3.0, 1.0, 1.5]
+    assert [row["score_rejected"] for row in first] == [-1.0, 1.0, 0.5]
+    assert len({row[ID_COLUMN] for row in rows}) == 7
+    assert "others" not in rows[0]
+
+
+def test_groups_are_exported_as_they_are(run_with_groups, tmp_path):
+    import pyarrow.parquet as pq
+
+    from rdpo.inspection.export import export
+
+    assert export(run_with_groups, "groups", str(tmp_path / "groups")) == [
+        f"3 groups -> {tmp_path / 'groups' / 'train.parquet'}"
+    ]
+    rows = {row[ID_COLUMN]: row for row in pq.read_table(tmp_path / "groups" / "train.parquet").to_pylist()}
+    assert rows["a"]["scores"] == [2.0, 1.0, 0.5, -1.0]
+    assert [answer[0]["content"] for answer in rows["p"]["answers"]] == ["text of response_1", "text of response_2"]
+
+
+def test_a_group_is_shown_answer_by_answer(run_with_groups, capsys):
+    from rdpo.inspection.show import show_rows
+
+    show_rows(run_with_groups, "pairs", "a", 1, False)
+    shown = capsys.readouterr().out
+    for name in SAMPLES:
+        assert f"text of {name}" in shown
+
+
+def test_pairs_are_not_exported_as_groups(job_table, tmp_path):
+    from rdpo.inspection.export import export
+    from tests.support.made_up import made_up_run
+
+    with pytest.raises(InputError, match=r"holds pairs, no groups \(`pairs.others`\)"):
+        export(made_up_run(tmp_path / "run", job_table), "groups", str(tmp_path / "groups"))
