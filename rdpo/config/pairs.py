@@ -53,6 +53,12 @@ class Pairs(Section):
     """`teacher`: chosen is as named above; `reward`: the answer with the higher score is chosen."""
     min_gap: float | None = None
     """Drop pairs with `score_chosen - score_rejected` (weighted sums of the rewards) below this; by default none."""
+    max_gap: Annotated[float | None, UNSAID] = None
+    """Drop pairs whose gap is this or more; by default none. With `min_gap` in one round and `max_gap` in the next,
+    those that the rewards tell apart well are trained on first (MPO, arXiv 2403.19443)."""
+    min_score: Annotated[float | None, UNSAID] = None
+    """Drop pairs whose chosen answer scores below this; by default none. With `training.loss = "sft"` that is filtered
+    alignment (arXiv 2308.12050)."""
     min_answer_chars: int = Field(default=1, ge=1)
     """Drop pairs with an answer of fewer characters."""
     drop_defects: list[Defect] = Field(default_factory=list)
@@ -65,6 +71,14 @@ class Pairs(Section):
     method makes of it. Which answers are cut off or too short is looked at before, `min_gap` after."""
     drop_truncated: Literal["never", "chosen", "any"] = "never"
     """Drop pairs whose chosen answer (or either) was cut off at the token limit."""
+
+    @model_validator(mode="after")
+    def _check_gaps(self) -> Pairs:
+        if self.max_gap is not None and self.min_gap is not None and self.max_gap <= self.min_gap:
+            raise ValueError(
+                f"max_gap = {self.max_gap:g}: no gap is below that and at least min_gap = {self.min_gap:g}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_others(self) -> Pairs:

@@ -34,6 +34,9 @@ LOSS_OPTIONS = {
     "sppo": {"label_smoothing", "weight", "soft_label"},
     "kto": {"reference_point", "offset", "weight"},
     "bco": {"reference_point", "weight"},
+    "exo": PER_RATIO | {"label_smoothing", "geometric_label"},
+    "apo_zero": {"weight"},
+    "apo_down": {"weight"},
     "sft": {"weight"},
     "plackett_luce": {"offset"},
     "infonca": set(),
@@ -52,6 +55,9 @@ LossName = Literal[
     "sppo",
     "kto",
     "bco",
+    "exo",
+    "apo_zero",
+    "apo_down",
     "sft",
     "plackett_luce",
     "infonca",
@@ -111,6 +117,8 @@ class Loss(Section):
         for name, at_rest in OPTIONS_AT_REST.items():
             if getattr(self, name) != at_rest and name not in takes:
                 raise ValueError(f"loss {self.loss} does not take {name}; remove it")
+        if self.loss == "exo" and not self.label_smoothing:
+            raise ValueError("loss exo: with certain labels it is infinite; give label_smoothing, 0.001 for example")
         if self.loss == "plackett_luce" and self.offset_transform != "identity":
             raise ValueError("loss plackett_luce adds up offsets, which logarithms do not; remove offset_transform")
         return self

@@ -329,9 +329,13 @@ def exchanged(pair: Row) -> Row:
 
 
 def wide_enough(pair: Row, settings: Settings) -> Row:
-    """The pair, or the pair as dropped where the rewards hardly prefer its chosen side, or the other one."""
+    """The pair, or the pair as dropped where the rewards prefer its chosen side too little, or too much."""
     if settings.min_gap is not None and pair["reward_gap"] < settings.min_gap:
         return drop(pair, "reward gap is below pairs.min_gap")
+    if settings.max_gap is not None and pair["reward_gap"] >= settings.max_gap:
+        return drop(pair, "reward gap is pairs.max_gap or more")
+    if settings.min_score is not None and pair["score_chosen"] < settings.min_score:
+        return drop(pair, "the chosen answer's score is below pairs.min_score")
     return pair
 
 

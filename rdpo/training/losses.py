@@ -205,13 +205,43 @@ def bco(logps: PairLogps, reward: RewardTerms, label: Tensor, loss: Loss) -> Ten
     return -logsigmoid(loss.beta * logps.chosen_ratio - shift) - logsigmoid(shift - loss.beta * logps.rejected_ratio)
 
 
+def apo_zero(logps: PairLogps, reward: RewardTerms, label: Tensor, loss: Loss) -> Tensor:
+    """APO-zero (arXiv 2408.06266): chosen answers become likelier and rejected ones less likely than they were.
+
+    For chosen answers that are better than what the start model writes.
+    """
+    return torch.sigmoid(-loss.beta * logps.chosen_ratio) + torch.sigmoid(loss.beta * logps.rejected_ratio)
+
+
+def apo_down(logps: PairLogps, reward: RewardTerms, label: Tensor, loss: Loss) -> Tensor:
+    """APO-down (arXiv 2408.06266): both become less likely, rejected ones by more.
+
+    For chosen answers that are worse than what the start model writes.
+    """
+    return torch.sigmoid(loss.beta * logps.chosen_ratio) + torch.sigmoid(-loss.beta * logps.delta)
+
+
+def exo(logps: PairLogps, reward: RewardTerms, label: Tensor, loss: Loss) -> Tensor:
+    """EXO on a pair (arXiv 2402.00856, Eq. 16): the reverse KL of the policy's preference from the smoothed label.
+
+    DPO has the forward KL. With a label that is certain it is infinite, so `label_smoothing` must be above 0.
+    """
+    logits = _margin(_ratio(logps, loss), logps, reward, loss)
+    right, wrong = torch.sigmoid(logits), torch.sigmoid(-logits)
+    return right * (logsigmoid(logits) - label.log()) + wrong * (logsigmoid(-logits) - (1 - label).log())
+
+
 def sft(logps: PairLogps, reward: RewardTerms, label: Tensor, loss: Loss) -> Tensor:
     """Supervised fine-tuning on the chosen answer: its negative log-likelihood per token; a baseline of rDPO's."""
     return logps.nll
 
 
 LOSSES: dict[str, Callable[[PairLogps, RewardTerms, Tensor, Loss], Tensor]] = {
-    function.__name__: function for function in (dpo, robust, hinge, ipo, regression, simpo, orpo, sppo, kto, bco, sft)
+    function.__name__: function
+    for function in (
+        *(dpo, robust, hinge, ipo, regression, exo, simpo),
+        *(orpo, sppo, kto, bco, apo_zero, apo_down, sft),
+    )
 }
 
 

@@ -39,7 +39,13 @@ GOLDEN = {
     "sppo, hard": ({"loss": "sppo", "beta": 0.001}, [495510.25 / 2, 502753.8125 / 2]),
     "kto": ({**REST, "loss": "kto", "reference_point": 0.5}, [0.8881276378, 1.0685752132]),
     "bco": ({"loss": "bco"}, [1.1740782893, 1.5285560831]),
+    "exo": ({**REST, "loss": "exo", "label_smoothing": 0.01}, [1.1307484301, 1.9377661009]),
+    "apo-zero": ({"loss": "apo_zero"}, [0.8879895018, 1.0686392187]),
+    "apo-down": ({"loss": "apo_down"}, [0.9391947634, 1.0308901381]),
 }
+
+NEEDED = {"exo": {"label_smoothing": 0.01}}
+"""What a loss does not go without."""
 
 
 def losses(gap=GAP, pairs=PAIRS, **settings):
@@ -95,21 +101,39 @@ def test_certain_labels_are_dpo():
 @pytest.mark.parametrize("name", LOSSES)
 def test_gradients_match_finite_differences(name):
     def of(chosen, rejected):
-        return losses(pairs=PairLogps(chosen, rejected, *list(vars(PAIRS).values())[2:]), loss=name, beta=0.1)
+        return losses(
+            pairs=PairLogps(chosen, rejected, *list(vars(PAIRS).values())[2:]),
+            loss=name,
+            beta=0.1,
+            **NEEDED.get(name, {}),
+        )
 
     inputs = (PAIRS.chosen.clone().requires_grad_(), PAIRS.rejected.clone().requires_grad_())
     assert torch.autograd.gradcheck(of, inputs, atol=1e-6, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", [name for name in LOSSES if name != "sft"])
+@pytest.mark.parametrize("name", [name for name in LOSSES if name not in ("sft", "apo_down")])
 def test_every_loss_rewards_the_chosen_answer(name):
     """At the reference, a step along minus the gradient raises the chosen answer above the rejected one."""
     logps = [torch.tensor([-20.0], dtype=torch.float64, requires_grad=True) for _ in range(2)]
     reference, length = torch.tensor([-20.0], dtype=torch.float64), torch.tensor([10])
     pairs = PairLogps(*logps, reference, reference, length, length)
-    losses(torch.ones(1, dtype=torch.float64), pairs, loss=name).sum().backward()
+    losses(torch.ones(1, dtype=torch.float64), pairs, loss=name, **NEEDED.get(name, {})).sum().backward()
     chosen, rejected = (side.grad.item() for side in logps)
     assert chosen < 0 < rejected
+
+
+def test_apo_down_lowers_the_rejected_answer_and_at_the_reference_not_the_chosen_one():
+    logps = [torch.tensor([-20.0], dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    reference, length = torch.tensor([-20.0], dtype=torch.float64), torch.tensor([10])
+    losses(torch.ones(1), PairLogps(*logps, reference, reference, length, length), loss="apo_down").sum().backward()
+    assert logps[0].grad.item() == pytest.approx(0.0)
+    assert logps[1].grad.item() > 0
+
+
+def test_exo_with_certain_labels_is_refused():
+    with pytest.raises(ValueError, match="with certain labels it is infinite; give label_smoothing"):
+        Loss(loss="exo")
 
 
 def test_supervised_fine_tuning_is_the_chosen_answers_likelihood_alone():

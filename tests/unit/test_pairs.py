@@ -68,6 +68,10 @@ def test_reward_direction_swaps_the_sides():
             None,
         ),
         (scored(), Pairs(min_gap=2.5), "below pairs.min_gap"),
+        (scored(), Pairs(max_gap=2.0), "reward gap is pairs.max_gap or more"),
+        (scored(), Pairs(min_gap=2.0, max_gap=2.01), None),
+        (scored(), Pairs(min_score=3.5), "the chosen answer's score is below pairs.min_score"),
+        (scored(), Pairs(min_score=3.0), None),
         (scored(), Pairs(min_gap=2.0), None),
     ],
 )
