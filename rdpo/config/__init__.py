@@ -24,5 +24,5 @@ from rdpo.config.rewards import (
 )
 from rdpo.config.section import MEMORY, PLACEMENT, Concurrency, Dtype, Layout, Section, largest, smallest
 from rdpo.config.tracking import Tracking
-from rdpo.config.training import LOSS_OPTIONS, Lora, Loss, Training
+from rdpo.config.training import LOSS_OPTIONS, Lora, Loss, TokenWeights, Training
 from rdpo.config.voices import Voice

@@ -221,6 +221,8 @@ class Job(Section):
                     f"{section}: tokens_per_batch must hold one pair, so at least twice "
                     f"reference.max_length = {2 * self.reference.max_length}"
                 )
+        if self.training.token_weights and self.pairs.others:
+            raise ValueError("training: token_weights compare the two answers of a pair; remove it, or pairs.others")
         if self.training.select == "best" and not self.pairs.heldout_fraction:
             raise ValueError('training: select = "best" goes by held-out pairs; give pairs.heldout_fraction above 0')
         if self.student.quantization != "none" and (self.training.lora is None or self.training.zero_stage == 3):

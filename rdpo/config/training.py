@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from rdpo.config.section import MEMORY, PLACEMENT, Concurrency, Layout, Section
+from rdpo.config.section import MEMORY, PLACEMENT, UNSAID, Concurrency, Layout, Section
 
 
 class Lora(Section):
@@ -20,6 +20,16 @@ class Lora(Section):
     """Dropout on the adapter's input; above 0 the log-probs of training become random."""
     target_modules: str | list[str] = "all-linear"
     """Modules that get an adapter: `all-linear`, or names as in peft."""
+
+
+class TokenWeights(Section):
+    """Which tokens of a pair's answers count more or less in their log-probs, policy's and reference's alike."""
+
+    kind: Literal["ddpo", "ld_dpo"]
+    """`ddpo`: those that differ between the two answers (RLHF-V, arXiv 2312.00849): what a revision has changed.
+    `ld_dpo`: those beyond the length of the other answer (LD-DPO, arXiv 2409.06411)."""
+    weight: float = Field(gt=0)
+    """What such a token weighs where all others weigh 1; DDPO has 5, LD-DPO below 1."""
 
 
 PER_RATIO = {"normalization", "length_coef", "margin", "offset", "weight"}
@@ -108,6 +118,9 @@ class Loss(Section):
     """kto: z0, nats of log-ratio; bco: the shift of the rewards."""
     sft_coef: float = Field(default=0.0, ge=0)
     """Weight of the mean negative log-likelihood of the chosen tokens, added to the loss (RPO)."""
+
+    token_weights: Annotated[TokenWeights | None, UNSAID] = None
+    """Weights of tokens, as `{ kind = "ddpo", weight = 5.0 }`; by default all are 1."""
 
     @model_validator(mode="after")
     def _check_options(self) -> Loss:

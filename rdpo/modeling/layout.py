@@ -46,7 +46,7 @@ class Batch:
     Padded, `input_ids` and `attention_mask` are (S, T). Packed, `input_ids` and `position_ids` are
     (1, T) and `spans` says what stands where. Completion token c of all C that count has its hidden
     state at `predict_at[c]` of the flattened input, its id in `labels[c]`, and belongs to
-    `sequence[c]`; `lengths` (S,) counts each sequence's.
+    `sequence[c]`; `lengths` (S,) counts each sequence's. `weights` (C,) are what they weigh, where that is not 1.
     """
 
     input_ids: Tensor
@@ -57,6 +57,7 @@ class Batch:
     attention_mask: Tensor | None = None
     position_ids: Tensor | None = None
     spans: tuple[Span, ...] = ()
+    weights: Tensor | None = None
 
     def to(self, device: str | torch.device) -> Batch:
         """The batch on another device."""

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from rdpo.config import Layout, Lora
+from rdpo.config import Layout, Lora, TokenWeights
 from rdpo.errors import InputError
 from rdpo.modeling import attention
 from rdpo.modeling.adapters import with_adapter
@@ -21,6 +22,8 @@ from rdpo.modeling.logits import logit_transform
 from rdpo.modeling.logprobs import CompletionHead, sum_by_sequence
 from rdpo.modeling.reading import read_packed, read_padded
 from rdpo.modeling.start_adapter import put_on
+from rdpo.modeling.token_weights import pair_weights
+from rdpo.records import SIDES
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -39,6 +42,8 @@ class ForwardSettings:
     quantization: str = "none"
     """`nf4`: weights in four bits, computed with in `dtype`."""
     trust_remote_code: bool = False
+    weights: TokenWeights | None = None
+    """What tokens weigh, see `rdpo.modeling.token_weights`."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +64,11 @@ class Tuning:
 class Policy(nn.Module):
     """A causal language model, with or without a LoRA adapter, as a function from batches to log-probs.
 
-    `packed` says in which layout it reads: every prompt once, without padding, or padded rows.
+    `packed` says in which layout it reads: every prompt once, without padding, or padded rows. `weights`: what the
+    tokens of pairs weigh, once the model has been compared with its own logits.
     """
+
+    weights: TokenWeights | None = None
 
     def __init__(self, model: PreTrainedModel | PeftModel, chunk: int, packed: bool):
         super().__init__()
@@ -108,11 +116,18 @@ class Policy(nn.Module):
         self, prompts: Sequence[Tokens], *answers: Sequence[Tokens], others: Sequence[Sequence[Tokens]] = ()
     ) -> Batch:
         """P prompts with K answers each, and perhaps `others` of each, in the layout that the policy reads."""
-        return (packed_batch if self.packed else padded_batch)(prompts, answers, others)
+        made = (packed_batch if self.packed else padded_batch)(prompts, answers, others)
+        # A lone answer, as those that KL is measured on, has nothing to be compared with.
+        if self.weights is None or len(answers) != len(SIDES):
+            return made
+        found = [pair_weights(chosen, rejected, self.weights) for chosen, rejected in zip(*answers, strict=True)]
+        return replace(made, weights=torch.tensor([*chain.from_iterable(chain(*zip(*found, strict=True)))]))
 
     def forward(self, batch: Batch) -> Tensor:
         """Summed completion log-probs (S,) in fp32."""
-        return sum_by_sequence(self.token_logps(batch), batch.sequence, len(batch.lengths))
+        logps = self.token_logps(batch)
+        weighted = logps if batch.weights is None else logps * batch.weights
+        return sum_by_sequence(weighted, batch.sequence, len(batch.lengths))
 
     def token_logps(self, batch: Batch) -> Tensor:
         """Log-probs (C,) in fp32 of every completion token."""

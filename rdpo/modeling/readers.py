@@ -61,7 +61,9 @@ class FrozenModel:
         """
         from rdpo.modeling.probe import settle_layout
 
-        return settle_layout(policy, self.where, self.forward.layout)
+        read_as = settle_layout(policy, self.where, self.forward.layout)
+        policy.weights = self.forward.weights
+        return read_as
 
     def open(self, device: str) -> tuple[Policy, ReadAs]:
         """The model on a device, and the layout in which its log-probs are those of its own logits.

@@ -59,9 +59,12 @@ def student_forward(job: Job, merged: Path | None = None, to_train: bool = False
 
     settings = forward_settings(job, merged is None)
     if merged:
-        return load_policy(merged, settings, tuning_of(job) if to_train else None)
-    tuning = tuning_of(job) if to_train else Tuning(adapter=_continued(job))
-    return load_policy(weights_of_start(job).folder(), settings, tuning)
+        policy = load_policy(merged, settings, tuning_of(job) if to_train else None)
+    else:
+        tuning = tuning_of(job) if to_train else Tuning(adapter=_continued(job))
+        policy = load_policy(weights_of_start(job).folder(), settings, tuning)
+    policy.weights = settings.weights
+    return policy
 
 
 def frozen_student(job: Job, merged: str | None = None) -> FrozenModel:
@@ -225,6 +228,7 @@ def forward_settings(job: Job, quantised: bool = True) -> ForwardSettings:
         layout=job.training.layout,
         quantization=job.student.quantization if quantised else "none",
         trust_remote_code=job.student.trust_remote_code,
+        weights=job.training.token_weights,
     )
 
 

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
 def settings(job: Job) -> Settings:
     """Settings of the reference stage, with the student's weights."""
-    return {**job.reference.model_dump(), "student": student_settings(job), **rendering_of_student(job)}
+    found = {**job.reference.model_dump(), "student": student_settings(job), **rendering_of_student(job)}
+    weights = job.training.token_weights
+    return {**found, "token_weights": weights.model_dump()} if weights else found
 
 
 def _drawn_pairs(run: RunReader) -> Source:
@@ -85,7 +87,9 @@ def refer(rows: ray.data.Dataset, run: Run) -> ray.data.Dataset:
         # Where all log-probs are known the model is not even loaded.
         if forward := folder.read_json(FORWARD):
             run.folder("reference").write_json(FORWARD, forward)
-    tables = chain.from_iterable(folder.tables("", COLUMNS, OPTIONAL) for folder in same)
+    # With weights that go by both answers of a pair a log-prob is not one of an answer alone.
+    known = () if run.job.training.token_weights else same
+    tables = chain.from_iterable(folder.tables("", COLUMNS, OPTIONAL) for folder in known)
     return add_reference(rows, run.job, known_logps(tables), run.dir)
 
 
