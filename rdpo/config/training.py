@@ -51,6 +51,7 @@ LOSS_OPTIONS = {
     "plackett_luce": {"offset"},
     "infonca": set(),
     "nca": set(),
+    "selm": {"offset", "exploration_coef"},
 }
 """What each loss takes besides beta and sft_coef: options, and ways in which the reward gap can enter."""
 
@@ -72,6 +73,7 @@ LossName = Literal[
     "plackett_luce",
     "infonca",
     "nca",
+    "selm",
 ]
 
 REWARD_USES = {"offset", "soft_label", "geometric_label", "weight"}
@@ -81,6 +83,7 @@ OPTIONS_AT_REST = {
     "length_coef": 0.0,
     "margin": 0.0,
     "reference_point": 0.0,
+    "exploration_coef": 0.0,
 }
 
 
@@ -88,9 +91,10 @@ class Loss(Section):
     """The preference loss, see `rdpo.training.losses`: a shape, and how the external reward enters it."""
 
     loss: LossName = "dpo"
-    """Score and shape; `dpo` with an offset is refined DPO, `sft` trains on the chosen answers alone. The last three
+    """Score and shape; `dpo` with an offset is refined DPO, `sft` trains on the chosen answers alone. The last four
     are losses of groups (`pairs.others`); on a group any other is the mean over its chosen answer with each other one.
-    `plackett_luce` is rDPO over the whole order; `infonca` and `nca` go by the scores, with `reward_temperature`."""
+    `plackett_luce` is rDPO over the whole order; `infonca` and `nca` go by the scores, with `reward_temperature`;
+    `selm` explores, with an answer between the two that was drawn greedily."""
     beta: float = Field(default=0.1, gt=0)
     """Strength of the pull towards the reference (ipo: tau; sppo: 1 / eta; orpo: lambda)."""
     normalization: Literal["sum", "token_mean"] = "sum"
@@ -116,6 +120,8 @@ class Loss(Section):
     """A constant part of the offset, before beta (simpo: gamma itself, not gamma / beta)."""
     reference_point: float = 0.0
     """kto: z0, nats of log-ratio; bco: the shift of the rewards."""
+    exploration_coef: Annotated[float, UNSAID] = Field(default=0.0, ge=0)
+    """selm: alpha, how much less likely an answer becomes that the start model gives anyway, 0.001 to 0.0001."""
     sft_coef: float = Field(default=0.0, ge=0)
     """Weight of the mean negative log-likelihood of the chosen tokens, added to the loss (RPO)."""
 
@@ -130,6 +136,8 @@ class Loss(Section):
         for name, at_rest in OPTIONS_AT_REST.items():
             if getattr(self, name) != at_rest and name not in takes:
                 raise ValueError(f"loss {self.loss} does not take {name}; remove it")
+        if self.loss == "selm" and not self.exploration_coef:
+            raise ValueError("loss selm: without exploration_coef it is dpo; give it, 0.001 for example")
         if self.loss == "exo" and not self.label_smoothing:
             raise ValueError("loss exo: with certain labels it is infinite; give label_smoothing, 0.001 for example")
         if self.loss == "plackett_luce" and self.offset_transform != "identity":

@@ -180,8 +180,21 @@ def sppo(group: GroupLogps, loss: Loss) -> Tensor:
     return 0.5 * torch.where(group.there, squares, 0.0).sum(1)
 
 
+def selm(group: GroupLogps, loss: Loss) -> Tensor:
+    """SELM (arXiv 2405.19332): DPO on the chosen and the rejected answer, plus alpha beta rho of those between them.
+
+    These are what the reference itself would say, drawn greedily: what it says anyway becomes less likely, so that the
+    next round's samples find something else. alpha is `exploration_coef`.
+    """
+    last = group.there.sum(1, keepdim=True) - 1
+    ahead = margins(group, loss)[:, 0].gather(1, last)[:, 0]
+    between = group.ahead[:, 0] & (torch.arange(group.there.shape[1], device=last.device) < last)
+    greedy = torch.where(between, group.ratios, 0.0).sum(1)
+    return -logsigmoid(ahead) + loss.exploration_coef * loss.beta * greedy
+
+
 GROUP_LOSSES: dict[str, Callable[[GroupLogps, Loss], Tensor]] = {
-    function.__name__: function for function in (plackett_luce, infonca, nca)
+    function.__name__: function for function in (plackett_luce, infonca, nca, selm)
 }
 
 

@@ -16,9 +16,8 @@ GROUPS = [
     [(-12.5, -11.0, 9, 0.75), (-61.0, -61.5, 33, 0.75), (-20.0, -22.0, 14, 0.0)],
 ]
 SOFT_SPPO = {"loss": "sppo", "reward_as": "soft_label"}
-NAMED = {
-    name: {"loss": name, **({"label_smoothing": 0.01} if name == "exo" else {})} for name in [*LOSSES, *GROUP_LOSSES]
-}
+NEEDED = {"exo": {"label_smoothing": 0.01}, "selm": {"exploration_coef": 0.01}}
+NAMED = {name: {"loss": name, **NEEDED.get(name, {})} for name in [*LOSSES, *GROUP_LOSSES]}
 """Every loss with what it does not go without."""
 
 
@@ -94,6 +93,13 @@ def sppo(group, beta, temperature):
         ({"loss": "plackett_luce", "reward_as": "none"}, lambda group: plackett_luce(group, 0.1, 0.0)),
         ({"loss": "infonca", "reward_temperature": 0.5}, lambda group: infonca(group, 0.1, 0.5)),
         ({"loss": "nca", "beta": 0.3}, lambda group: nca(group, 0.3, 1.0)),
+        (
+            {"loss": "selm", "exploration_coef": 0.2, "offset_coef": 0.4},
+            lambda group: (
+                plackett_luce([group[0], group[-1]], 0.1, 0.4)
+                + 0.2 * 0.1 * sum(policy - reference for policy, reference, *_ in group[1:-1])
+            ),
+        ),
         ({**SOFT_SPPO, "beta": 0.01, "reward_temperature": 2.0}, lambda group: sppo(group, 0.01, 2.0)),
     ],
 )
@@ -157,7 +163,7 @@ def test_an_order_that_is_far_off_has_a_finite_loss_and_gradient():
     logps, group_of = batch_of([group], torch.float32)
     logps.requires_grad_()
     for name in GROUP_LOSSES:
-        loss = group_loss(group_of(logps), Loss(loss=name, beta=1.0)).sum()
+        loss = group_loss(group_of(logps), Loss(**{**NAMED[name], "beta": 1.0})).sum()
         assert torch.isfinite(loss), name
         assert torch.isfinite(torch.autograd.grad(loss, logps)[0]).all(), name
 
