@@ -48,6 +48,9 @@ def _start(ray: Any, job: Job) -> None:
         keep_token_private()
         # By default Ray's workers, and the engines in them, give way to every other process of the machine.
         os.environ.setdefault("RAY_worker_niceness", "0")
+        # Ray looks for new files of logs ten times a second, which a small machine feels; once a second is enough.
+        os.environ.setdefault("RAY_LOG_MONITOR_MANY_FILES_THRESHOLD", "0")
+        os.environ.setdefault("LOG_NAME_UPDATE_INTERVAL_S", "1")
         start_local(
             ray,
             num_cpus=(os.cpu_count() or 1) + HEADROOM_CPUS,
