@@ -27,7 +27,7 @@ $(READY): $(LOCK) pyproject.toml
 	$(INSTALL) $(TORCH) || $(INSTALL) $(TORCH) --extra-index-url $(TORCH_INDEX)
 	$(INSTALL) --no-deps -r $(LOCK)
 	$(INSTALL) --no-deps -e .
-	@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib > /dev/null || true
+	@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib rdpo > /dev/null || true
 	@touch $@
 
 quickstart: $(READY) models/plain-answer/config.json  ## from prompts to an aligned model and a report, on the CPU

@@ -27,7 +27,9 @@ from rdpo.report.page import REPORT
 from rdpo.report.report import ReportSoFar, headline, write_report
 from rdpo.stages.checks import prepare
 from rdpo.stages.table import known_stage, names_of, stages_of
-from rdpo.tracking.console import Console, run_console
+from rdpo.tracking.console import Console, log_dir, run_console
+from rdpo.tracking.trace import FILE as TRACE
+from rdpo.tracking.trace import span, tracing
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -45,6 +47,7 @@ def run(
     until: str | None = None,
     overrides: Mapping[str, Any] | None = None,
     fresh: bool = False,
+    trace: bool = False,
 ) -> RunView:
     """Run a job from its prompts to the published model, or as far as a stage; what is done already is skipped.
 
@@ -54,6 +57,7 @@ def run(
         until: the last stage to run.
         overrides: changed settings by their names, as in `{"training.beta": 0.2}`.
         fresh: start over; the run directory is emptied first.
+        trace: leave a Chrome trace of where the time goes with the run's logs.
 
     Raises:
         InputError: the job, or something that it names, is wrong.
@@ -63,7 +67,7 @@ def run(
 
     place = str(run_dir) if run_dir else default_dir(checked)
     try:
-        execute(checked, place, fresh=fresh, until=until)
+        execute(checked, place, fresh=fresh, until=until, trace=trace)
     except Exception as error:
         # Ray wraps what a worker raised in errors of its own.
         if bad_input := input_error_within(error):
@@ -112,10 +116,12 @@ def execute(
     fresh: bool = False,
     until: str | None = None,
     only: str | None = None,
+    trace: bool = False,
 ) -> None:
     """Bring a run up to date: all its rounds or stages, those up to `until`, or `only` one.
 
-    `console_class` says how a person, or a program that reads its output, hears of it.
+    `console_class` says how a person, or a program that reads its output, hears of it. `trace`: a Chrome trace of where
+    the time goes is left with the run's logs.
     """
     stages = stages_of(job)
     last = names_of(job).index(until or only or names_of(job)[-1])
@@ -123,6 +129,7 @@ def execute(
         locked(job, run_dir, fresh, _aside) as check,
         run_console(run_dir, console_class) as console,
         ray_stopped_after(),
+        tracing(log_dir(run_dir) / TRACE if trace else None, console.conclude),
     ):
         if job.rounds.count > 1:
             run_rounds(job, absolute(run_dir), console, check)
@@ -142,7 +149,9 @@ def _aside(text: str) -> None:
 
 
 def _finish(run: Run) -> None:
-    path, model = write_report(run.dir), run.folder("model").address()
+    with span("report"):
+        path = write_report(run.dir)
+    model = run.folder("model").address()
     for alert in alerts(run.finished(names_of(run.job)), None):
         run.console.warn(alert)
     for line in [*headline(run.dir), f"model       {model}", f"report      {path}"]:

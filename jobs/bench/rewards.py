@@ -3,17 +3,19 @@
     python jobs/bench/rewards.py [--answers 2 8] [--rows 24] [--repeat 3] [--layers 6] [--width 384] [--gpu]
 
 The reward model is a random decoder with a head on its last token. Prompts have 300 to 800 tokens, answers 40 to 160.
-Each way runs alone in its process, one after the other, several times. Printed are rows a second, most memory, how many
-times plain transformers' rate that is, and the largest difference from the model called with one conversation alone.
+Each way runs alone in its process, one after the other, several times. Printed are rows a second, the most memory
+beyond that of the model, how many times plain transformers' rate that is, and the largest difference from the model
+called with one conversation alone.
 
 `transformers` is what a plain program does: batches of 16 conversations as they come, padded to the longest.
 """
 
 import argparse
+import ctypes
+import gc
 import json
 import os
 import random
-import resource
 import statistics
 import subprocess
 import sys
@@ -28,6 +30,9 @@ sys.path.insert(0, str(ROOT))
 WAYS = ("transformers", "padded", "packed")
 PROMPT, ANSWER = (300, 800), (40, 160)
 BATCH = 16
+GIB = 1 << 30
+RESET_PEAK = "5"
+"""What Linux is told to count the most memory of a process anew."""
 FIGURES = ("rate", "memory", "off")
 CHECKED = 4
 """Rows whose scores are held against the model called alone."""
@@ -64,8 +69,6 @@ def save_reward_model(folder: str, layers: int, width: int) -> None:
 
 def measure(way: str, folder: str, count: int, answers: int, gpu: bool) -> dict[str, float]:
     """Seconds for all rows by one way, most memory in GiB, and the largest difference from single conversations."""
-    import torch
-
     from rdpo.config import ClassifierReward
     from rdpo.preference.rewards.classifier import Classifier
 
@@ -77,16 +80,40 @@ def measure(way: str, folder: str, count: int, answers: int, gpu: bool) -> dict[
     scores = _plain if way == "transformers" else _by_actor
     scores(actor, rows[:2], names)
 
-    if gpu:
-        torch.cuda.reset_peak_memory_stats()
-    before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    before = _memory_now(gpu)
+    began = time.monotonic()
     found = scores(actor, rows, names)
     seconds = time.monotonic() - began
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    memory = torch.cuda.max_memory_allocated() / 2**30 if gpu else grown / 2**20
+    memory = _most_memory(gpu) - before
     single = [_alone(actor, row, names) for row in rows[:CHECKED]]
     off = max(abs(a - b) for one, other in zip(found, single, strict=False) for a, b in zip(one, other, strict=True))
     return {"rate": count / seconds, "memory": memory, "off": off}
+
+
+def _memory_now(gpu: bool) -> float:
+    """Memory in use in GiB; the most from now on is counted from here."""
+    import torch
+
+    gc.collect()
+    if gpu:
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated() / GIB
+    # What is free goes back to the system, so that all that is taken again is seen.
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text(RESET_PEAK, encoding="ascii")
+    return _status("VmRSS")
+
+
+def _most_memory(gpu: bool) -> float:
+    import torch
+
+    return torch.cuda.max_memory_allocated() / GIB if gpu else _status("VmHWM")
+
+
+def _status(name: str) -> float:
+    """A line of this process's status (kB) in GiB."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return int(next(line for line in lines if line.startswith(name)).split()[1]) * 1024 / GIB
 
 
 def _by_actor(actor: Any, rows: list[dict[str, Any]], names: list[str]) -> list[list[float]]:

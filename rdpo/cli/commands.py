@@ -30,7 +30,7 @@ def run(options: argparse.Namespace) -> int:
     if options.dry_run:
         return _dry_run(job, options.run_dir)
     console_class = QuietConsole if options.quiet else JsonConsole if options.json else Console
-    execute(job, options.run_dir, console_class, options.fresh, options.until)
+    execute(job, options.run_dir, console_class, options.fresh, options.until, trace=options.trace)
     return 0
 
 

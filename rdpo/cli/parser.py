@@ -95,6 +95,8 @@ def _add_run(commands: Commands) -> None:
     run.add_argument("--set", metavar="section.key=value", action="append", default=[], dest="overrides")
     _add_place(run, "--run-dir", "DIR", DIRECTORY, "where the run lives (default: runs/NAME)")
     _add_extent(run)
+    where = "leave logs/trace.json with the run: where its time goes, for https://ui.perfetto.dev"
+    run.add_argument("--trace", action="store_true", help=where)
     output = run.add_mutually_exclusive_group()
     output.add_argument("--dry-run", action="store_true", help="print the resolved job and what would run")
     output.add_argument("--quiet", action="store_true", help="print warnings, errors and the result alone")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rdpo.cluster.interruption import heed_sigterm
 from rdpo.cluster.pools import adapt_pools
 from rdpo.config import Job
+from rdpo.tracking.trace import gather, span
 
 if TYPE_CHECKING:
     import psutil
@@ -31,9 +32,14 @@ def start_ray(job: Job) -> Any:
     import ray
     import ray.data
 
-    if ray.is_initialized():
-        return ray
+    if not ray.is_initialized():
+        with span("Ray starts"):
+            _start(ray, job)
+    gather()
+    return ray
 
+
+def _start(ray: Any, job: Job) -> None:
     address = job.cluster.address or os.environ.get("RAY_ADDRESS")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if address:
@@ -42,6 +48,9 @@ def start_ray(job: Job) -> Any:
         keep_token_private()
         # By default Ray's workers, and the engines in them, give way to every other process of the machine.
         os.environ.setdefault("RAY_worker_niceness", "0")
+        # Ray looks for new files of logs ten times a second, which a small machine feels; once a second is enough.
+        os.environ.setdefault("RAY_LOG_MONITOR_MANY_FILES_THRESHOLD", "0")
+        os.environ.setdefault("LOG_NAME_UPDATE_INTERVAL_S", "1")
         start_local(
             ray,
             num_cpus=(os.cpu_count() or 1) + HEADROOM_CPUS,
@@ -54,7 +63,6 @@ def start_ray(job: Job) -> Any:
     # They would draw over the line of the console.
     ray.data.DataContext.get_current().enable_progress_bars = False
     adapt_pools()
-    return ray
 
 
 def start_local(ray: Any, **options: Any) -> Any:

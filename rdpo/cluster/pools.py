@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from rdpo.cluster.traced import traced
 from rdpo.config import Concurrency, Engine, largest, smallest
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 SHARE = 0.001
 """What an actor takes of its kind. Ray Train divides sums of it with a floor, which not every fraction survives."""
 FULL = 1.0
+WAITING = 1
+"""Blocks that wait in an actor beside those that it works on, so that an engine has no gap between two blocks."""
 BLOCK_ROWS = 64
 """Rows that an actor is given at a time, unless its pool says otherwise."""
 POOL_ACTORS = ("MapWorker", "Shard")
@@ -88,6 +91,11 @@ class Pool:
             return self.size * self.shards
         return self.size[0] * self.shards, self.size[1] * self.shards
 
+    @property
+    def rows_at_once(self) -> int:
+        """The most rows that its actors have been given at the same time."""
+        return largest(self.size) * self.block_rows * (self.at_once + WAITING)
+
     def map(self, rows: ray.data.Dataset, actor: type, **arguments: Any) -> ray.data.Dataset:
         """Stream rows through the pool.
 
@@ -98,15 +106,15 @@ class Pool:
         """
         from ray.data import ActorPoolStrategy
 
-        # It grows while all its places are taken and shrinks when work runs out. One more block than an actor works
-        # on waits in it, so that an engine has no gap between two blocks.
+        # It grows while all its places are taken and shrinks when work runs out.
         strategy = ActorPoolStrategy(
             min_size=smallest(self.size),
             max_size=largest(self.size),
-            max_tasks_in_flight_per_actor=self.at_once + 1,
+            max_tasks_in_flight_per_actor=self.at_once + WAITING,
             max_concurrent_calls_per_actor=self.at_once,
         )
         leads = self.shards > 1
+        actor, arguments = traced(actor, f"{self.stage}, {actor.__name__}", arguments)
         blocks = rows.repartition(target_num_rows_per_block=self.block_rows)
         return blocks.map_batches(
             actor,

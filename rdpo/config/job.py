@@ -212,6 +212,29 @@ class Job(Section):
         return self
 
     @model_validator(mode="after")
+    def _check_lookup(self) -> Job:
+        common, made = self.synthesis, self.prompts.made
+        spoken = {"synthesis": (common.engine, common.sampling)}
+        for name, voice in common.voices.items():
+            spoken[f"synthesis.voices.{name}"] = voice.engine or common.engine, voice.sampling or common.sampling
+        if made:
+            spoken["prompts.made"] = made.engine or common.engine, made.sampling or common.sampling
+        spoken["evaluation"] = self.evaluation.engine, self.evaluation.sampling
+        for where, (engine, sampling) in spoken.items():
+            if engine.prompt_lookup and sampling.min_p:
+                raise ValueError(
+                    f"{where}: vLLM does not draft with min_p; remove sampling.min_p, or set engine.prompt_lookup = "
+                    "false"
+                )
+        for reward in self.rewards:
+            for field, engine in reward.engines.items():
+                if engine.prompt_lookup:
+                    raise ValueError(
+                        f"rewards: {reward.name}: {field}.prompt_lookup: a score repeats nothing; remove it"
+                    )
+        return self
+
+    @model_validator(mode="after")
     def _check_relations(self) -> Job:
         if self.pairs.chosen == self.pairs.rejected:
             raise ValueError("pairs: chosen and rejected name the same turn; name two turns of the task")

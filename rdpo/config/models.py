@@ -151,6 +151,10 @@ class Engine(Section):
     GPUs, 16 on the CPU."""
     batches_in_flight: Annotated[int, PLACEMENT] = Field(default=4, ge=1)
     """Blocks that one engine works on at the same time."""
+    prompt_lookup: Annotated[bool | None, UNSAID] = None
+    """Draft from the conversation's own text, so that what an answer repeats is written several tokens at a time.
+    Greedy answers stay the same, sampled ones come from the same distribution. By default on the CPU for a speaker of
+    turns that go on `after` another one, and nowhere else."""
     options: dict[str, JsonValue] = Field(default_factory=dict)
     """Further arguments of vLLM's `AsyncEngineArgs`, passed on as they are (`quantization`, for example)."""
 
@@ -175,6 +179,8 @@ class Engine(Section):
     def _check_groups(self) -> Engine:
         if max(self.gpus, 1) % self.pipeline_parallel:
             raise ValueError(f"gpus = {self.gpus} cannot be divided into pipeline_parallel = {self.pipeline_parallel}")
+        if self.prompt_lookup and "speculative_config" in self.options:
+            raise ValueError("prompt_lookup: options have a speculative_config of their own; remove one of the two")
         return self
 
 

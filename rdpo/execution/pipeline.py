@@ -34,6 +34,7 @@ from rdpo.files.stage_folder import StageFolder
 from rdpo.records import text_of
 from rdpo.tracking.console import Meter
 from rdpo.tracking.listeners import listening
+from rdpo.tracking.trace import span
 
 REASONS_SHOWN = 20
 EXAMPLE_CHARS = 80
@@ -64,14 +65,16 @@ def _in_order(run: Run, stages: Sequence[Stage]) -> None:
             chain.append(waiting.pop(0))
         _make(run, chain)
         if run.on_stage and waiting:
-            run.on_stage(run)
+            with span("report so far"):
+                run.on_stage(run)
 
 
 def _prepare(run: Run) -> None:
     """Try the job's models and start Ray, once, before anything is made."""
     for section in run.job.trusted_code:
         run.console.warn(f"{section}.trust_remote_code: Python code that ships with the model is run")
-    run.streams = run.prepare(run.job, run.console.say)
+    with span("models tried"):
+        run.streams = run.prepare(run.job, run.console.say)
     run.prepared = True
 
 
@@ -162,7 +165,8 @@ def _make(run: Run, chain: Sequence[Stage]) -> None:
         run.check()
         resume.begin(run, stage, own)
         run.console.tell("stage_begin", stage=stage.name)
-    with run.console.stage("+".join(stage.name for stage in chain), None, chain[0].unit) as meter:
+    name = "+".join(stage.name for stage in chain)
+    with span(name), run.console.stage(name, None, chain[0].unit) as meter:
         summary = _work(run, chain, folders, meter)
 
     for stage, folder, own in zip(chain, folders, settings, strict=True):
@@ -170,7 +174,8 @@ def _make(run: Run, chain: Sequence[Stage]) -> None:
         manifest.summary, manifest.tokens = summary, meter.tokens
         manifest.seconds = round(time.monotonic() - began, 1)
         manifest.together = [other.name for other in chain if other is not stage]
-        _commit(run, stage, folder, manifest)
+        with span(f"{stage.name} committed"):
+            _commit(run, stage, folder, manifest)
 
 
 def _work(run: Run, chain: Sequence[Stage], folders: Sequence[StageFolder], meter: Meter) -> Summary:
@@ -181,7 +186,6 @@ def _work(run: Run, chain: Sequence[Stage], folders: Sequence[StageFolder], mete
         stream_rows(run, list(links), meter)
         return {}
     for link in links:
-        meter.begin(link.label)
         stream_rows(run, [link], meter)
     meter.label = ""
     return {}

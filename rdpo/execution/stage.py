@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     import ray.data
 
+    from rdpo.cluster.pools import Pool
     from rdpo.config import Job
     from rdpo.execution.reader import RunReader
     from rdpo.execution.run import Run
@@ -77,7 +78,8 @@ class RowWork:
 
     `summarize` looks at the finished folder. `generates`: the rows' `*_tokens` are this stage's work and count for its
     rate. `has_failed`: whether the reasons why all rows were dropped, with how many each, mean that the stage failed as
-    a whole; it is not committed then, and its rows stay to be done.
+    a whole; it is not committed then, and its rows stay to be done. `pools`: who works on the rows; until twice as many
+    are done as they have at the same time nothing tells how long the others will take.
     """
 
     source: Callable[[RunReader], Source]
@@ -86,6 +88,7 @@ class RowWork:
     generates: bool = False
     has_failed: Callable[[Mapping[str, int]], bool] = lambda reasons: False
     steps: Callable[[Run], Sequence[Make]] | None = None
+    pools: Callable[[Job], Sequence[Pool]] = lambda job: ()
 
     def makes(self, run: Run) -> list[Make]:
         """Its steps, or the one thing that it does."""

@@ -23,6 +23,7 @@ from rdpo.files.stage_folder import StageFolder
 from rdpo.files.unfinished import finished_rows, forget_end, raise_end
 from rdpo.records import ID_COLUMN
 from rdpo.tracking.console import Meter
+from rdpo.tracking.trace import span
 
 if TYPE_CHECKING:
     import ray.data
@@ -47,6 +48,8 @@ class Link:
     folder: StageFolder
     later: tuple[StageFolder, ...] = ()
     generates: bool = False
+    at_once: int = 0
+    """How many rows its pools have at the same time."""
     label: str = ""
     """Which step it is, for a person; nothing where a stage has one alone."""
 
@@ -62,9 +65,10 @@ def chain_of(run: Run, works: Iterable[tuple[RowWork, StageFolder]]) -> Iterator
         makes, source = work.makes(run), work.source(run)
         steps = [StageFolder(folder.path, f"{STEP}{number}") for number in range(1, len(makes))]
         folders = [*steps, folder]
+        at_once = sum(pool.rows_at_once for pool in work.pools(run.job))
         for index, (make, into) in enumerate(zip(makes, folders, strict=True)):
             label = f"step {index + 1} of {len(makes)}" if steps else ""
-            yield Link(source, make, into, tuple(folders[index + 1 :]), work.generates, label)
+            yield Link(source, make, into, tuple(folders[index + 1 :]), work.generates, at_once, label)
             source = _source_in(into)
 
 
@@ -87,7 +91,8 @@ def stream_rows(run: Run, links: Sequence[Link], meter: Meter) -> None:
     """
     last = links[-1]
     meter.total = links[0].source.count
-    meter.advance(len(_done_ids(last)))
+    at_once = sum(link.at_once for link in links)
+    meter.begin(len(_done_ids(last)), at_once, last.label if len(links) == 1 else "")
 
     rows: ray.data.Dataset | None = None
     for link in links:
@@ -102,8 +107,11 @@ def stream_rows(run: Run, links: Sequence[Link], meter: Meter) -> None:
 
     if rows is not None:
         # Nothing is worked on before this: Ray Data makes what is asked for.
-        _drain(rows, meter, any(link.generates for link in links))
-        if not pools_ended():
+        with span("rows"):
+            _drain(rows, meter, any(link.generates for link in links))
+        with span("actors end"):
+            ended = pools_ended()
+        if not ended:
             run.console.warn(f"actors of {last.folder.name} have not ended and still hold memory")
     for link in links:
         raise_end(link.folder)

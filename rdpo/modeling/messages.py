@@ -32,7 +32,7 @@ def answer_ids(chat: Chat, opening: Opening, prompt: list[int], answer: Messages
     if mark := _mark_in(chat, answer):
         raise ValueError(f"the answer holds {mark!r}, which is a token of the template's own")
     whole = chat.template.text([*opening.messages, *answer])
-    check_written([*opening.messages, *answer], whole)
+    chat.template.check_kept([*opening.messages, *answer], whole)
     ids, starts = _with_places(chat, whole)
     if not whole.startswith(opening.text) or ids[: len(prompt)] != prompt:
         raise ValueError("the chat template writes the prompt in another way before an answer that calls tools")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 from rdpo.modeling.masking import counted_ids, read_ids
 from rdpo.modeling.packing import PairSize, micro_batches
 from rdpo.modeling.weights import ModelRef, local_adapter
+from rdpo.tracking.trace import span
 
 if TYPE_CHECKING:
     from rdpo.modeling.chat import Chat
@@ -71,8 +72,10 @@ class FrozenModel:
         Raises:
             InputError: as `load` and `settle`.
         """
-        policy = self.load().to(device)
-        return policy, self.settle(policy)
+        with span("model is loaded"):
+            policy = self.load().to(device)
+        with span("model is compared with its own logits"):
+            return policy, self.settle(policy)
 
 
 class Reader(Protocol):

@@ -83,7 +83,7 @@ def reasoning_template(template: Template) -> tuple[Template, ReasoningForm]:
         if not added.keys() <= known - given.keys():
             continue
         # What was looked at under other arguments is not known under these.
-        asking = replace(template, arguments={**added, **given}, known_roles=set())
+        asking = replace(template, arguments={**added, **given}, known_shapes=set())
         if form := _form(asking):
             return asking, form
     raise Unfit("it does not write reasoning behind the place where it asks, in any way that is known here")

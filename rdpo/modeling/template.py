@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import date
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateSyntaxError, meta, nodes
@@ -21,8 +22,8 @@ from jinja2.utils import htmlsafe_json_dumps
 
 from rdpo.config import TEMPLATE_DATE
 from rdpo.errors import InputError
-from rdpo.messages import NAME, TOOLS, calls_of, is_plain, template_form, tool_name, tools_of
-from rdpo.records import Messages
+from rdpo.messages import CALLS, NAME, TOOLS, calls_of, template_form, tool_name, tools_of
+from rdpo.records import Messages, digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 PROBE = "answer5b1f"
 """Stands for any answer; no template writes this word by itself."""
+PROBE_NUMBER = 581_581_000
+"""Above this stand numbers that no template writes by itself."""
 NO_THINKING: tuple[dict[str, bool], ...] = ({}, {"enable_thinking": False}, {"thinking": False})
 """Arguments under which a template may ask for an answer without thoughts: its defaults, and what models call it."""
 COMMENT = re.compile(r"{#.*?#}", re.DOTALL)
@@ -70,7 +73,7 @@ class Template:
     tokenizer: PreTrainedTokenizerBase
     day: date = TEMPLATE_DATE
     arguments: Mapping[str, Any] = field(default_factory=dict)
-    known_roles: set[tuple[str, ...]] = field(default_factory=set, compare=False, repr=False)
+    known_shapes: set[str] = field(default_factory=set, compare=False, repr=False)
 
     def asking(self, messages: Messages, **arguments: Any) -> str:
         """What it writes of a conversation that is to be answered, by its own account.
@@ -79,7 +82,7 @@ class Template:
             ValueError: it refuses the conversation, or leaves out a part of it.
         """
         text = self.text(messages, add_generation_prompt=True, **arguments)
-        self._check_kept(messages, text, lambda tried: self.text(tried, add_generation_prompt=True, **arguments))
+        self.check_kept(messages, text, lambda tried: self.text(tried, add_generation_prompt=True, **arguments))
         return text
 
     def opening(self, messages: Messages) -> Opening:
@@ -89,7 +92,7 @@ class Template:
             ValueError: it refuses the conversation, or leaves out a part of it.
         """
         before = self._before(messages)
-        self._check_kept(messages, before, self._before)
+        self.check_kept(messages, before, self._before)
         text = before.rstrip(" ")
         if text == before or before == self.text(messages, add_generation_prompt=True):
             return Opening(messages, before, "")
@@ -173,18 +176,23 @@ class Template:
             raise ValueError(str(error) or type(error).__name__) from None
         return str(text)
 
-    def _check_kept(self, messages: Messages, text: str, render: Callable[[Messages], str]) -> None:
+    def check_kept(self, messages: Messages, text: str, render: Callable[[Messages], str] | None = None) -> None:
         """Look for every message in what was written of the conversation.
+
+        Args:
+            messages: the conversation.
+            text: what the template wrote of it.
+            render: how it did so; by default the whole conversation as it is.
 
         Raises:
             ValueError: one is missing, changed, or not in its place.
         """
-        roles = tuple(message["role"] for message in messages)
-        if is_plain(messages) and roles not in self.known_roles:
-            # Words that stand nowhere else tell more than a short message does.
-            tried = probes(roles)
-            _check_in_order(tried, render(tried))
-            self.known_roles.add(roles)
+        tried = likenesses(messages)
+        shape = digest([message for message in tried if message["role"] != TOOLS])
+        if shape not in self.known_shapes:
+            # Words that stand nowhere else tell more than a short message, or an argument of one letter, does.
+            _check_in_order(tried, (render or self.text)(tried))
+            self.known_shapes.add(shape)
         check_written(messages, text)
 
 
@@ -244,7 +252,44 @@ def _answered(messages: Messages, answer: str) -> Messages:
 
 def probes(roles: tuple[str, ...]) -> Messages:
     """A message of each role, with words that stand nowhere else."""
-    return [{"role": role, "content": f"message{number}x5b1f"} for number, role in enumerate(roles)]
+    return likenesses([{"role": role, "content": PROBE} for role in roles])
+
+
+def likenesses(messages: Messages) -> Messages:
+    """Messages of the same shape: the same roles, calls and names of arguments, with other words and numbers.
+
+    No word of them, and no number, stands anywhere else.
+    """
+    fresh = count(1)
+    return [_likeness(message, fresh) for message in messages]
+
+
+def _likeness(message: dict[str, str], fresh: Iterator[int]) -> dict[str, str]:
+    if message["role"] == TOOLS:
+        # What a template makes of a schema is its own affair.
+        return message
+    found = {**message, "content": _word(next(fresh)) if message["content"].strip() else ""}
+    calls = calls_of(message)
+    for call in calls:
+        function = call.get("function", call)
+        function["arguments"] = _other_values(function["arguments"], fresh)
+    return {**found, CALLS: json.dumps(calls)} if calls else found
+
+
+def _other_values(value: Any, fresh: Iterator[int]) -> Any:
+    if isinstance(value, dict):
+        return {key: _other_values(one, fresh) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_other_values(one, fresh) for one in value]
+    if isinstance(value, str):
+        return _word(next(fresh))
+    if isinstance(value, bool) or value is None:
+        return value
+    return type(value)(PROBE_NUMBER + next(fresh))
+
+
+def _word(number: int) -> str:
+    return f"message{number}x5b1f"
 
 
 def check_written(messages: Messages, text: str) -> None:

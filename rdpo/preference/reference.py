@@ -41,6 +41,7 @@ REASON_CHARS = 200
 ROWS_OF_SHARD = 8
 """Rows of a block for each process of a partitioned model at least, so that none of them idles for long."""
 
+TOO_LONG = "pair is longer than reference.max_length"
 FORWARD = "forward.json"
 """In the folder of the reference: the layout in which log-probs are those of the model's own logits."""
 
@@ -114,7 +115,8 @@ def tokenize_pair(row: Row, chat: Chat, max_length: int, vocabulary: int | None 
     if len(set(map(tuple, answers))) < len(answers):
         return drop(row, "two answers of the group have the same tokens")
     if pair_size(row).longest > max_length:
-        return drop(row, f"{'an answer of the group' if others else 'pair'} is longer than reference.max_length")
+        too_long = "an answer of the group is longer than reference.max_length" if others else TOO_LONG
+        return drop(row, too_long)
     if vocabulary is not None and max(max(read_ids(tokens)) for tokens in found.values()) >= vocabulary:
         return drop(row, "a token lies beyond the model's embedding")
     return row

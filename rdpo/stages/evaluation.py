@@ -13,6 +13,7 @@ from rdpo.stages.settings import prefill_settings, question_settings, rendering_
 if TYPE_CHECKING:
     import ray.data
 
+    from rdpo.cluster.pools import Pool
     from rdpo.config import Job
     from rdpo.execution.reader import RunReader
     from rdpo.execution.run import Run
@@ -122,11 +123,18 @@ def has_failed(reasons: Mapping[str, int]) -> bool:
     return max(reasons, key=lambda reason: reasons[reason], default="").startswith("reward ")
 
 
+def pools(job: Job) -> list[Pool]:
+    """Who reads the answers last; those that write and score them have ended by then."""
+    from rdpo.evaluation.generate import divergence_pool
+
+    return [divergence_pool(job)]
+
+
 STAGE = Stage(
     "evaluation",
     inputs=("prompts", "policy"),
     settings=settings,
-    rows=RowWork(heldout_prompts, evaluate, summary, generates=True, has_failed=has_failed),
+    rows=RowWork(heldout_prompts, evaluate, summary, generates=True, has_failed=has_failed, pools=pools),
     reads={"policy": Reads(below="merged/")},
     packages=("rdpo", "vllm", "torch", "transformers"),
     command="evaluate",

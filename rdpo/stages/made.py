@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import ray.data
     from ray import ObjectRef
 
+    from rdpo.cluster.pools import Pool
     from rdpo.config import Job
     from rdpo.execution.reader import RunReader
     from rdpo.execution.run import Run
@@ -102,11 +103,18 @@ def write(rows: ray.data.Dataset, run: Run) -> ray.data.Dataset:
     return write_prompts(rows, run.job)
 
 
+def pools(job: Job) -> list[Pool]:
+    """Who writes."""
+    from rdpo.synthesis.made import writer_pool
+
+    return [writer_pool(job)]
+
+
 STAGE = Stage(
     "made",
     inputs=(),
     settings=settings,
-    rows=RowWork(numbers, write, generates=True, has_failed=bool),
+    rows=RowWork(numbers, write, generates=True, has_failed=bool, pools=pools),
     packages=("rdpo", "vllm", "torch", "transformers"),
     wanted=lambda job: job.prompts.made is not None,
 )

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     import ray.data
 
+    from rdpo.cluster.pools import Pool
     from rdpo.config import Job
     from rdpo.execution.reader import RunReader
     from rdpo.execution.run import Run
@@ -125,11 +126,18 @@ def summarize(run: Run, folder: StageFolder) -> Summary:
     return {"forward": forward}
 
 
+def pools(job: Job) -> list[Pool]:
+    """Who reads the pairs."""
+    from rdpo.preference.reference import reference_pool
+
+    return [reference_pool(job)]
+
+
 STAGE = Stage(
     "reference",
     inputs=("pairs", "replay"),
     settings=settings,
-    rows=RowWork(pairs_source, refer, summarize),
+    rows=RowWork(pairs_source, refer, summarize, pools=pools),
     reads={"pairs": Reads(without=SCORE_COLUMNS), "replay": Reads(without=SCORE_COLUMNS, summary=True)},
     packages=("rdpo", "torch", "transformers"),
     command="reference",

@@ -9,6 +9,7 @@ from rdpo.execution.stage import RowWork, Stage
 if TYPE_CHECKING:
     import ray.data
 
+    from rdpo.cluster.pools import Pool
     from rdpo.config import Job
     from rdpo.execution.run import Run
     from rdpo.files.manifest import Settings, Summary
@@ -51,11 +52,18 @@ def summary(run: Run, folder: StageFolder) -> Summary:
     return {"endpoints": spent} if spent else {}
 
 
+def pools(job: Job) -> list[Pool]:
+    """Who scores."""
+    from rdpo.preference.rewards import reward_pools
+
+    return reward_pools(job)
+
+
 STAGE = Stage(
     "rewards",
     inputs=("synthesis",),
     settings=settings,
-    rows=RowWork(lambda run: run.source("synthesis"), score, summary, has_failed=bool),
+    rows=RowWork(lambda run: run.source("synthesis"), score, summary, has_failed=bool, pools=pools),
     joins=True,
     packages=("rdpo", "vllm", "torch", "transformers"),
     command="score",

@@ -16,6 +16,7 @@ from rdpo.stages.settings import SPEAKER, prefill_settings, speaker_settings
 if TYPE_CHECKING:
     import ray.data
 
+    from rdpo.cluster.pools import Pool
     from rdpo.config import Endpoint, Job
     from rdpo.config.task import Task
     from rdpo.execution.reader import RunReader
@@ -156,11 +157,20 @@ def _totals(folder: StageFolder, below: str, columns: list[str], where: dict[str
     return sums
 
 
+def pools(job: Job) -> list[Pool]:
+    """Who speaks, engines and clients of servers, in the order of the legs."""
+    from rdpo.synthesis.instructions import load_task
+    from rdpo.synthesis.teacher import speaker_pool
+    from rdpo.synthesis.voices import legs
+
+    return [speaker_pool(job, leg.voice) for leg in legs(load_task(job.synthesis.task))] if job.synthesis.task else []
+
+
 STAGE = Stage(
     "synthesis",
     inputs=("prompts",),
     settings=settings,
-    rows=RowWork(training_prompts, None, summary, generates=True, has_failed=bool, steps=write_answers),
+    rows=RowWork(training_prompts, None, summary, generates=True, has_failed=bool, steps=write_answers, pools=pools),
     packages=("rdpo", "vllm", "torch", "transformers"),
     command="synthesize",
 )

@@ -20,6 +20,8 @@ from rdpo.cluster.hardware import available_cores, compute_dtype, computed_dtype
 from rdpo.config import Engine as EngineSettings
 from rdpo.config import Sampling, largest
 from rdpo.modeling.weights import ModelRef
+from rdpo.synthesis.lookup import lookup_arguments
+from rdpo.tracking.trace import span
 
 if TYPE_CHECKING:
     from psutil import Process
@@ -89,9 +91,10 @@ class Engine:
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         # vLLM reads these as it is imported.
         os.environ.update(engine_environment(settings))
-        from vllm import AsyncEngineArgs
-        from vllm.lora.request import LoRARequest
-        from vllm.v1.engine.async_llm import AsyncLLM
+        with span("vLLM is imported"):
+            from vllm import AsyncEngineArgs
+            from vllm.lora.request import LoRARequest
+            from vllm.v1.engine.async_llm import AsyncLLM
 
         arguments = {
             **engine_arguments(folder, settings, seed),
@@ -100,7 +103,8 @@ class Engine:
             **own,
         }
         self.max_model_len = settings.max_model_len
-        self.engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+        with span("engine starts"):
+            self.engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
         self.folder = folder
         self.adapter = LoRARequest("adapter", 1, adapter) if adapter else None
         self._requests = self._users = 0
@@ -134,7 +138,8 @@ class Engine:
             await asyncio.sleep(RESET_PAUSE_S)
         else:
             raise RuntimeError(f"vLLM does not empty its prefix cache, so the weights of {folder} are not loaded")
-        await self.engine.collective_rpc("reload_weights", kwargs={"weights_path": folder})
+        with span("other weights are loaded"):
+            await self.engine.collective_rpc("reload_weights", kwargs={"weights_path": folder})
         self.folder = folder
 
     async def generate(
@@ -226,7 +231,8 @@ class Engine:
 
         # Looked for before: those of an engine that has ended are not found under this process any more.
         children = [child for child in psutil.Process().children(recursive=True) if _is_engine(child)]
-        self.engine.shutdown()
+        with span("engine ends"):
+            self.engine.shutdown()
         for child in psutil.wait_procs(children, timeout=ENDS_WITHIN_S)[1]:
             child.kill()
 
@@ -259,6 +265,7 @@ def engine_arguments(folder: str, settings: EngineSettings, seed: int) -> dict[s
         # Not what the model's folder says of sampling: the job says it all.
         "generation_config": "vllm",
         "disable_log_stats": True,
+        **lookup_arguments(settings),
         **(_gpu_arguments(settings) if settings.gpus else _cpu_arguments(settings)),
     }
 

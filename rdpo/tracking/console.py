@@ -21,6 +21,7 @@ from rdpo.files.stores import cache_dir, is_remote
 from rdpo.records import visible
 from rdpo.tracking.event_log import FILE as EVENTS
 from rdpo.tracking.event_log import EventLog, event_line
+from rdpo.tracking.pace import Pace
 
 if TYPE_CHECKING:
     from rdpo.files.manifest import Manifest
@@ -49,24 +50,27 @@ class Listener:
 
 
 class Meter:
-    """Progress of one stage: units done of a total, tokens, and the time that is left."""
+    """Progress of one stage: units done of a total, tokens, and the time that is left, once something tells it."""
 
     def __init__(self, console: Console, stage: str, total: int | None, unit: str):
         self.console, self.stage, self.total, self.unit = console, stage, total, unit
         self.done = self.tokens = 0
         self.note = ""
-        self.began = self._part_began = time.monotonic()
+        self.began = time.monotonic()
         self._printed = self.began
+        self._pace = Pace()
         self.label = ""
 
-    def begin(self, label: str) -> None:
-        """Count from the beginning: another part of the stage, which has the same units."""
-        self.done, self.label, self._part_began = 0, label, time.monotonic()
+    def begin(self, done: int, at_once: int, label: str = "") -> None:
+        """Another part of the stage: `done` units are there already, and `at_once` are worked on at the same time."""
+        self.done, self.label, self._pace = done, label, Pace(at_once)
+        self.console.show(self)
 
     def advance(self, units: int, tokens: int = 0, note: str = "") -> None:
         """Count finished units and tokens; `note` stands at the end of the line."""
         self.done += units
         self.tokens += tokens
+        self._pace.count(units, time.monotonic())
         self.note = note or self.note
         self.console.show(self)
         if self.done != self.total and time.monotonic() - self._printed > PLAIN_EVERY:
@@ -84,9 +88,9 @@ class Meter:
         parts = [f"{self.stage:<11} {self.done}{of} {self.unit}{self.label and f', {self.label}'}"]
         if self.tokens:
             parts.append(f"{self.tokens / max(self.seconds, 1e-9):,.0f} tokens/s")
-        if self.total and 0 < self.done < self.total:
-            elapsed = time.monotonic() - self._part_began
-            parts.append(f"{elapsed / self.done * (self.total - self.done):.0f} s left")
+        if self.total and self.done < self.total:
+            left = self._pace.seconds_for(self.total - self.done, time.monotonic())
+            parts += [] if left is None else [f"{left:.0f} s left"]
         parts.append(f"{self.seconds:.0f} s")
         return "  ".join(parts + ([self.note] if self.note else []))
 

@@ -18,6 +18,7 @@ import torch
 from rdpo.config import Job, Training, smallest
 from rdpo.modeling.model import Policy
 from rdpo.modeling.student import student_dtype, student_forward, weights_of_start
+from rdpo.tracking.trace import span
 
 if TYPE_CHECKING:
     from rdpo.modeling.layout import Batch
@@ -48,20 +49,22 @@ class DeepSpeedBackend:
 
         DeepSpeed takes the worker's device from Ray Train's environment, not from `device`.
         """
-        import deepspeed
+        with span("DeepSpeed is imported"):
+            import deepspeed
 
-        _begin(device)
+            _begin(device)
         # Merged or converted while others load partitioned, a model would be partitioned too, and wait for them.
         weights_of_start(job).folder()
         config, partitioned = zero_config(job.training, student_dtype(job), converted), job.training.zero_stage == 3
-        with _partitioned_load(config) if partitioned else nullcontext():
+        with span("student is loaded"), _partitioned_load(config) if partitioned else nullcontext():
             policy = student_forward(job, to_train=True)
 
         policy.train()
         if partitioned:
             gather_by_layer(policy, config)
         trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-        return cls(policy, deepspeed.initialize(model=policy, model_parameters=trained, config=config)[0])
+        with span("DeepSpeed's engine"):
+            return cls(policy, deepspeed.initialize(model=policy, model_parameters=trained, config=config)[0])
 
     @classmethod
     def read_only(cls, load: Callable[[], Policy], dtype: str, device: torch.device) -> DeepSpeedBackend:

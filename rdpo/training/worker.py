@@ -12,6 +12,7 @@ from ray.actor import ActorHandle
 from ray.train.torch import get_device
 
 from rdpo.config import Job
+from rdpo.tracking.trace import join, span
 from rdpo.training.backend import backend_of
 from rdpo.training.checkpoint import last_checkpoint, restore_checkpoint, save_checkpoint
 from rdpo.training.heldout import HeldoutPairs, best_step
@@ -29,14 +30,17 @@ def train_worker(config: dict[str, Any]) -> None:
             `rdpo.training.trainer.MetricsSink`).
     """
     job: Job = config["job"]
+    join("training worker")
     if not job.training.gpus_per_worker:
         torch.set_num_threads(config["cores"])
         # By itself DeepSpeed goes by what the machine has, not by what Ray gave this worker.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-    data, backend = PairTable.load(config["run_dir"]), backend_of(job)
+    with span("pairs are read"):
+        data, backend = PairTable.load(config["run_dir"]), backend_of(job)
     with last_checkpoint(backend) as saved:
-        trainer = Trainer(job, data, get_device(), saved is not None and saved.converted, backend)
+        with span("engine is built"):
+            trainer = Trainer(job, data, get_device(), saved is not None and saved.converted, backend)
         history = restore_checkpoint(trainer.engine, saved)
     # The allowance is the whole run's, not one attempt's.
     trainer.skipped = sum(int(step["skipped"]) for step in history)
@@ -68,7 +72,8 @@ def _all_steps(trainer: Trainer, history: list[StepMetrics], heldout: HeldoutPai
             if stop:
                 return False
             watchdog.steps = index
-            history.append(trainer.step(index, total, batch))
+            with span("step", step=index + 1, pairs=len(batch)):
+                history.append(trainer.step(index, total, batch))
 
             notice = not noticed and _notice(trainer, sink, index + 1)
             noticed = noticed or notice
@@ -86,7 +91,8 @@ def _save(trainer: Trainer, history: list[StepMetrics], heldout: HeldoutPairs, e
     """Save a checkpoint, with the weights if they are to leave training as far as is known by now."""
     by_likelihood = trainer.job.training.select == "best" and heldout.pairs
     leaves = best_step(history) == len(history) if by_likelihood else ended
-    save_checkpoint(trainer.engine, history, heldout.lines() if leaves else None, last)
+    with span("checkpoint"):
+        save_checkpoint(trainer.engine, history, heldout.lines() if leaves else None, last)
 
 
 def _notice(trainer: Trainer, sink: ActorHandle, step: int) -> bool:

@@ -146,6 +146,17 @@ def test_a_result_that_the_template_leaves_out_drops_the_row():
     assert row_of(chat, EARLIER)["dropped"]
 
 
+@pytest.mark.parametrize("value", ["i", "im_end", "\n"])
+def test_a_value_that_the_template_leaves_out_drops_the_row_although_its_letters_stand_elsewhere(value):
+    chat = chat_of("qwen2_5")
+    written = "tool_call.arguments | tojson"
+    assert written in chat.tokenizer.chat_template
+    names = """'{"' ~ (tool_call.arguments | list | join) ~ '": ""}'"""
+    chat.tokenizer.chat_template = chat.tokenizer.chat_template.replace(written, names)
+    row = row_of(chat, {**CHOSEN, "chosen": [{**CALLS, "tool_calls": [call(word=value)]}]})
+    assert "leaves out or changes a message of the assistant" in row["dropped"]
+
+
 def test_the_forms_of_calls_are_read_alike():
     openai = [{"id": "1", "type": "function", "function": {"name": "look_up", "arguments": '{"word": "pomelo"}'}}]
     arrow = [{"type": "function", "function": {"name": "look_up", "arguments": {"word": "pomelo", "other": None}}}]
