@@ -57,7 +57,7 @@ test-long: $(READY)  ## the other long cases: real servers, engines that judge, 
 test-cluster: $(READY)  ## real Ray clusters on this machine: submitted jobs, an autoscaler, kinds of nodes, Slurm, metrics
 	$(BIN)/python -m pytest -q -m "long or not long" tests/cluster tests/ray/test_placement.py tests/ray/test_metrics_endpoint.py
 
-# On a GPU machine, in an environment of its own (see README.md), which PYTHON names.
+# On a GPU machine, in an environment of its own (see docs/gpu-job.md), which PYTHON names.
 test-gpu:  ## the tests marked gpu, with the environment that is active: make test-gpu PYTHON=python
 	$(PYTHON) -m pytest -q -m gpu tests/gpu
 

@@ -19,12 +19,26 @@ from tests.support.made_up import made_up_run
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+GUIDE = [
+    README,
+    *((ROOT / "docs" / name).read_text() for name in ("gpu-job.md", "data.md", "compare.md", "clusters.md")),
+]
 
 
-def test_the_jobs_in_the_readme_are_whole():
-    blocks = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
+def test_the_readme_is_one_page():
+    assert len(README.splitlines()) <= 150
+
+
+def test_every_page_of_the_documents_is_in_the_readmes_list():
+    pages = [path.name for path in (ROOT / "docs").glob("*.md")]
+    assert len(pages) > 10
+    assert not [page for page in pages if f"(docs/{page})" not in README]
+
+
+def test_the_jobs_in_the_guide_are_whole():
+    blocks = re.findall(r"```toml\n(.*?)```", "".join(GUIDE), re.DOTALL)
     names = [Job.model_validate(tomllib.loads(block)).name for block in blocks]
-    assert names == ["mine", "hosted", "from-sft", "preferences", "mixed", "self"]
+    assert names == ["mine", "large", "hosted", "from-sft", "preferences", "mixed", "self"]
 
 
 def test_every_job_is_in_the_table_of_jobs():
@@ -32,8 +46,8 @@ def test_every_job_is_in_the_table_of_jobs():
     assert not [path.name for path in (ROOT / "jobs").glob("*.toml") if f"`{path.name}`" not in text]
 
 
-def test_commands_in_the_readme_exist(capsys):
-    shell = "".join(re.findall(r"```sh\n(.*?)```", README, re.DOTALL))
+def test_commands_in_the_guide_exist(capsys):
+    shell = "".join(re.findall(r"```sh\n(.*?)```", "".join(GUIDE), re.DOTALL))
     commands = set(re.findall(r"^rdpo (\w+)", shell, re.MULTILINE))
     assert {"run", "show", "train"} <= commands
     for command in commands:
@@ -42,9 +56,10 @@ def test_commands_in_the_readme_exist(capsys):
         assert ended.value.code == 0
 
 
-def test_make_targets_in_the_readme_exist():
+def test_make_targets_in_the_documents_exist():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for target in set(re.findall(r"make ([a-z-]+)", README)):
+    pages = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md"))
+    for target in set(re.findall(r"`make ([a-z-]+)", README + pages)) | set(re.findall(r"^make ([a-z-]+)", README)):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
