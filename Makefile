@@ -106,8 +106,9 @@ NODES ?= 1 2 4 8 16
 bench-scaling: $(READY)  ## how near to linear many Ray nodes are, with engines of a known pace: NODES='1 4'
 	$(BIN)/python -m jobs.bench.scaling --nodes $(NODES)
 
-docs: $(READY)  ## write docs/config.md anew from the fields of a job
+docs: $(READY)  ## write docs/config.md and the schemas of jobs/ anew from the fields of a job
 	$(BIN)/python -m rdpo.config.manual > docs/config.md
+	$(BIN)/python -m rdpo.config.schema jobs
 
 JOB ?= jobs/safety_nodes.toml
 ADDRESS ?= http://127.0.0.1:8265

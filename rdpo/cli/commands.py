@@ -227,6 +227,14 @@ def _training(job: Job, options: argparse.Namespace) -> Iterator[str]:
     yield from plan(job, options.gpu, options.workers, sizes, options.network)
 
 
+def schema(options: argparse.Namespace) -> int:
+    """Print the JSON schema of a kind of file."""
+    from rdpo.config.schema import schema_text
+
+    print(schema_text(options.kind), end="")
+    return 0
+
+
 def completion(options: argparse.Namespace) -> int:
     """Print what makes a shell complete the command line."""
     import shtab

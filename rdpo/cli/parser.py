@@ -59,6 +59,10 @@ def build() -> tuple[argparse.ArgumentParser, Commands]:
     _add_push(commands)
     _add_plan(commands)
 
+    schema = commands.add_parser("schema", help="the JSON schema of a job file, for editors")
+    schema.add_argument("kind", nargs="?", choices=("job", "comparison", "task"), default="job", help="(default: job)")
+    schema.set_defaults(function=does.schema)
+
     completion = commands.add_parser("completion", help='completion for a shell: eval "$(rdpo completion bash)"')
     completion.add_argument("shell", choices=("bash", "zsh"))
     completion.set_defaults(function=does.completion, parser=parser)
