@@ -34,6 +34,33 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
+def dpo(options: argparse.Namespace) -> int:
+    """Train on a preference data set, without a job file."""
+    given = {"prompts": options.dataset, "column": options.column, "student": options.model, "gpus": options.gpus}
+    return _direct(options, {**given, "pairs": "yes"}, {"training.loss": options.loss}, None)
+
+
+def synth(options: argparse.Namespace) -> int:
+    """Let a teacher answer, critique and revise prompts, without a job file."""
+    given = {"prompts": options.prompts, "column": options.column, "student": options.model, "gpus": options.gpus}
+    return _direct(options, {**given, "pairs": "no", "task": options.task, "teacher": options.teacher}, {}, "synthesis")
+
+
+def _direct(
+    options: argparse.Namespace, given: dict[str, str | None], changes: dict[str, object], until: str | None
+) -> int:
+    """Print the job that these options make, and run it."""
+    from rdpo.api import default_dir, execute
+    from rdpo.cli.direct import direct_job
+
+    text, job = direct_job(options.name, given, changes, options.overrides)
+    print(visible(f"# this job as a file: `rdpo run FILE` does the same\n{text}"), flush=True)
+    options.run_dir = options.run_dir or default_dir(job)
+    if not options.dry_run:
+        execute(job, options.run_dir, until=until)
+    return 0
+
+
 def _dry_run(job: Job, run_dir: str) -> int:
     from rdpo.config import to_toml
     from rdpo.execution.pipeline import planned

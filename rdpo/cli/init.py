@@ -34,6 +34,8 @@ FUNCTION = re.compile(r"[\w.]+:\w+")
 NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._-]+")
 USUAL_COLUMNS = ("prompt", "question", "instruction", "messages", "query", "input", "text")
 SAME, JUDGE = "same", "judge"
+MOST_TRIES = 3
+"""How often an answer is asked for that will not do."""
 RUBRIC = """{{ prompt }}
 
 Answer: {{ answer }}
@@ -66,13 +68,8 @@ def write_job(path: Path, given: Mapping[str, str | None], yes: bool) -> list[st
     if path.exists():
         raise InputError(f"{path}: exists; choose another name, or remove it")
 
-    answers: Answers = {}
-    for question in QUESTIONS:
-        if question.applies(answers):
-            answers[question.name] = _answer(question, given.get(question.name), yes, answers)
-
+    content = job_text(path.stem, given, yes)
     # Read back before it is written: what `init` writes, `run` takes.
-    content = _filled(path, answers)
     job_of(tomllib.loads(content), str(path))
     try:
         # Never over a file that has come there in the meantime.
@@ -90,6 +87,19 @@ def write_job(path: Path, given: Mapping[str, str | None], yes: bool) -> list[st
     return [f"{path} is written. Next:", *(f"  {command:<{width}}{what}" for command, what in commands.items())]
 
 
+def job_text(name: str, given: Mapping[str, str | None], yes: bool) -> str:
+    """A job of this name as TOML, out of the answers that are given and of those that are asked for.
+
+    Raises:
+        InputError: an answer is missing or wrong.
+    """
+    answers: Answers = {}
+    for question in QUESTIONS:
+        if question.applies(answers):
+            answers[question.name] = _answer(question, given.get(question.name), yes, answers)
+    return _filled(name, answers)
+
+
 def _answer(question: Question, given: str | None, yes: bool, answers: Answers) -> str:
     if given is None and yes:
         given = question.default(answers)
@@ -105,7 +115,7 @@ def _asked(question: Question, default: str | None, answers: Answers) -> str:
     """The answer to a question, which is asked until there is one that will do."""
     console = Console()
     suggested: Any = ... if default is None else default
-    while True:
+    for left in reversed(range(MOST_TRIES)):
         try:
             answer = Prompt.ask(escape(question.text), console=console, default=suggested)
             # Answers out of a file or pipe stand in the transcript as if they were typed.
@@ -116,7 +126,11 @@ def _asked(question: Question, default: str | None, answers: Answers) -> str:
         except EOFError:
             raise InputError(f"the answers end before --{question.name}") from None
         except InputError as error:
+            if not left:
+                said = str(error).removeprefix(f"--{question.name}: ")
+                raise InputError(f"--{question.name}: {said}; asked {MOST_TRIES} times") from None
             console.print(Text(visible(str(error)), style="red"))
+    raise AssertionError("the last try returns or raises")
 
 
 def _check_source(answer: str, answers: Answers) -> None:
@@ -233,7 +247,7 @@ QUESTIONS = (
 )
 
 
-def _filled(path: Path, answers: Answers) -> str:
+def _filled(name: str, answers: Answers) -> str:
     environment = Environment(trim_blocks=True, undefined=StrictUndefined, autoescape=False, keep_trailing_newline=True)
     environment.filters["toml"] = _toml
     template = environment.from_string((files("rdpo.cli") / "init.toml.jinja").read_text(encoding="utf-8"))
@@ -241,7 +255,7 @@ def _filled(path: Path, answers: Answers) -> str:
     teacher = answers.get("teacher", SAME)
 
     return template.render(
-        name=NOT_IN_NAMES.sub("-", path.stem).strip("-._") or "job",
+        name=NOT_IN_NAMES.sub("-", name).strip("-._") or "job",
         student=answers["student"],
         prompts=answers["prompts"],
         column=answers["column"],

@@ -45,6 +45,7 @@ def build() -> tuple[argparse.ArgumentParser, Commands]:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_init(commands)
     _add_run(commands)
+    _add_direct(commands)
     _add_submit(commands)
     _add_compare(commands)
 
@@ -106,6 +107,27 @@ def _add_run(commands: Commands) -> None:
     output.add_argument("--quiet", action="store_true", help="print warnings, errors and the result alone")
     output.add_argument("--json", action="store_true", help="print a line of JSON for each stage's beginning and end")
     run.set_defaults(function=does.run)
+
+
+def _add_direct(commands: Commands) -> None:
+    """Commands that need no job file."""
+    dpo = commands.add_parser("dpo", help="train on a preference data set, without a job file; prints the job")
+    dpo.add_argument("--dataset", metavar="SOURCE", required=True, help="pairs: a file, a folder or hf:DATASET")
+    dpo.add_argument("--loss", metavar="LOSS", default="dpo", help="as training.loss of a job (default: dpo)")
+    synth = commands.add_parser("synth", help="answers, critiques and revisions of prompts, without a job file")
+    synth.add_argument("--prompts", metavar="SOURCE", required=True, help="a file, a folder or hf:DATASET")
+    synth.add_argument("--task", metavar="TASK", help="safety, sycophancy, roleplay, or a task file")
+    synth.add_argument("--teacher", metavar="MODEL", help="a model (default: the student itself)")
+    for parser, function, name in ((dpo, does.dpo, "dpo"), (synth, does.synth, "synth")):
+        what = "the student: a hub id, folder or .gguf file"
+        parser.add_argument("--model", metavar="MODEL", required=True, help=what)
+        parser.add_argument("--column", metavar="NAME", help="column with the prompt")
+        parser.add_argument("--gpus", metavar="N", help="how many (default: those that are there)")
+        parser.add_argument("--name", default=name, help=f"of the job; its run is runs/NAME (default: {name})")
+        parser.add_argument("--set", metavar="section.key=value", action="append", default=[], dest="overrides")
+        _add_place(parser, "--run-dir", "DIR", DIRECTORY, "where the run lives (default: runs/NAME)")
+        parser.add_argument("--dry-run", action="store_true", help="print the job alone")
+        parser.set_defaults(function=function)
 
 
 def _add_extent(parser: argparse.ArgumentParser) -> None:

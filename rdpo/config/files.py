@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -36,9 +36,18 @@ def load_job(path: str | Path, overrides: list[str] | None = None) -> Job:
         InputError: the file is missing, not TOML, or a key or value is wrong; names file and field.
     """
     table = read_toml(path)
-    for override in overrides or []:
-        _apply_override(table, override)
+    apply_overrides(table, overrides or [])
     return job_of(table, str(path))
+
+
+def apply_overrides(table: Table, overrides: Iterable[str]) -> None:
+    """Put `section.key=value` overrides into a job's tables.
+
+    Raises:
+        InputError: one of them is wrong.
+    """
+    for override in overrides:
+        _apply_override(table, override)
 
 
 def with_changes(table: Mapping[str, object], changes: Mapping[str, object]) -> Table:

@@ -46,6 +46,12 @@ def test_answers_from_a_pipe_are_asked_again_until_they_will_do(init):
     assert (job.training.num_workers, job.training.gpus_per_worker, job.evaluation.engine.gpus) == (2, 1, 1)
 
 
+def test_a_wrong_answer_is_asked_for_again_three_times_at_most(init):
+    code, _, errors = init("mine.toml", answers=["a.jsonl", "b.jsonl", "c.jsonl", "asks.jsonl"])
+    assert code == 2
+    assert "rdpo: --prompts: c.jsonl does not exist; give a file, a folder or hf:DATASET; asked 3 times" in errors
+
+
 def test_options_and_defaults_without_a_question(init):
     asked = ("--yes", "--prompts", "asks.jsonl", "--student", "owner/student", "--gpus", "0")
     assert init("judged.toml", *asked, "--teacher", "owner/teacher")[0] == 0
