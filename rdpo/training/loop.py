@@ -77,7 +77,8 @@ class PairTable:
         lengths = [pa.compute.list_value_length(table[name]).to_pylist() for name in COLUMNS[1:4]]
         ids = table[OF_OTHERS[0]].to_pylist() if grouped else [None] * len(table)
         others = [tuple(map(len, answers or ())) for answers in ids]
-        return cls(table, [PairSize(*parts, more) for *parts, more in zip(*lengths, others, strict=True)])
+        sizes = zip(*lengths, others, strict=True)
+        return cls(table, [PairSize(prompt, chosen, rejected, more) for prompt, chosen, rejected, more in sizes])
 
     @property
     def has_groups(self) -> bool:
@@ -270,4 +271,5 @@ class Trainer:
         known = [*chain.from_iterable(rows[f"reference_{side}_logps"] for side in SIDES), *between[0]]
         gaps = self.scale(forward.new_tensor([*[0.0] * pairs, *rows["reward_gap"], *between[1]]))
         columns = (forward, forward.new_tensor(known), lengths, gaps)
-        return GroupLogps(*(column[ranks.index] for column in columns), ranks.there)
+        policy, reference, sizes, lower = (column[ranks.index] for column in columns)
+        return GroupLogps(policy, reference, sizes, lower, ranks.there)
