@@ -309,7 +309,7 @@ def sound(pair: Row, settings: Settings) -> Row:
         return drop(pair, "chosen and rejected are the same")
     if min(len(chosen), len(rejected)) < settings.min_answer_chars:
         return drop(pair, "an answer is shorter than pairs.min_answer_chars")
-    if any(pair.get(f"{side}_reasoning") == "" for side in SIDES):
+    if "" in [*(pair.get(f"{side}_reasoning") for side in SIDES), *pair.get(f"{OTHERS}_reasoning", ())]:
         return drop(pair, "an answer has no reasoning before it, which synthesis.reasoning asks for")
     if _cut_off(pair, settings.drop_truncated):
         return drop(pair, "an answer was cut off at the token limit")
