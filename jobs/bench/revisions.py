@@ -29,7 +29,7 @@ from rdpo.records import Messages, prompt_id
 from rdpo.synthesis.asking import ask
 from rdpo.synthesis.engine import Engine, Generation
 from rdpo.synthesis.instructions import load_task
-from rdpo.synthesis.lookup import DRAFT, MATCH, OPTION
+from rdpo.synthesis.lookup import DRAFT, MATCH
 from rdpo.synthesis.teacher import Conversation
 
 ROOT = Path(__file__).parents[2]
@@ -73,8 +73,7 @@ def job_of(options: argparse.Namespace, drafts: bool) -> Job:
         max_model_len=1024,
         kv_cache_gib=2,
         dtype="float32",
-        prompt_lookup=False,
-        options={"disable_log_stats": False, **({OPTION: config} if drafts else {})},
+        options={"disable_log_stats": False, **({"speculative_config": config} if drafts else {})},
     )
     sampling = Sampling(temperature=0.0, max_tokens=320 if options.kind == "copies" else 96)
     return job.model_copy(

@@ -151,10 +151,10 @@ class Engine(Section):
     GPUs, 16 on the CPU."""
     batches_in_flight: Annotated[int, PLACEMENT] = Field(default=4, ge=1)
     """Blocks that one engine works on at the same time."""
-    prompt_lookup: Annotated[bool | None, UNSAID] = None
-    """Draft from the conversation's own text, so that what an answer repeats is written several tokens at a time.
-    Greedy answers stay the same, sampled ones come from the same distribution. By default on the CPU for a speaker of
-    turns that go on `after` another one, and nowhere else."""
+    prompt_lookup: Annotated[bool, UNSAID] = False
+    """Draft from the conversation's own text, so that what an answer repeats is written several tokens at a time, as in
+    revisions that change little. Greedy answers stay the same, sampled ones are other draws from the same distribution.
+    Where it would pay, the synthesis says so."""
     options: dict[str, JsonValue] = Field(default_factory=dict)
     """Further arguments of vLLM's `AsyncEngineArgs`, passed on as they are (`quantization`, for example)."""
 

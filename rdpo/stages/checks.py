@@ -44,7 +44,7 @@ def prepare(job: Job, say: Say) -> bool:
     check_cpu_engines(pools)
     if job.prompts.made:
         check_made(job)
-    _check_teacher(job, say)
+    _check_teacher(job)
     check_rewards(job)
     check_other_sources(job)
 
@@ -183,7 +183,7 @@ def check_named(job: Job) -> None:
     check_named_rewards(job)
 
 
-def _check_teacher(job: Job, say: Say) -> None:
+def _check_teacher(job: Job) -> None:
     from rdpo.preference.pairs import scored_answers
     from rdpo.synthesis.instructions import beginning, check_words, load_task
     from rdpo.synthesis.voices import check_voices, speakers
@@ -200,11 +200,11 @@ def _check_teacher(job: Job, say: Say) -> None:
     if job.evaluation.refine and job.pairs.chosen not in answers:
         raise InputError(f"evaluation.refine: pairs.chosen = {job.pairs.chosen!r} is no turn; name one of {answers}")
     for voice, seen in speakers(job).items() if task else ():
-        _check_speaker(seen, voice, say)
+        _check_speaker(seen, voice)
 
 
-def _check_speaker(job: Job, voice: str | None, say: Say) -> None:
-    """Try the teacher of a job, who is one of its voices perhaps; says so if its answers take longer than they might.
+def _check_speaker(job: Job, voice: str | None) -> None:
+    """Try the teacher of a job, who is one of its voices perhaps.
 
     Raises:
         InputError: it cannot speak its turns.
@@ -213,7 +213,6 @@ def _check_speaker(job: Job, voice: str | None, say: Say) -> None:
     from rdpo.modeling.weights import local_adapter
     from rdpo.synthesis.endpoint import check_endpoint
     from rdpo.synthesis.instructions import check_prefills, load_task
-    from rdpo.synthesis.lookup import why_without
     from rdpo.synthesis.teacher import check_conversations
     from rdpo.synthesis.voices import table_of_voice, turns_of
 
@@ -227,5 +226,3 @@ def _check_speaker(job: Job, voice: str | None, say: Say) -> None:
         check_conversations(task, chat, system, voice)
     if job.synthesis.adapter:
         local_adapter(job.synthesis.adapter)
-    if why := why_without(job, turns_of(task, voice)):
-        say(f"{table_of_voice(voice)}: what answers repeat is written token by token: {why}")

@@ -105,8 +105,9 @@ def _named_rows(prompts: StageFolder, names: Iterable[str]) -> Iterator[Row]:
 
 
 def summary(run: Run, folder: StageFolder) -> Summary:
-    """What the teacher's endpoint, or those of voices, read, wrote and cost; says so."""
+    """What the teacher's endpoint, or those of voices, read, wrote and cost, and what answers repeat; says so."""
     from rdpo.synthesis.instructions import load_task
+    from rdpo.synthesis.lookup import proposals, repeated_shares
     from rdpo.synthesis.voices import TEACHER, speakers
 
     found: dict[str | None, Summary] = {}
@@ -119,8 +120,17 @@ def summary(run: Run, folder: StageFolder) -> Summary:
             read, price = found[voice]["tokens_read"], found[voice]["cost"]
             of = "" if voice is TEACHER else f" of {voice}"
             run.console.say(f"{'':<12}endpoint{of}: {read} tokens read, cost {price:.2f}")
-    teacher = found.pop(TEACHER, {})
+    shares = repeated_shares(_first_rows(folder, task), task)
+    for proposal in proposals(run.job, shares):
+        run.console.say(f"{'':<12}{proposal}")
+    teacher = {**found.pop(TEACHER, {}), **({"repeated": shares} if shares else {})}
     return {**teacher, "voices": found} if found else teacher
+
+
+def _first_rows(folder: StageFolder, task: Task) -> Iterator[Row]:
+    """The kept rows with their prompts and answers, a part at a time."""
+    for part in folder.tables("", ["prompt"], task.answers):
+        yield from part.to_pylist()
 
 
 def _spent(folder: StageFolder, task: Task, voice: str | None, endpoint: Endpoint) -> Summary:

@@ -38,7 +38,6 @@ from rdpo.synthesis.endpoint import TEACHER as TEACHER_ENDPOINT
 from rdpo.synthesis.endpoint import Endpoint
 from rdpo.synthesis.engine import Engine, Generation
 from rdpo.synthesis.instructions import load_task, rendered_prefill, template_values, turn_messages
-from rdpo.synthesis.lookup import with_lookup
 from rdpo.synthesis.server import ENDS, endpoint_key
 from rdpo.synthesis.voices import TEACHER, Leg, drawn_voices, is_drawn, legs, spoken_by, table_of_voice
 
@@ -174,8 +173,7 @@ class Teacher:
     ):
         self.crash_guard = CrashGuard(crash_counts)
         task, seen = load_task(job.synthesis.task or ""), spoken_by(job, leg.voice if leg else TEACHER)
-        here = [turn for turn in task.turns if leg is None or turn.name in leg.turns]
-        self.speaker = speaker_class(with_lookup(seen, here))
+        self.speaker = speaker_class(seen)
         sampling, keeps = seen.synthesis.sampling, self.speaker.keeps_tokens
         self.conversation = Conversation(job, task, sampling, self.speaker.say, leg, keeps)
 
