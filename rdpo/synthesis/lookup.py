@@ -13,7 +13,7 @@ what its answers repeat.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from itertools import islice, takewhile
 from typing import Any
 
 from rdpo.config import Engine, Job
@@ -49,12 +49,8 @@ def repeated(answer: str, before: str) -> tuple[int, int]:
     drafted, place = 0, len(known)
     while place < len(text):
         start = places.get(tuple(text[max(0, place - MATCH) : place]))
-        right = 0
-        if start is not None:
-            pairs = zip(text[start : start + DRAFT], text[place : place + DRAFT], strict=False)
-            right = next(
-                (number for number, (one, other) in enumerate(pairs) if one != other), len(text[place : place + DRAFT])
-            )
+        draft = text[start : start + DRAFT] if start is not None else []
+        right = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(draft, text[place:], strict=False)))
         drafted += right
         for passed in range(place, place + max(1, right)):
             places[tuple(text[max(0, passed - MATCH) : passed])] = passed
