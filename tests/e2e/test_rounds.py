@@ -14,7 +14,8 @@ from rdpo.files.stage_folder import StageFolder
 from rdpo.records import prompt_id
 from tests.support.jobs import ALL_STAGES, valid_job, write_job, write_jsonl
 
-pytestmark = [pytest.mark.ray, pytest.mark.long]
+# Whole runs of two rounds, of which one is ended half way.
+pytestmark = [pytest.mark.ray, pytest.mark.long, pytest.mark.timeout(1800)]
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 600

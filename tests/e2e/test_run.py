@@ -174,6 +174,7 @@ STREAMING = ("--set", "cluster.streaming=on")
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1800)  # A whole run, another one that is ended twice, and both on two cores.
 def test_killed_in_synthesis_and_in_training_the_same_command_resumes(job_path, finished, place):
     """With teacher and rewards at the same time, where the undisturbed run had them one after the other."""
     run_dir = place / "killed"
