@@ -87,7 +87,7 @@ class Pairs(Section):
         if self.others == []:
             raise ValueError("others names no answer; remove it, or give `rest` or names of turns")
         named = [self.chosen, self.rejected, *(self.others if isinstance(self.others, list) else ())]
-        if len(set(named)) < len(named):
+        if self.others and len(set(named)) < len(named):
             raise ValueError(f"others: {', '.join(named)}: each answer of a group is named once")
         return self
 

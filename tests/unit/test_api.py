@@ -55,7 +55,8 @@ def test_a_directory_without_a_run_is_refused(tmp_path):
 def test_run_takes_a_path_tables_or_a_job(job_table, tmp_path, monkeypatch, form):
     executed = []
 
-    def execute(job, run_dir, fresh, until):
+    def execute(job, run_dir, fresh, until, trace):
+        assert not trace
         executed.append((job.training.beta, job.rewards[0].weight, run_dir, until))
         made_up_run(run_dir, job_table)
 
