@@ -219,7 +219,7 @@ class RunView(RunReader):
         return self.folder(stage).dataset()
 
     def export(self, what: Literal["pairs", "groups", "answers"], target: str) -> None:
-        """Write the pairs as a preference data set, or the evaluated answers as AlpacaEval's outputs, in a new folder.
+        """Write pairs as a preference data set, groups as they are, or evaluated answers as AlpacaEval's outputs.
 
         Raises:
             InputError: they are not made yet or there are none, or the folder is not empty.

@@ -50,7 +50,8 @@ def repeated(answer: str, before: str) -> tuple[int, int]:
     while place < len(text):
         start = places.get(tuple(text[max(0, place - MATCH) : place]))
         draft = text[start : start + DRAFT] if start is not None else []
-        right = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(draft, text[place:], strict=False)))
+        beside = zip(draft, text[place : place + DRAFT], strict=False)
+        right = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], beside))
         drafted += right
         for passed in range(place, place + max(1, right)):
             places[tuple(text[max(0, passed - MATCH) : passed])] = passed

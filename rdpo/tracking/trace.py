@@ -137,15 +137,20 @@ class Trace:
         import ray
 
         spans, lost = self.own.found()
-        if self.actor is not None and ray.is_initialized():
-            theirs, more = ray.get(self.actor.found.remote())
-            spans, lost = [*spans, *theirs], lost + more
+        missing = ""
+        if self.actor is not None:
+            try:
+                theirs, more = ray.get(self.actor.found.remote())
+                spans, lost = [*spans, *theirs], lost + more
+            except Exception as error:
+                # Of a run that ends with its cluster the end must be told, and the driver's part is there.
+                missing = f" (without the other processes: {type(error).__name__})"
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.write_text(json.dumps(chrome(spans)), encoding="utf-8")
         except OSError as error:
             return f"not written: {error}"
-        return f"{self.path}" + (f" (without {lost} spans after the first {MOST_SPANS})" if lost else "")
+        return f"{self.path}{missing}" + (f" (without {lost} spans after the first {MOST_SPANS})" if lost else "")
 
 
 @contextmanager

@@ -112,25 +112,34 @@ def test_a_teacher_wears_its_adapter(wordy_models, tokenizer, tmp_path):
 
 
 @pytest.mark.long
-def test_drafts_from_the_conversation_change_no_greedy_answer(wordy_models, tokenizer):
-    """A random model repeats itself soon, so that much of what it says stands there already."""
+def test_drafts_from_the_conversation_change_no_greedy_answer(wordy_models, tokenizer, tmp_path):
+    """Of a model that says hardly anything twice, and of one that says one thing over and over."""
+    from transformers import AutoModelForCausalLM
+
+    from tests.support.models import save_model
+
+    same = AutoModelForCausalLM.from_pretrained(wordy_models[0])
+    same.lm_head.weight.data.zero_()
+    repeating = str(save_model(tmp_path / "repeating", same, tokenizer))
     sampling = Sampling(temperature=0.0, max_tokens=100)
 
-    async def said(settings):
+    async def said(folder, **settings):
         from vllm.v1.metrics.reader import Counter, get_metrics_snapshot
 
-        engine = Engine(wordy_models[0], settings, 0, disable_log_stats=False)
+        settings = Settings(max_model_len=256, kv_cache_gib=1, dtype="float32", **settings)
+        engine = Engine(folder, settings, 0, disable_log_stats=False)
         try:
             asked = [engine.generate(prompt * 3, sampling, 0, (tokenizer.eos_token_id,)) for prompt in PROMPTS]
             ids = [answer.token_ids for answer in await asyncio.gather(*asked)]
+            counts = {one.name: one.value for one in get_metrics_snapshot() if isinstance(one, Counter)}
         finally:
             engine.shutdown()
-        counts = {metric.name: metric.value for metric in get_metrics_snapshot() if isinstance(metric, Counter)}
         return ids, counts.get("vllm:spec_decode_num_accepted_tokens", 0)
 
-    settings = Settings(max_model_len=256, kv_cache_gib=1, dtype="float32")
-    plain, none = asyncio.run(said(settings))
-    drafted, accepted = asyncio.run(said(settings.model_copy(update={"prompt_lookup": True})))
+    plain, none = asyncio.run(said(wordy_models[0]))
+    drafted, _ = asyncio.run(said(wordy_models[0], prompt_lookup=True))
     assert plain == drafted
     assert not none
-    assert accepted > 20
+    ids, accepted = asyncio.run(said(repeating, prompt_lookup=True))
+    assert ids == [(0,) * 100] * len(PROMPTS)
+    assert accepted > 100

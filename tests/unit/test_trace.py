@@ -66,6 +66,20 @@ def test_of_too_many_spans_the_first_are_kept_and_the_others_counted(tmp_path, m
     assert "without 3 spans after the first 3" in said[0]
 
 
+def test_a_cluster_that_is_gone_leaves_the_drivers_part_and_the_runs_own_error(tmp_path):
+    class Gone:
+        @property
+        def found(self):
+            raise ConnectionError
+
+    said = []
+    with pytest.raises(KeyError), tracing(tmp_path / "trace.json", said.append):
+        trace._Here.trace.actor = Gone()
+        raise KeyError
+    assert "without the other processes: ConnectionError" in said[0]
+    assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+
+
 def test_a_full_disk_takes_the_trace_and_not_the_run(tmp_path):
     (tmp_path / "logs").write_text("no folder")
     said = []
