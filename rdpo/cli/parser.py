@@ -163,6 +163,7 @@ def _add_compare(commands: Commands) -> None:
     compare.add_argument("--until", choices=["training", "evaluation"], help=last)
     one = "only the arms of this seed, and no table: several commands can share a comparison (repeatable)"
     compare.add_argument("--seed", metavar="N", type=int, action="append", dest="seeds", help=one)
+    compare.add_argument("--dry-run", action="store_true", help="print what each arm would make and take of others")
     compare.set_defaults(function=does.compare)
 
 

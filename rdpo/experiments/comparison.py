@@ -126,7 +126,7 @@ def run_arms(
         if seeds is None or seed in seeds:
             console.say(f"\n{arm}, seed {seed}")
             with _driven(job, folders[arm, seed], folders.values(), console) as run:
-                run_stages(run, list(_stages(job, comparison.until)))
+                run_stages(run, list(stages_until(job, comparison.until)))
 
 
 @contextmanager
@@ -155,7 +155,7 @@ def check_heldout(
             continue
         console.say(f"\nprompts of {run[0]}, seed {run[1]}")
         with _driven(job, folders[run], folders.values(), console) as one:
-            run_stages(one, list(_stages(job, "prompts")))
+            run_stages(one, list(stages_until(job, "prompts")))
             found[run] = set(heldout_prompts(one).ids().to_pylist())
     # Only prompts have been made so far, in minutes; the arms may take days.
     _check_same(found)
@@ -220,7 +220,7 @@ def _weights(job: Job) -> dict[str, float]:
 
 
 def _finished(run: RunReader, until: str) -> dict[str, Manifest]:
-    return run.finished(stage.name for stage in _stages(run.job, until))
+    return run.finished(stage.name for stage in stages_until(run.job, until))
 
 
 def _ids(rows: list[Row]) -> list[str]:
@@ -233,7 +233,8 @@ def _prompts_of_pairs(run: RunReader) -> dict[str, str]:
     return {row[ID_COLUMN]: prompt_id(row["prompt"]) for row in rows if row[HELDOUT]}
 
 
-def _stages(job: Job, until: str) -> Iterator[Stage]:
+def stages_until(job: Job, until: str) -> Iterator[Stage]:
+    """The stages of a job, up to one."""
     for stage in stages_of(job):
         yield stage
         if stage.name == until:

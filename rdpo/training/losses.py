@@ -95,7 +95,13 @@ def _transformed(gap: Tensor, loss: Loss) -> Tensor:
 
 
 def preference_loss(logps: PairLogps, reward: RewardTerms, loss: Loss) -> Tensor:
-    """Loss (P,) of each pair by the settings in `loss`."""
+    """Loss (P,) of each pair by the settings in `loss`.
+
+    Raises:
+        ValueError: it is one over whole groups.
+    """
+    if loss.loss not in LOSSES:
+        raise ValueError(f"{loss.loss} is a loss over groups: rdpo.training.group_losses.group_loss takes them")
     label = reward.label * (1 - loss.label_smoothing) + (1 - reward.label) * loss.label_smoothing
     per_pair = reward.weight * LOSSES[loss.loss](logps, reward, label, loss)
     return per_pair + loss.sft_coef * logps.nll if loss.sft_coef else per_pair

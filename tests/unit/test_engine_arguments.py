@@ -39,6 +39,16 @@ def test_an_engine_on_the_cpu_prefills_whole_prompts():
     assert Engine().rows_in_flight == 64
 
 
+def test_an_engine_on_the_cpu_computes_where_it_schedules_unless_an_option_asks_for_workers():
+    alone, asked = Engine(), Engine(options={"tensor_parallel_size": 2})
+    assert engine_arguments("model", alone, 0)["distributed_executor_backend"] == "uni"
+    # Without the variable, vLLM's CPU build starts a worker in spite of the argument.
+    assert engine_environment(alone)["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+    assert "distributed_executor_backend" not in engine_arguments("model", asked, 0)
+    assert "VLLM_ENABLE_V1_MULTIPROCESSING" not in engine_environment(asked)
+    assert "distributed_executor_backend" not in engine_arguments("model", Engine(gpus=1), 0)
+
+
 def test_a_server_is_asked_as_many_rows_as_it_takes_whatever_the_engine_section_says():
     pool = client_pool(Engine(gpus=8), Endpoint(url="http://teacher/v1", model="m", concurrency=100))
     assert (pool.gpus, pool.rows_in_block) == (0, 16)

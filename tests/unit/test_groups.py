@@ -139,6 +139,11 @@ def test_rdpo_over_an_order_of_two_is_rdpo_to_the_last_bit(dtype):
     assert torch.equal(one.grad, other.grad)
 
 
+def test_a_loss_over_groups_is_refused_for_pairs_by_its_name():
+    with pytest.raises(ValueError, match=r"infonca is a loss over groups: .*group_loss"):
+        of_pair(*GROUPS[0][:2], loss="infonca")
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_pairs_among_groups_have_the_loss_of_pairs_to_the_last_bit(name):
     pairs = [group[:2] for group in GROUPS]

@@ -1,0 +1,73 @@
+"""What a comparison would do: of each arm and seed the stages that would be made, and those that others make for it."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+
+from rdpo.config.comparison import Comparison
+from rdpo.execution.pipeline import planned
+from rdpo.experiments.comparison import Jobs, arm_dir, stages_until
+from rdpo.records import digest
+from rdpo.stages.checks import check_named
+
+UP_TO_DATE = "up to date"
+
+
+@dataclass(frozen=True)
+class Foreseen:
+    """One arm and seed: the stages that would be made, those that are there, and which run makes the others for it."""
+
+    arm: str
+    seed: int
+    made: list[str]
+    there: list[str]
+    taken: dict[str, str]
+
+    def __str__(self) -> str:
+        parts = [f"makes {', '.join(self.made)}"] if self.made else []
+        givers: dict[str, list[str]] = defaultdict(list)
+        for stage, giver in self.taken.items():
+            givers[giver].append(stage)
+        parts += [f"takes {', '.join(stages)} of {giver}" for giver, stages in givers.items()]
+        if self.there:
+            parts.append(f"has {', '.join(self.there)}")
+        return f"{self.arm}, seed {self.seed}: {'; '.join(parts)}"
+
+
+def foreseen(comparison: Comparison, jobs: Jobs, run_dir: str) -> list[Foreseen]:
+    """What each arm and seed would do, in the order in which they would be run.
+
+    A stage counts as taken over where an earlier run has it with the same settings and all its inputs alike. Others may
+    turn out to be so once they are made: a stage that reads of its inputs only what is the same.
+
+    Raises:
+        InputError: a model, a file or a reward that a job names is not there.
+    """
+    owners: dict[str, str] = {}
+    found = []
+    for (arm, seed), job in jobs.items():
+        check_named(job)
+        stages = list(stages_until(job, comparison.until))
+        states = planned(job, arm_dir(run_dir, arm, seed), stages)
+        line, names = Foreseen(arm, seed, [], [], {}), {}
+        for stage in stages:
+            inputs = {name: names.get(name) for name in stage.inputs}
+            name = names[stage.name] = digest(stage.name, stage.settings(job), inputs)
+            if states[stage.name] == UP_TO_DATE:
+                line.there.append(stage.name)
+            elif name in owners:
+                line.taken[stage.name] = owners[name]
+            else:
+                line.made.append(stage.name)
+            owners.setdefault(name, f"{arm}, seed {seed}")
+        found.append(line)
+    return found
+
+
+def totals(runs: list[Foreseen]) -> str:
+    """How often each stage would be made, over all runs."""
+    counts = Counter(stage for run in runs for stage in run.made)
+    if not counts:
+        return f"{len(runs)} runs; nothing is to be made"
+    return f"{len(runs)} runs; to be made: {', '.join(f'{count} x {stage}' for stage, count in counts.items())}"
