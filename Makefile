@@ -129,7 +129,7 @@ $(TOOLS)/.ready: cluster/locks/tools.lock
 
 docs-site: $(TOOLS)/.ready  ## the documents as a site in build/site; a broken link ends it
 	$(TOOLS)/bin/python docs/site/stage.py build/site-source $(SOURCE_URL)
-	$(TOOLS)/bin/mkdocs build --strict -q -f $(SITE)
+	NO_MKDOCS_2_WARNING=1 $(TOOLS)/bin/mkdocs build --strict -q -f $(SITE)
 
 docs-serve: docs-site  ## the site on 127.0.0.1:8000
 	$(TOOLS)/bin/python -m http.server -b 127.0.0.1 -d build/site 8000

@@ -51,6 +51,10 @@ def _start(ray: Any, job: Job) -> None:
         # Ray looks for new files of logs ten times a second, which a small machine feels; once a second is enough.
         os.environ.setdefault("RAY_LOG_MONITOR_MANY_FILES_THRESHOLD", "0")
         os.environ.setdefault("LOG_NAME_UPDATE_INTERVAL_S", "1")
+        # Ray Train looks at its workers every two seconds, and waits so long for their end; and one more process asks
+        # whether a cloud takes a node away, which this machine is not.
+        os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         start_local(
             ray,
             num_cpus=(os.cpu_count() or 1) + HEADROOM_CPUS,
