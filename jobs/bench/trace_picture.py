@@ -2,22 +2,29 @@
 
     python jobs/bench/trace_picture.py RUN_DIR/logs/trace.json docs/trace.svg
 
-A line of the picture is a process, in the order in which they began; of spans within each other the inner one is seen.
+A line of the picture is a process, in the order in which they began;
+of spans within each other the inner one is seen.
 """
 
 import argparse
 import json
+import re
 from collections import defaultdict
 from pathlib import Path
 
+import matplotlib
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 MICRO = 1e6
-LEAST_SHARE = 0.004
+LEAST_SHARE = 0.006
 """Of the whole: a shorter span would be a hair in the picture."""
-PALETTE = ("#7a808a", "#3d78e0", "#c75a3b", "#3a8f5c", "#9a5bc4", "#a07a1c", "#2a8c9c", "#c4508a", "#5b6bb0", "#8a6d5a")
-INCHES, LINE_INCHES = 11.0, 0.34
+INCHES, LINE_INCHES, LEGEND_INCHES, COLUMNS = 11.0, 0.3, 0.2, 4
+GAP_S = 0.2
+ACTOR_STARTS = re.compile(r"^(?!Ray)[A-Z]\w+ starts$")
+INNER = "rows"
+"""What the driver's stages have within them, and which says less than their names."""
 
 
 def spans_of(path: Path) -> tuple[list[dict], dict[int, str]]:
@@ -40,27 +47,43 @@ def table(spans: list[dict], names: dict[int, str]) -> str:
     return "\n".join(lines)
 
 
+def merged(spans: list[dict]) -> dict[tuple[int, str], list[tuple[float, float]]]:
+    """Spans of a process by what they are, those that overlap or follow each other as one: (begin, seconds)."""
+    found: dict[tuple[int, str], list[tuple[float, float]]] = defaultdict(list)
+    for one in sorted(spans, key=lambda one: one["ts"]):
+        kind = ACTOR_STARTS.sub("actor starts", one["name"])
+        bars, begin, end = found[one["pid"], kind], one["ts"] / MICRO, (one["ts"] + one["dur"]) / MICRO
+        if bars and begin < sum(bars[-1]) + GAP_S:
+            before = bars.pop()
+            begin, end = before[0], max(end, sum(before))
+        bars.append((begin, end - begin))
+    return found
+
+
 def draw(spans: list[dict], names: dict[int, str], target: Path) -> None:
-    """Draw a line for each process."""
-    end = max(one["ts"] + one["dur"] for one in spans)
-    kinds = list(dict.fromkeys(one["name"] for one in spans if one["dur"] > LEAST_SHARE * end))
-    colours = {kind: PALETTE[place % len(PALETTE)] for place, kind in enumerate(kinds)}
-    figure = Figure(figsize=(INCHES, 1.6 + LINE_INCHES * len(names)))
+    """Draw a line for each process, longer spans behind shorter ones."""
+    shown = [one for one in spans if not (one["name"] == INNER and names[one["pid"]].startswith("driver"))]
+    end = max(one["ts"] + one["dur"] for one in spans) / MICRO
+    bars = [(pid, name, bar) for (pid, name), some in merged(shown).items() for bar in some]
+    bars = [one for one in bars if one[2][1] > LEAST_SHARE * end]
+    kinds = list(dict.fromkeys(name for _, name, _ in sorted(bars, key=lambda one: one[2])))
+    colours = {kind: matplotlib.colormaps["tab20"](place % 20) for place, kind in enumerate(kinds)}
+
+    lines = LINE_INCHES * len(names)
+    legend = LEGEND_INCHES * -(-len(kinds) // COLUMNS)
+    height = 0.2 + lines + 0.55 + legend
+    figure = Figure(figsize=(INCHES, height), facecolor="white")
     FigureCanvasSVG(figure)
-    axis = figure.add_subplot()
-    axis.set_position((0.2, 0.8 / (1.6 + LINE_INCHES * len(names)), 0.78, 0.9))
-    for one in sorted(spans, key=lambda one: -one["dur"]):
-        if one["name"] not in colours:
-            continue
-        bar = (one["ts"] / MICRO, one["dur"] / MICRO)
-        axis.broken_barh([bar], (one["pid"] - 0.4, 0.8), color=colours[one["name"]], linewidth=0)
-        if one["dur"] > 0.05 * end:
-            axis.text(bar[0] + bar[1] / 2, one["pid"], one["name"], ha="center", va="center", fontsize=6, clip_on=True)
+    axis = figure.add_axes((0.16, (legend + 0.55) / height, 0.82, lines / height))
+    for pid, name, bar in sorted(bars, key=lambda one: -one[2][1]):
+        axis.broken_barh([bar], (pid - 0.4, 0.8), color=colours[name], linewidth=0)
     axis.set_yticks(list(names), [name.rpartition(" (")[0] for name in names.values()], fontsize=7)
-    axis.invert_yaxis()
-    axis.set_xlim(0, end / MICRO)
+    axis.set_ylim(max(names) + 0.6, min(names) - 0.6)
+    axis.set_xlim(0, end)
     axis.set_xlabel("seconds", fontsize=7)
     axis.tick_params(axis="x", labelsize=7)
+    marks = [Patch(color=colour, label=kind) for kind, colour in colours.items()]
+    figure.legend(handles=marks, ncols=COLUMNS, fontsize=7, loc="lower center", frameon=False)
     figure.savefig(target, metadata={"Date": None, "Creator": None})
 
 

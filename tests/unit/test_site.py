@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+import rdpo
+
 ROOT = Path(__file__).parents[2]
 SITE = ROOT / "docs" / "site"
 STAGE = runpy.run_path(str(SITE / "stage.py"))
@@ -51,3 +53,7 @@ def test_what_the_documents_link_to_is_there():
     for page in (path for path in staged if path.suffix == ".md"):
         for _, _, target, _ in STAGE["LINK"].findall((ROOT / page).read_text(encoding="utf-8")):
             assert "://" in target or (ROOT / page.parent / target).exists(), f"{page}: {target}"
+
+
+def test_the_citation_has_the_version_of_the_package():
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))["version"] == rdpo.__version__
