@@ -154,8 +154,9 @@ format: $(READY)  ## let ruff put the code in order
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-type: $(READY)  ## mypy on the package
+type: $(READY)  ## mypy: strict on the package; on benchmarks and scripts, that what they call takes it
 	$(BIN)/mypy
+	$(BIN)/mypy --config-file jobs/mypy.ini jobs
 
 lock: $(READY)  ## resolve both locks anew
 	$(PIP) install uv

@@ -87,7 +87,9 @@ def echoing(job):
     chosen = [stage for stage in stages_of(job) if stage.name in STAGES]
     echo = [speak]
     return [
-        replace(stage, rows=replace(stage.rows, steps=lambda run: echo)) if stage.name == "synthesis" else stage
+        replace(stage, rows=replace(stage.rows, steps=lambda run: echo))
+        if stage.rows and stage.name == "synthesis"
+        else stage
         for stage in chosen
     ]
 

@@ -36,7 +36,7 @@ def measure(count: int) -> str:
 
     before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
     used = time.process_time()
-    found = near_duplicates(heldout, enumerate(others))
+    found = near_duplicates(heldout, ((str(place), text) for place, text in enumerate(others)))
     seconds, used = time.monotonic() - began, time.process_time() - used
     grew = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10
     missed = len(range(0, len(others), 100)) - len(found)

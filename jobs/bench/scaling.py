@@ -99,6 +99,7 @@ def stages(job):
 
     named = {stage.name: stage for stage in stages_of(job)}
     synthesis = named["synthesis"]
+    assert synthesis.rows
     return [named["prompts"], replace(synthesis, rows=replace(synthesis.rows, steps=lambda run: [speak]))]
 
 
@@ -168,7 +169,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.one:
         with tempfile.TemporaryDirectory() as folder:
-            print(json.dumps(measure(*options.one, Path(folder))))
+            print(json.dumps(measure(options.one[0], options.one[1], Path(folder))))
         return
     sizes = [alone(nodes, options.seconds) for nodes in options.nodes]
     print(table(sizes))

@@ -92,7 +92,8 @@ def prompt_row(raw: dict[str, Any], repetition: int) -> Row:
 
 def conversation(task: Task, turn: Turn, row: Row) -> Messages:
     """What a turn answers, from the prompt and the answers of earlier turns in the row."""
-    values, conversations = template_values(row, {}), {}
+    values = template_values(row, {})
+    conversations: dict[str, Messages] = {}
     for earlier in task.turns:
         messages = turn_messages(earlier, row, values, conversations)
         if earlier == turn:
@@ -316,9 +317,10 @@ def figures(task: Task, spoken: Spoken) -> dict[str, Any]:
 def prefix_hits(turn: Turn, rows: Iterable[Row]) -> float | None:
     """Share of a turn's prompt tokens that came from the prefix cache; None where nobody counted."""
     counts = [(row.get(f"{turn.name}_prompt_cached"), row[f"{turn.name}_prompt_length"]) for row in rows]
-    if not counts or any(cached is None for cached, _ in counts):
+    known = [cached for cached, _ in counts if cached is not None]
+    if not counts or len(known) < len(counts):
         return None
-    return sum(cached for cached, _ in counts) / sum(length for _, length in counts)
+    return sum(known) / sum(length for _, length in counts)
 
 
 SPEAKERS = {

@@ -51,7 +51,7 @@ def compare(
     source: Path, options: list[str], workloads: Sequence[str] | None = None, trainers: Sequence[str] | None = None
 ) -> dict:
     """Figures of both trainers on both workloads, and their ratios."""
-    report = {}
+    report: dict[str, dict] = {}
     with tempfile.TemporaryDirectory() as directory:
         long = Path(directory) / "long.jsonl"
         long_prompts(source, long)

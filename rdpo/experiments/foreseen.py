@@ -50,7 +50,8 @@ def foreseen(comparison: Comparison, jobs: Jobs, run_dir: str) -> list[Foreseen]
         check_named(job)
         stages = list(stages_until(job, comparison.until))
         states = planned(job, arm_dir(run_dir, arm, seed), stages)
-        line, names = Foreseen(arm, seed, [], [], {}), {}
+        line = Foreseen(arm, seed, [], [], {})
+        names: dict[str, str] = {}
         for stage in stages:
             inputs = {name: names.get(name) for name in stage.inputs}
             name = names[stage.name] = digest(stage.name, stage.settings(job), inputs)
