@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from markupsafe import Markup
 
 from rdpo.cluster.connection import ray_stopped_after
-from rdpo.config import Job, job_of, read_toml, to_table, with_changes
+from rdpo.config import Job, job_of, read_tables, to_table, with_changes
 from rdpo.errors import InputError, did_you_mean, input_error_within
 from rdpo.execution.pipeline import locked, run_stages
 from rdpo.execution.reader import RunReader, round_dir
@@ -87,7 +87,7 @@ def load_run(run_dir: str | Path) -> RunView:
 
 def _job(job: Job | Mapping[str, Any] | str | Path, overrides: Mapping[str, Any]) -> Job:
     if isinstance(job, str | Path):
-        return job_of(with_changes(read_toml(job), overrides), str(job))
+        return job_of(with_changes(read_tables(job), overrides), str(job))
     return job_of(with_changes(to_table(job) if isinstance(job, Job) else job, overrides), "job")
 
 

@@ -96,7 +96,7 @@ def _add_init(commands: Commands) -> None:
 
 def _add_run(commands: Commands) -> None:
     run = commands.add_parser("run", help="run a job file from prompts to the published model; resumes by itself")
-    _add_place(run, "job", "JOB.toml", FILE)
+    _add_place(run, "job", "JOB", FILE, "a job file, TOML or YAML")
     run.add_argument("--set", metavar="section.key=value", action="append", default=[], dest="overrides")
     _add_place(run, "--run-dir", "DIR", DIRECTORY, "where the run lives (default: runs/NAME)")
     _add_extent(run)

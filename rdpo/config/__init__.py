@@ -5,7 +5,17 @@ before any model is loaded.
 """
 
 from rdpo.config.evaluation import Evaluation, Publish, Retention, Rounds
-from rdpo.config.files import check_kind, explained, job_of, load_job, read_toml, to_table, to_toml, with_changes
+from rdpo.config.files import (
+    check_kind,
+    explained,
+    job_of,
+    load_job,
+    read_tables,
+    tables_of,
+    to_table,
+    to_toml,
+    with_changes,
+)
 from rdpo.config.job import RESOURCES, TEMPLATE_DATE, Cluster, Job, Placement
 from rdpo.config.made import Made, Texts
 from rdpo.config.models import MEMORY_OPTIONS, Endpoint, Engine, Sampling, Server, Student

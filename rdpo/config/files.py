@@ -1,4 +1,4 @@
-"""Job files: TOML in, a validated `Job` or one message that names file and field out."""
+"""Job files: TOML or YAML in, a validated `Job` or one message that names file and field out."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ TAKEN_BY = {
     "task": "a job names it as synthesis.task",
     "comparison": "`rdpo compare` takes it",
 }
+YAML = (".yaml", ".yml")
 OPTION_IN_ADDRESS = re.compile(r'"(?:s3|gs|gcs)://(?:[^/"]*@|[^"]*\?)')
 
 QUOTED = re.compile(r"'([^']*)'")
@@ -33,9 +34,9 @@ def load_job(path: str | Path, overrides: list[str] | None = None) -> Job:
     """Read a job file, apply `section.key=value` overrides, validate.
 
     Raises:
-        InputError: the file is missing, not TOML, or a key or value is wrong; names file and field.
+        InputError: the file is missing, neither TOML nor YAML, or a key or value is wrong; names file and field.
     """
-    table = read_toml(path)
+    table = read_tables(path)
     apply_overrides(table, overrides or [])
     return job_of(table, str(path))
 
@@ -92,20 +93,37 @@ def check_kind(table: Mapping[str, object], wanted: str, where: str | Path) -> N
         raise InputError(f"{where}: is a {kinds[0]}, not a {wanted}; {TAKEN_BY[kinds[0]]}")
 
 
-def read_toml(path: str | Path) -> Table:
-    """The tables of a TOML file.
+def read_tables(path: str | Path) -> Table:
+    """The tables of a file: YAML where its name ends so, else TOML.
 
     Raises:
-        InputError: it is missing or not TOML.
+        InputError: it is missing, or not what its name says.
     """
     try:
-        return tomllib.loads(_content(path).decode())
+        return tables_of(_content(path).decode(), path)
     except FileNotFoundError:
         raise InputError(f"{path}: no such job file") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not valid TOML: {error}") from None
+        raise InputError(f"{path}: not valid {_format(path)}: {error}") from None
+
+
+def tables_of(text: str, path: str | Path) -> Table:
+    """The tables that a file of this name holds.
+
+    Raises:
+        ValueError: it is not what its name says.
+    """
+    if _format(path) == "TOML":
+        return tomllib.loads(text)
+    from rdpo.config.yaml_file import read_yaml
+
+    return read_yaml(text)
+
+
+def _format(path: str | Path) -> str:
+    return "YAML" if str(path).lower().endswith(YAML) else "TOML"
 
 
 def _content(path: str | Path) -> bytes:

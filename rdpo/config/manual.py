@@ -32,6 +32,11 @@ A job is one TOML file. A key of a section stands in its table, `[training]` and
 out, `training.beta = 0.2`; on the command line it is `--set training.beta=0.2`. A key that is not here is refused. Only
 `name`, `student.model` and `prompts.source` (or `prompts.sources`, or `prompts.made`) are always required. What has no
 default may be left out.
+
+A file whose name ends in `.yaml` or `.yml` is read as YAML, with the same keys, checks and messages; so are comparisons
+and tasks. It is read by the rules of YAML 1.2 (`3e-4` is a number, `no` a word), and a key that stands twice, a key
+without a value, and an alias are refused.
+
 `rdpo run JOB.toml --dry-run` prints a job with all its defaults.
 """
 OPTIONAL = " Without this table there is no such stage."

@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from rdpo.config import Job, check_kind, explained, job_of, read_toml
+from rdpo.config import Job, check_kind, explained, job_of, read_tables
 from rdpo.config.comparison import Comparison, Part
 from rdpo.errors import InputError
 from rdpo.execution.pipeline import locked, run_stages
@@ -41,7 +41,7 @@ def load_comparison(path: str | Path, part: Part | None = None) -> tuple[Compari
         InputError: the file or its base job is missing or wrong, an arm's changes are, or there is no such part.
     """
     path = Path(path)
-    content = read_toml(path)
+    content = read_tables(path)
     check_kind(content, "comparison", path)
     try:
         comparison = Comparison.model_validate(content)
@@ -51,7 +51,7 @@ def load_comparison(path: str | Path, part: Part | None = None) -> tuple[Compari
         comparison = comparison.of(part)
 
     base = path.parent / comparison.job
-    table = read_toml(base)
+    table = read_tables(base)
     jobs: Jobs = {}
     for variant in comparison.variants:
         for seed in comparison.seeds:

@@ -17,7 +17,7 @@ from typing import Annotated
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from rdpo.cluster.pools import Pool
-from rdpo.config import Job, Section, Training, explained, largest, read_toml
+from rdpo.config import Job, Section, Training, explained, largest, read_tables
 from rdpo.errors import InputError
 from rdpo.execution.reader import RunReader
 from rdpo.files.folder import IN_PROGRESS
@@ -80,7 +80,7 @@ def load_prices(path: str) -> dict[str, Price]:
         InputError: the file is missing or wrong.
     """
     try:
-        return TypeAdapter(dict[str, Price]).validate_python(read_toml(path))
+        return TypeAdapter(dict[str, Price]).validate_python(read_tables(path))
     except ValidationError as error:
         raise InputError(explained(path, error)) from None
 
@@ -119,7 +119,7 @@ def load_rates(source: str) -> Rates:
 
 def _rates_of_file(path: str) -> Rates:
     try:
-        rates = TypeAdapter(dict[str, Annotated[float, Field(gt=0)]]).validate_python(read_toml(path))
+        rates = TypeAdapter(dict[str, Annotated[float, Field(gt=0)]]).validate_python(read_tables(path))
     except ValidationError as error:
         raise InputError(explained(path, error)) from None
     if unknown := sorted(set(rates) - set(STAGES)):

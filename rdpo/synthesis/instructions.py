@@ -8,7 +8,6 @@ NAME_4. Templates are rendered in a sandbox.
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Collection, Iterable, Mapping
 from functools import lru_cache
 from importlib.resources import files
@@ -19,7 +18,7 @@ from jinja2 import StrictUndefined, Template, TemplateSyntaxError, meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from pydantic import ValidationError
 
-from rdpo.config import BEST, WORST, check_kind
+from rdpo.config import BEST, WORST, check_kind, tables_of
 from rdpo.config.task import Task, Turn
 from rdpo.errors import InputError, did_you_mean
 from rdpo.records import DRAWN, HELDOUT, ID_COLUMN, QUESTION, VOICE, Messages, Row, extra_of, text_of
@@ -44,14 +43,15 @@ def load_task(source: str) -> Task:
     shipped = SHIPPED / f"{source}.toml"
     path = shipped if source.isidentifier() and shipped.is_file() else Path(source)
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-        check_kind(content, "task", f"synthesis.task: {source}")
-        task = Task.model_validate(content)
+        content = tables_of(path.read_text(encoding="utf-8"), path.name)
     except FileNotFoundError:
         names = ", ".join(sorted(one.name.removesuffix(".toml") for one in SHIPPED.iterdir()))
         raise InputError(f"synthesis.task: {source}: no such file; the tasks that come with rdpo are {names}") from None
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"synthesis.task: {source}: {error}") from None
+    check_kind(content, "task", f"synthesis.task: {source}")
+    try:
+        task = Task.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])

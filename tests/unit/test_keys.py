@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from rdpo.cluster import hardware
-from rdpo.config import load_job, read_toml
+from rdpo.config import load_job, read_tables
 from rdpo.execution.keys import former_key, stage_key
 from rdpo.experiments.comparison import load_comparison
 from rdpo.modeling import chat, reading, template
@@ -122,7 +122,7 @@ def former_keys_of(job):
 
 def all_jobs():
     for path in FILES:
-        if "baseline" in read_toml(path):
+        if "baseline" in read_tables(path):
             comparison, jobs = load_comparison(path)
             arms = {arm: job for (arm, seed), job in jobs.items() if seed == comparison.seeds[0]}
             yield from ((f"{path.name}, {arm}", job) for arm, job in arms.items())
