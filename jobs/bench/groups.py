@@ -92,7 +92,9 @@ def one(trainer: str, answers: int, options: argparse.Namespace, further: list[s
     else:
         rows = pa.Table.from_pylist(list(as_pairs(referred.to_pylist()))).select(COLUMNS)
         batches = [list(range(start, start + pairs)) for start in range(0, len(rows), pairs)]
-        steps = contender.run_trl(job, PairTable.of(rows), batches, min(settings.micro, pairs))
+        # TRL takes whole forwards alone: one that does not divide the pairs would leave some out of each step.
+        micro = max(size for size in range(1, settings.micro + 1) if pairs % size == 0)
+        steps = contender.run_trl(job, PairTable.of(rows), batches, micro)
     found = contender.figures(whole, [list(range(n, n + size)) for n in range(0, len(whole), size)], steps)
     seconds = sum(steps.seconds[WARM_STEPS:])
     found["answers_per_second"] = answers * size * (options.steps - WARM_STEPS) / seconds
