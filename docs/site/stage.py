@@ -20,11 +20,13 @@ FOLDERS = ("docs", "jobs", "cluster")
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s#]+)(#[^)\s]*)?\)")
 FENCE = re.compile(r"(^```.*?^```$)", re.DOTALL | re.MULTILINE)
 INDEX = "README.md"
+GIT = ("git", "-c", "safe.directory=*")
+"""Who owns the folder is no matter: its files are only listed."""
 
 
 def documents() -> list[Path]:
     """What the site shows, and what its pages link to, relative to the repository."""
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    listed = subprocess.run([*GIT, "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     files = [Path(name) for name in listed]
     return [file for file in files if file.suffix in STAGED and (file.parts[0] in FOLDERS or len(file.parts) == 1)]
 

@@ -22,7 +22,8 @@ def pages_of(entries):
 
 
 def test_every_document_is_a_page_of_the_site_once():
-    listed = subprocess.run(["git", "ls-files", "*.md"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    command = [*STAGE["GIT"], "ls-files", "*.md"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     wanted = [name for name in listed.split() if not name.startswith(".github")]
     nav = list(pages_of(yaml.safe_load((SITE / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]))
     assert len(nav) == len(set(nav)) > 15
