@@ -158,7 +158,7 @@ type: $(READY)  ## mypy: strict on the package; on benchmarks and scripts, that 
 	$(BIN)/mypy
 	$(BIN)/mypy --config-file jobs/mypy.ini jobs
 
-lock: $(READY)  ## resolve both locks anew
+lock: $(READY)  ## resolve the locks anew
 	$(PIP) install uv
 	$(BIN)/uv pip compile cluster/locks/cpu.in --override cluster/locks/cpu-leave-out.txt \
 		--python-version 3.11 --no-header --no-annotate -q -o cluster/locks/cpu.lock \

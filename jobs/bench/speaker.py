@@ -121,8 +121,7 @@ def arguments_of(job: Job) -> dict[str, Any]:
 
 def environment_of(settings: EngineSettings) -> dict[str, str]:
     """The environment of such an engine."""
-    own = settings.model_copy(update={"options": {EXECUTOR: "mp"}})
-    return engine_environment(own if not settings.gpus else settings)
+    return engine_environment(settings.model_copy(update={"options": {EXECUTOR: "mp"}}))
 
 
 def sampling_arguments(job: Job, turn: Turn, row: Row, chat: Chat) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
     python jobs/bench/trace_picture.py RUN_DIR/logs/trace.json docs/trace.svg
 
-A line of the picture is a process, in the order in which they began;
-of spans within each other the inner one is seen.
+A line of the picture is a process, in the order in which they began; of spans within each other the
+inner one is seen.
 """
 
 import argparse

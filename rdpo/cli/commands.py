@@ -129,7 +129,7 @@ def compare(options: argparse.Namespace) -> int:
     if options.dry_run:
         from rdpo.experiments.foreseen import foreseen, totals
 
-        runs = foreseen(comparison, jobs, options.run_dir)
+        runs = foreseen(comparison, jobs, options.run_dir, options.seeds)
         print("\n".join([*map(visible, map(str, runs)), totals(runs)]))
         return 0
     with run_console(options.run_dir) as console, ray_stopped_after():

@@ -138,7 +138,7 @@ def _add_extent(parser: argparse.ArgumentParser) -> None:
 
 def _add_submit(commands: Commands) -> None:
     submit = commands.add_parser("submit", help="send a job and the working directory to a Ray cluster")
-    _add_place(submit, "job", "JOB.toml", FILE)
+    _add_place(submit, "job", "JOB", FILE, "a job file, TOML or YAML")
     seen = "where all nodes see it: s3://… or a shared disk"
     submit.add_argument("--run-dir", metavar="DIR", required=True, help=seen)
     submit.add_argument("--set", metavar="section.key=value", action="append", default=[], dest="overrides")
@@ -153,7 +153,7 @@ def _add_submit(commands: Commands) -> None:
 
 def _add_compare(commands: Commands) -> None:
     compare = commands.add_parser("compare", help="run arms and seeds of a job and compare them")
-    _add_place(compare, "comparison", "COMPARE.toml", FILE)
+    _add_place(compare, "comparison", "COMPARISON", FILE, "a comparison file, TOML or YAML")
     _add_place(compare, "--run-dir", "DIR", DIRECTORY, "where the arms live (default: runs/NAME)")
     some = "only this arm and the baseline (repeatable)"
     compare.add_argument("--arm", metavar="NAME", action="append", default=[], dest="arms", help=some)
@@ -169,7 +169,7 @@ def _add_compare(commands: Commands) -> None:
 
 def _add_plan(commands: Commands) -> None:
     plan = commands.add_parser("plan", help="placement, memory and speed of a job, and its cost, before anything runs")
-    _add_place(plan, "job", "JOB.toml", FILE)
+    _add_place(plan, "job", "JOB", FILE, "a job file, TOML or YAML")
     plan.add_argument("--set", metavar="section.key=value", action="append", default=[], dest="overrides")
     plan.add_argument("--gpu", metavar="TYPE", help="a GPU type, for example H100")
     lengths = plan.add_argument(

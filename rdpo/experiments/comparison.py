@@ -119,14 +119,23 @@ def run_arms(
     Raises:
         InputError: a seed is none of the comparison's.
     """
-    if unknown := set(seeds or ()) - set(comparison.seeds):
-        raise InputError(f"--seed {min(unknown)}: the comparison's seeds are {', '.join(map(str, comparison.seeds))}")
+    check_seeds(comparison, seeds)
     folders = {run: absolute(arm_dir(run_dir, *run)) for run in jobs}
     for (arm, seed), job in jobs.items():
         if seeds is None or seed in seeds:
             console.say(f"\n{arm}, seed {seed}")
             with _driven(job, folders[arm, seed], folders.values(), console) as run:
                 run_stages(run, list(stages_until(job, comparison.until)))
+
+
+def check_seeds(comparison: Comparison, seeds: Collection[int] | None) -> None:
+    """Look whether these seeds are the comparison's.
+
+    Raises:
+        InputError: one is not.
+    """
+    if unknown := set(seeds or ()) - set(comparison.seeds):
+        raise InputError(f"--seed {min(unknown)}: the comparison's seeds are {', '.join(map(str, comparison.seeds))}")
 
 
 @contextmanager

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from rdpo.config.comparison import Comparison
 from rdpo.execution.pipeline import planned
-from rdpo.experiments.comparison import Jobs, arm_dir, stages_until
+from rdpo.experiments.comparison import Jobs, arm_dir, check_seeds, stages_until
 from rdpo.records import digest
 from rdpo.stages.checks import check_named
 
@@ -35,19 +36,21 @@ class Foreseen:
         return f"{self.arm}, seed {self.seed}: {'; '.join(parts)}"
 
 
-def foreseen(comparison: Comparison, jobs: Jobs, run_dir: str) -> list[Foreseen]:
-    """What each arm and seed would do, in the order in which they would be run.
+def foreseen(comparison: Comparison, jobs: Jobs, run_dir: str, seeds: Collection[int] | None = None) -> list[Foreseen]:
+    """What each arm and seed would do, in the order in which they would be run; with `seeds`, those alone.
 
     A stage counts as taken over where an earlier run has it with the same settings and all its inputs alike. Others may
     turn out to be so once they are made: a stage that reads of its inputs only what is the same.
 
     Raises:
-        InputError: a model, a file or a reward that a job names is not there.
+        InputError: a model, a file or a reward that a job names is not there, or a seed is none of the comparison's.
     """
+    check_seeds(comparison, seeds)
     owners: dict[str, str] = {}
     found = []
     for (arm, seed), job in jobs.items():
         check_named(job)
+        wanted = seeds is None or seed in seeds
         stages = list(stages_until(job, comparison.until))
         states = planned(job, arm_dir(run_dir, arm, seed), stages)
         line = Foreseen(arm, seed, [], [], {})
@@ -61,8 +64,11 @@ def foreseen(comparison: Comparison, jobs: Jobs, run_dir: str) -> list[Foreseen]
                 line.taken[stage.name] = owners[name]
             else:
                 line.made.append(stage.name)
-            owners.setdefault(name, f"{arm}, seed {seed}")
-        found.append(line)
+            # What a seed that is not wanted has not made yet, nobody can take of it.
+            if wanted or states[stage.name] == UP_TO_DATE:
+                owners.setdefault(name, f"{arm}, seed {seed}")
+        if wanted:
+            found.append(line)
     return found
 
 

@@ -4,6 +4,7 @@ import pytest
 import tomli_w
 
 from rdpo.cli import main
+from rdpo.errors import InputError
 from rdpo.experiments.comparison import load_comparison
 from rdpo.experiments.foreseen import foreseen, totals
 from tests.support.jobs import write_job
@@ -33,6 +34,16 @@ def test_stages_that_arms_have_in_common_are_made_once(comparison, tmp_path):
     assert totals(runs).startswith("4 runs; to be made: 1 x prompts, ")
     assert "2 x synthesis" in totals(runs)
     assert "4 x training" in totals(runs)
+
+
+def test_one_seed_alone_makes_by_itself_what_another_has_not_made(comparison, tmp_path):
+    loaded, folder = load_comparison(comparison), str(tmp_path / "run")
+    first, arm = foreseen(*loaded, folder, [1])
+    assert (first.seed, arm.seed) == (1, 1)
+    assert not first.taken
+    assert set(arm.taken.values()) == {"dpo, seed 1"}
+    with pytest.raises(InputError, match="--seed 7: the comparison's seeds are 0, 1"):
+        foreseen(*loaded, folder, [7])
 
 
 def test_a_dry_run_prints_it_and_makes_nothing(comparison, tmp_path, capsys):
