@@ -75,7 +75,8 @@ def one(trainer: str, answers: int, options: argparse.Namespace, further: list[s
     from rdpo.training.loop import COLUMNS, PairTable
 
     pairs = options.groups * (answers - 1)
-    given = [trainer, "-", "--steps", str(options.steps), "--max-length", "1024", *further]
+    # In bfloat16 the gradients of the same loss by two forwards differ by per cents, and the losses with them.
+    given = [trainer, "-", "--steps", str(options.steps), "--max-length", "1024", "--dtype", "float32", *further]
     settings = contender.options_from([*given, "--batch-size", str(options.groups if trainer == "rdpo" else pairs)])
     settings.tokens_per_batch = max(settings.tokens_per_batch, 2 * settings.max_length, 600 + 180 * answers)
     job = contender.job_of(settings)
