@@ -97,7 +97,8 @@ class Replay(Section):
 
     source: Source
     """A preference data set, read as `prompts.source` is, with `chosen` and `rejected`; the `pairs` folder of
-    another run is one."""
+    another run is one. Scores of their own count in the loss as they are; a pair without scores is dropped where the
+    loss goes by them."""
     share: float = Field(default=0.5, ge=0, le=1)
     """Gamma: their share of the pairs that are trained on."""
     column: str = "prompt"

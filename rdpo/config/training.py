@@ -76,6 +76,9 @@ LossName = Literal[
     "selm",
 ]
 
+NEED_SCORES = {"infonca", "nca", "soft_label", "geometric_label", "weight"}
+"""Losses, and ways for the reward gap to enter, to which a pair without scores would be a tie of equals."""
+
 REWARD_USES = {"offset", "soft_label", "geometric_label", "weight"}
 OPTIONS_AT_REST = {
     "normalization": "sum",
@@ -150,6 +153,14 @@ class Loss(Section):
         if self.reward_as != "auto":
             return self.reward_as
         return "offset" if "offset" in LOSS_OPTIONS[self.loss] else "none"
+
+    @property
+    def needs_scores(self) -> bool:
+        """Whether a pair without scores would be trained on as if its two answers were equally good.
+
+        An offset does without: where nothing scored the answers it is 0, and the loss that of the order alone.
+        """
+        return bool(NEED_SCORES & {self.loss, self.reward_use})
 
 
 class Training(Loss):

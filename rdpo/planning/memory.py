@@ -28,6 +28,7 @@ from rdpo.modeling.model import Policy, as_policy
 from rdpo.modeling.packing import PairSize, batch_tokens, epoch_steps, plan_step
 from rdpo.modeling.student import forward_settings, student_dtype, tuning_of
 from rdpo.modeling.weights import ModelRef
+from rdpo.preference.pairs import scored_answers
 from rdpo.training.backend import Weights, backend_of
 from rdpo.training.loop import step_pairs
 
@@ -58,10 +59,14 @@ class Rehearsal:
     packed: bool
 
 
-def typical_pair(job: Job) -> PairSize:
-    """A pair of three equal parts that takes as many positions as its longest sequence may, so that batches fill."""
+def typical_size(job: Job) -> PairSize:
+    """A pair of three equal parts that takes as many positions as its longest sequence may, so that batches fill.
+
+    A group has the same prompt, and as many answers of that length as the job's task gives it.
+    """
     part = job.reference.max_length // 3
-    return PairSize(job.reference.max_length - 2 * part, part, part)
+    others = len(scored_answers(job)) - 2 if job.pairs.others else 0
+    return PairSize(job.reference.max_length - 2 * part, part, part, (part,) * others)
 
 
 def rehearse(job: Job, sizes: Sequence[PairSize] = ()) -> Rehearsal:
@@ -91,7 +96,7 @@ def rehearse(job: Job, sizes: Sequence[PairSize] = ()) -> Rehearsal:
     # A fake tensor has a shape and a device, but no memory: what is counted below would not fit here.
     with FakeTensorMode():
         _pretend_on_cpu(policy)
-        peak = _step_peak(policy, heaviest(job, sizes or [typical_pair(job)] * job.training.batch_size, policy.packed))
+        peak = _step_peak(policy, heaviest(job, sizes or [typical_size(job)] * job.training.batch_size, policy.packed))
 
     parameters, decoder = list(policy.parameters()), tuple(policy.layer_types())
     return Rehearsal(
@@ -172,7 +177,8 @@ def _step_peak(policy: Policy, pairs: Sequence[PairSize]) -> int:
     prompts = [[0] * pair.prompt for pair in pairs]
     chosen = [[0] * pair.chosen for pair in pairs]
     rejected = [[0] * pair.rejected for pair in pairs]
-    batch = policy.batch(prompts, chosen, rejected)
+    others = [[[0] * answer for answer in pair.others] for pair in pairs]
+    batch = policy.batch(prompts, chosen, rejected, others=others)
 
     held = [*policy.parameters(), *policy.buffers()]
     for weight in policy.parameters():

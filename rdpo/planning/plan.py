@@ -21,7 +21,7 @@ from rdpo.modeling.packing import PairSize
 from rdpo.modeling.student import student_dtype
 from rdpo.planning.communication import bytes_sent, sent
 from rdpo.planning.disk import disk
-from rdpo.planning.memory import GIB, Rehearsal, offloaded_memory, rehearse, typical_pair, worker_memory
+from rdpo.planning.memory import GIB, Rehearsal, offloaded_memory, rehearse, typical_size, worker_memory
 from rdpo.planning.pools import pool_table
 from rdpo.stages.pools import pools_of
 from rdpo.tracking.tables import aligned
@@ -57,9 +57,9 @@ def plan(
 
     # Of a GPU only the rate of products in bfloat16 is known.
     if (gpu and student_dtype(job) == "bfloat16") or not job.training.gpus_per_worker:
-        yield from _speed(job, rehearsal, gpu, sizes or [typical_pair(job)])
+        yield from _speed(job, rehearsal, gpu, sizes or [typical_size(job)])
     if device:
-        yield from _network(job, rehearsal, device, sizes or [typical_pair(job)])
+        yield from _network(job, rehearsal, device, sizes or [typical_size(job)])
     yield from disk(job, rehearsal, gpus=bool(gpu))
 
 
@@ -134,9 +134,19 @@ def _speed(job: Job, rehearsal: Rehearsal, gpu: str | None, sizes: Sequence[Pair
     workers = smallest(job.training.num_workers)
     seconds = rehearsal.arithmetic.flops(sizes, rehearsal.packed) / (rate * workers * ASSUMED_MFU)
     guess = f"{ASSUMED_MFU:.0%} of {rate / 1e12:,.2f} TFLOP/s per worker, guessed"
-    tokens = sum(pair.tokens for pair in sizes)
+    tokens = sum(size.tokens for size in sizes)
     yield f"about {tokens / seconds:,.0f} tokens/s ({guess})"
-    yield f"1,000 pairs of {tokens / len(sizes):,.0f} tokens in about {1000 * seconds / len(sizes) / 60:,.1f} min"
+    rows = f"1,000 {_named(sizes)} of {tokens / len(sizes):,.0f} tokens"
+    yield f"{rows} in about {1000 * seconds / len(sizes) / 60:,.1f} min"
+
+
+def _named(sizes: Sequence[PairSize]) -> str:
+    """What rows of these sizes are called."""
+    answers = sorted({len(size.answers) for size in sizes})
+    if answers == [2]:
+        return "pairs"
+    range_of = " to ".join(map(str, dict.fromkeys((answers[0], answers[-1]))))
+    return f"groups of {range_of} answers"
 
 
 def _messages(job: Job, rehearsal: Rehearsal, gpu: Gpu, sizes: Sequence[PairSize], elements: int) -> str:

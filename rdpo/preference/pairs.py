@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     import ray.data
 
 COPY = "#"
+UNSCORED = "it has no scores, and training.loss, training.reward_as or [pairs] goes by them"
 BATCH_ROWS = 1024
 
 
@@ -155,8 +156,22 @@ def _pair(row: Row, job: Job, task: Task | None, length_coef: float, drawn_by: s
     if wrong := [defect for defect in pair["defects"] if defect in settings.drop_defects]:
         pair = drop(pair, f"{sides.chosen}: {wrong[0]}")
     pair = sound(pair, settings)
+    if needs_scores(job) and not _has_scores(pair):
+        pair = drop(pair, UNSCORED)
     # What is noise in the direction must not decide which answers are good enough.
     return wide_enough(exchanged(pair) if flipped else pair, settings)
+
+
+def needs_scores(job: Job) -> bool:
+    """Whether a pair that nothing scored is of no use to the job: its loss goes by scores, or the choice of pairs."""
+    settings = job.pairs
+    bounds = (settings.min_gap, settings.max_gap, settings.min_score)
+    chosen_by_score = settings.direction == "reward" or any(bound is not None for bound in bounds)
+    return chosen_by_score or job.training.needs_scores
+
+
+def _has_scores(pair: Row) -> bool:
+    return all(any(score is not None for score in (pair[f"{side}_scores"] or {}).values()) for side in SIDES)
 
 
 def scored_answers(job: Job) -> list[str]:

@@ -28,7 +28,15 @@ def settings(job: Job) -> Settings:
     """Settings of the pairs stage."""
     asked = question_settings(job, job.pairs.condition)
     reasoned = {"reasoned": True} if job.synthesis.trains_on_reasoning else {}
-    return {**job.pairs.model_dump(), **asked, **reasoned, "seed": job.seed if job.pairs.flip else None}
+    own = {**asked, **reasoned, **unscored_settings(job)}
+    return {**job.pairs.model_dump(), **own, "seed": job.seed if job.pairs.flip else None}
+
+
+def unscored_settings(job: Job) -> Settings:
+    """What becomes of pairs that nothing scored, where that is not what has always become of them."""
+    from rdpo.preference.pairs import needs_scores
+
+    return {"unscored": "dropped"} if not job.rewards and needs_scores(job) else {}
 
 
 def scored(run: RunReader) -> Source:

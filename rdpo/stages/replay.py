@@ -32,7 +32,8 @@ def settings(job: Job) -> Settings:
     system |= rendering_of_student(job) | {"tokenizer": ModelRef.student(job).tokenizer_fingerprint()}
     with named(SOURCE):
         content = content_hash(job.replay.source)
-    return {**job.replay.model_dump(), **system, "content": content, "drawn": DRAWN, "seed": job.seed}
+    own = {**system, **({"unscored": "dropped"} if job.training.needs_scores else {})}
+    return {**job.replay.model_dump(), **own, "content": content, "drawn": DRAWN, "seed": job.seed}
 
 
 def draw_replay(run: Run, folder: StageFolder, meter: Meter) -> Summary:

@@ -7,8 +7,9 @@ import pytest
 
 from rdpo.config import Job
 from rdpo.errors import InputError
-from rdpo.preference.pairs import pairs_table
+from rdpo.preference.pairs import UNSCORED, pairs_table
 from rdpo.preference.scores import combine_table
+from rdpo.stages.pairs import settings as pairs_settings
 from rdpo.synthesis.columns import check_columns, needed_columns
 from rdpo.synthesis.given import answered
 from rdpo.synthesis.prompts import prompt_row
@@ -37,6 +38,35 @@ def test_text_becomes_a_pair(job):
     # Blanks belong to an answer: in code they are its indentation.
     assert pair["rejected"] == [{"role": "assistant", "content": "    bad\n"}]
     assert (pair["reward_gap"], pair["chosen_finished"], pair["dropped"]) == (0.0, True, None)
+
+
+@pytest.mark.parametrize(
+    ("training", "pairs", "goes"),
+    [
+        ({}, {}, False),
+        ({"reward_as": "offset"}, {}, False),
+        ({"reward_as": "soft_label"}, {}, True),
+        ({"reward_as": "geometric_label"}, {}, True),
+        ({"reward_as": "weight"}, {}, True),
+        ({"loss": "infonca"}, {}, True),
+        ({"loss": "nca"}, {}, True),
+        ({"loss": "plackett_luce"}, {}, False),
+        ({}, {"direction": "reward"}, True),
+        ({}, {"min_gap": -1.0}, True),
+        ({}, {"max_gap": 1.0}, True),
+        ({}, {"min_score": -1.0}, True),
+    ],
+)
+def test_a_pair_without_scores_is_dropped_where_the_job_goes_by_them(job, training, pairs, goes):
+    """A gap of 0 would make its two answers equally good: trained on so, or chosen from so."""
+    job = job.model_copy(
+        update={"training": job.training.model_copy(update=training), "pairs": job.pairs.model_copy(update=pairs)}
+    )
+    bare = {"chosen": "good", "rejected": "bad"}
+    rows = [{"prompt": "q", **bare}, {"prompt": "p", **bare, "score_chosen": 0.5, "score_rejected": 0.25}]
+    found = paired([from_source(row, job) for row in rows], job)
+    assert [pair["dropped"] for pair in found] == [UNSCORED if goes else None, None]
+    assert (pairs_settings(job).get("unscored") == "dropped") == goes
 
 
 def test_the_prompt_may_stand_in_the_chosen_messages(job):

@@ -8,13 +8,13 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from rdpo.cluster.gpus import GPUS, Gpu, gpu_of
-from rdpo.config import Job, Lora
+from rdpo.config import Job, Lora, Pairs
 from rdpo.errors import InputError
 from rdpo.modeling.flops import Arithmetic
 from rdpo.modeling.model import ForwardSettings, Tuning, as_policy, load_policy
 from rdpo.modeling.packing import PairSize
 from rdpo.planning.communication import bytes_sent, sent
-from rdpo.planning.memory import Memory, heaviest, rehearse, worker_memory
+from rdpo.planning.memory import Memory, _step_peak, heaviest, rehearse, typical_size, worker_memory
 from rdpo.planning.plan import plan
 from rdpo.training.backend import backend_of
 from rdpo.training.deepspeed import BUCKET, layer_elements
@@ -51,15 +51,13 @@ def test_memory_counts_what_is_held_and_not_what_is_gone():
 
 @pytest.mark.parametrize(("lora", "dtype"), [(None, "float32"), (Lora(rank=4), "float32"), (Lora(rank=4), "bfloat16")])
 def test_rehearsal_on_fake_tensors_takes_as_much_as_the_real_step(tiny_model, tmp_path, lora, dtype):
-    from rdpo.planning.memory import _step_peak, typical_pair
-
     job = job_of(tiny_model, tmp_path, lora=lora)
     job = job.model_copy(update={"student": job.student.model_copy(update={"dtype": dtype})})
     rehearsal = rehearse(job)
     real = load_policy(tiny_model, ForwardSettings(dtype, job.training.logprob_chunk), Tuning(lora))
     assert rehearsal.weights == sum(weight.numel() for weight in real.parameters())
     assert rehearsal.trained == sum(weight.numel() for weight in real.parameters() if weight.requires_grad)
-    peak = _step_peak(real, heaviest(job, [typical_pair(job)] * 4, packed=True))
+    peak = _step_peak(real, heaviest(job, [typical_size(job)] * 4, packed=True))
     assert rehearsal.activations == pytest.approx(peak, rel=0.02)
 
 
@@ -138,6 +136,39 @@ def test_plan_says_what_does_not_fit(tiny_model, tmp_path, monkeypatch):
     assert "does not fit" in "\n".join(plan(job, "H100", 8))
     with pytest.raises(InputError, match="--workers 9: each needs a pair"):
         list(plan(job, "H100", 9))
+
+
+def test_a_plan_of_groups_counts_their_prompt_once(tiny_model, tmp_path):
+    """A prompt of 600 tokens with eight answers of 100, and the seven pairs that these would make."""
+    job = job_of(tiny_model, tmp_path)
+    group, pairs = PairSize(600, 100, 100, (100,) * 6), [PairSize(600, 100, 100)] * 7
+    assert "1,000 groups of 8 answers of 5,600 tokens" in "\n".join(plan(job, None, None, [group]))
+    assert "1,000 pairs of 1,400 tokens" in "\n".join(plan(job, None, None, pairs))
+    assert "1,000 groups of 2 to 8 answers" in "\n".join(plan(job, None, None, [group, *pairs]))
+
+    arithmetic = rehearse(job).arithmetic
+    assert arithmetic.flops(pairs, packed=True) > 3 * arithmetic.flops([group], packed=True)
+
+
+def test_the_memory_of_a_group_is_that_of_all_its_answers(tiny_model, tmp_path):
+    job = job_of(tiny_model, tmp_path)
+    group, pair = PairSize(60, 30, 30, (30, 30)), PairSize(60, 30, 30)
+    real = load_policy(tiny_model, ForwardSettings("float32", job.training.logprob_chunk))
+    rehearsed = rehearse(job, [group]).activations
+    assert rehearsed == pytest.approx(_step_peak(real, [group]), rel=0.02)
+    assert rehearsed > 1.3 * rehearse(job, [pair]).activations
+
+
+def test_a_plan_takes_the_number_of_answers_from_the_task(tiny_model, tmp_path):
+    job = job_of(tiny_model, tmp_path)
+    task = tmp_path / "four.toml"
+    task.write_text('name = "four"\n\n[[turns]]\nname = "response"\nsamples = 4\n', encoding="utf-8")
+    grouped = {
+        "synthesis": job.synthesis.model_copy(update={"task": str(task)}),
+        "pairs": Pairs(chosen="best", rejected="worst", others="rest"),
+    }
+    assert len(typical_size(job.model_copy(update=grouped)).answers) == 4
+    assert len(typical_size(job).answers) == 2
 
 
 def test_a_gpu_is_known_by_the_name_its_driver_gives_it():
