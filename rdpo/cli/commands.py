@@ -92,6 +92,24 @@ def stage(options: argparse.Namespace) -> int:
     return 0
 
 
+def prove(options: argparse.Namespace) -> int:
+    """Measure start model and trained model on suites of other prompts, and print what was found."""
+    from rdpo.api import execute
+    from rdpo.config import SUITE_KINDS, Suite
+    from rdpo.evaluation.suites.findings import table
+    from rdpo.execution.reader import RunReader
+
+    run = RunReader(options.run_dir)
+    _check_one_round(run.job, options.run_dir)
+    job = run.job
+    if options.kinds or not job.suites:
+        suites = [Suite(kind=kind) for kind in dict.fromkeys(options.kinds or SUITE_KINDS)]
+        job = job.model_copy(update={"suites": suites})
+    execute(job, options.run_dir, only="suites")
+    print("\n".join(map(visible, table(run.require("suites").summary["findings"]))))
+    return 0
+
+
 def _check_one_round(job: Job, run_dir: str) -> None:
     if job.rounds.count > 1:
         raise InputError(f"{run_dir}: holds several rounds; name one of them, as in {run_dir}/rounds/1")

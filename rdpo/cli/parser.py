@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from rdpo import __version__
 from rdpo.cli import commands as does
+from rdpo.config.suites import SUITE_KINDS
 from rdpo.errors import InputError, did_you_mean
 from rdpo.stages.table import COMMANDS, NAMES, known_stage
 
@@ -54,6 +55,7 @@ def build() -> tuple[argparse.ArgumentParser, Commands]:
         _add_place(one, "run_dir", "RUN_DIR", DIRECTORY)
         one.set_defaults(function=does.stage, stage=stage)
 
+    _add_prove(commands)
     _add_looking(commands)
     _add_harness(commands)
     _add_export(commands)
@@ -189,6 +191,14 @@ def _add_plan(commands: Commands) -> None:
         "--prompts", type=int, metavar="N", help="how many the teacher answers (default: synthesis.limit)"
     )
     plan.set_defaults(function=does.plan)
+
+
+def _add_prove(commands: Commands) -> None:
+    prove = commands.add_parser("prove", help="measure both models of a finished run on other prompts, without a judge")
+    _add_place(prove, "run_dir", "RUN_DIR", DIRECTORY)
+    kinds = "only this kind, on the prompts that come with rdpo (repeatable; default: the job's [[suites]], else all)"
+    prove.add_argument("--suite", metavar="KIND", choices=SUITE_KINDS, action="append", dest="kinds", help=kinds)
+    prove.set_defaults(function=does.prove)
 
 
 def _add_looking(commands: Commands) -> None:

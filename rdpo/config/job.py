@@ -13,6 +13,7 @@ from rdpo.config.pairs import Pairs, Reference, Replay
 from rdpo.config.prompts import Prompts, Synthesis
 from rdpo.config.rewards import Calibration, Reward, TargetReward
 from rdpo.config.section import Address, Section, largest
+from rdpo.config.suites import Suite
 from rdpo.config.tracking import Tracking
 from rdpo.config.training import Training
 from rdpo.errors import did_you_mean
@@ -85,6 +86,8 @@ class Job(Section):
     training: Training = Training()
     retention: Retention | None = None
     evaluation: Evaluation = Evaluation()
+    suites: list[Suite] = Field(default_factory=list)
+    """Further prompts on which both models are measured without a judge; `rdpo prove` measures them afterwards too."""
     rounds: Rounds = Rounds()
     publish: Publish = Publish()
     cluster: Cluster = Cluster()
@@ -147,6 +150,13 @@ class Job(Section):
             raise ValueError(
                 f"rounds: watch = {self.rounds.watch!r} is no reward{meant}; there are {', '.join(names)}, optimised"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_suites(self) -> Job:
+        names = [suite.named for suite in self.suites]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"suites: two suites have the name {twice!r}; give each its own `name`")
         return self
 
     @model_validator(mode="after")

@@ -14,6 +14,7 @@ from markupsafe import Markup
 from rdpo.config import Job
 from rdpo.evaluation.compare import KL_ANSWERS, LOG_RATIO, MODELS
 from rdpo.evaluation.intervals import Estimate, Values, with_interval
+from rdpo.evaluation.suites.findings import Finding, verdict
 from rdpo.execution.reader import RunReader
 from rdpo.execution.run import Run
 from rdpo.files.folder import IN_PROGRESS
@@ -90,6 +91,7 @@ def write_report(run_dir: str, under_way: bool = False) -> str:
         pairs=_pairs(pairs) if pairs else None,
         training=_training(run),
         evaluation=_evaluation(run) if summaries.get("evaluation", {}).get("prompts") else None,
+        suites=_suites(summaries.get("suites", {}).get("findings", [])),
         sources=sources(manifests, job.student.described),
     )
 
@@ -263,6 +265,11 @@ def _reward_charts(columns: PromptColumns, reward: str) -> dict[str, Markup]:
             columns.growth[scored], trained - start, "tokens that the answer grew", f"gain in {reward}"
         ),
     }
+
+
+def _suites(found: Sequence[Finding]) -> list[Section]:
+    """The findings of the suites, each with what its difference says."""
+    return [{**one, "verdict": verdict(one)} for one in found]
 
 
 def _extremes(samples: list[Sample]) -> dict[str, list[Sample]]:

@@ -67,6 +67,7 @@ def check_other_sources(job: Job) -> None:
         InputError: one cannot be read, or has not the columns that it must have.
     """
     from rdpo.evaluation.retention import text_source
+    from rdpo.evaluation.suites.rows import check_suite
     from rdpo.preference.replay import ready_source
     from rdpo.preference.rewards import reward_columns
     from rdpo.synthesis.made import check_made_columns
@@ -82,6 +83,8 @@ def check_other_sources(job: Job) -> None:
         check_source(*ready_source(job, job.replay))
     if job.retention:
         check_source(*text_source(job, job.retention))
+    for suite in job.suites:
+        check_suite(job, suite)
 
 
 def check_heads(job: Job, nodes: Nodes) -> None:

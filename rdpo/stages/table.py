@@ -22,6 +22,7 @@ from rdpo.stages import (
     replay,
     retention,
     rewards,
+    suites,
     synthesis,
     training,
 )
@@ -42,6 +43,7 @@ STAGES = (
     policy.STAGE,
     retention.STAGE,
     evaluation.STAGE,
+    suites.STAGE,
     model.STAGE,
 )
 NAMES = tuple(stage.name for stage in STAGES)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -129,6 +130,27 @@ def test_report_is_one_self_contained_page(finished):
     assert page.count("<svg") >= 3
     assert "src=" not in page
     assert page.count("<script") == 1
+
+
+def test_a_finished_run_is_measured_on_suites_once(finished, tmp_path, capsys):
+    """Two kinds of suites in one command, on a copy of the run: all rows accounted for, and not made twice."""
+    run_dir = str(tmp_path / "proved")
+    shutil.copytree(finished[0], run_dir)
+    assert main(["prove", run_dir, "--suite", "claims", "--suite", "refusals"]) == 0
+    printed = capsys.readouterr().out
+    assert "given up for the user's claim" in printed
+    made = StageFolder(run_dir, "suites").manifest()
+    assert made.rows_in == made.rows_out + sum(made.dropped.values()) == 260
+    rows = StageFolder(run_dir, "suites").table().to_pylist()
+    assert {row["suite"] for row in rows} == {"claims", "refusals"}
+    assert all(row["start_value"] in (0.0, 0.5, 1.0) and row["trained_value"] is not None for row in rows)
+    # Another model answers otherwise.
+    assert any(row["start"] != row["trained"] for row in rows)
+    assert '<section id="suites">' in (tmp_path / "proved" / "report.html").read_text()
+
+    assert main(["prove", run_dir]) == 0
+    assert "up to date" in capsys.readouterr().out
+    assert StageFolder(run_dir, "suites").manifest() == made
 
 
 def test_same_command_again_does_nothing(job_path, finished):

@@ -21,6 +21,7 @@ from rdpo.training.trainer import heldout_margins
 from tests.support.adapters import adapter_on
 from tests.support.jobs import valid_job
 from tests.support.reference_stage import losses, pair, referenced
+from tests.support.training import die_at, stopped_at, train, train_alone
 
 pytestmark = pytest.mark.ray
 
@@ -58,28 +59,6 @@ def test_known_log_probs_need_no_model(run_dir, table):
     again = reference(made.select(plain))
     assert "policy" not in vars(reference)
     assert again.select(made.column_names).to_pylist() == made.to_pylist()
-
-
-def train(run_dir, table, name, **training):
-    from rdpo.training.trainer import train
-
-    job = Job.model_validate({**table, "training": {**table["training"], **training}})
-    folder = StageFolder(run_dir, name)
-    if not folder.exists("in_progress.json"):
-        folder.begin("k")
-    return train(job, run_dir, folder, lambda metrics: None), folder
-
-
-def train_alone(run_dir, table, **training):
-    """Metrics of all steps of one worker in this process, without Ray."""
-    from rdpo.training.loop import PairTable, Trainer, step_pairs
-
-    job = Job.model_validate({**table, "training": {**table["training"], **training}})
-    data = PairTable.load(run_dir)
-    trainer, steps = Trainer(job, data, torch.device("cpu")), list(step_pairs(len(data), job))
-    history = [trainer.step(index, len(steps), pairs) for index, pairs in enumerate(steps)]
-    margins = trainer.margins(PairTable.load(run_dir, heldout=True))
-    return history, {margin["prompt_id"]: margin["margin"] for margin in margins}
 
 
 @pytest.fixture(scope="module")
@@ -184,28 +163,11 @@ def test_full_weights_are_exported_whole_from_zero3(table, undisturbed):
 def test_interrupted_training_resumes_as_if_nothing_had_happened(run_dir, table, undisturbed):
     """The run dies after its first checkpoint; the same call again gives the undisturbed losses."""
     with pytest.raises(TrainingFailedError):
-        _die_at(run_dir, table, step=5)
+        die_at(run_dir, table, "broken", 5, num_workers=2)
     resumed, folder = train(run_dir, table, "broken", num_workers=2)
     assert losses(resumed) == losses(undisturbed[0])
     stored = [json.loads(line) for line in folder.read_bytes("metrics.jsonl").decode().splitlines()]
     assert [step["step"] for step in stored] == list(range(1, 13))
-
-
-def _die_at(run_dir, table, step):
-    """Train into `broken` with a sink that fails when it hears of a step, and no failures allowed."""
-    from rdpo.training import trainer
-
-    class Deadly(trainer.MetricsSink):
-        def record(self, steps):
-            if any(metrics["step"] == step for metrics in steps):
-                raise RuntimeError("the machine is gone")
-            super().record(steps)
-
-    original, trainer.MetricsSink = trainer.MetricsSink, Deadly
-    try:
-        train(run_dir, table, "broken", num_workers=2, max_failures=0)
-    finally:
-        trainer.MetricsSink = original
 
 
 def test_a_loss_that_is_not_finite_ends_training_at_once_and_names_the_rows(run_dir, table):
@@ -219,7 +181,7 @@ def test_a_loss_that_is_not_finite_ends_training_at_once_and_names_the_rows(run_
 def test_training_resumes_with_another_number_of_workers(run_dir, table, undisturbed):
     """Stopped after a step on two workers, to the end on one."""
     with pytest.raises(KeyboardInterrupt):
-        _stopped_at(run_dir, table, "moved", 3, num_workers=2, zero_stage=3)
+        stopped_at(run_dir, table, "moved", 3, num_workers=2, zero_stage=3)
     resumed, _ = train(run_dir, table, "moved", num_workers=1, zero_stage=3)
     assert losses(resumed) == pytest.approx(losses(undisturbed[0]), abs=1e-4)
 
@@ -228,7 +190,7 @@ def test_training_resumes_with_another_number_of_workers(run_dir, table, undistu
 def test_training_resumes_from_its_checkpoints_with_less_memory(run_dir, table, undisturbed):
     """The settings that do not count for the stage are such that training can change in the middle."""
     with pytest.raises(KeyboardInterrupt):
-        _stopped_at(run_dir, table, "smaller", 3, num_workers=2, zero_stage=3)
+        stopped_at(run_dir, table, "smaller", 3, num_workers=2, zero_stage=3)
     less = {"tokens_per_batch": 128, "gradient_checkpointing": True, "logprob_chunk": 7, "layout": "padded"}
     resumed, folder = train(run_dir, table, "smaller", num_workers=2, zero_stage=3, **less)
     assert losses(resumed) == pytest.approx(losses(undisturbed[0]), abs=1e-3)
@@ -244,23 +206,7 @@ def test_training_resumes_with_fewer_and_with_more_workers(run_dir, table, setti
     whole, _ = train(run_dir, table, f"{name}-whole", num_workers=2, **settings)
     for workers, until in ((2, 3), (1, 7)):
         with pytest.raises(KeyboardInterrupt):
-            _stopped_at(run_dir, table, name, until, num_workers=workers, **settings)
+            stopped_at(run_dir, table, name, until, num_workers=workers, **settings)
     resumed, folder = train(run_dir, table, name, num_workers=2, **settings)
     assert losses(resumed) == pytest.approx(losses(whole), abs=1e-4)
     assert Path(folder.local("policy")).is_dir()
-
-
-def _stopped_at(run_dir, table, name, step, **training):
-    """Train, and interrupt the driver after one of its steps."""
-    job = Job.model_validate({**table, "training": {**table["training"], **training}})
-    folder = StageFolder(run_dir, name)
-    if not folder.exists("in_progress.json"):
-        folder.begin("k")
-
-    def interrupt(metrics):
-        if metrics["step"] == step:
-            raise KeyboardInterrupt
-
-    from rdpo.training.trainer import train
-
-    train(job, run_dir, folder, interrupt)

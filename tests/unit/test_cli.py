@@ -96,8 +96,8 @@ def test_every_stage_reads_earlier_ones_and_has_a_command_of_its_own():
 
     for place, stage in enumerate(STAGES):
         assert set(stage.inputs) <= set(NAMES[:place])
-    assert len(set(NAMES)) == len(STAGES) == 13
-    assert set(COMMANDS.values()) == set(NAMES) - {"made", "prompts", "replay", "retention"}
+    assert len(set(NAMES)) == len(STAGES) == 14
+    assert set(COMMANDS.values()) == set(NAMES) - {"made", "prompts", "replay", "retention", "suites"}
 
 
 def test_a_shell_completes_commands_options_stages_and_folders(tmp_path):

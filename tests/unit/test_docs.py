@@ -38,7 +38,7 @@ def test_every_page_of_the_documents_is_in_the_readmes_list():
 def test_the_jobs_in_the_guide_are_whole():
     blocks = re.findall(r"```toml\n(.*?)```", "".join(GUIDE), re.DOTALL)
     names = [Job.model_validate(tomllib.loads(block)).name for block in blocks]
-    assert names == ["mine", "large", "hosted", "from-sft", "preferences", "mixed", "self"]
+    assert names == ["mine", "large", "hosted", "from-sft", "preferences", "mixed", "safe", "self"]
 
 
 def test_every_job_is_in_the_table_of_jobs():
