@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from rdpo.evaluation.intervals import Estimate, Values, groups_of, mean_interval, share_interval, wins
+from rdpo.evaluation.length_controlled import length_controlled
 from rdpo.records import Row
 
 Pick = Callable[[Row], float]
@@ -42,12 +43,27 @@ class RewardComparison:
     wins: int
     ties: int
     losses: int
+    length_controlled: Estimate | None = None
 
 
 def compare_rewards(
-    name: str, weight: float, start: Values, trained: Values, groups: Sequence[Hashable] | None = None
+    name: str,
+    weight: float,
+    start: Values,
+    trained: Values,
+    groups: Sequence[Hashable] | None = None,
+    growth: Values | None = None,
 ) -> RewardComparison:
-    """Compare paired scores (n,) of the two models under one reward; `groups`: the prompt of each row."""
+    """Compare paired scores of the two models under one reward.
+
+    Args:
+        name: the reward's.
+        weight: its weight in the optimised score.
+        start: scores of the start model's answers (n,).
+        trained: those of the trained model's.
+        groups: the prompt of each row; by default every row has its own.
+        growth: by how many tokens the trained model's answer is longer (n,), for the win rate at equal length.
+    """
     won = wins(trained, start)
     return RewardComparison(
         reward=name,
@@ -59,6 +75,7 @@ def compare_rewards(
         wins=int((won == 1).sum()),
         ties=int((won == 0.5).sum()),
         losses=int((won == 0).sum()),
+        length_controlled=None if growth is None else length_controlled(won, growth, groups),
     )
 
 
@@ -77,9 +94,11 @@ def summarize(rows: list[Row], weights: dict[str, float]) -> dict[str, Any]:
     def column(pick: Pick) -> Values:
         return np.array([pick(row) for row in rows], dtype=float)
 
+    growth = column(_tokens(MODELS[1])) - column(_tokens(MODELS[0]))
+
     def compared(name: str, weight: float, score_of: Callable[[str], Pick]) -> dict[str, Any]:
         start, trained = (column(score_of(model)) for model in MODELS)
-        return asdict(compare_rewards(name, weight, start, trained, groups))
+        return asdict(compare_rewards(name, weight, start, trained, groups, growth))
 
     rewards = [compared(name, weight, partial(_score_by, name)) for name, weight in weights.items()]
     # Without any weight nothing was optimised, and the weighted score is 0 everywhere.

@@ -128,6 +128,8 @@ def headline(run_dir: str) -> list[str]:
             f"win rate    {rate['mean']:.3f} (95% interval {rate['low']:.3f} to {rate['high']:.3f}) of the trained "
             f"model by {reward['reward']}, {kind}; mean {reward['start_mean']:.3f} -> {reward['trained_mean']:.3f}"
         )
+        if even := reward.get("length_controlled"):
+            lines.append(f"{'':<12}{with_interval(Estimate(**even), '.3f')} if all answers were equally long")
 
     if summary.get("length"):
         length = {side: value["mean"] for side, value in summary["length"].items()}
