@@ -253,9 +253,20 @@ def plan(options: argparse.Namespace) -> int:
     from rdpo.stages.pools import pools_of
 
     job = load_job(options.job, options.overrides)
-    for line in chain(placement_table(pools_of(job)), _costs(job, options), _training(job, options)):
+    lines = (
+        _power(job, options.power)
+        if options.power is not None
+        else chain(placement_table(pools_of(job)), _costs(job, options), _training(job, options))
+    )
+    for line in lines:
         print(visible(line))
     return 0
+
+
+def _power(job: Job, effect: float) -> Iterator[str]:
+    from rdpo.planning.power import power_lines
+
+    yield from power_lines(job, effect)
 
 
 def _costs(job: Job, options: argparse.Namespace) -> Iterator[str]:

@@ -190,6 +190,8 @@ def _add_plan(commands: Commands) -> None:
     plan.add_argument(
         "--prompts", type=int, metavar="N", help="how many the teacher answers (default: synthesis.limit)"
     )
+    effect = "print alone how many held-out prompts a win rate needs that is so much above one half, as 0.1"
+    plan.add_argument("--power", type=float, metavar="EFFECT", help=effect)
     plan.set_defaults(function=does.plan)
 
 

@@ -15,6 +15,7 @@ import math
 from collections.abc import Hashable, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rdpo.evaluation.intervals import Estimate, Values, student
 
@@ -50,7 +51,7 @@ def length_controlled(won: Values, growth: Values, groups: Sequence[Hashable] | 
     return Estimate(_sigmoid(theta), _sigmoid(theta - half), _sigmoid(theta + half))
 
 
-def _fitted(design: Values, won: Values, groups: Values) -> tuple[float, float]:
+def _fitted(design: Values, won: Values, groups: NDArray[np.intp]) -> tuple[float, float]:
     """The advantage theta, and its variance, which heeds that rows of one prompt are alike.
 
     It is not below that of the model itself: where all prompts are won, they differ in nothing, and are no certainty.
