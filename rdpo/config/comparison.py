@@ -42,6 +42,9 @@ class Comparison(Section):
     """Seeds with which each arm is run."""
     baseline: str
     """The arm that the others are held against."""
+    controls: list[str] = Field(default_factory=list)
+    """Arms that should not beat the baseline, as one with `training.shuffle_rewards`: where one does, what the other
+    arms gain is not shown to be their own doing, and the result says so."""
     until: Literal["training", "evaluation"] = "evaluation"
     """The last stage. `training` is enough where `pairs.heldout_fraction` holds out pairs to measure on."""
     vary: Vary | None = None
@@ -55,6 +58,10 @@ class Comparison(Section):
     def _check_names(self) -> Comparison:
         if self.baseline not in self.arms:
             raise ValueError(f"baseline = {self.baseline!r} is no arm; the arms are {', '.join(self.arms)}")
+        if unknown := [name for name in self.controls if name not in self.arms or name == self.baseline]:
+            raise ValueError(
+                f"controls: {unknown[0]!r} is no arm beside the baseline; the arms are {', '.join(self.arms)}"
+            )
         wrong = [name for name in self.arms if not name.replace("-", "").replace("_", "").isalnum()]
         if wrong:
             raise ValueError(f"arm {wrong[0]!r}: a name has letters, digits, - and _")
@@ -76,6 +83,7 @@ class Comparison(Section):
         if part.arms:
             kept = {*part.arms, self.baseline}
             changes["arms"] = {name: own for name, own in self.arms.items() if name in kept}
+            changes["controls"] = [name for name in self.controls if name in kept]
         if part.values:
             changes["vary"] = _varying(self.vary, part.values)
         return self.model_copy(update=changes)

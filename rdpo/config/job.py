@@ -256,6 +256,8 @@ class Job(Section):
                 )
         if self.training.token_weights and self.pairs.others:
             raise ValueError("training: token_weights compare the two answers of a pair; remove it, or pairs.others")
+        if self.training.shuffle_rewards and self.pairs.others:
+            raise ValueError("training: shuffle_rewards is for pairs; remove it, or pairs.others")
         if self.training.select == "best" and not self.pairs.heldout_fraction:
             raise ValueError('training: select = "best" goes by held-out pairs; give pairs.heldout_fraction above 0')
         if self.student.quantization != "none" and (self.training.lora is None or self.training.zero_stage == 3):

@@ -128,6 +128,9 @@ class Loss(Section):
     sft_coef: float = Field(default=0.0, ge=0)
     """Weight of the mean negative log-likelihood of the chosen tokens, added to the loss (RPO)."""
 
+    shuffle_rewards: Annotated[bool, UNSAID] = False
+    """A negative control: every pair gets the reward gap of another one, drawn by the seed. What an arm with it still
+    gains is not the reward's doing."""
     token_weights: Annotated[TokenWeights | None, UNSAID] = None
     """Weights of tokens, as `{ kind = "ddpo", weight = 5.0 }`; by default all are 1."""
 
@@ -143,6 +146,8 @@ class Loss(Section):
             raise ValueError("loss selm: without exploration_coef it is dpo; give it, 0.001 for example")
         if self.loss == "exo" and not self.label_smoothing:
             raise ValueError("loss exo: with certain labels it is infinite; give label_smoothing, 0.001 for example")
+        if self.shuffle_rewards and self.reward_use == "none" and not self.needs_scores:
+            raise ValueError("shuffle_rewards changes nothing where no reward enters the loss; remove it")
         if self.loss == "plackett_luce" and self.offset_transform != "identity":
             raise ValueError("loss plackett_luce adds up offsets, which logarithms do not; remove offset_transform")
         return self

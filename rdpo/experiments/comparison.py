@@ -187,6 +187,7 @@ def compare_arms(comparison: Comparison, jobs: Jobs, run_dir: str, console: Cons
     from rdpo.evaluation import retention
     from rdpo.experiments import arms, heldout
     from rdpo.experiments.comparison_report import write_comparison
+    from rdpo.experiments.controls import control_lines
     from rdpo.training.trainer import heldout_margins
 
     check_heldout(comparison, jobs, run_dir, console)
@@ -209,14 +210,16 @@ def compare_arms(comparison: Comparison, jobs: Jobs, run_dir: str, console: Cons
     lines = arms.coverage("prompts", {run: _ids(rows) for run, rows in evaluated.items()})
     lines += arms.coverage("pairs", {run: list(of_run) for run, of_run in margins.items()})
     lines += arms.table(found, comparison.baseline) + heldout.table(measured, comparison.baseline)
-    for line in lines + retention.table(lost):
+    lines += retention.table(lost)
+    controls = list(control_lines(comparison, found, measured))
+    for line in [*lines, *([""] if controls else []), *controls]:
         console.say(line)
 
     if found:
         Folder(run_dir).write_bytes("comparison.csv", arms.to_csv(found).encode())
     if measured:
         Folder(run_dir).write_bytes("heldout.csv", heldout.to_csv(measured).encode())
-    console.say(f"\nreport      {write_comparison(run_dir, comparison, found, measured)}")
+    console.say(f"\nreport      {write_comparison(run_dir, comparison, found, measured, controls)}")
 
 
 def _rows(run: RunReader, stage: str) -> list[Row]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from markupsafe import Markup
@@ -18,9 +18,13 @@ if TYPE_CHECKING:
 
 
 def write_comparison(
-    run_dir: str, comparison: Comparison, results: list[ArmResult], heldout: list[HeldoutResult]
+    run_dir: str,
+    comparison: Comparison,
+    results: list[ArmResult],
+    heldout: list[HeldoutResult],
+    controls: Sequence[str] = (),
 ) -> str:
-    """Write the report of a comparison; its path."""
+    """Write the report of a comparison; its path. `controls`: what its negative controls say."""
     rewards = by_reward(results)
     drawn = {}
     for reward, of_reward in rewards.items():
@@ -37,6 +41,7 @@ def write_comparison(
         uses={reward: use_of(of_reward) for reward, of_reward in rewards.items()},
         charts=drawn,
         heldout=heldout,
+        controls=controls,
         accuracies=_chart(accuracies, comparison, "share of pairs") if heldout else None,
         margins=_chart(margins, comparison, "margin") if heldout else None,
     )

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
@@ -93,6 +94,16 @@ class PairTable:
             found += chain.from_iterable(gaps or () for gaps in self.table[OF_OTHERS[2]].to_pylist())
         return found
 
+    def with_gaps_of_others(self, seed: int) -> PairTable:
+        """The pairs, each with the reward gap of another one, as the seed draws it: all gaps are there, elsewhere."""
+        # A cycle through all pairs in a drawn order: nobody keeps its own.
+        order = np.random.default_rng([seed, len(self)]).permutation(len(self))
+        taken = np.empty_like(order)
+        taken[order] = np.roll(order, 1)
+        place = self.table.column_names.index("reward_gap")
+        gaps = self.table["reward_gap"].take(pa.array(taken))
+        return PairTable(self.table.set_column(place, "reward_gap", gaps), self.sizes)
+
     def __len__(self) -> int:
         return int(self.table.num_rows)
 
@@ -131,6 +142,7 @@ class Trainer:
             converted: the engine will load a checkpoint of another number of workers.
             backend: the class of the engine; by default the one that ships.
         """
+        data = data.with_gaps_of_others(job.seed) if job.training.shuffle_rewards else data
         self.job, self.data, self.device = job, data, device
         self.rank = torch.distributed.get_rank()
         self.workers = torch.distributed.get_world_size()
