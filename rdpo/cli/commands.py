@@ -46,6 +46,21 @@ def synth(options: argparse.Namespace) -> int:
     return _direct(options, {**given, "pairs": "no", "task": options.task, "teacher": options.teacher}, {}, "synthesis")
 
 
+def score(options: argparse.Namespace) -> int:
+    """Score the answers of a run, or those of a preference data set without a job file."""
+    from rdpo.cli.init import gpus_here, reward_table
+
+    if options.dataset is None:
+        if options.run_dir is None:
+            raise InputError("give the directory of a run; or --dataset with --reward and --model")
+        return stage(options)
+    if options.reward is None or options.model is None:
+        raise InputError("--dataset: scoring it takes --reward, and --model whose chat template measures the prompts")
+    given = {"prompts": options.dataset, "column": options.column, "student": options.model, "gpus": options.gpus}
+    reward = reward_table(options.reward, on_gpu=(options.gpus or gpus_here()) != "0")
+    return _direct(options, {**given, "pairs": "yes"}, {"rewards": [reward]}, "rewards")
+
+
 def _direct(
     options: argparse.Namespace, given: dict[str, str | None], changes: dict[str, object], until: str | None
 ) -> int:

@@ -201,7 +201,8 @@ def _check_number(answer: str, answers: Answers) -> None:
         raise InputError("answer with a number, 0 for none")
 
 
-def _gpus(answers: Answers) -> str:
+def gpus_here(answers: Answers | None = None) -> str:
+    """How many GPUs this machine has."""
     import torch
 
     return str(torch.cuda.device_count())
@@ -243,7 +244,7 @@ QUESTIONS = (
         lambda answers: JUDGE,
         _synthesises,
     ),
-    Question("gpus", "GPUs", _check_number, _gpus),
+    Question("gpus", "GPUs", _check_number, gpus_here),
 )
 
 
@@ -261,7 +262,7 @@ def _filled(name: str, answers: Answers) -> str:
         column=answers["column"],
         task=answers.get("task"),
         teacher=None if teacher == SAME else teacher,
-        rewards=[_reward(answers["reward"], None if teacher == SAME else teacher)] if "reward" in answers else [],
+        rewards=[reward_table(answers["reward"], None if teacher == SAME else teacher)] if "reward" in answers else [],
         chosen=turns[-1],
         rejected=turns[0],
         gpus=int(answers["gpus"]),
@@ -273,12 +274,13 @@ def _toml(value: str) -> str:
     return tomli_w.dumps({"_": value}, multiline_strings=True).removeprefix("_ = ").rstrip("\n")
 
 
-def _reward(answer: str, teacher: str | None) -> dict[str, str]:
-    """The settings of a reward."""
+def reward_table(answer: str, teacher: str | None = None, on_gpu: bool = False) -> dict[str, Any]:
+    """The settings of a reward: a reward model, a function, or a judge; this is the teacher, or else the student."""
     if answer == JUDGE:
         model = {"model": teacher} if teacher else {}
-        return {"kind": "judge", "name": "judge", **model, "rubric": RUBRIC, "prefill": "Rating: "}
+        engine = {"engine": {"gpus": 1}} if on_gpu else {}
+        return {"kind": "judge", "name": "judge", **model, "rubric": RUBRIC, "prefill": "Rating: ", **engine}
     if FUNCTION.fullmatch(answer):
         name = answer.rpartition(":")[2].lower().lstrip("_0123456789")
         return {"kind": "function", "name": name or "function", "function": answer}
-    return {"kind": "classifier", "name": "quality", "model": answer}
+    return {"kind": "classifier", "name": "quality", "model": answer, **({"gpus": 1} if on_gpu else {})}

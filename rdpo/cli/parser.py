@@ -52,8 +52,11 @@ def build() -> tuple[argparse.ArgumentParser, Commands]:
 
     for name, stage in COMMANDS.items():
         one = commands.add_parser(name, help=f"bring the {stage} stage of an existing run up to date")
-        _add_place(one, "run_dir", "RUN_DIR", DIRECTORY)
-        one.set_defaults(function=does.stage, stage=stage)
+        if name == "score":
+            _add_score(one)
+        else:
+            _add_place(one, "run_dir", "RUN_DIR", DIRECTORY)
+        one.set_defaults(function=does.score if name == "score" else does.stage, stage=stage)
 
     _add_prove(commands)
     _add_looking(commands)
@@ -130,6 +133,21 @@ def _add_direct(commands: Commands) -> None:
         _add_place(parser, "--run-dir", "DIR", DIRECTORY, "where the run lives (default: runs/NAME)")
         parser.add_argument("--dry-run", action="store_true", help="print the job alone")
         parser.set_defaults(function=function)
+
+
+def _add_score(score: argparse.ArgumentParser) -> None:
+    """The one stage that can also be made of a data set, without a job file."""
+    where = "an existing run; with --dataset, where the new one lives (default: runs/NAME)"
+    run_dir = score.add_argument("run_dir", metavar="RUN_DIR", nargs="?", help=where)
+    run_dir.complete = DIRECTORY  # type: ignore[attr-defined]
+    score.add_argument("--dataset", metavar="SOURCE", help="pairs to score: a file, a folder or hf:DATASET")
+    score.add_argument("--reward", metavar="REWARD", help="a reward model, module:name, or `judge` (--model itself)")
+    score.add_argument("--model", metavar="MODEL", help="a model whose chat template measures the prompts")
+    score.add_argument("--column", metavar="NAME", help="column with the prompt")
+    score.add_argument("--gpus", metavar="N", help="how many (default: those that are there)")
+    score.add_argument("--name", default="score", help="of the job (default: score)")
+    score.add_argument("--set", metavar="section.key=value", action="append", default=[], dest="overrides")
+    score.add_argument("--dry-run", action="store_true", help="print the job alone")
 
 
 def _add_extent(parser: argparse.ArgumentParser) -> None:

@@ -50,6 +50,41 @@ def test_synth_stops_behind_the_teacher(run):
     assert 'name = "mine"' in printed
 
 
+def test_score_takes_a_data_set_in_the_place_of_a_run(run):
+    asked = ("--dataset", "pairs.jsonl", "--reward", "rdpo.rewards:instructions", "--model", "owner/student")
+    code, printed, _, executed = run("score", "--gpus", "0", *asked)
+    assert code == 0
+    [(job, run_dir, until)] = executed
+    assert [(reward.kind, reward.function) for reward in job.rewards] == [("function", "rdpo.rewards:instructions")]
+    assert (run_dir, until, job.synthesis.task) == ("runs/score", "rewards", None)
+    assert job_of(tomllib.loads(printed), "printed") == job
+
+
+@pytest.mark.parametrize("reward", ["owner/rm", "judge"])
+def test_what_scores_has_a_gpu_where_there_are_some(run, reward):
+    asked = ("--dataset", "pairs.jsonl", "--reward", reward, "--model", "owner/student", "--dry-run")
+    found = []
+    for gpus in ("2", "0"):
+        job = job_of(tomllib.loads(run("score", "--gpus", gpus, *asked)[1]), "printed")
+        found.append((job.rewards[0].engine or job.rewards[0]).gpus)
+    assert found == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((), "give the directory of a run; or --dataset"),
+        (("--dataset", "pairs.jsonl"), "takes --reward, and --model"),
+        (("--dataset", "pairs.jsonl", "--reward", "a/b"), "takes --reward, and --model"),
+        (("no-such-run",), "no run here"),
+    ],
+)
+def test_score_says_what_it_lacks(run, arguments, said):
+    code, _, error, executed = run("score", *arguments)
+    assert (code, executed) == (2, [])
+    assert said in error
+
+
 def test_a_dry_run_prints_the_job_alone(run):
     code, printed, _, executed = run("dpo", "--model", "a/b", "--dataset", "pairs.jsonl", "--gpus", "0", "--dry-run")
     assert (code, executed) == (0, [])
