@@ -6,6 +6,7 @@ import argparse
 import os
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -228,6 +229,19 @@ def status(options: argparse.Namespace) -> int:
     for found in statuses(options.run_dir):
         for line in [as_json(found)] if options.json else as_text(found):
             print(visible(line))
+    return 0
+
+
+def watch(options: argparse.Namespace) -> int:
+    """Serve the live page of a run, or of two, until it is interrupted."""
+    # The one command that is meant to be ended so.
+    with suppress(KeyboardInterrupt):
+        from rdpo.report.server import WatchServer
+        from rdpo.report.site import site_of
+
+        with WatchServer(site_of(options.run_dirs), options.host, options.port) as server:
+            print(visible(f"{server.url}  (Ctrl-C ends it)"), flush=True)
+            server.serve_forever()
     return 0
 
 

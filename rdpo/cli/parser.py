@@ -233,6 +233,7 @@ def _add_looking(commands: Commands) -> None:
     _add_place(chat, "run_dir", "RUN_DIR", DIRECTORY)
     report = _looks(commands, "report", does.report, "write RUN_DIR/report.html")
     _add_place(report, "run_dir", "RUN_DIR", DIRECTORY)
+    _add_watch(commands)
     show = _looks(commands, "show", does.show, "look at the rows of a stage")
     _add_place(show, "run_dir", "RUN_DIR", DIRECTORY)
     show.add_argument("stage", metavar="STAGE", type=known_stage, choices=NAMES)
@@ -242,6 +243,27 @@ def _add_looking(commands: Commands) -> None:
     show.add_argument(
         "--logps", action="store_true", help="of the reference stage: each token's log-prob, before and after"
     )
+
+
+def _add_watch(commands: Commands) -> None:
+    watch = _looks(commands, "watch", does.watch, "the report of a run as a live page, or of two side by side")
+    runs = watch.add_argument(
+        "run_dirs", metavar="RUN_DIR", nargs="+", help="a run, its rounds, a comparison; or two runs"
+    )
+    runs.complete = DIRECTORY  # type: ignore[attr-defined]
+    watch.add_argument(
+        "--port", type=port, default=8640, help="where to serve it; 0 for any that is free (default 8640)"
+    )
+    where = "an address of this machine; any but loopback demands the token that is printed (default 127.0.0.1)"
+    watch.add_argument("--host", default="127.0.0.1", help=where)
+
+
+def port(text: str) -> int:
+    """A port, as a person gives it."""
+    number = int(text)
+    if not 0 <= number < 1 << 16:
+        raise argparse.ArgumentTypeError(f"{number} is no port; give one from 0 to 65535")
+    return number
 
 
 def _add_export(commands: Commands) -> None:

@@ -42,10 +42,10 @@ def diff_runs(run_dirs: tuple[str, str]) -> list[str]:
     """
     a, b = map(Side, run_dirs)
     blocks = {
-        "settings": list(_settings(a, b)),
+        "settings": setting_lines(a, b),
         "stages": list(_makings(a, b)),
         "rows": list(_rows(a, b)),
-        "results": result_lines(a.manifests, b.manifests, _evaluated(a), _evaluated(b)),
+        "results": results(a, b),
     }
 
     lines = [f"A  {run_dirs[0]}", f"B  {run_dirs[1]}"]
@@ -55,6 +55,11 @@ def diff_runs(run_dirs: tuple[str, str]) -> list[str]:
     for title, block in blocks.items():
         lines += ["", title, *(block or ["the same"])]
     return lines
+
+
+def results(a: Side, b: Side) -> list[str]:
+    """The results side by side as lines of text; none where both runs have the same, or none."""
+    return result_lines(a.manifests, b.manifests, _evaluated(a), _evaluated(b))
 
 
 def _evaluated(side: Side) -> list[Row]:
@@ -82,12 +87,14 @@ def _changed(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
     return [key for key in dict.fromkeys([*a, *b]) if a.get(key) != b.get(key)]
 
 
-def _settings(a: Side, b: Side) -> Iterator[str]:
+def setting_lines(a: Side, b: Side) -> list[str]:
+    """The settings that differ, with both values, as lines of text."""
     of_a, of_b = (flat(side.job.model_dump(mode="json")) for side in (a, b))
     changed = [key for key in _changed(of_a, of_b) if not _of_lone_reward(key, a, b)]
     width = max(map(len, changed), default=0) + 2
-    for key in changed:
-        yield f"{key:<{width}}{_value(of_a.get(key)):<{SHOWN_CHARS}}  {_value(of_b.get(key))}".rstrip()
+    return [
+        f"{key:<{width}}{_value(of_a.get(key)):<{SHOWN_CHARS}}  {_value(of_b.get(key))}".rstrip() for key in changed
+    ]
 
 
 def _of_lone_reward(key: str, a: Side, b: Side) -> bool:

@@ -73,10 +73,11 @@ def statuses(run_dir: str) -> Iterator[RunStatus]:
     folders = [run_dir] if count == 1 else [round_dir(run_dir, number) for number in range(1, count + 1)]
     for folder in folders:
         if Folder(folder).exists(JOB_FILE):
-            yield _status(RunReader(folder))
+            yield status_of(RunReader(folder))
 
 
-def _status(run: RunReader) -> RunStatus:
+def status_of(run: RunReader) -> RunStatus:
+    """The state of one run, or of one round."""
     stages, driver = stages_of(run.job), holder(run.dir)
     made = run.finished(stage.name for stage in stages)
     return RunStatus(run.job.name, run.dir, driver, [_stage(run, made, stage, driver is not None) for stage in stages])
@@ -150,6 +151,11 @@ def as_text(status: RunStatus) -> list[str]:
 
 
 def _line(status: StageStatus) -> str:
+    return f"{status.stage:<12}{status.state:<13}{'  '.join(facts(status))}".rstrip()
+
+
+def facts(status: StageStatus) -> list[str]:
+    """What is known of a stage beside its state, in words."""
     finished = status.state in ("done", "outdated")
     of = f"/{status.total}" if status.total is not None and not finished else ""
     parts = [f"{status.stored}{of} {status.unit}"] if status.stored or of else []
@@ -159,10 +165,9 @@ def _line(status: StageStatus) -> str:
         parts.append(f"{', '.join(map(str, status.earlier))} in the steps before")
 
     if status.loss is not None and status.margin is not None:
-        parts.append(f"loss {status.loss:.4f}  margin {status.margin:.3f}")
+        parts += [f"loss {status.loss:.4f}", f"margin {status.margin:.3f}"]
     if status.left_s is not None:
         parts.append(f"{status.left_s:.0f} s left")
     if status.seconds is not None:
         parts.append(f"{status.seconds:.0f} s" if finished else f"begun {status.seconds:.0f} s ago")
-
-    return f"{status.stage:<12}{status.state:<13}{'  '.join(parts)}".rstrip()
+    return parts

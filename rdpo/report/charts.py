@@ -48,8 +48,13 @@ def histogram(series: Mapping[str, Values], label: str, unit: str, colours: Sequ
 
 def curves(steps: Values, series: Mapping[str, Values], colours: Sequence[str] = (AFTER, OTHER)) -> Markup:
     """Values (n,) over steps (n,); of very many, means of neighbours in the band from the least to the greatest."""
+    return lines({name: (steps, values) for name, values in series.items()}, colours)
+
+
+def lines(series: Mapping[str, tuple[Values, Values]], colours: Sequence[str] = (AFTER, OTHER)) -> Markup:
+    """As `curves`, of series each of which has steps (n,) of its own before its values (n,)."""
     figure, axis = _figure()
-    for (name, values), colour in zip(series.items(), colours, strict=False):
+    for (name, (steps, values)), colour in zip(series.items(), colours, strict=False):
         groups = np.array_split(np.arange(len(steps)), min(len(steps), POINTS))
         places, means = _of_groups(np.mean, steps, groups), _of_groups(np.mean, values, groups)
         if len(steps) > POINTS:

@@ -14,24 +14,36 @@ from rdpo.files.folder import Folder
 from rdpo.records import shown, visible
 
 REPORT = "report.html"
-SCRIPT = Markup((files("rdpo.report") / "templates" / "samples.js").read_text(encoding="utf-8"))
+TEMPLATES = files("rdpo.report") / "templates"
+SCRIPT = Markup((TEMPLATES / "samples.js").read_text(encoding="utf-8"))
+LIVE_SCRIPT = Markup((TEMPLATES / "live.js").read_text(encoding="utf-8")) + SCRIPT
 
 
 def write_page(run_dir: str, template: str, /, **content: Any) -> str:
     """Render a template as the report of a run directory; its path."""
-    page = _environment().get_template(template).render(content)
+    page = rendered(template, **content)
     # No file in UTF-8 takes half a character.
     Folder(run_dir).write_bytes(REPORT, page.encode("utf-8", "replace"))
     return f"{run_dir.rstrip('/')}/{REPORT}"
 
 
-def content_policy(script: str = "") -> Markup:
-    """A Content-Security-Policy under which a browser runs this script, if there is one, and loads nothing."""
+def rendered(template: str, /, **content: Any) -> Markup:
+    """A template with its content; of a whole page, or of a part that another template takes in as it is."""
+    return Markup(_environment().get_template(template).render(content))
+
+
+def content_policy(script: str = "", live: bool = False) -> Markup:
+    """A Content-Security-Policy under which a browser runs this script, if there is one, and loads nothing.
+
+    The script of a `live` page may ask the server that the page is from, and nobody else.
+    """
     policy = "default-src 'none'; base-uri 'none'; form-action 'none'; style-src 'unsafe-inline'"
     if script:
         # By its hash: no other script that got into the page would run.
         known = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
         policy += f"; script-src 'sha256-{known}'"
+    if live:
+        policy += "; connect-src 'self'"
     return Markup(policy)
 
 

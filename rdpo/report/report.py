@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from markupsafe import Markup
@@ -24,7 +24,7 @@ from rdpo.report.alerts import alerts
 from rdpo.report.columns import PairColumns, PromptColumns, pair_columns, prompt_columns, prompt_lengths
 from rdpo.report.page import SCRIPT, write_page
 from rdpo.report.provenance import sources
-from rdpo.report.samples import Sample, conversations, evaluated_samples
+from rdpo.report.samples import Conversation, Sample, conversations, evaluated_samples
 from rdpo.stages.table import WITHOUT_ROWS, names_of
 from rdpo.synthesis.made import writer_named
 from rdpo.synthesis.voices import models_named
@@ -48,9 +48,21 @@ EVERY_S = 180.0
 EXTREMES = 3
 """Answers that gained most, and as many that lost most, shown before the others."""
 
+T = TypeVar("T")
 Manifests = dict[str, Manifest]
 Section = dict[str, Any]
 """What one part of the page is filled with."""
+
+
+class Keep(Protocol):
+    """Makes a value of a stage's files, or has it from when they were the same."""
+
+    def __call__(self, stage: str, make: Callable[[], T], /) -> T:
+        """The value of a stage."""
+
+
+def _made(stage: str, make: Callable[[], T], /) -> T:
+    return make()
 
 
 def write_report(run_dir: str, under_way: bool = False) -> str:
@@ -64,36 +76,47 @@ def write_report(run_dir: str, under_way: bool = False) -> str:
         InputError: there is no run in this directory.
     """
     run = RunReader(run_dir)
-    job, stages = run.job, names_of(run.job)
-    manifests = run.finished(stages)
-
-    pairs = pair_columns(run.folder("pairs")) if "pairs" in manifests else None
-    summaries = {name: manifest.summary for name, manifest in manifests.items()}
+    content = report_content(run)
     return write_page(
         run_dir,
         "report.html.jinja",
         script=SCRIPT,
-        job=job,
-        speakers=models_named(job),
-        writer=writer_named(job),
-        run_dir=run_dir,
-        settings=json.dumps(job.model_dump(mode="json", exclude_none=True), indent=2, ensure_ascii=False),
-        manifests=manifests,
-        without_rows=WITHOUT_ROWS,
-        unfinished=_unfinished(run, [name for name in stages if name not in manifests]),
+        unfinished=_unfinished(run, [name for name in names_of(run.job) if name not in content["manifests"]]),
         written=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()) if under_way else None,
-        seconds=_seconds(manifests),
-        summaries=summaries,
-        alerts=alerts(manifests, pairs),
-        prompts=_prompts(run) if "prompts" in manifests else None,
-        conversations=conversations(run.folder("synthesis"), job) if "synthesis" in manifests else [],
-        scores=_scores(job, pairs, summaries) if pairs else None,
-        pairs=_pairs(pairs) if pairs else None,
-        training=_training(run),
-        evaluation=_evaluation(run) if summaries.get("evaluation", {}).get("prompts") else None,
-        suites=_suites(summaries.get("suites", {}).get("findings", [])),
-        sources=sources(manifests, job.student.described),
+        **content,
     )
+
+
+def report_content(run: RunReader, keep: Keep = _made) -> Section:
+    """What the sections of a run's report are filled with, as far as the run has come.
+
+    Args:
+        run: the run.
+        keep: makes what is drawn of a stage's files, or has it from before.
+    """
+    job, manifests = run.job, run.finished(names_of(run.job))
+    summaries = {name: manifest.summary for name, manifest in manifests.items()}
+    pairs = keep("pairs", lambda: _pairs(run)) if "pairs" in manifests else None
+    return {
+        "job": job,
+        "speakers": models_named(job),
+        "writer": writer_named(job),
+        "run_dir": run.dir,
+        "settings": json.dumps(job.model_dump(mode="json", exclude_none=True), indent=2, ensure_ascii=False),
+        "manifests": manifests,
+        "without_rows": WITHOUT_ROWS,
+        "seconds": _seconds(manifests),
+        "summaries": summaries,
+        "alerts": alerts(manifests, pairs["columns"] if pairs else None),
+        "prompts": keep("prompts", lambda: _prompts(run)) if "prompts" in manifests else None,
+        "conversations": keep("synthesis", lambda: _conversations(run)) if "synthesis" in manifests else [],
+        "scores": {**pairs["scores"], "right": _right(job, summaries)} if pairs else None,
+        "pairs": pairs,
+        "training": keep("training", lambda: _training(run)),
+        "evaluation": _evaluation_of(run, summaries, keep),
+        "suites": _suites(summaries.get("suites", {}).get("findings", [])),
+        "sources": sources(manifests, job.student.described),
+    }
 
 
 class ReportSoFar:
@@ -180,18 +203,32 @@ def _prompts(run: RunReader) -> Section:
     }
 
 
-def _scores(job: Job, pairs: PairColumns, summaries: Mapping[str, Section]) -> Section:
-    """What each reward says of the pairs, and how far they agree."""
+def _conversations(run: RunReader) -> list[Conversation]:
+    return conversations(run.folder("synthesis"), run.job)
+
+
+def _right(job: Job, summaries: Mapping[str, Section]) -> dict[str, float]:
+    """The share of the known pairs that each reward orders rightly."""
     # Without known pairs of the user's the trial says only that the models load.
-    right = summaries.get("calibration", {}).get("right", {}) if job.calibration.source else {}
+    right: dict[str, float] = summaries.get("calibration", {}).get("right", {}) if job.calibration.source else {}
+    return right
+
+
+def _scores(pairs: PairColumns) -> Section:
+    """What each reward says of the pairs, and how far they agree."""
     drawn = {}
     for name in pairs.chosen:
         sides = {"rejected": pairs.rejected[name], "chosen": pairs.chosen[name]}
         drawn[name] = charts.histogram(sides, name, "pairs", [charts.OTHER, charts.AFTER])
-    return {"right": right, "charts": drawn, "same_side": pairs.same_side()}
+    return {"charts": drawn, "same_side": pairs.same_side()}
 
 
-def _pairs(pairs: PairColumns) -> Section:
+def _pairs(run: RunReader) -> Section:
+    columns = pair_columns(run.folder("pairs"))
+    return {"columns": columns, "charts": _pair_charts(columns), "scores": _scores(columns)}
+
+
+def _pair_charts(pairs: PairColumns) -> dict[str, Markup]:
     gaps = {"kept": pairs.kept_gaps, "dropped": pairs.dropped_gaps}
     lengths = {"rejected": pairs.rejected_chars, "chosen": pairs.chosen_chars}
     drawn = {}
@@ -207,7 +244,7 @@ def _pairs(pairs: PairColumns) -> Section:
             longer, pairs.kept_gaps, "characters that chosen is longer", "reward gap"
         )
 
-    return {"columns": pairs, "charts": drawn}
+    return drawn
 
 
 def _training(run: RunReader) -> Section | None:
@@ -216,7 +253,7 @@ def _training(run: RunReader) -> Section | None:
     if not steps:
         return None
 
-    series = {name: _series(steps, name) for name in set(chain.from_iterable(steps))}
+    series = {name: series_of(steps, name) for name in set(chain.from_iterable(steps))}
     drawn = {title: _curves(series, names) for title, names in CURVES.items()}
     return {
         "charts": {title: drawing for title, drawing in drawn.items() if drawing},
@@ -227,7 +264,7 @@ def _training(run: RunReader) -> Section | None:
     }
 
 
-def _series(steps: Sequence[StepMetrics], name: str) -> Values:
+def series_of(steps: Sequence[StepMetrics], name: str) -> Values:
     """A metric (n,) over the steps, NaN where a step does not have it."""
     return np.array([step.get(name) for step in steps], dtype=float)
 
@@ -240,6 +277,12 @@ def _curves(series: Mapping[str, Values], metrics: Sequence[str]) -> Markup | No
         return None
     drawn = {name.rsplit("/", 1)[-1]: series[name][measured] for name in names}
     return charts.curves(series["step"][measured], drawn)
+
+
+def _evaluation_of(run: RunReader, summaries: Mapping[str, Section], keep: Keep) -> Section | None:
+    if not summaries.get("evaluation", {}).get("prompts"):
+        return None
+    return keep("evaluation", lambda: _evaluation(run))
 
 
 def _evaluation(run: RunReader) -> Section:

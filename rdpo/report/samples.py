@@ -13,14 +13,16 @@ from markupsafe import Markup
 from rdpo.config import Job
 from rdpo.evaluation.compare import MODELS
 from rdpo.evaluation.intervals import Values
+from rdpo.files.parts import PART
 from rdpo.files.stage_folder import StageFolder
-from rdpo.records import ID_COLUMN, VOICE, Row, by_id, rows_of, text_of
+from rdpo.records import ID_COLUMN, VOICE, Row, alive, by_id, rows_of, text_of
 from rdpo.report.columns import PromptColumns
 from rdpo.report.differences import Difference, difference
 from rdpo.report.page import escaped
 
 ID_DIGITS = 8
 CONVERSATIONS = 10
+NEWEST = 5
 SAMPLES_BYTES = 2_500_000
 """Texts of evaluated prompts in one page."""
 
@@ -72,6 +74,23 @@ def conversations(folder: StageFolder, job: Job) -> list[Conversation]:
     return [_conversation(row, job) for row in rows]
 
 
+def newest_rows(folder: StageFolder, job: Job) -> list[Conversation]:
+    """The rows that an unfinished stage has stored last, the newest first, with what the models have written so far."""
+    stamps = {name: stamp for name, stamp in folder.stamps().items() if name.endswith(PART)}
+    kept = [name for name in stamps if not name.startswith("dropped/")]
+    found: dict[str, Row] = {}
+    for name in sorted(kept, key=lambda name: stamps[name][1], reverse=True):
+        if len(found) >= NEWEST:
+            break
+        last = folder.part(name)
+        # A step before the last stores what it drops among the others.
+        rows = filter(alive, last.slice(max(0, last.num_rows - NEWEST)).to_pylist()[::-1])
+        for row in rows:
+            # Of a row that several steps have stored, the newest.
+            found.setdefault(row[ID_COLUMN], row)
+    return [_conversation(row, job) for row in list(found.values())[:NEWEST]]
+
+
 def evaluated_samples(folder: StageFolder, columns: PromptColumns, limit: int) -> list[Sample]:
     """At most `limit` evaluated prompts, by id: of more, those that gained and lost most, and others.
 
@@ -108,7 +127,7 @@ def rows_with(folder: StageFolder, ids: Sequence[str]) -> list[Row]:
 
 
 def _conversation(row: Row, job: Job) -> Conversation:
-    names = [name.removesuffix("_finish_reason") for name in row if name.endswith("_finish_reason")]
+    names = turns_of(row)
     texts = {name: escaped(row[name]) for name in names}
     before, after = job.pairs.rejected, job.pairs.chosen
     found = difference(row[before] or "", row[after] or "") if before in texts and after in texts else None
@@ -116,6 +135,11 @@ def _conversation(row: Row, job: Job) -> Conversation:
         texts |= {before: found.before, after: found.after}
     turns = [(_with_voice(name, row), text) for name, text in texts.items()]
     return Conversation(row[ID_COLUMN][:ID_DIGITS], escaped(text_of(row["prompt"])), turns, found)
+
+
+def turns_of(row: Row) -> list[str]:
+    """Names of a row's columns that hold what a model wrote."""
+    return [name.removesuffix("_finish_reason") for name in row if name.endswith("_finish_reason")]
 
 
 def _with_voice(name: str, row: Row) -> str:
