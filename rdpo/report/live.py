@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, Protocol, TypeVar
+from urllib.parse import quote
 
 from markupsafe import Markup
 
@@ -192,7 +193,7 @@ class LiveRuns:
         lines = []
         for name, view in self.views().items():
             now = "; ".join(map(in_short, view.statuses())) or "not begun"
-            lines.append(Progress(name, now, False, [], f"{name}/"))
+            lines.append(Progress(name, now, False, [], f"{quote(name)}/"))
         return lines
 
     def body(self) -> Body:

@@ -16,7 +16,7 @@ import sys
 from http.cookies import CookieError, SimpleCookie
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 from rdpo.errors import InputError
 from rdpo.records import digest, visible
@@ -114,7 +114,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.server.token is not None and not self._has_token(self.server.token):
             return Answer(403, b"open this page by the address that `rdpo watch` printed, with its token\n")
         try:
-            return self.server.site.answer(urlsplit(self.path).path)
+            return self.server.site.answer(unquote(urlsplit(self.path).path))
         except Exception as error:
             # A run that is at work may remove what is being read; what is asked for later is there again.
             said = f"not to be read at the moment: {type(error).__name__}: {error}"

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from threading import Lock
+from urllib.parse import quote
 
 from rdpo.errors import InputError
 from rdpo.files.folder import Folder
@@ -61,7 +62,7 @@ class Site:
             if isinstance(view, LiveRuns) and name in view.files():
                 return _file(view, name)
             if self._view_at(path):
-                return Answer(301, b"", moved=f"{name}/")
+                return Answer(301, b"", moved=f"{quote(name)}/")
         return Answer(404, b"nothing is here\n")
 
     def _view_at(self, path: str) -> View | None:

@@ -51,14 +51,12 @@ const look = (() => {
 
   // What stands at the top of the window stays there, however much is put in above it.
   function inPlace(change) {
-    const there = Array.from(places()).filter(([, place]) => {
-      const { top, bottom } = place.getBoundingClientRect();
-      return top <= BAR && bottom > BAR;
-    });
-    const tops = there.map(([name, place]) => [name, place.getBoundingClientRect().top]).reverse();
+    const tops = Array.from(places(), ([name, place]) => [name, place.getBoundingClientRect().top]);
+    const above = tops.filter(([, top]) => top <= BAR).reverse();
     change();
     const now = places();
-    const kept = window.scrollY > 0 && tops.find(([name]) => now.has(name));
+    // The nearest that is still there.
+    const kept = window.scrollY > 0 && above.find(([name]) => now.has(name));
     if (kept) window.scrollBy(0, now.get(kept[0]).getBoundingClientRect().top - kept[1]);
   }
 
