@@ -29,38 +29,37 @@ ARMS = "arms"
 FILES = (REPORT, "comparison.csv", "heldout.csv")
 PAUSE = 4.0
 """How long making something rests, in the time that it took."""
-LOOK_S = 1.0
+LOOK_S, LOOK_PAUSE = 1.0, 10.0
+"""Files are looked at once in so many seconds; where a look takes long, after a pause of so many times as long."""
 HALF_MADE = ("in progress", "interrupted")
 
 T = TypeVar("T")
-Key = str | int | None
+Key = str | int
 
 
 class Kept(Generic[T]):
     """A value that is made anew when its key is another one, but not again before a pause."""
 
     def __init__(self, pause: float = PAUSE):
-        self.key: Key = None
-        self._value: T | None = None
+        self._held: tuple[Key, T] | None = None
         self._pause, self._rests_until = pause, 0.0
 
     def key_for(self, key: Key) -> Key:
         """The key of the value that `get` would give now."""
-        may_be_made = self.key is None or time.monotonic() >= self._rests_until
-        return key if may_be_made else self.key
+        rests = time.monotonic() < self._rests_until
+        return self._held[0] if self._held and rests else key
 
-    def get(self, key: Key, make: Callable[[], T]) -> T:
-        """The value, made now where that is due."""
-        if self._value is not None and self.key_for(key) == self.key:
-            return self._value
+    def get(self, key: Key, make: Callable[[], T]) -> tuple[Key, T]:
+        """The value, made now where that is due, with its key."""
+        if self._held and self.key_for(key) == self._held[0]:
+            return self._held
         began = time.monotonic()
         try:
-            self._value = value = make()
-            self.key = key
+            self._held = (key, make())
         finally:
             now = time.monotonic()
             self._rests_until = now + self._pause * (now - began)
-        return value
+        return self._held
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,8 @@ class LiveRun:
     def __init__(self, run_dir: str):
         self.dir = run_dir.rstrip("/")
         self.title = job_of_run(run_dir).name
-        self._stamps: Kept[dict[str, dict[str, Stamp]]] = Kept(pause=10.0)
+        self._stamps: Kept[dict[str, dict[str, Stamp]]] = Kept(LOOK_PAUSE)
+        self._driver: Kept[str | None] = Kept(LOOK_PAUSE)
         self._status: Kept[RunStatus] = Kept()
         self._status_at = 0.0
         self._parts: dict[str, Kept[Any]] = {}
@@ -121,8 +121,8 @@ class LiveRun:
 
     def statuses(self) -> list[RunStatus]:
         """How far the run has come; how long ago its stages were begun is counted on."""
-        driver = holder(self.dir)
-        status = self._status.get(digest(self.key(), driver), self._status_now)
+        _, driver = self._driver.get(_moment(), lambda: holder(self.dir))
+        _, status = self._status.get(digest(self.key(), driver), self._status_now)
         since = time.time() - self._status_at
         return [replace(status, stages=[_aged(stage, since) for stage in status.stages])]
 
@@ -140,14 +140,14 @@ class LiveRun:
         """What is made of a stage's files and of the job, anew only if these have changed."""
         stamps = self._looked()
         kept: Kept[T] = self._parts.setdefault(stage, Kept(pause=0.0))
-        return kept.get(digest(stamps.get(stage), stamps.get(JOB_FILE)), make)
+        return kept.get(digest(stamps.get(stage), stamps.get(JOB_FILE)), make)[1]
 
     def _status_now(self) -> RunStatus:
         self._status_at = time.time()
         return status_of(RunReader(self.dir))
 
     def _looked(self) -> dict[str, dict[str, Stamp]]:
-        return self._stamps.get(int(time.monotonic() / LOOK_S), self._look)
+        return self._stamps.get(_moment(), self._look)[1]
 
     def _look(self) -> dict[str, dict[str, Stamp]]:
         """The stamps of the job's file and of all stages' files, by stage."""
@@ -201,6 +201,11 @@ class LiveRuns:
         return Body(
             rendered("runs_header.html.jinja", title=self.title, run_dir=self.dir, report=REPORT in self.files())
         )
+
+
+def _moment() -> int:
+    """The same number for as long as nobody looks again."""
+    return int(time.monotonic() / LOOK_S)
 
 
 def members(run_dir: str) -> list[str]:

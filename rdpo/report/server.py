@@ -22,9 +22,7 @@ from rdpo.errors import InputError
 from rdpo.records import digest, visible
 from rdpo.report.site import Answer, Site
 
-PORT = 8640
-LOOPBACK = "127.0.0.1"
-NAMES_OF_LOOPBACK = {"localhost", LOOPBACK, "::1"}
+LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 TOKEN = "token"
 SILENT_S = 30
 HEADERS = {
@@ -50,7 +48,7 @@ class WatchServer(ThreadingHTTPServer):
     # Two servers at one port would each have some of the requests.
     allow_reuse_port = False
 
-    def __init__(self, site: Site, host: str = LOOPBACK, port: int = PORT):
+    def __init__(self, site: Site, host: str, port: int):
         family, address = _resolved(host, port)
         self.address_family = family
         self.site, self.host = site, host
@@ -122,7 +120,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     @property
     def _names(self) -> set[str]:
-        return {*NAMES_OF_LOOPBACK, self.server.host.lower()}
+        return {*LOOPBACK, self.server.host.lower()}
 
     def _has_token(self, token: str) -> bool:
         given = [*parse_qs(urlsplit(self.path).query).get(TOKEN, ()), *self._cookies()]

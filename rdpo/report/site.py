@@ -76,15 +76,14 @@ class Site:
         return view
 
     def _page(self, place: str, view: View) -> Answer:
-        kept = self._bodies.setdefault(place, Kept())
-        body = kept.get(view.key(), view.body)
+        version, body = self._bodies.setdefault(place, Kept()).get(view.key(), view.body)
         page = rendered(
             "watch.html.jinja",
             live=True,
             script=LIVE_SCRIPT,
             title=view.title,
             now=_now(view),
-            version=kept.key,
+            version=version,
             header=body.header,
             progress=_progress(view),
             sections=body.sections,

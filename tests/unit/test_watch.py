@@ -83,8 +83,8 @@ def speak(run_dir, numbers, below="synthesis", **columns):
 
 
 @contextmanager
-def served(*run_dirs, site=None, **where):
-    with WatchServer(site or site_of(run_dirs), port=0, **where) as server:
+def served(*run_dirs, site=None, host="127.0.0.1"):
+    with WatchServer(site or site_of(run_dirs), host, 0) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.05,))
         thread.start()
         try:
@@ -185,15 +185,15 @@ def test_what_takes_long_is_not_made_again_at_once_and_what_fails_leaves_what_wa
         time.sleep(takes)
         return value
 
-    assert kept.get("a", lambda: made(1, takes=0.02)) == 1
-    assert kept.get("b", lambda: made(2)) == 1
-    assert kept.key == kept.key_for("b") == "a"
+    assert kept.get("a", lambda: made(1, takes=0.02)) == ("a", 1)
+    assert kept.get("b", lambda: made(2)) == ("a", 1)
+    assert kept.key_for("b") == "a"
 
     quick = Kept(pause=0.0)
-    assert quick.get("a", lambda: 1) == 1
+    assert quick.get("a", lambda: 1) == ("a", 1)
     with pytest.raises(ZeroDivisionError):
         quick.get("b", lambda: 1 // 0)
-    assert (quick.get("a", lambda: 2), quick.key_for("b")) == (1, "b")
+    assert (quick.get("a", lambda: 2), quick.key_for("b")) == (("a", 1), "b")
 
 
 def test_a_run_at_work_tells_its_progress(made):
