@@ -1,11 +1,13 @@
 """How fast a reward model scores K answers to each prompt: packed rows against padded ones and plain transformers.
 
-    python jobs/bench/rewards.py [--answers 2 8] [--rows 24] [--repeat 3] [--layers 6] [--width 384] [--gpu]
+    python jobs/bench/rewards.py [--answers 2 8] [--rows 24] [--repeat 3] [--layers 6] [--width 384]
+                                 [--dtype auto] [--gpu]
 
 The reward model is a random decoder with a head on its last token. Prompts have 300 to 800 tokens, answers 40 to 160.
 Each way runs alone in its process, one after the other, several times. Printed are rows a second, the most memory
 beyond that of the model, how many times plain transformers' rate that is, and the largest difference from the model
-called with one conversation alone.
+called with one conversation alone. By default the precision is what a run takes on this machine; in bfloat16 two ways
+of computing a score part by its rounding, so that `off` means something with `--dtype float32` alone.
 
 `transformers` is what a plain program does: batches of 16 conversations as they come, padded to the longest.
 """
@@ -67,14 +69,14 @@ def save_reward_model(folder: str, layers: int, width: int) -> None:
     save_model(folder, LlamaForSequenceClassification(config), tokenizer)
 
 
-def measure(way: str, folder: str, count: int, answers: int, gpu: bool) -> dict[str, float]:
+def measure(way: str, folder: str, count: int, answers: int, dtype: str, gpu: bool) -> dict[str, float]:
     """Seconds for all rows by one way, most memory in GiB, and the largest difference from single conversations."""
     from rdpo.config import ClassifierReward
     from rdpo.preference.rewards.classifier import Classifier
 
     names = [f"a{place}" for place in range(answers)]
     layout = "padded" if way == "padded" else "auto"
-    settings = {"kind": "classifier", "name": "rm", "model": folder, "gpus": int(gpu), "layout": layout}
+    settings = {"kind": "classifier", "name": "rm", "model": folder, "gpus": int(gpu), "layout": layout, "dtype": dtype}
     actor = Classifier(ClassifierReward.model_validate({**settings, "batch_size": BATCH, "max_length": 2048}), names)
     rows = made_rows(count, answers)
     scores = _plain if way == "transformers" else _by_actor
@@ -163,12 +165,13 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--width", type=int, default=384)
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     parser.add_argument("--gpu", action="store_true")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.one:
         way, folder, answers = given.one.split(",")
-        print(json.dumps(measure(way, folder, given.rows, int(answers), given.gpu)))
+        print(json.dumps(measure(way, folder, given.rows, int(answers), given.dtype, given.gpu)))
         return
 
     with tempfile.TemporaryDirectory() as folder:
@@ -189,6 +192,7 @@ def main() -> None:
 
 def _in_process(way: str, folder: str, answers: int, given: argparse.Namespace) -> dict[str, float]:
     command = [sys.executable, __file__, "--one", f"{way},{folder},{answers}", "--rows", str(given.rows)]
+    command += ["--dtype", given.dtype]
     command += ["--gpu"] if given.gpu else []
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     ended = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
