@@ -107,6 +107,9 @@ async def copies(asked: Asked, rows: int) -> list[str]:
 async def task(asked: Asked, rows: int) -> list[str]:
     """The last answers of the quickstart's task."""
     job, turns = asked.job, load_task(asked.job.synthesis.task or "")
+    # Turns with a temperature of their own would be other draws with drafts: right too, and not to be counted.
+    greedy = [turn.model_copy(update={"temperature": None}) for turn in turns.turns]
+    turns = turns.model_copy(update={"turns": greedy})
     converse = Conversation(job, turns, job.synthesis.sampling, asked.say)
     with open(ROOT / "jobs/quickstart/prompts.jsonl", encoding="utf-8") as file:
         raw = [json.loads(line) for line in islice(file, rows)]
