@@ -258,6 +258,11 @@ class Job(Section):
             raise ValueError("training: token_weights compare the two answers of a pair; remove it, or pairs.others")
         if self.training.shuffle_rewards and self.pairs.others:
             raise ValueError("training: shuffle_rewards is for pairs; remove it, or pairs.others")
+        if self.training.policy_weight != "none" and (self.pairs.others or self.training.token_weights):
+            raise ValueError(
+                "training: policy_weight weighs pairs whose tokens all count alike; remove it, or pairs.others and "
+                "training.token_weights"
+            )
         if self.training.select == "best" and not self.pairs.heldout_fraction:
             raise ValueError('training: select = "best" goes by held-out pairs; give pairs.heldout_fraction above 0')
         if self.student.quantization != "none" and (self.training.lora is None or self.training.zero_stage == 3):

@@ -32,14 +32,14 @@ class TokenWeights(Section):
     """What such a token weighs where all others weigh 1; DDPO has 5, LD-DPO below 1."""
 
 
-PER_RATIO = {"normalization", "length_coef", "margin", "offset", "weight"}
+PER_RATIO = {"normalization", "length_coef", "margin", "offset", "weight", "policy_weight"}
 LOSS_OPTIONS = {
     "dpo": PER_RATIO | {"label_smoothing", "soft_label", "geometric_label"},
     "robust": PER_RATIO | {"label_smoothing", "geometric_label"},
     "hinge": PER_RATIO | {"geometric_label"},
     "ipo": PER_RATIO | {"geometric_label"},
     "regression": PER_RATIO,
-    "simpo": {"label_smoothing", "length_coef", "margin", "offset", "weight", "soft_label", "geometric_label"},
+    "simpo": PER_RATIO - {"normalization"} | {"label_smoothing", "soft_label", "geometric_label"},
     "orpo": {"label_smoothing", "offset", "weight", "soft_label"},
     "sppo": {"label_smoothing", "weight", "soft_label"},
     "kto": {"reference_point", "offset", "weight"},
@@ -87,6 +87,7 @@ OPTIONS_AT_REST = {
     "margin": 0.0,
     "reference_point": 0.0,
     "exploration_coef": 0.0,
+    "policy_weight": "none",
 }
 
 
@@ -125,6 +126,9 @@ class Loss(Section):
     """kto: z0, nats of log-ratio; bco: the shift of the rewards."""
     exploration_coef: Annotated[float, UNSAID] = Field(default=0.0, ge=0)
     """selm: alpha, how much less likely an answer becomes that the start model gives anyway, 0.001 to 0.0001."""
+    policy_weight: Annotated[Literal["none", "wpo"], UNSAID] = "none"
+    """`wpo`: a pair weighs less the less its answers are like those that the policy would draw itself (WPO, arXiv
+    2406.11827); the term of `sft_coef` is not weighed."""
     sft_coef: float = Field(default=0.0, ge=0)
     """Weight of the mean negative log-likelihood of the chosen tokens, added to the loss (RPO)."""
 

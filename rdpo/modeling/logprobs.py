@@ -30,12 +30,15 @@ class CompletionHead(nn.Module):
         self.bias: Tensor | None = getattr(output, "bias", None)
         self.chunk, self.scale, self.softcap = chunk, scale, softcap
 
-    def forward(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """Log-probs (C,) in fp32 of `labels` (C,) given hidden states (C, H)."""
-        logps: Tensor = _ChunkedLogps.apply(  # type: ignore[no-untyped-call]
-            hidden, self.weight, self.bias, labels, self.chunk, self.scale, self.softcap
+    def forward(self, hidden: Tensor, labels: Tensor, squares: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """Log-probs (C,) in fp32 of `labels` (C,) given hidden states (C, H).
+
+        With `squares` also log sum_v pi_v^2 (C,) over the vocabulary, without a gradient.
+        """
+        found: Tensor | tuple[Tensor, Tensor] = _ChunkedLogps.apply(  # type: ignore[no-untyped-call]
+            hidden, self.weight, self.bias, labels, self.chunk, self.scale, self.softcap, squares
         )
-        return logps
+        return found
 
     def logits(self, hidden: Tensor) -> Tensor:
         """All logits (C, vocabulary) in fp32: for a few positions only."""
@@ -63,17 +66,27 @@ class _ChunkedLogps(torch.autograd.Function):
         chunk: int,
         scale: float,
         softcap: float | None,
-    ) -> Tensor:
-        normalisers, picked = [], []
+        squares: bool,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        normalisers, picked, doubled = [], [], []
         # Only numbers of size (C,) outlive an iteration; the logits are made again on the way back.
         for states, ids in zip(hidden.split(chunk), labels.split(chunk), strict=True):
             logits = _logits(states, weight, bias, scale, softcap)
             picked.append(logits.gather(1, ids[:, None])[:, 0])
             normalisers.append(logits.logsumexp(1))
+            if squares:
+                doubled.append(logits.mul_(2).logsumexp(1))
         normaliser = torch.cat(normalisers)
         ctx.save_for_backward(hidden, weight, bias, labels, normaliser)
         ctx.settings = (chunk, scale, softcap)
-        return torch.cat(picked) - normaliser
+        logps = torch.cat(picked) - normaliser
+        if not squares:
+            return logps
+
+        # pi = exp(x - normaliser), so log sum pi^2 = logsumexp(2 x) - 2 normaliser.
+        log_squares = torch.cat(doubled) - 2 * normaliser
+        ctx.mark_non_differentiable(log_squares)
+        return logps, log_squares
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -99,12 +112,12 @@ class _ChunkedLogps(torch.autograd.Function):
             if grad_bias is not None:
                 grad_bias += change.sum(0, dtype=torch.float32)
 
-        # One for each argument of `forward`; chunk, scale, cap and labels have none.
+        # One for each argument of `forward`; labels, chunk, scale, cap and squares have none.
         return (
             grad_hidden,
             None if grad_weight is None else grad_weight.to(weight.dtype),
             None if grad_bias is None else grad_bias.to(bias.dtype),
-            *(None,) * 4,
+            *(None,) * 5,
         )
 
 

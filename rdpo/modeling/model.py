@@ -65,10 +65,12 @@ class Policy(nn.Module):
     """A causal language model, with or without a LoRA adapter, as a function from batches to log-probs.
 
     `packed` says in which layout it reads: every prompt once, without padding, or padded rows. `weights`: what the
-    tokens of pairs weigh, once the model has been compared with its own logits.
+    tokens of pairs weigh, once the model has been compared with its own logits. `measures_likeness`: a forward gives
+    beside log-probs how like the policy's own answers each answer is (WPO, see `rdpo.training.losses.policy_weight`).
     """
 
     weights: TokenWeights | None = None
+    measures_likeness = False
 
     def __init__(self, model: PreTrainedModel | PeftModel, chunk: int, packed: bool):
         super().__init__()
@@ -124,17 +126,29 @@ class Policy(nn.Module):
         return replace(made, weights=torch.tensor([*chain.from_iterable(chain(*zip(*found, strict=True)))]))
 
     def forward(self, batch: Batch) -> Tensor:
-        """Summed completion log-probs (S,) in fp32."""
+        """Summed completion log-probs (S,) in fp32; (2, S) where likeness is measured, which stands below them."""
+        if self.measures_likeness:
+            return self._logps_and_likeness(batch)
         logps = self.token_logps(batch)
         weighted = logps if batch.weights is None else logps * batch.weights
         return sum_by_sequence(weighted, batch.sequence, len(batch.lengths))
 
+    def _logps_and_likeness(self, batch: Batch) -> Tensor:
+        """Summed log-probs and, without a gradient, mean_t(log pi_t - log sum_v pi_v^2) of each sequence, (2, S)."""
+        logps, log_squares = self.head(self._predicting_states(batch), batch.labels, squares=True)
+        count = len(batch.lengths)
+        likeness = sum_by_sequence(logps.detach() - log_squares, batch.sequence, count) / batch.lengths
+        return torch.stack([sum_by_sequence(logps, batch.sequence, count), likeness])
+
     def token_logps(self, batch: Batch) -> Tensor:
         """Log-probs (C,) in fp32 of every completion token."""
-        hidden = self.hidden_states(batch)
-        states = hidden.reshape(-1, hidden.shape[-1])[batch.predict_at]
-        logps: Tensor = self.head(states, batch.labels)
+        logps: Tensor = self.head(self._predicting_states(batch), batch.labels)
         return logps
+
+    def _predicting_states(self, batch: Batch) -> Tensor:
+        """Hidden states (C, H) that predict the completion tokens."""
+        hidden = self.hidden_states(batch)
+        return hidden.reshape(-1, hidden.shape[-1])[batch.predict_at]
 
     def hidden_states(self, batch: Batch) -> Tensor:
         """Last hidden states (rows, T, H) of a batch's tokens."""

@@ -64,6 +64,7 @@ def student_forward(job: Job, merged: Path | None = None, to_train: bool = False
         tuning = tuning_of(job) if to_train else Tuning(adapter=_continued(job))
         policy = load_policy(weights_of_start(job).folder(), settings, tuning)
     policy.weights = settings.weights
+    policy.measures_likeness = to_train and job.training.policy_weight == "wpo"
     return policy
 
 

@@ -67,7 +67,7 @@ class Backend(Protocol):
         ...
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        """Summed completion log-probs (S,) in fp32."""
+        """What the policy's forward gives: summed completion log-probs (S,) in fp32, or (2, S) with likeness."""
         ...
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:

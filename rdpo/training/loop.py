@@ -31,8 +31,8 @@ from rdpo.records import HELDOUT, ID_COLUMN, SIDES, Row
 from rdpo.training.backend import Backend, backend_of
 from rdpo.training.gaps import GapScale
 from rdpo.training.group_losses import GROUP_LOSSES, GroupLogps, Ranks, group_loss, order_kept
-from rdpo.training.losses import PairLogps, implicit_rewards, preference_loss, reward_terms
-from rdpo.training.metrics import MetricSums, PairOutcome
+from rdpo.training.losses import PairLogps, implicit_rewards, policy_weight, preference_loss, reward_terms
+from rdpo.training.metrics import OF_GROUPS, OF_WEIGHTS, MetricSums, PairOutcome
 from rdpo.training.schedule import learning_rate
 
 COLUMNS = [
@@ -170,7 +170,7 @@ class Trainer:
         rate = learning_rate(index, total, training.learning_rate, training.warmup_ratio, training.schedule)
         self.engine.set_lr(rate)
 
-        sums, packed = MetricSums(self.device, self.grouped), self.policy.packed
+        sums, packed = MetricSums(self.device, *self._further_metrics()), self.policy.packed
         plan = plan_step(pairs, self.data.sizes, self.workers, training.tokens_per_batch, packed)
         share = plan[self.rank]
         for number, micro in enumerate(share, start=1):
@@ -198,6 +198,11 @@ class Trainer:
             "tflops_per_worker": flops / 1e12,
             **({"mfu": flops / self.peak} if self.peak else {}),
         }
+
+    def _further_metrics(self) -> list[str]:
+        """Names of the metrics that only some jobs have."""
+        found = list(OF_GROUPS) if self.grouped else []
+        return found + list(OF_WEIGHTS) if self.policy.measures_likeness else found
 
     def margins(self, heldout: PairTable) -> list[Row]:
         """How far the policy prefers the chosen side of pairs it was not trained on, on every worker.
@@ -254,10 +259,14 @@ class Trainer:
 
         # The first answers of all pairs stand before the second ones, see `rdpo.modeling.layout`.
         forward, pairs = self.engine.forward(batch), len(micro.pairs)
+        weight = None
+        if self.policy.measures_likeness:
+            forward, likeness = forward
+            weight = policy_weight(likeness)
         chosen, rejected = forward[: 2 * pairs].chunk(2)
         lengths = batch.lengths[: 2 * pairs].chunk(2)
         references = (chosen.new_tensor(rows[f"reference_{side}_logps"]) for side in SIDES)
-        logps = PairLogps(chosen, rejected, *references, *lengths)
+        logps = PairLogps(chosen, rejected, *references, *lengths, weight=weight)
         reward = reward_terms(self.scale(chosen.new_tensor(rows["reward_gap"])), training)
         group = self._group(forward, batch.lengths, rows, others) if self.grouped else None
 
@@ -271,6 +280,7 @@ class Trainer:
             delta=logps.delta,
             offset=reward.offset,
             order=() if group is None else order_kept(group),
+            weight=() if weight is None else (weight,),
         )
 
     def _group(

@@ -1,11 +1,12 @@
 """Preference losses as pure functions of (P,) log-probs that compose: score, offset, label, shape, weight.
 
-    L_i = w_i * phi(beta * S_i - m_i; q_i) [+ sft_coef * NLL of the chosen answer, per token]
+    L_i = v_i * w_i * phi(beta * S_i - m_i; q_i) [+ sft_coef * NLL of the chosen answer, per token]
 
 S is how far the policy prefers chosen y_w to rejected y_l, m an offset, q the probability that the
 label is right, phi the shape. A loss's name picks S and phi (`LOSSES`); how the external reward gap
 `e = r(x, y_w) - r(x, y_l)` enters is chosen apart from it (`reward_as`), so that every loss is also a
-refined one. With all options at rest each loss is the one of its paper.
+refined one, and v is what the policy itself makes of the pair (`policy_weight`). With all options at rest
+each loss is the one of its paper.
 
 The refined DPO loss of arXiv 2402.08005 is `dpo` with m = lambda * e. Its form is derived, not copied:
 the paper's training code was never released. Maximising E[r_latent + lambda * r] - beta * KL(pi || ref)
@@ -19,7 +20,7 @@ and lambda = (1 - w) / w), and ODPO (arXiv 2402.10571) with identity for f.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -32,7 +33,10 @@ SMALLEST_GAP = 1e-6
 
 @dataclass(frozen=True)
 class PairLogps:
-    """Summed log-probs (P,) of both answers under policy and reference, in nats, and their tokens (P,)."""
+    """Summed log-probs (P,) of both answers under policy and reference, in nats, and their tokens (P,).
+
+    `weight` (P,): what the policy multiplies each pair's loss with, see `policy_weight`; without it 1.
+    """
 
     chosen: Tensor
     rejected: Tensor
@@ -40,6 +44,7 @@ class PairLogps:
     reference_rejected: Tensor
     chosen_length: Tensor
     rejected_length: Tensor
+    weight: Tensor | None = field(default=None, kw_only=True)
 
     @property
     def chosen_ratio(self) -> Tensor:
@@ -104,7 +109,19 @@ def preference_loss(logps: PairLogps, reward: RewardTerms, loss: Loss) -> Tensor
         raise ValueError(f"{loss.loss} is a loss over groups: rdpo.training.group_losses.group_loss takes them")
     label = reward.label * (1 - loss.label_smoothing) + (1 - reward.label) * loss.label_smoothing
     per_pair = reward.weight * LOSSES[loss.loss](logps, reward, label, loss)
+    if logps.weight is not None:
+        per_pair = logps.weight * per_pair
     return per_pair + loss.sft_coef * logps.nll if loss.sft_coef else per_pair
+
+
+def policy_weight(likeness: Tensor) -> Tensor:
+    """Weights (P,) of WPO (arXiv 2406.11827) from the likeness (2 P,) of all chosen answers, then of all rejected ones.
+
+    An answer weighs exp mean_t( log pi_t - log sum_v pi_v^2 ) under the current policy: sum_v pi_v^2 is how likely the
+    policy's own draw is on average. A pair weighs the product of both, at most 1. The bound is the authors' program's.
+    """
+    chosen, rejected = likeness.detach().chunk(2)
+    return torch.exp(chosen + rejected).clamp_max(1.0)
 
 
 def _margin(score: Tensor, logps: PairLogps, reward: RewardTerms, loss: Loss) -> Tensor:

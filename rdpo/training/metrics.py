@@ -3,8 +3,9 @@
 Names are the field's: `loss`, `rewards/{chosen,rejected,margins,accuracies}`, `logps/{chosen,rejected}`
 (sums per completion, nats), `grad_norm`, `learning_rate`. Ours: `offset/mean`, `offset/negative_share`,
 `offset/zero_share`, `delta/mean`; of groups `groups/accuracies`, the share of all ordered pairs of answers that the
-implicit rewards put the right way round, and `groups/tau`, Kendall's tau with the scores; `tflops_per_worker`, the
-step's model FLOPs a second in 1e12, and `mfu`, their share of what the GPU's datasheet promises.
+implicit rewards put the right way round, and `groups/tau`, Kendall's tau with the scores; with
+`training.policy_weight` `weights/mean`, what pairs weigh on average; `tflops_per_worker`, the step's model FLOPs a
+second in 1e12, and `mfu`, their share of what the GPU's datasheet promises.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ NAMES = (
     "offset/zero_share",
 )
 OF_GROUPS = ("groups/accuracies", "groups/tau")
+OF_WEIGHTS = ("weights/mean",)
 
 
 @dataclass
@@ -48,9 +50,11 @@ class PairOutcome:
     offset: Tensor
     order: tuple[Tensor, ...] = ()
     """Of groups: how far the policy agrees with their order, by OF_GROUPS."""
+    weight: tuple[Tensor, ...] = ()
+    """What pairs weigh, by OF_WEIGHTS, where the policy weighs them."""
 
     def sums(self) -> Tensor:
-        """Sums over the pairs, in the order of NAMES and of OF_GROUPS, in fp64."""
+        """Sums over the pairs, in the order of NAMES, OF_GROUPS and OF_WEIGHTS, in fp64."""
         margins = self.chosen_rewards - self.rejected_rewards
         columns = (
             self.loss,
@@ -66,15 +70,16 @@ class PairOutcome:
             self.offset < 0,
             self.offset == 0,
             *self.order,
+            *self.weight,
         )
         return torch.stack([column.detach().double().sum() for column in columns])
 
 
 class MetricSums:
-    """Adds up the micro-batches of a step on one worker, then over all workers."""
+    """Adds up the micro-batches of a step on one worker, then over all workers; `further`: names beside NAMES."""
 
-    def __init__(self, device: torch.device, groups: bool = False):
-        self.names = NAMES + OF_GROUPS if groups else NAMES
+    def __init__(self, device: torch.device, *further: str):
+        self.names = (*NAMES, *further)
         self.sums = torch.zeros(len(self.names) + 2, dtype=torch.float64, device=device)
 
     def add(self, outcome: PairOutcome, tokens: int) -> None:

@@ -65,6 +65,17 @@ def test_zero_3_and_plain_torch_give_the_same_losses(tiny_model, tmp_path, lora)
     assert max(s["grad_norm"] for s in plain) > 0.5
 
 
+@pytest.mark.usefixtures("all_partitioned")
+def test_zero_3_weighs_pairs_as_plain_torch_does(tiny_model, tmp_path):
+    histories = []
+    for backend, stage in ((None, 3), (PlainBackend, 0)):
+        trainer = trainer_of(tiny_model, tmp_path, pairs(), backend, zero_stage=stage, policy_weight="wpo")
+        histories.append([trainer.step(index, 9, [0, 1, 2, 3]) for index in range(3)])
+    for name in ("loss", "grad_norm", "weights/mean"):
+        partitioned, plain = ([step[name] for step in history] for history in histories)
+        assert partitioned == pytest.approx(plain, rel=1e-3)
+
+
 def test_small_micro_batches_give_the_large_batch(tiny_model, tmp_path):
     losses = []
     for budget in (128, 1024):

@@ -29,6 +29,49 @@ def test_chunked_equals_full_softmax_in_value_and_gradient(chunk, scale, softcap
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize(("scale", "softcap", "bias"), [(1.0, None, False), (0.5, None, True), (2.0, 1.5, True)])
+@pytest.mark.parametrize("chunk", [1, 4, 100])
+def test_squares_are_those_of_the_full_softmax_and_change_nothing_else(chunk, scale, softcap, bias):
+    torch.manual_seed(0)
+    hidden, output = torch.randn(11, 8, requires_grad=True), torch.nn.Linear(8, 29, bias=bias)
+    labels, weights = torch.randint(29, (11,)), torch.randn(11)
+    logits = output(hidden) * scale
+    logits = softcap * torch.tanh(logits / softcap) if softcap else logits
+    expected = torch.softmax(logits.double(), -1).square().sum(-1).log()
+
+    head = CompletionHead(output, chunk, scale, softcap)
+    plain = head(hidden, labels)
+    logps, log_squares = head(hidden, labels, squares=True)
+    torch.testing.assert_close(log_squares.double(), expected, atol=1e-5, rtol=1e-5)
+    assert not log_squares.requires_grad
+    assert torch.equal(logps, plain)
+
+    inputs = [hidden, *output.parameters()]
+    without = torch.autograd.grad((plain * weights).sum(), inputs)
+    beside = torch.autograd.grad((logps * weights).sum(), inputs)
+    assert all(torch.equal(one, other) for one, other in zip(beside, without, strict=True))
+
+
+def test_squares_that_nobody_asks_for_are_not_computed():
+    hidden, output = torch.randn(12, 8), torch.nn.Linear(8, 29, bias=False)
+    counts = []
+    for squares in (False, True):
+        with Operations() as made:
+            CompletionHead(output, 4)(hidden, torch.zeros(12, dtype=torch.long), squares=squares)
+        counts.append(made.names.count("aten.logsumexp.default"))
+    # One for each of the three chunks; the second one is that of twice the logits.
+    assert counts == [3, 6]
+
+
+def test_squares_hold_no_more_logits_at_a_time():
+    tokens, vocabulary, chunk = 64, 4000, 8
+    hidden, output = torch.randn(tokens, 4, requires_grad=True), torch.nn.Linear(4, vocabulary, bias=False)
+    largest = LargestTensor()
+    with largest:
+        CompletionHead(output, chunk)(hidden, torch.zeros(tokens, dtype=torch.long), squares=True)[0].sum().backward()
+    assert largest.elements <= max(chunk * vocabulary, output.weight.numel())
+
+
 def test_frozen_head_gives_a_gradient_to_its_input_alone():
     hidden, output = torch.randn(5, 8, requires_grad=True), torch.nn.Linear(8, 29, bias=False).requires_grad_(False)
     CompletionHead(output, 2)(hidden, torch.arange(5)).sum().backward()
@@ -54,6 +97,18 @@ def test_logits_of_all_tokens_are_never_held():
     with largest:
         CompletionHead(output, chunk)(hidden, torch.zeros(tokens, dtype=torch.long)).sum().backward()
     assert largest.elements <= max(chunk * vocabulary, output.weight.numel())
+
+
+class Operations(torch.utils._python_dispatch.TorchDispatchMode):
+    """Notes the names of all operations."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
 
 
 class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):

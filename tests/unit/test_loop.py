@@ -63,6 +63,50 @@ def test_the_rate_of_a_step_is_the_schedules(tiny_model, tmp_path):
     assert trainer.engine.optimizer.param_groups[0]["lr"] == rates[-1] < rates[0]
 
 
+def wpo_of(policy, row):
+    """WPO's loss of a pair and its weight, from whole logits and a softmax."""
+    ratios, logs = [], []
+    for side in ("chosen", "rejected"):
+        ids, answer = [*row["prompt_ids"], *row[f"{side}_ids"]], torch.tensor(row[f"{side}_ids"])
+        shares = torch.softmax(policy.causal(torch.tensor([ids])).logits[0].double(), -1)
+        shares = shares[len(row["prompt_ids"]) - 1 : -1]
+        own = shares.gather(1, answer[:, None])[:, 0].log()
+        ratios.append(own.sum() - row[f"reference_{side}_logps"])
+        logs.append((own - shares.square().sum(-1).log()).mean())
+    weight = torch.exp(sum(logs)).clamp_max(1.0).detach()
+    return -weight * torch.nn.functional.logsigmoid(0.1 * (ratios[0] - ratios[1]) - row["reward_gap"]), weight
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+@pytest.mark.parametrize("budget", [128, 1024])
+def test_wpo_weighs_pairs_by_the_policy_of_each_step(tiny_model, tmp_path, layout, budget):
+    data = replace(pairs(), sizes=[PairSize(30, 20, 10)] * PAIRS) if budget == 128 else pairs()
+    settings = {"policy_weight": "wpo", "layout": layout, "tokens_per_batch": budget, "max_grad_norm": 1e9}
+    trainer = plain(tiny_model, tmp_path, data, **settings)
+    reader = plain(tiny_model, tmp_path, layout="padded").policy
+    rows = data.table.to_pylist()
+    weights_seen = []
+    for index in range(3):
+        reader.load_state_dict(trainer.policy.state_dict())
+        found = [wpo_of(reader, row) for row in rows]
+        expected = sum(loss for loss, _ in found) / PAIRS
+        gradients = torch.autograd.grad(expected, list(reader.parameters()))
+        norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
+
+        step = trainer.step(index, 9, [0, 1, 2, 3])
+        assert step["loss"] == pytest.approx(expected.item(), rel=1e-5)
+        assert step["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+        assert step["weights/mean"] == pytest.approx(sum(weight.item() for _, weight in found) / PAIRS, rel=1e-5)
+        weights_seen += [weight.item() for _, weight in found]
+    # Of both kinds: those that the bound cuts, and those that it does not.
+    assert min(weights_seen) < 0.9 and max(weights_seen) == 1
+
+
+def test_without_wpo_nothing_is_weighed(tiny_model, tmp_path):
+    step = plain(tiny_model, tmp_path).step(0, 9, [0, 1, 2, 3])
+    assert "weights/mean" not in step
+
+
 def test_held_out_pairs_are_measured_without_dropout_and_change_nothing(tiny_model, tmp_path):
     lora = {"rank": 4, "dropout": 0.5}
     histories = []

@@ -1,13 +1,14 @@
 """Losses against golden values by hand, their reductions, and the optimum that the offset's sign leads to."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from rdpo.config import LOSS_OPTIONS, Loss
 from rdpo.training.group_losses import GROUP_LOSSES
-from rdpo.training.losses import LOSSES, PairLogps, RewardTerms, preference_loss, reward_terms
+from rdpo.training.losses import LOSSES, PairLogps, RewardTerms, policy_weight, preference_loss, reward_terms
 
 # Two pairs: summed log-probs of policy and reference, tokens, and external scores; values by hand.
 PAIRS = PairLogps(
@@ -102,7 +103,7 @@ def test_certain_labels_are_dpo():
 def test_gradients_match_finite_differences(name):
     def of(chosen, rejected):
         return losses(
-            pairs=PairLogps(chosen, rejected, *list(vars(PAIRS).values())[2:]),
+            pairs=replace(PAIRS, chosen=chosen, rejected=rejected),
             loss=name,
             beta=0.1,
             **NEEDED.get(name, {}),
@@ -173,12 +174,30 @@ def test_tables_name_the_same_losses():
         ({"loss": "hinge", "label_smoothing": 0.1}, "loss hinge does not take label_smoothing"),
         ({"loss": "simpo", "normalization": "token_mean"}, "loss simpo does not take normalization"),
         ({"loss": "dpo", "reference_point": 1.0}, "loss dpo does not take reference_point"),
+        ({"loss": "orpo", "policy_weight": "wpo"}, "loss orpo does not take policy_weight"),
+        ({"loss": "kto", "policy_weight": "wpo"}, "loss kto does not take policy_weight"),
+        ({"loss": "infonca", "policy_weight": "wpo"}, "loss infonca does not take policy_weight"),
         ({"loss": "sppo", "reward_as": "offset"}, "loss sppo takes reward_as soft_label, weight or none"),
     ],
 )
 def test_an_option_that_a_loss_does_not_take_is_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         Loss(**settings)
+
+
+def test_wpo_weighs_a_pair_by_both_of_its_answers_and_never_above_1():
+    # Three chosen answers, then three rejected ones.
+    likeness = torch.tensor([-0.5, 0.25, 2.0, -1.0, -0.75, -0.5], dtype=torch.float64, requires_grad=True)
+    weight = policy_weight(likeness)
+    assert weight.tolist() == pytest.approx([0.2231301601, 0.6065306597, 1.0], rel=1e-9)
+    assert not weight.requires_grad
+
+
+def test_the_policys_weight_multiplies_the_pairs_loss_and_not_the_sft_term():
+    weighed = replace(PAIRS, weight=torch.tensor([0.25, 0.5], dtype=torch.float64))
+    assert losses(pairs=weighed, **REST).tolist() == pytest.approx([0.25 * 0.493248946, 0.5 * 0.8400706677], rel=1e-9)
+    mixed = losses(pairs=weighed, **REST, sft_coef=0.5) - losses(pairs=weighed, **REST)
+    assert mixed.tolist() == pytest.approx([0.5 * 42 / 20, 0.5 * 80 / 40])
 
 
 def test_optimum_follows_latent_plus_external_reward():

@@ -86,6 +86,20 @@ def test_the_reference_is_made_again_for_other_weights_and_not_for_none(tiny_mod
     assert first != second
 
 
+@pytest.mark.parametrize(
+    ("section", "field", "value"),
+    [("training", "token_weights", DDPO.model_dump()), ("pairs", "others", "rest")],
+)
+def test_the_policys_weight_of_pairs_is_refused_where_it_is_not_defined(tiny_model, tmp_path, section, field, value):
+    table = valid_job(tiny_model, tmp_path)
+    table["pairs"] = {"chosen": "best", "rejected": "worst"}
+    table["training"]["policy_weight"] = "wpo"
+    Job.model_validate(table)
+    table[section][field] = value
+    with pytest.raises(ValueError, match="policy_weight weighs pairs whose tokens all count alike"):
+        Job.model_validate(table)
+
+
 def test_weights_and_groups_are_refused_together(tiny_model, tmp_path):
     table = valid_job(tiny_model, tmp_path)
     table["training"]["token_weights"] = {"kind": "ddpo", "weight": 5.0}
