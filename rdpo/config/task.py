@@ -26,6 +26,11 @@ class Turn(Section):
     earlier answers by name, the other columns of the prompt's row, and the job's `synthesis.values`."""
     prefill: str = ""
     """Template of the words that the answer begins with; a server as teacher cannot continue any."""
+    rewrites: Annotated[str | None, UNSAID] = None
+    """Name of an earlier answer, of which a segment of `max_tokens` tokens is written anew, at a place that is drawn
+    for each prompt; its other words stay (SAPO, arXiv 2405.20830). A server as teacher cannot."""
+    given: Annotated[str | None, UNSAID] = None
+    """Template of the answer itself, which nobody speaks then: a column of the prompts, for example."""
     temperature: float | None = Field(default=None, ge=0)
     """In place of the job's."""
     top_p: float | None = Field(default=None, gt=0, le=1)

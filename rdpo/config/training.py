@@ -220,8 +220,9 @@ class Training(Loss):
     max_skipped_steps: Annotated[int, MEMORY] = Field(default=0, ge=0)
     """Optimizer steps that may be left out because their loss or gradient is not finite; one more stops the run
     and names the rows."""
-    extrapolation: float = Field(default=0.0, ge=0)
-    """ExPO's alpha (arXiv 2404.16792): how much further than training moved it the policy is moved at the end."""
+    extrapolation: float = Field(default=0.0, gt=-1)
+    """ExPO's alpha (arXiv 2404.16792): how much further than training moved it the policy is moved at the end. Below 0
+    it is moved back: -0.5 is the mean of the weights before and after."""
     max_failures: Annotated[int, PLACEMENT] = Field(default=3, ge=-1)
     """Worker failures that are repaired from the last checkpoint; -1 is without limit."""
     hang_after_s: Annotated[float, PLACEMENT] = Field(default=1800.0, gt=0)

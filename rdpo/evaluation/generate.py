@@ -171,7 +171,7 @@ class Answerer:
             return await self._say(messages, sampling, seed, turn.prefill)
 
         # Of a copy, for the turns are written into the row.
-        refined = await Conversation(self.job, task, self.job.evaluation.sampling, say)(dict(row))
+        refined = await Conversation(self.job, task, self.job.evaluation.sampling, say, self.chat)(dict(row))
         if refined.get("dropped"):
             return drop(row, refined["dropped"])
         answer = {TRAINED + end: refined[final + end] for end in ("", "_finish_reason", "_tokens")}

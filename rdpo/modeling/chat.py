@@ -146,8 +146,8 @@ class Chat:
         whole = self.written_ids(self._reasoned(opening, answer, reasoning))
         thought, text = self.reasoning_ids(reasoning), self.text_ids(answer)
         ids = [*thought, *text, *(self.ending if finished else ())]
-        if whole[: len(prompt) + len(ids)] != prompt + ids and not self._decoded(whole).startswith(
-            self._decoded(prompt + ids)
+        if whole[: len(prompt) + len(ids)] != prompt + ids and not self.decoded(whole).startswith(
+            self.decoded(prompt + ids)
         ):
             raise ValueError("the tokenizer does not give back reasoning and answer as they stand in the conversation")
         return [*(masked(thought) if self.masks else thought), *ids[len(thought) :]]
@@ -189,12 +189,13 @@ class Chat:
         # Tokenizers that put a blank before every text do so before an answer that stands alone, too.
         joined = self.written_ids(opening.text + opening.blanks + answer)
         within = [*joined[len(prompt) :], *(self.ending if finished else ())]
-        if whole[: len(prompt) + len(within)] == prompt + within and not self._has_special(joined[len(prompt) :]):
+        plain = specials(self.tokenizer).keys().isdisjoint(joined[len(prompt) :])
+        if plain and whole[: len(prompt) + len(within)] == prompt + within:
             return within
 
         # A line break that begins the answer makes one token with the one before it, and an answer may hold text that
         # looks like a special token: the text is the template's, and the ids are those that a model would write.
-        if self._decoded(whole).startswith(self._decoded(prompt + alone)):
+        if self.decoded(whole).startswith(self.decoded(prompt + alone)):
             return alone
         raise ValueError("the tokenizer does not give back the answer as it stands in the conversation")
 
@@ -205,14 +206,12 @@ class Chat:
         """
         ending = self.ending if answer.finished else ()
         text, drawn = ids[: len(ids) - len(ending)], list(answer.drawn)
-        if not (ids and drawn) or self._decoded(prompt + drawn) != self._decoded(prompt + text):
+        if not (ids and drawn) or self.decoded(prompt + drawn) != self.decoded(prompt + text):
             return ids
         return [*drawn, *ending]
 
-    def _has_special(self, ids: list[int]) -> bool:
-        return not specials(self.tokenizer).keys().isdisjoint(ids)
-
-    def _decoded(self, ids: list[int]) -> str:
+    def decoded(self, ids: list[int]) -> str:
+        """The text of token ids, special tokens with it."""
         return str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
     def written_ids(self, text: str) -> list[int]:

@@ -188,7 +188,7 @@ def check_named(job: Job) -> None:
 
 def _check_teacher(job: Job) -> None:
     from rdpo.preference.pairs import scored_answers
-    from rdpo.synthesis.instructions import beginning, check_words, load_task
+    from rdpo.synthesis.instructions import beginning, check_spoken_alone, check_words, load_task
     from rdpo.synthesis.voices import check_voices, speakers
 
     scored_answers(job)
@@ -196,6 +196,8 @@ def _check_teacher(job: Job) -> None:
     if task:
         check_words(task, job.synthesis.values)
         check_voices(job)
+    if task and job.synthesis.reasoning != "off":
+        check_spoken_alone(task)
     for section, condition in (("pairs", job.pairs.condition), ("evaluation", job.evaluation.condition)):
         if condition:
             beginning(load_task(job.synthesis.task or ""), condition, f"{section}.condition")

@@ -78,9 +78,24 @@ def _check_turns(task: Task, source: str) -> None:
             raise InputError(f"{where} continues {turn.after!r}, so it needs a `user` template")
         if turn.after is not None and turn.system is not None:
             raise InputError(f"{where}: only a turn that begins a conversation can have `system`")
-        for template in (turn.system, turn.user, turn.prefill):
-            check_template(template or "", where)
+        _check_words_from_elsewhere(turn, earlier, where)
+        for template in _templates(turn):
+            check_template(template, where)
         earlier.extend(turn.names)
+
+
+def _check_words_from_elsewhere(turn: Turn, earlier: Collection[str], where: str) -> None:
+    if turn.rewrites is not None and turn.rewrites not in earlier:
+        raise InputError(f"{where}: rewrites = {turn.rewrites!r} is no earlier answer")
+    if (turn.rewrites or turn.given is not None) and turn.prefill:
+        raise InputError(f"{where}: its first words are another answer's; remove `prefill`")
+    if turn.given is not None and (turn.rewrites or turn.samples > 1):
+        raise InputError(f"{where}: its answer is given; remove `rewrites` and `samples`")
+
+
+def _templates(turn: Turn) -> list[str]:
+    """The templates of a turn."""
+    return [template or "" for template in (turn.system, turn.user, turn.prefill, turn.given)]
 
 
 def _check_name(turn: Turn, where: str) -> None:
@@ -109,6 +124,21 @@ def check_template(template: str, where: str) -> set[str]:
         raise InputError(f"{where}: template: too deeply nested") from None
 
 
+def check_spoken_alone(task: Task) -> None:
+    """Check that no turn takes words of its answer from elsewhere, where reasoning would stand before them.
+
+    Raises:
+        InputError: a turn does.
+    """
+    for turn in task.turns:
+        if turn.rewrites or turn.given is not None:
+            how = "rewrites an answer" if turn.rewrites else "has a given answer"
+            raise InputError(
+                f"synthesis.task: turn `{turn.name}` {how}, before which nothing was thought; set synthesis.reasoning "
+                'to "off"'
+            )
+
+
 def check_prefills(turns: Iterable[Turn]) -> None:
     """Check that no turn puts words into the mouth of a server, which may not continue them.
 
@@ -118,6 +148,8 @@ def check_prefills(turns: Iterable[Turn]) -> None:
     for turn in turns:
         if turn.prefill:
             raise InputError(f"synthesis.task: turn `{turn.name}` has a `prefill`, which an endpoint cannot go on from")
+        if turn.rewrites:
+            raise InputError(f"synthesis.task: turn `{turn.name}` rewrites an answer, which an endpoint cannot")
 
 
 def check_fields(task: Task, row: Row, words: Mapping[str, str]) -> None:
@@ -129,8 +161,8 @@ def check_fields(task: Task, row: Row, words: Mapping[str, str]) -> None:
     """
     known = {"prompt", *extra_of(row), *words}
     for turn in task.turns:
-        for template in (turn.system, turn.user, turn.prefill):
-            unknown = check_template(template or "", f"turn `{turn.name}`") - known
+        for template in _templates(turn):
+            unknown = check_template(template, f"turn `{turn.name}`") - known
             if unknown:
                 raise InputError(
                     f"synthesis.task: turn `{turn.name}` uses {', '.join(sorted(unknown))}, but the "
@@ -163,9 +195,10 @@ def check_words(task: Task, words: Collection[str]) -> None:
 
 
 def names_used(turn: Turn) -> set[str]:
-    """The names that the templates of a turn use."""
+    """The names that a turn uses: those in its templates, and the answer that it rewrites."""
     where = f"synthesis.task: turn `{turn.name}`"
-    return {name for text in (turn.system, turn.user, turn.prefill) for name in check_template(text or "", where)}
+    used = {name for text in _templates(turn) for name in check_template(text, where)}
+    return used | {turn.rewrites} if turn.rewrites else used
 
 
 def check_apart(words: Collection[str], rows: Iterable[Row]) -> None:
@@ -228,7 +261,8 @@ def _check_different(task: Task, row: Row, words: Mapping[str, str]) -> None:
     asked: dict[str, str] = {}
     for turn in task.turns:
         used = check_template((turn.user or "") + turn.prefill, turn.name)
-        if turn.after is None and not used & set(task.answers):
+        apart = turn.after is not None or turn.rewrites or turn.given is not None
+        if not apart and not used & set(task.answers):
             prefill = rendered_prefill(turn, template_values(row, words))
             question = str((question_of(turn, row, words), prefill, turn.temperature, turn.top_p, turn.voice))
             if question in asked:
@@ -282,6 +316,15 @@ def rendered_prefill(turn: Turn, values: Mapping[str, object]) -> str:
     """
     # Jinja takes one line break from the end of a template; here it may be what an answer is to continue.
     return render(turn.prefill, values) + ("\n" if turn.prefill.endswith("\n") else "")
+
+
+def given_answer(turn: Turn, values: Mapping[str, object]) -> str:
+    """The answer that a turn has without being spoken.
+
+    Raises:
+        ValueError: a name is missing or the template does what the sandbox forbids.
+    """
+    return render(turn.given or "", values)
 
 
 def template_values(row: Row, words: Mapping[str, str]) -> dict[str, Any]:

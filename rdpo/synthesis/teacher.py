@@ -31,13 +31,14 @@ from rdpo.errors import InputError
 from rdpo.files.unfinished import unfinished
 from rdpo.modeling.chat import Chat, same_tokens, teacher_chat
 from rdpo.modeling.weights import ModelRef, local_adapter
-from rdpo.records import DRAWN, ID_COLUMN, VOICE, Messages, Row, alive, clean, draw_seed, drop, table_of
+from rdpo.records import DRAWN, ID_COLUMN, VOICE, Messages, Row, alive, clean, draw_seed, drop, table_of, unit_draw
 from rdpo.synthesis.asking import ask
 from rdpo.synthesis.crashes import CrashGuard, open_crash_counts
 from rdpo.synthesis.endpoint import TEACHER as TEACHER_ENDPOINT
 from rdpo.synthesis.endpoint import Endpoint
 from rdpo.synthesis.engine import Engine, Generation
-from rdpo.synthesis.instructions import load_task, rendered_prefill, template_values, turn_messages
+from rdpo.synthesis.instructions import given_answer, load_task, rendered_prefill, template_values, turn_messages
+from rdpo.synthesis.rewriting import cut_answer, joined
 from rdpo.synthesis.server import ENDS, endpoint_key
 from rdpo.synthesis.voices import TEACHER, Leg, drawn_voices, is_drawn, legs, spoken_by, table_of_voice
 
@@ -98,6 +99,10 @@ class Speaker(Protocol):
     ends: tuple[type[Exception], ...]
     keeps_tokens: bool
 
+    @property
+    def chat(self) -> Chat | None:
+        """The tokenizer and template of its model; None of a server's."""
+
     async def say(self, messages: Messages, turn: Turn, sampling: Sampling, seed: int) -> Generation:
         """The answer to a conversation, without the turn's prefill, which is rendered already."""
 
@@ -148,6 +153,7 @@ class EndpointSpeaker:
 
     ends = ENDS
     keeps_tokens = False
+    chat = None
 
     def __init__(self, job: Job, key: SecretStr, settings: EndpointSettings, where: str = TEACHER_ENDPOINT):
         self.endpoint = Endpoint(settings, key, where)
@@ -175,7 +181,7 @@ class Teacher:
         task, seen = load_task(job.synthesis.task or ""), spoken_by(job, leg.voice if leg else TEACHER)
         self.speaker = speaker_class(seen)
         sampling, keeps = seen.synthesis.sampling, self.speaker.keeps_tokens
-        self.conversation = Conversation(job, task, sampling, self.speaker.say, leg, keeps)
+        self.conversation = Conversation(job, task, sampling, self.speaker.say, self.speaker.chat, leg, keeps)
 
     async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
         """Carry a block of rows through the turns."""
@@ -201,14 +207,15 @@ class Teacher:
 class Conversation:
     """The turns of a task, spoken by somebody; `sampling` is what turns have without settings of their own.
 
-    With a `leg`, its turns alone, and of those that several voices speak the answers that are drawn for its voice. What
-    earlier legs wrote stands in the row.
+    `chat` is the speaker's, for turns that rewrite an answer. With a `leg`, its turns alone, and of those that several
+    voices speak the answers that are drawn for its voice. What earlier legs wrote stands in the row.
     """
 
     job: Job
     task: Task
     sampling: Sampling
     say: Callable[[Messages, Turn, Sampling, int], Awaitable[Generation]]
+    chat: Chat | None = None
     leg: Leg | None = None
     keeps_tokens: bool = False
 
@@ -259,17 +266,13 @@ class Conversation:
         self, turn: Turn, name: str, row: Row, values: dict[str, Any], conversations: dict[str, Messages]
     ) -> str | None:
         """Write one answer of a turn into the row; the reason if that cannot be done."""
-        sampling = turn_sampling(turn, self.sampling)
-        seed = draw_seed(self.job.seed, row[ID_COLUMN], name)
         try:
             messages = turn_messages(turn, row, values, conversations)
-            prefill = rendered_prefill(turn, values)
-            generation = await self.say(messages, turn.model_copy(update={"prefill": prefill}), sampling, seed)
+            generation = await self._answer(turn, name, row, values, messages)
         except ValueError as error:
             return f"{name}: {error}"[:REASON_CHARS]
 
-        # With the prefill: the student is to write these words by itself.
-        answer = row[name] = clean(prefill + generation.text).strip()
+        answer = row[name] = clean(generation.text).strip()
         row[f"{name}_finish_reason"] = generation.finish_reason
         row[f"{name}_tokens"] = generation.tokens
         row[f"{name}_prompt_length"] = generation.prompt_tokens
@@ -282,6 +285,38 @@ class Conversation:
             row[f"{name}{DRAWN}"] = list(generation.drawn)
         conversations[name] = [*messages, {"role": "assistant", "content": answer}]
         return None if answer else f"{name} is empty"
+
+    async def _answer(self, turn: Turn, name: str, row: Row, values: dict[str, Any], messages: Messages) -> Generation:
+        """An answer with all its words, those that the model was given among them: the student is to write them too.
+
+        Raises:
+            ValueError: it cannot be had; the message says why.
+        """
+        if turn.given is not None:
+            return Generation(given_answer(turn, values), "stop", 0)
+
+        sampling = turn_sampling(turn, self.sampling)
+        seed = draw_seed(self.job.seed, row[ID_COLUMN], name)
+        if turn.rewrites:
+            return await self._rewritten(turn, name, row, messages, sampling, seed)
+        prefill = rendered_prefill(turn, values)
+        said = await self.say(messages, turn.model_copy(update={"prefill": prefill}), sampling, seed)
+        return replace(said, text=prefill + said.text)
+
+    async def _rewritten(
+        self, turn: Turn, name: str, row: Row, messages: Messages, sampling: Sampling, seed: int
+    ) -> Generation:
+        """An earlier answer with a segment written anew."""
+        # A server, which has no chat, is refused before.
+        assert turn.rewrites is not None and self.chat is not None
+
+        def draw(place: int) -> float:
+            return unit_draw(self.job.seed, row[ID_COLUMN], f"{name} from {place}")
+
+        cut = cut_answer(row[turn.rewrites], self.chat, sampling.max_tokens, draw)
+        begun, limited = turn.model_copy(update={"prefill": cut.before}), {"max_tokens": cut.length}
+        said = await self.say(messages, begun, sampling.model_copy(update=limited), seed)
+        return joined(cut, said, row[f"{turn.rewrites}_finish_reason"], self.chat)
 
 
 def typed(table: pa.Table, columns: dict[str, pa.DataType]) -> pa.Table:

@@ -2,8 +2,9 @@
 
     theta' = theta_1 + alpha * (theta_1 - theta_0)
 
-It costs no training. An adapter's update is linear in its second matrix, so scaling that by 1 + alpha is the same, and
-adapter and merged model stay one. What an adapter holds whole is moved as whole weights are.
+With alpha below 0 it is an average of both. It costs no training. An adapter's update is linear in its second matrix,
+so scaling that by 1 + alpha is the same, and adapter and merged model stay one. What an adapter holds whole is moved as
+whole weights are.
 """
 
 from __future__ import annotations

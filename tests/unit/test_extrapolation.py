@@ -31,20 +31,21 @@ def trained_adapter(model, folder):
     adapted.save_pretrained(folder)
 
 
-def test_adapter_and_whole_weights_move_equally_far(tiny_model, tmp_path):
+@pytest.mark.parametrize("alpha", [0.5, -0.5])
+def test_adapter_and_whole_weights_move_equally_far(tiny_model, tmp_path, alpha):
     base = tmp_path / "base"
     shutil.copytree(tiny_model, base)
     trained_adapter(tiny_model, tmp_path / "adapter")
     finish_policy(tmp_path / "adapter", base, tmp_path / "merged")
     before, after = weights(base), weights(tmp_path / "merged")
     shutil.copytree(tmp_path / "merged", tmp_path / "whole")
-    extrapolate(tmp_path / "whole", base, 0.5)
-    extrapolate(tmp_path / "adapter", base, 0.5)
+    extrapolate(tmp_path / "whole", base, alpha)
+    extrapolate(tmp_path / "adapter", base, alpha)
     finish_policy(tmp_path / "adapter", base, tmp_path / "further")
     whole, further = weights(tmp_path / "whole"), weights(tmp_path / "further")
     moved = 0
     for name, start in before.items():
-        expected = start + 1.5 * (after[name] - start)
+        expected = start + (1 + alpha) * (after[name] - start)
         torch.testing.assert_close(whole[name], expected, atol=1e-6, rtol=0)
         torch.testing.assert_close(further[name], expected, atol=1e-5, rtol=0)
         moved += not torch.equal(after[name], start)

@@ -34,7 +34,7 @@ user = "Again, please."
 class Rule:
     """Says which seed it got and how long the conversation was; refuses what the prompt says it shall."""
 
-    ends, keeps_tokens = (), False
+    ends, keeps_tokens, chat = (), False, None
 
     def __init__(self, job):
         self.asked = []

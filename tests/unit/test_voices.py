@@ -174,7 +174,7 @@ def test_two_voices_may_be_asked_the_same_and_one_may_not():
 class Voice:
     """Says who it is, what it was asked last, and with which seed."""
 
-    ends, keeps_tokens = (), False
+    ends, keeps_tokens, chat = (), False, None
 
     def __init__(self, job):
         self.model = job.synthesis.teacher or "student"
