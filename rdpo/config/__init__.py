@@ -34,6 +34,7 @@ from rdpo.config.rewards import (
 )
 from rdpo.config.section import MEMORY, PLACEMENT, Concurrency, Dtype, Layout, Section, largest, smallest
 from rdpo.config.suites import SUITE_KINDS, Suite
+from rdpo.config.selection import Selection
 from rdpo.config.tracking import Tracking
 from rdpo.config.training import LOSS_OPTIONS, Lora, Loss, TokenWeights, Training
 from rdpo.config.voices import Voice

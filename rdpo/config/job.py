@@ -14,6 +14,7 @@ from rdpo.config.prompts import Prompts, Synthesis
 from rdpo.config.rewards import Calibration, Reward, TargetReward
 from rdpo.config.section import Address, Section, largest
 from rdpo.config.suites import Suite
+from rdpo.config.selection import Selection
 from rdpo.config.tracking import Tracking
 from rdpo.config.training import Training
 from rdpo.errors import did_you_mean
@@ -77,6 +78,7 @@ class Job(Section):
     student: Student
     prompts: Prompts
     synthesis: Synthesis = Synthesis()
+    selection: Selection | None = None
     rewards: list[Reward] = Field(default_factory=list)
     """The external rewards; at least one, unless the pairs come with the prompts."""
     calibration: Calibration = Calibration()
@@ -193,6 +195,18 @@ class Job(Section):
                 "retention: its texts have no reasoning, and the student is trained to think before it answers; remove "
                 '[retention], or set synthesis.reasoning = "strip"'
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_selection(self) -> Job:
+        if self.selection is None:
+            return self
+        if self.synthesis.task is None:
+            raise ValueError("selection: it goes by samples of the student; give synthesis.task, whose turns draw them")
+        if self.synthesis.reasoning != "off":
+            raise ValueError('selection: answers are read without reasoning; set synthesis.reasoning to "off"')
+        if self.selection.pairs and self.student.adapter:
+            raise ValueError("selection: pairs needs a student that is whole; merge student.adapter into it")
         return self
 
     @model_validator(mode="after")

@@ -22,7 +22,7 @@ from rdpo.config import Job, Sampling
 from rdpo.config.task import Turn
 from rdpo.evaluation.compare import DRAWN, MODELS
 from rdpo.modeling.chat import student_chat
-from rdpo.modeling.readers import answer_logps
+from rdpo.modeling.readers import UNREADABLE, answer_logps
 from rdpo.modeling.student import frozen_student
 from rdpo.modeling.weights import ModelRef
 from rdpo.preference.reference import reference_pool
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 
 FORWARD_ROWS = 8
 START, TRAINED = MODELS
-UNREADABLE = "no tokens, one beyond the model's embedding, or more than the model has positions for"
 
 
 def answer_columns(name: str) -> tuple[str, str, str]:

@@ -98,6 +98,9 @@ def job_of_round(job: Job, number: int, starts: Sequence[str]) -> Job:
     if number > 1:
         changes["student"] = _student_of(job, starts[number - 1])
         changes["prompts"] = _prompts_of(job, starts[1])
+        if job.selection and job.selection.pairs and job.selection.reference is None:
+            # The policy's implicit rewards are against the model that it was trained from.
+            changes["selection"] = job.selection.model_copy(update={"reference": starts[number - 2]})
         if job.rounds.reward_reference == "previous":
             # Of later rounds the start is a whole model, which the one before published.
             adapter = job.student.adapter if number == 2 else None

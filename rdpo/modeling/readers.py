@@ -163,6 +163,10 @@ def put_at(found: list[list[float]], places: Sequence[int], logps: Sequence[floa
             column[index] = value
 
 
+UNREADABLE = "no tokens, one beyond the model's embedding, or more than the model has positions for"
+"""Why an answer has no log-prob."""
+
+
 @dataclass(frozen=True)
 class AnswerLogp:
     """log pi(y|x) of one answer in nats, and its tokens; NaN where the model cannot read it."""

@@ -25,7 +25,7 @@ from rdpo.files.manifest import Manifest
 from rdpo.stages.pools import pools_of
 from rdpo.tracking.tables import aligned
 
-STAGES = ("made", "synthesis", "rewards", "reference", "training", "evaluation")
+STAGES = ("made", "synthesis", "screening", "rewards", "reference", "training", "evaluation")
 ANYWHERE = "anywhere"
 SLACK_S = 10.0
 

@@ -28,6 +28,7 @@ def prepare(job: Job, say: Say) -> bool:
     from rdpo.modeling.student import check_architecture, check_student
     from rdpo.modeling.weights import ModelRef
     from rdpo.preference.rewards import check_rewards
+    from rdpo.preference.selection import check_selection
     from rdpo.stages.pools import pools_of
     from rdpo.synthesis.made import check_made
     from rdpo.synthesis.prompts import check_templates
@@ -45,6 +46,8 @@ def prepare(job: Job, say: Say) -> bool:
     if job.prompts.made:
         check_made(job)
     _check_teacher(job)
+    if job.selection:
+        check_selection(job)
     check_rewards(job)
     check_other_sources(job)
 
@@ -150,6 +153,8 @@ def models_by_kind(job: Job) -> dict[str | None, set[tuple[str, str | None]]]:
         if not seen.synthesis.endpoint:
             teacher = ModelRef.of(seen, seen.synthesis.teacher)
             found.append((place.teacher, teacher._replace(adapter=seen.synthesis.adapter or teacher.adapter)))
+    if job.selection and job.selection.reference:
+        found.append((place.trainer, ModelRef.of(job, job.selection.reference)))
     for reward in job.rewards:
         found += [(place.reward, ModelRef.of(job, name)) for name in reward.loads]
 
@@ -171,6 +176,7 @@ def check_named(job: Job) -> None:
     """
     from rdpo.preference.pairs import scored_answers
     from rdpo.preference.rewards import check_named_rewards
+    from rdpo.preference.selection import sampled_turn
     from rdpo.synthesis.instructions import check_words, load_task
     from rdpo.synthesis.made import check_made_named
     from rdpo.synthesis.prompts import check_templates
@@ -183,6 +189,8 @@ def check_named(job: Job) -> None:
         check_words(load_task(job.synthesis.task), job.synthesis.values)
         check_voices(job)
     scored_answers(job)
+    if job.selection:
+        sampled_turn(job)
     check_named_rewards(job)
 
 

@@ -7,6 +7,7 @@ from rdpo.config import Job
 from rdpo.evaluation.generate import answer_pool
 from rdpo.preference.reference import reference_pool
 from rdpo.preference.rewards import reward_pools
+from rdpo.preference.selection import selection_pool
 from rdpo.synthesis.made import writer_pool
 from rdpo.synthesis.teacher import speaker_pools
 
@@ -15,6 +16,7 @@ def pools_of(job: Job) -> list[Pool]:
     """The pools of a job, in the order of its stages."""
     pools = [writer_pool(job)] if job.prompts.made else []
     pools += speaker_pools(job) if job.synthesis.task else []
+    pools += [selection_pool(job)] if job.selection else []
     pools += reward_pools(job)
     pools.append(reference_pool(job))
     if job.training.max_steps != 0:

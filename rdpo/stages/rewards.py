@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rdpo.execution.stage import RowWork, Stage
+from rdpo.execution.stage import RowWork, Source, Stage
 
 if TYPE_CHECKING:
     import ray.data
 
     from rdpo.cluster.pools import Pool
     from rdpo.config import Job
+    from rdpo.execution.reader import RunReader
     from rdpo.execution.run import Run
     from rdpo.files.manifest import Settings, Summary
     from rdpo.files.stage_folder import StageFolder
@@ -22,6 +23,11 @@ def settings(job: Job) -> Settings:
     from rdpo.preference.rewards import reward_settings
 
     return {"rewards": reward_settings(job), "answers": scored_answers(job)}
+
+
+def answered(run: RunReader) -> Source:
+    """The rows with answers: all of them, or those that were selected."""
+    return run.source("selection" if run.job.selection else "synthesis")
 
 
 def score(rows: ray.data.Dataset, run: Run) -> ray.data.Dataset:
@@ -61,9 +67,9 @@ def pools(job: Job) -> list[Pool]:
 
 STAGE = Stage(
     "rewards",
-    inputs=("synthesis",),
+    inputs=("synthesis", "selection"),
     settings=settings,
-    rows=RowWork(lambda run: run.source("synthesis"), score, summary, has_failed=bool, pools=pools),
+    rows=RowWork(answered, score, summary, has_failed=bool, pools=pools),
     joins=True,
     packages=("rdpo", "vllm", "torch", "transformers"),
     command="score",

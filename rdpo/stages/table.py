@@ -23,6 +23,8 @@ from rdpo.stages import (
     retention,
     rewards,
     suites,
+    screening,
+    selection,
     synthesis,
     training,
 )
@@ -35,6 +37,8 @@ STAGES = (
     prompts.STAGE,
     calibration.STAGE,
     synthesis.STAGE,
+    screening.STAGE,
+    selection.STAGE,
     rewards.STAGE,
     pairs.STAGE,
     replay.STAGE,

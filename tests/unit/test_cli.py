@@ -98,6 +98,9 @@ def test_every_stage_reads_earlier_ones_and_has_a_command_of_its_own():
         assert set(stage.inputs) <= set(NAMES[:place])
     assert len(set(NAMES)) == len(STAGES) == 14
     assert set(COMMANDS.values()) == set(NAMES) - {"made", "prompts", "replay", "retention", "suites"}
+    assert len(set(NAMES)) == len(STAGES) == 15
+    without = {"made", "prompts", "screening", "selection", "replay", "retention"}
+    assert set(COMMANDS.values()) == set(NAMES) - without
 
 
 def test_a_shell_completes_commands_options_stages_and_folders(tmp_path):
