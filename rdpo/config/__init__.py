@@ -33,8 +33,8 @@ from rdpo.config.rewards import (
     TargetReward,
 )
 from rdpo.config.section import MEMORY, PLACEMENT, Concurrency, Dtype, Layout, Section, largest, smallest
-from rdpo.config.suites import SUITE_KINDS, Suite
 from rdpo.config.selection import Selection
+from rdpo.config.suites import SUITE_KINDS, Suite
 from rdpo.config.tracking import Tracking
 from rdpo.config.training import LOSS_OPTIONS, Lora, Loss, TokenWeights, Training
 from rdpo.config.voices import Voice

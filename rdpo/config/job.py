@@ -13,8 +13,8 @@ from rdpo.config.pairs import Pairs, Reference, Replay
 from rdpo.config.prompts import Prompts, Synthesis
 from rdpo.config.rewards import Calibration, Reward, TargetReward
 from rdpo.config.section import Address, Section, largest
-from rdpo.config.suites import Suite
 from rdpo.config.selection import Selection
+from rdpo.config.suites import Suite
 from rdpo.config.tracking import Tracking
 from rdpo.config.training import Training
 from rdpo.errors import did_you_mean
@@ -259,15 +259,7 @@ class Job(Section):
         return self
 
     @model_validator(mode="after")
-    def _check_relations(self) -> Job:
-        if self.pairs.chosen == self.pairs.rejected:
-            raise ValueError("pairs: chosen and rejected name the same turn; name two turns of the task")
-        for section in ("reference", "training"):
-            if getattr(self, section).tokens_per_batch < 2 * self.reference.max_length:
-                raise ValueError(
-                    f"{section}: tokens_per_batch must hold one pair, so at least twice "
-                    f"reference.max_length = {2 * self.reference.max_length}"
-                )
+    def _check_for_pairs(self) -> Job:
         if self.training.token_weights and self.pairs.others:
             raise ValueError("training: token_weights compare the two answers of a pair; remove it, or pairs.others")
         if self.training.shuffle_rewards and self.pairs.others:
@@ -277,6 +269,18 @@ class Job(Section):
                 "training: policy_weight weighs pairs whose tokens all count alike; remove it, or pairs.others and "
                 "training.token_weights"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_relations(self) -> Job:
+        if self.pairs.chosen == self.pairs.rejected:
+            raise ValueError("pairs: chosen and rejected name the same turn; name two turns of the task")
+        for section in ("reference", "training"):
+            if getattr(self, section).tokens_per_batch < 2 * self.reference.max_length:
+                raise ValueError(
+                    f"{section}: tokens_per_batch must hold one pair, so at least twice "
+                    f"reference.max_length = {2 * self.reference.max_length}"
+                )
         if self.training.select == "best" and not self.pairs.heldout_fraction:
             raise ValueError('training: select = "best" goes by held-out pairs; give pairs.heldout_fraction above 0')
         if self.student.quantization != "none" and (self.training.lora is None or self.training.zero_stage == 3):

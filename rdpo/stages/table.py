@@ -22,9 +22,9 @@ from rdpo.stages import (
     replay,
     retention,
     rewards,
-    suites,
     screening,
     selection,
+    suites,
     synthesis,
     training,
 )
