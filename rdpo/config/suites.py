@@ -10,7 +10,7 @@ from rdpo.config.section import Section, Source
 
 SuiteKind = Literal["instructions", "refusals", "claims", "feedback"]
 SUITE_KINDS: tuple[SuiteKind, ...] = get_args(SuiteKind)
-LABELS = {"label", "refuse", "comply"}
+LABELS = ("label", "refuse", "comply")
 
 
 class Suite(Section):
@@ -40,8 +40,10 @@ class Suite(Section):
 
     @model_validator(mode="after")
     def _check_fields(self) -> Suite:
-        if wrong := sorted(LABELS & self.model_fields_set if self.kind != "refusals" else ()):
-            raise ValueError(f"{wrong[0]}: only refusals have it; remove it")
+        # By their values: a job that was written out names all its fields.
+        changed = [name for name in LABELS if getattr(self, name) != type(self).model_fields[name].default]
+        if changed and self.kind != "refusals":
+            raise ValueError(f"{changed[0]}: only refusals have it; remove it")
         if both := set(self.refuse) & set(self.comply):
             raise ValueError(f"refuse and comply both name {sorted(both)[0]!r}")
         if self.column and not self.source:

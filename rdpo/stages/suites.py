@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from rdpo.files.stage_folder import StageFolder
     from rdpo.tracking.console import Meter
 
+MEASURED = 2
+"""How answers are measured: it goes up when other values are read off the same ones."""
+
 
 def settings(job: Job) -> Settings:
     """Settings of the suites stage, with the content of their sources."""
@@ -27,6 +30,7 @@ def settings(job: Job) -> Settings:
     return {
         "suites": [{**suite.model_dump(), "content": _content(job, suite)} for suite in job.suites],
         "sampling": SAMPLING.model_dump(),
+        "measured": MEASURED,
         "engine": engine_settings(job.evaluation.engine, ModelRef.student(job)),
         "system": job.prompts.system,
         "max_prompt_tokens": job.prompts.max_prompt_tokens,

@@ -39,7 +39,7 @@ def defects(row: Row, response: str, revision: str) -> list[Defect]:
     first, last = _straight(row[response]), _straight(row[revision])
 
     found: dict[Defect, bool] = {
-        "refusal": refuses(last),
+        "refusal": bool(REFUSAL.match(last)),
         "empty_critique": any(len(text.split()) < EMPTY_WORDS for text in critiques),
         "no_change_asked": any(bool(NO_CHANGE.search(text)) for text in critiques),
         "repeats_response": first == last or _words(first) == _words(last) != [],
@@ -48,11 +48,6 @@ def defects(row: Row, response: str, revision: str) -> list[Defect]:
     }
 
     return [name for name, present in found.items() if present]
-
-
-def refuses(text: str) -> bool:
-    """Whether an answer begins with a refusal, by its wording."""
-    return bool(REFUSAL.match(_straight(text)))
 
 
 def _straight(text: str | None) -> str:

@@ -56,10 +56,15 @@ def _means(rows: Sequence[Row], variant: str, model: str) -> dict[str, float]:
 
 
 def verdict(finding: Finding) -> str:
-    """What the difference says: `better`, `worse`, or that it cannot be told from none."""
+    """What the difference says: `better`, `worse`, or that it cannot be told from none.
+
+    Where neither is better it is `more` or `less`.
+    """
     difference = Estimate(**finding["difference"])
     if not (difference.low > 0 or difference.high < 0):
         return "no difference seen"
+    if not finding["better"]:
+        return "more" if difference.mean > 0 else "less"
     return "better" if (difference.mean > 0) == (finding["better"] > 0) else "worse"
 
 
