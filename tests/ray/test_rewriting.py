@@ -37,6 +37,7 @@ def run(ray_cluster, wordy_models, tmp_path_factory):
     (place / "task.toml").write_text(TASK)
     table = valid_job(wordy_models[0], place)
     rows = [{"prompt": f"question {number}", "answer": ANSWER, "split": "train"} for number in range(24)]
+    rows.append({"prompt": "question of the evaluation", "answer": ANSWER, "split": "heldout"})
     write_jsonl(place / "prompts.jsonl", rows)
     table["synthesis"] |= {"task": str(place / "task.toml")}
     table["synthesis"]["engine"] |= {"max_model_len": 256, "options": {"dtype": "float32"}}

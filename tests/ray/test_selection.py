@@ -35,15 +35,17 @@ def test_only_the_rows_that_are_chosen_are_scored(ray_cluster, wordy_models, tmp
     run, _ = run_of(table, tmp_path, streams)
 
     screened = run.folder("screening").table().to_pylist()
-    assert len(screened) == 9
+    # A random model may say nothing, and that row has no answers to choose by.
+    spoken = run.folder("synthesis").count()
+    assert len(screened) == spoken >= 8
     assert all(row[CERTAINTY] > 0 for row in screened)
     first = sorted(screened, key=lambda row: -row[ENTROPY])[:6]
     expected = {row["prompt_id"] for row in sorted(first, key=lambda row: -row[CERTAINTY])[:3]}
     scored = run.folder("rewards").table().to_pylist()
     assert {row["prompt_id"] for row in scored} == expected
     assert all(row["response_1_scores"] for row in scored)
-    assert run.folder("selection").reasons() == {SURE: 3, UNDECIDED: 3}
-    assert run.manifests["selection"].rows_in == 9
+    assert run.folder("selection").reasons() == {SURE: spoken - 6, UNDECIDED: 3}
+    assert run.manifests["selection"].rows_in == spoken
 
     table["selection"] |= {"pairs": 4}
     again, said = run_of(table, tmp_path, streams)
