@@ -92,10 +92,10 @@ def test_only_a_reward_can_be_watched(dice):
 
 def test_a_job_without_replay_leaves_its_stage_out(job_table):
     names = [stage.name for stage in stages_of(Job.model_validate(job_table))]
-    optional = ("made", "screening", "selection", "replay", "retention")
+    optional = ("made", "screening", "selection", "replay", "retention", "suites")
     assert names == [stage.name for stage in STAGES if stage.name not in optional]
     job_table |= {"replay": {"source": "pairs.jsonl"}, "retention": {"source": "texts.jsonl"}}
-    job_table["selection"] = {"prompts": 2}
+    job_table |= {"selection": {"prompts": 2}, "suites": [{"kind": "claims"}]}
     job_table["prompts"] = {"made": {"kind": "magpie", "count": 1}}
     assert stages_of(Job.model_validate(job_table)) == STAGES
     (reference,) = [stage for stage in stages_of(Job.model_validate(job_table)) if stage.name == "reference"]
