@@ -126,12 +126,8 @@ def _add_direct(commands: Commands) -> None:
     for parser, function, name in ((dpo, does.dpo, "dpo"), (synth, does.synth, "synth")):
         what = "the student: a hub id, folder or .gguf file"
         parser.add_argument("--model", metavar="MODEL", required=True, help=what)
-        parser.add_argument("--column", metavar="NAME", help="column with the prompt")
-        parser.add_argument("--gpus", metavar="N", help="how many (default: those that are there)")
-        parser.add_argument("--name", default=name, help=f"of the job; its run is runs/NAME (default: {name})")
-        parser.add_argument("--set", metavar="section.key=value", action="append", default=[], dest="overrides")
         _add_place(parser, "--run-dir", "DIR", DIRECTORY, "where the run lives (default: runs/NAME)")
-        parser.add_argument("--dry-run", action="store_true", help="print the job alone")
+        _add_without_file(parser, name)
         parser.set_defaults(function=function)
 
 
@@ -143,11 +139,16 @@ def _add_score(score: argparse.ArgumentParser) -> None:
     score.add_argument("--dataset", metavar="SOURCE", help="pairs to score: a file, a folder or hf:DATASET")
     score.add_argument("--reward", metavar="REWARD", help="a reward model, module:name, or `judge` (--model itself)")
     score.add_argument("--model", metavar="MODEL", help="a model whose chat template measures the prompts")
-    score.add_argument("--column", metavar="NAME", help="column with the prompt")
-    score.add_argument("--gpus", metavar="N", help="how many (default: those that are there)")
-    score.add_argument("--name", default="score", help="of the job (default: score)")
-    score.add_argument("--set", metavar="section.key=value", action="append", default=[], dest="overrides")
-    score.add_argument("--dry-run", action="store_true", help="print the job alone")
+    _add_without_file(score, "score")
+
+
+def _add_without_file(parser: argparse.ArgumentParser, name: str) -> None:
+    """What every command takes that makes its job out of options."""
+    parser.add_argument("--column", metavar="NAME", help="column with the prompt")
+    parser.add_argument("--gpus", metavar="N", help="how many (default: those that are there)")
+    parser.add_argument("--name", default=name, help=f"of the job; its run is runs/NAME (default: {name})")
+    parser.add_argument("--set", metavar="section.key=value", action="append", default=[], dest="overrides")
+    parser.add_argument("--dry-run", action="store_true", help="print the job alone")
 
 
 def _add_extent(parser: argparse.ArgumentParser) -> None:

@@ -152,6 +152,13 @@ def test_prompts_of_one_item_count_as_one():
     assert repeated["difference"] == pytest.approx(single["difference"])
 
 
+def test_items_that_all_stay_as_they_were_are_no_certainty():
+    rows = [answered(str(item), "refuse", 0.0, 0.0) for item in range(30)]
+    difference = findings(Suite(kind="refusals"), rows)[0]["difference"]
+    assert difference["mean"] == 0
+    assert -0.15 < difference["low"] < -0.1 and difference["high"] == -difference["low"]
+
+
 @pytest.mark.parametrize(
     ("low", "high", "better", "said"),
     [

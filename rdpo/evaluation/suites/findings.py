@@ -14,7 +14,7 @@ import numpy as np
 
 from rdpo.config import Suite
 from rdpo.evaluation.compare import MODELS
-from rdpo.evaluation.intervals import Estimate, Values, mean_interval, with_interval
+from rdpo.evaluation.intervals import NORMAL, Estimate, Values, mean_interval, with_interval
 from rdpo.evaluation.suites.kinds import KINDS, Measure
 from rdpo.records import Row
 from rdpo.tracking.tables import aligned
@@ -33,10 +33,19 @@ def findings(suite: Suite, rows: Sequence[Row]) -> list[Finding]:
             continue
         start, trained = (values[model] for model in MODELS)
         means = {model: float(values[model].mean()) for model in MODELS}
-        difference = asdict(mean_interval(trained - start))
+        difference = asdict(_interval(trained - start))
         about = {"suite": suite.named, "kind": suite.kind, "measure": measure.name, "better": measure.better}
         found.append({**about, "items": len(start), **means, "difference": difference})
     return found
+
+
+def _interval(gains: Values) -> Estimate:
+    """The mean of the items' differences (items,) with its interval."""
+    if np.ptp(gains):
+        return mean_interval(gains)
+    # No item differs from the others: only what was not seen can move the mean, as in `share_interval`.
+    mean, unseen = float(gains[0]), NORMAL**2 / (len(gains) + NORMAL**2)
+    return Estimate(mean, mean - unseen, mean + unseen)
 
 
 def _values(rows: Sequence[Row], measure: Measure, model: str) -> Values:

@@ -195,6 +195,7 @@ def described(row: Row) -> str:
     Raises:
         ValueError: the row has none.
     """
+    # By its private functions, for a change of that module would score finished runs again.
     known = _verifiers().instructions_registry.INSTRUCTION_DICT
     return " ".join(known[name](name).build_description(**given) for name, given in zip(*_asked(row), strict=True))
 
