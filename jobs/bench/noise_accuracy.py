@@ -1,17 +1,20 @@
 """When does a reward inside the loss help? Label noise against the reward's accuracy, for seven ways to use both.
 
     rdpo run jobs/quickstart.toml --run-dir runs/noise-base --until reference --set synthesis.limit=128
-        --set pairs.min_gap=-99 --set pairs.heldout_fraction=0.35
+        --set pairs.min_gap=-99 --set pairs.heldout_fraction=0.5
     python jobs/bench/noise_accuracy.py runs/noise-base [--flips 0 0.2 0.4] [--accuracies 0.55 0.75 0.95]
-        [--seeds 0 1 2] [--steps 8] [--picture FILE.svg]
+        [--seeds 0 1 2] [--steps 8] [--strengths 0.3 1 3] [--picture FILE.svg]
 
 The pairs of a run's reference stage are taken as right. A share of them is turned round (the noise), and each gets the
 reward gap of a reward of known accuracy: right side plus 1, plus normal noise of such a spread that the sign is right
-that often. Its scale is taken out, so that one lambda serves all. Each case trains the run's student anew, in this
-process and without Ray, and is measured on the pairs that the run holds out, which are never turned round. What is done
-is kept in RUN_DIR/noise_accuracy.jsonl, and not done again.
+that often. Its scale is taken out, so that one strength serves all cells of the figure. Each case trains the run's
+student anew, in this process and without Ray, and is measured on pairs that the run holds out, which are never turned
+round. What is done is kept in RUN_DIR/noise_accuracy.jsonl, and not done again.
 
-Robust and conservative DPO are told the true share of noise, which nobody knows of his own data.
+How strongly the reward enters (lambda; the inverse temperature of a soft label or a weight) is chosen for each way in
+the same manner: of `--strengths` the one that does best at 20% noise and a reward that is right on 75%, with a seed of
+its own, on a third of the held-out pairs. The figure is measured on the others. Robust and conservative DPO are told
+the true share of noise, which nobody knows of his own data.
 """
 
 import argparse
@@ -20,7 +23,7 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import NormalDist
@@ -52,20 +55,24 @@ WITHOUT: dict[str, dict[str, Any]] = {
     "conservative": {"reward_as": "none"},
 }
 TOLD_NOISE = ("robust", "conservative")
+STRENGTH = {"offset": "offset_coef", "soft label": "reward_temperature", "weight": "reward_temperature"}
+TUNED_AT, TUNED_WITH = (0.2, 0.75), 99
+"""The noise and the accuracy at which strengths are chosen, and the seed."""
 COMMON: dict[str, Any] = {"num_workers": 1, "zero_stage": 0, "batch_size": 4, "sft_coef": 0.0, "learning_rate": 2e-4}
-COMMON |= {"offset_coef": 1.0, "reward_norm": "zscore", "select": "last"}
+COMMON |= {"reward_norm": "zscore", "select": "last"}
 ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
 PORT = 29561
 
 
 @dataclass(frozen=True)
 class Case:
-    """One training: a way to use pairs and reward, a share of noise, the reward's accuracy, a seed."""
+    """One training: a way to use pairs and reward, a share of noise, the reward's accuracy, a seed, a strength."""
 
     way: str
     flip: float
     accuracy: float | None
     seed: int
+    strength: float = 1.0
 
     @property
     def cell(self) -> tuple[float, float | None]:
@@ -73,25 +80,37 @@ class Case:
         return self.flip, self.accuracy
 
 
-def cases(flips: Sequence[float], accuracies: Sequence[float], seeds: Sequence[int]) -> Iterator[Case]:
-    """All cases, seed by seed, so that what is done early is a whole table."""
-    for seed in seeds:
-        for flip in flips:
-            yield from (Case(way, flip, None, seed) for way in WITHOUT)
-            for accuracy in accuracies:
-                yield from (Case(way, flip, accuracy, seed) for way in WITH_REWARD)
+def tuning_cases(strengths: Sequence[float]) -> Iterator[Case]:
+    """What is done to choose strengths."""
+    for way in STRENGTH:
+        yield from (Case(way, *TUNED_AT, TUNED_WITH, strength) for strength in strengths)
+
+
+def cases(given: argparse.Namespace, chosen: Mapping[str, float]) -> Iterator[Case]:
+    """All cases of the figure, seed by seed, so that what is done early is a whole table."""
+    for seed in given.seeds:
+        for flip in given.flips:
+            # Without noise to be told of, the others are DPO.
+            yield from (Case(way, flip, None, seed) for way in WITHOUT if flip or way == BASELINE)
+            for accuracy in given.accuracies:
+                yield from (Case(way, flip, accuracy, seed, chosen.get(way, 1.0)) for way in WITH_REWARD)
+
+
+def gaps(pairs: int, accuracy: float | None, seed: int) -> list[float]:
+    """How much better the better answer of each pair is by a reward that is right that often."""
+    draw = random.Random(f"{seed} {accuracy}")
+    spread = 1 / NormalDist().inv_cdf(accuracy) if accuracy else 0.0
+    return [1 + spread * draw.gauss(0, 1) for _ in range(pairs)]
 
 
 def noisy(pairs: pa.Table, case: Case) -> pa.Table:
     """The pairs with noise in their order and the gaps of a reward of known accuracy."""
     draw, rows = random.Random(f"{case.seed} {case.flip}"), pairs.to_pylist()
     turned = set(draw.sample(range(len(rows)), round(case.flip * len(rows))))
-    scores = random.Random(f"{case.seed} {case.accuracy}")
-    spread = 1 / NormalDist().inv_cdf(case.accuracy) if case.accuracy else 0.0
 
     made = []
-    for place, row in enumerate(rows):
-        gap = 1 + spread * scores.gauss(0, 1)
+    for place, gap in enumerate(gaps(len(rows), case.accuracy, case.seed)):
+        row = rows[place]
         if place in turned:
             row, gap = _turned_round(row), -gap
         made.append({**row, "reward_gap": gap})
@@ -110,8 +129,8 @@ def job_of(base: Job, case: Case, steps: int) -> Job:
     own = {**WITH_REWARD, **WITHOUT}[case.way]
     told = {"label_smoothing": case.flip} if case.way in TOLD_NOISE and case.flip else {}
     changes = {**COMMON, **own, **told, "max_steps": steps}
-    # Without noise to be told of, both are DPO.
-    changes |= {} if case.flip or case.way != "robust" else {"loss": "dpo"}
+    if setting := STRENGTH.get(case.way):
+        changes[setting] = 1 / case.strength if setting == "reward_temperature" else case.strength
     training = type(base.training).model_validate({**base.training.model_dump(), **changes})
     return base.model_copy(update={"seed": case.seed, "training": training})
 
@@ -136,7 +155,8 @@ def work(given: argparse.Namespace, number: int) -> None:
         os.environ.setdefault(name, value)
     torch.distributed.init_process_group("gloo")
     base, known = job_of_run(given.run_dir), done(given.run_dir)
-    for place, case in enumerate(cases(given.flips, given.accuracies, given.seeds)):
+    wanted = tuning_cases(given.strengths) if given.tune else cases(given, chosen_strengths(given))
+    for place, case in enumerate(wanted):
         if place % PARTS == number and (case, given.steps) not in known:
             margins = trained(base, given.run_dir, case, given.steps)
             with (Path(given.run_dir) / KEPT).open("a", encoding="utf-8") as file:
@@ -152,16 +172,36 @@ def done(run_dir: str) -> dict[tuple[Case, int], dict[str, float]]:
     return {(Case(**one["case"]), one["steps"]): one["margins"] for one in found}
 
 
-def results(run_dir: str, given: argparse.Namespace) -> dict[tuple[float, float | None], list[HeldoutResult]]:
+def for_tuning(margins: Mapping[str, float]) -> set[str]:
+    """The third of the held-out pairs on which strengths are chosen."""
+    return set(sorted(margins)[::3])
+
+
+def chosen_strengths(given: argparse.Namespace) -> dict[str, float]:
+    """Of each way the strength with the most pairs right, of equals that with the larger margin."""
+    known = done(given.run_dir)
+    best: dict[str, tuple[float, float, float]] = {}
+    for case in tuning_cases(given.strengths):
+        margins = known[case, given.steps]
+        looked_at = [margins[name] for name in for_tuning(margins)]
+        right = sum(margin > 0 for margin in looked_at) / len(looked_at)
+        best[case.way] = max(
+            best.get(case.way, (-1.0, 0.0, 0.0)), (right, sum(looked_at) / len(looked_at), case.strength)
+        )
+    return {way: strength for way, (_, _, strength) in best.items()}
+
+
+def results(given: argparse.Namespace) -> dict[tuple[float, float | None], list[HeldoutResult]]:
     """Of each cell of the figure all ways, each held against DPO with the same noise."""
-    known = done(run_dir)
+    known, wanted = done(given.run_dir), set(cases(given, chosen_strengths(given)))
     found = {}
     for flip in given.flips:
         for accuracy in given.accuracies:
             margins: Margins = {}
             for (case, steps), of_case in known.items():
-                if steps == given.steps and case.flip == flip and case.accuracy in (None, accuracy):
-                    margins[case.way, case.seed] = of_case
+                if steps == given.steps and case in wanted and case.flip == flip and case.accuracy in (None, accuracy):
+                    tuned = for_tuning(of_case)
+                    margins[case.way, case.seed] = {name: one for name, one in of_case.items() if name not in tuned}
             rivals = dict.fromkeys([*WITHOUT, *WITH_REWARD], BASELINE)
             found[flip, accuracy] = heldout_results(margins, rivals)
     return found
@@ -182,6 +222,15 @@ def table(found: dict[tuple[float, float | None], list[HeldoutResult]]) -> list[
             mark = " *" if one is best else ""
             cells.append([f"{flip:.0%}", f"{accuracy:.0%}", one.arm + mark, *figures, f"{one.margin.mean:.2f}"])
     return aligned(cells, right=[0, 1])
+
+
+def right_on(given: argparse.Namespace) -> list[str]:
+    """Shares of the training pairs on which the rewards are in fact right, over the seeds."""
+    pairs, shares = len(PairTable.load(given.run_dir)), []
+    for accuracy in given.accuracies:
+        right = [gap > 0 for seed in given.seeds for gap in gaps(pairs, accuracy, seed)]
+        shares.append(f"{sum(right) / len(right):.2f} (for {accuracy:g})")
+    return shares
 
 
 def picture(found: dict[tuple[float, float | None], list[HeldoutResult]], file: str) -> None:
@@ -212,26 +261,36 @@ def picture(found: dict[tuple[float, float | None], list[HeldoutResult]], file: 
     figure.savefig(file)
 
 
+def in_parts(*arguments: str) -> None:
+    """Do the cases in processes of this program."""
+    command = [sys.executable, __file__, *sys.argv[1:], *arguments, "--part"]
+    parts = [subprocess.Popen([*command, str(number)]) for number in range(PARTS)]
+    if any([part.wait() for part in parts]):
+        sys.exit("a part has failed")
+
+
 def main() -> None:
-    """Do what is not done yet, in two processes; print the table."""
+    """Choose strengths, do what is not done yet, in two processes; print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run_dir")
     parser.add_argument("--flips", type=float, nargs="+", default=[0.0, 0.2, 0.4])
     parser.add_argument("--accuracies", type=float, nargs="+", default=[0.55, 0.75, 0.95])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--strengths", type=float, nargs="+", default=[0.3, 1.0, 3.0])
     parser.add_argument("--picture", help="an SVG file")
     parser.add_argument("--part", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--tune", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.part is not None:
         work(given, given.part)
         return
 
-    command = [sys.executable, __file__, *sys.argv[1:], "--part"]
-    parts = [subprocess.Popen([*command, str(number)]) for number in range(PARTS)]
-    if any([part.wait() for part in parts]):
-        sys.exit("a part has failed")
-    found = results(given.run_dir, given)
+    in_parts("--tune")
+    in_parts()
+    print(f"on training pairs the rewards are right on {', '.join(right_on(given))}")
+    print("strengths:", ", ".join(f"{way} {strength:g}" for way, strength in chosen_strengths(given).items()))
+    found = results(given)
     print("\n".join(table(found)))
     if given.picture:
         picture(found, given.picture)
