@@ -43,7 +43,7 @@ COUNTERS = {"drafted": "vllm:spec_decode_num_draft_tokens", "accepted": "vllm:sp
 
 def paragraphs() -> list[str]:
     """Plain paragraphs of the documents, in a fixed order."""
-    files = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "jobs/README.md"]
+    files = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "jobs/README.md"]
     found = []
     for file in files:
         for part in re.split(r"\n\s*\n", file.read_text(encoding="utf-8")):

@@ -35,6 +35,15 @@ def test_every_page_of_the_documents_is_in_the_readmes_list():
     assert not [page for page in pages if f"(docs/{page})" not in README]
 
 
+def test_every_page_of_results_is_in_their_list_and_in_the_readme():
+    results = ROOT / "docs" / "results"
+    listed = (results / "README.md").read_text(encoding="utf-8")
+    pages = {path.name for path in results.glob("*.md")} - {"README.md"}
+    assert "noise.md" in pages
+    assert not [page for page in pages if f"({page})" not in listed]
+    assert "(docs/results/README.md)" in README
+
+
 def test_the_jobs_in_the_guide_are_whole():
     blocks = re.findall(r"```toml\n(.*?)```", "".join(GUIDE), re.DOTALL)
     names = [Job.model_validate(tomllib.loads(block)).name for block in blocks]
@@ -58,7 +67,7 @@ def test_commands_in_the_guide_exist(capsys):
 
 def test_make_targets_in_the_documents_exist():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    pages = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md"))
+    pages = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs").rglob("*.md"))
     for target in set(re.findall(r"`make ([a-z-]+)", README + pages)) | set(re.findall(r"^make ([a-z-]+)", README)):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
@@ -154,7 +163,7 @@ def test_every_file_for_clusters_is_in_their_table():
 
 def test_links_in_the_documents_lead_somewhere():
     named = ("README.md", "jobs/README.md", "cluster/README.md", "CONTRIBUTING.md", "SECURITY.md")
-    for document in (*(ROOT / name for name in named), *(ROOT / "docs").glob("*.md")):
+    for document in (*(ROOT / name for name in named), *(ROOT / "docs").rglob("*.md")):
         for target in re.findall(r"\]\(([^)#]+)\)", document.read_text(encoding="utf-8")):
             if not target.startswith("http"):
                 assert (document.parent / target).exists(), f"{document.name}: {target}"

@@ -11,7 +11,7 @@ from rdpo.cli.parser import build, parse
 ROOT = Path(__file__).parents[2]
 PAGES = ["README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "jobs/README.md", "jobs/bench/RESULTS.md"]
 PAGES += ["cluster/README.md", "cluster/locks/README.md"]
-PAGES += [str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").glob("*.md"))]
+PAGES += [str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").rglob("*.md"))]
 MISTAKEN = {"rdpo show runs/quickstart trainnig"}
 """Shown for its message."""
 COMMANDS = sorted(build()[1].choices)
