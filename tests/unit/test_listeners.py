@@ -1,6 +1,8 @@
 """Trackers of a run: what they are given, and that none of them ends a run."""
 
 import io
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
@@ -142,3 +144,89 @@ def test_wandb_keeps_a_run_for_later_where_it_is_offline(tracked, monkeypatch, c
     logs = tracked("wandb")
     assert list(logs.glob("wandb/offline-run-*/*.wandb"))
     assert "does not begin" not in console.stream.getvalue()
+
+
+def test_trackio_finds_a_run_that_resumes(tracked, tmp_path, monkeypatch, console):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    pytest.importorskip("trackio")
+    tracked("trackio")
+    tracked("trackio")
+    assert "warning" not in console.stream.getvalue()
+    from trackio.sqlite_storage import SQLiteStorage
+
+    (name,) = SQLiteStorage.get_runs("mine")
+    assert name.startswith("tiny-")
+    logs = SQLiteStorage.get_logs("mine", name)
+    losses = [(row["step"], row["train/loss"]) for row in logs if "train/loss" in row]
+    assert losses == 2 * [(1, pytest.approx(0.6)), (2, pytest.approx(0.5))]
+    assert [row["evaluation/length/win_rate"] for row in logs if "evaluation/rows" in row] == [0.75, 0.75]
+
+
+@pytest.fixture
+def collector(monkeypatch):
+    """The spans that a collector of OpenTelemetry on loopback has been sent."""
+    from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+    spans = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = ExportTraceServiceRequest.FromString(self.rfile.read(int(self.headers["content-length"])))
+            for of_resource in body.resource_spans:
+                (service,) = (
+                    one.value.string_value for one in of_resource.resource.attributes if one.key == "service.name"
+                )
+                spans.extend((service, span) for scope in of_resource.scope_spans for span in scope.spans)
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_COMPRESSION", "none")
+    yield spans
+    server.shutdown()
+    server.server_close()
+
+
+TRACE, CALLER = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+
+
+def test_a_run_is_a_trace_with_a_span_for_each_stage(job_table, tmp_path, console, collector, monkeypatch):
+    monkeypatch.setenv("TRACEPARENT", f"00-{TRACE}-{CALLER}-01")
+    job = Job.model_validate(job_table | {"tracking": {"to": ["opentelemetry"], "project": "mine"}})
+    with listening(job, str(tmp_path / "run"), console):
+        with console.stage("synthesis+rewards", 4):
+            pass
+        console.made(Manifest("synthesis", "key", {}, {}, seconds=5.0))
+        console.made(Manifest("rewards", "key", {}, {}, seconds=5.0))
+        with console.stage("training", 8):
+            pass
+        # Training fails; the evaluation, which nobody watched, is told of when it is finished.
+        console.made(evaluation())
+
+    assert {service for service, _ in collector} == {"mine"}
+    spans = {span.name: span for _, span in collector}
+    assert set(spans) == {"rdpo tiny", *(f"rdpo {name}" for name in ("synthesis", "rewards", "training", "evaluation"))}
+    run = spans.pop("rdpo tiny")
+    assert (run.trace_id.hex(), run.parent_span_id.hex()) == (TRACE, CALLER)
+    assert {span.parent_span_id for span in spans.values()} == {run.span_id}
+    failed = [name for name, span in spans.items() if span.status.code == span.status.STATUS_CODE_ERROR]
+    assert failed == ["rdpo training"]
+
+    told = spans["rdpo evaluation"]
+    assert told.end_time_unix_nano - told.start_time_unix_nano == pytest.approx(3e9, rel=0.1)
+    values = {one.key: one.value.double_value for one in told.attributes}
+    assert (values["rdpo.evaluation.length.win_rate"], values["rdpo.evaluation.dropped"]) == (0.75, 2.0)
+
+
+def test_what_opentelemetry_lacks_is_named_by_its_package(tracked, monkeypatch):
+    def absent(name):
+        raise ModuleNotFoundError(name)
+
+    monkeypatch.setattr("rdpo.tracking.listeners.find_spec", absent)
+    with pytest.raises(InputError, match="pip install opentelemetry-exporter-otlp-proto-http"):
+        tracked("opentelemetry")

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from rdpo.config.tracking import Tracker
     from rdpo.files.manifest import Manifest
 
+PACKAGES = {"opentelemetry": ("opentelemetry.exporter.otlp.proto.http", "opentelemetry-exporter-otlp-proto-http")}
+"""Of trackers whose name is not that of their module and package: both."""
+
 
 def check_trackers(job: Job) -> None:
     """Check that the trackers a job names are installed.
@@ -26,8 +29,9 @@ def check_trackers(job: Job) -> None:
         InputError: one of them is not.
     """
     for name in job.tracking.to:
-        if find_spec(name) is None:
-            raise InputError(f"tracking.to: {name} is not installed; pip install {name}")
+        module, package = PACKAGES.get(name, (name, name))
+        if not _is_installed(module):
+            raise InputError(f"tracking.to: {name} is not installed; pip install {package}")
 
 
 @contextmanager
@@ -81,6 +85,14 @@ class _Later(Listener):
         return self.tracker
 
 
+def _is_installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:
+        # Not even the package that it would be in.
+        return False
+
+
 def _maker(name: Tracker) -> Callable[[Job, str, Path], Listener]:
     if name == "tensorboard":
         from rdpo.tracking.listeners.tensorboard import TensorBoard
@@ -90,6 +102,14 @@ def _maker(name: Tracker) -> Callable[[Job, str, Path], Listener]:
         from rdpo.tracking.listeners.wandb import WandB
 
         return WandB
+    if name == "trackio":
+        from rdpo.tracking.listeners.trackio import Trackio
+
+        return Trackio
+    if name == "opentelemetry":
+        from rdpo.tracking.listeners.opentelemetry import OpenTelemetry
+
+        return OpenTelemetry
     from rdpo.tracking.listeners.mlflow import MLflow
 
     return MLflow
