@@ -204,6 +204,26 @@ def export(options: argparse.Namespace) -> int:
     return 0
 
 
+def review(options: argparse.Namespace) -> int:
+    """Write a run's pairs for people to judge."""
+    from rdpo.inspection.review import ASKED, write_review
+
+    print(visible(write_review(options.run_dir, options.target, options.limit, options.question or ASKED)))
+    return 0
+
+
+def reviewed(options: argparse.Namespace) -> int:
+    """Write what people said of a run's pairs as a preference data set."""
+    from rdpo.inspection.review import read_review, write_pairs
+
+    found = read_review(options.run_dir, options.records)
+    for line in found.lines():
+        print(visible(line))
+    write_pairs(found, options.target)
+    print(visible(f"{len(found.rows)} pairs -> {options.target}"))
+    return 0
+
+
 def harness(options: argparse.Namespace) -> int:
     """Print what both models score in tasks of lm-evaluation-harness."""
     from rdpo.inspection.harness import changes, table

@@ -62,6 +62,7 @@ def build() -> tuple[argparse.ArgumentParser, Commands]:
     _add_looking(commands)
     _add_harness(commands)
     _add_export(commands)
+    _add_review(commands)
     _add_push(commands)
     _add_plan(commands)
 
@@ -239,7 +240,7 @@ def _add_looking(commands: Commands) -> None:
     _add_place(show, "run_dir", "RUN_DIR", DIRECTORY)
     show.add_argument("stage", metavar="STAGE", type=known_stage, choices=NAMES)
     show.add_argument("--row", metavar="ID", help="one row, by (the beginning of) its id")
-    show.add_argument("--limit", type=int, default=3, help="how many rows (default 3)")
+    show.add_argument("--limit", type=at_least_one, default=3, help="how many rows (default 3)")
     show.add_argument("--dropped", action="store_true", help="the dropped rows, with their reasons")
     show.add_argument(
         "--logps", action="store_true", help="of the reference stage: each token's log-prob, before and after"
@@ -267,6 +268,13 @@ def port(text: str) -> int:
     return number
 
 
+def at_least_one(text: str) -> int:
+    """A number of rows, as a person gives it."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{number} is too few; give at least 1")
+    return number
+
+
 def _add_export(commands: Commands) -> None:
     export = _looks(commands, "export", does.export, "write a run's pairs or answers for other programs")
     _add_place(export, "run_dir", "RUN_DIR", DIRECTORY)
@@ -275,12 +283,27 @@ def _add_export(commands: Commands) -> None:
     _add_place(export, "target", "FOLDER", DIRECTORY)
 
 
+def _add_review(commands: Commands) -> None:
+    review = _looks(commands, "review", does.review, "write a run's pairs for people to judge, in Argilla")
+    _add_place(review, "run_dir", "RUN_DIR", DIRECTORY)
+    _add_place(review, "target", "FOLDER", DIRECTORY)
+    review.add_argument("--limit", type=at_least_one, metavar="N", help="so many, drawn at random (default: all)")
+    review.add_argument("--question", metavar="TEXT", help="what people are asked (default: which answer is better)")
+
+    reviewed = _looks(
+        commands, "reviewed", does.reviewed, "what people said of a run's pairs, as a preference data set"
+    )
+    _add_place(reviewed, "run_dir", "RUN_DIR", DIRECTORY)
+    _add_place(reviewed, "records", "RECORDS.json", FILE)
+    _add_place(reviewed, "target", "PAIRS.jsonl", FILE)
+
+
 def _add_harness(commands: Commands) -> None:
     harness = _looks(commands, "harness", does.harness, "tasks of lm-evaluation-harness, before and after training")
     _add_place(harness, "run_dir", "RUN_DIR", DIRECTORY)
     harness.add_argument("tasks", metavar="TASK", nargs="+", help="a task, group or tag of the harness, or a pattern")
     _add_place(harness, "--include", "DIR", DIRECTORY, "a folder with tasks of your own")
-    harness.add_argument("--limit", type=int, metavar="N", help="documents of each task (default: all)")
+    harness.add_argument("--limit", type=at_least_one, metavar="N", help="documents of each task (default: all)")
     harness.add_argument("--chat", action="store_true", help="ask in the model's chat template")
 
 
