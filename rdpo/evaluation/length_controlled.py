@@ -7,6 +7,11 @@ The probability of a win is logistic in the model's advantage and in how much lo
 fitted to all prompts; the length-controlled win rate is sigmoid(theta), what the fit says at d = 0. AlpacaEval has a
 third term, the difficulty of each of its instructions, fitted over the models of its leaderboard; with two models on
 prompts of one's own there is nothing to fit it to, and it is left out.
+
+Nor is there what keeps AlpacaEval's phi in bounds, a baseline whose answers were made longer and shorter on purpose. So
+the fit must not reach beyond what was seen: where nearly all answers grew, or nearly all shrank, there is no value. On
+AlpacaEval's own annotations the values that are left are half a point from the published win rates, those that the
+rule takes away 5 to 13 points (`jobs/bench/alpaca_eval.py`).
 """
 
 from __future__ import annotations
@@ -26,10 +31,14 @@ ROUNDS = 100
 CLOSE = 1e-10
 FEWEST = 8
 """Prompts below which two coefficients say nothing."""
+SEEN = 0.2
+"""The least share of answers that are as long or longer, and of those that are as long or shorter."""
 
 
 def length_controlled(won: Values, growth: Values, groups: Sequence[Hashable] | None = None) -> Estimate | None:
-    """The win rate at equal length, with its 95% interval over prompts; None of fewer than eight prompts.
+    """The win rate at equal length, with its 95% interval over prompts.
+
+    None of fewer than eight prompts, and where fewer than a fifth of the answers are on one side of equal length.
 
     Args:
         won: 1 for a win of the trained model, half for a tie (n,).
@@ -39,7 +48,7 @@ def length_controlled(won: Values, growth: Values, groups: Sequence[Hashable] | 
     names = list(groups) if groups is not None else list(range(len(won)))
     places: dict[Hashable, int] = {}
     of_row = np.array([places.setdefault(name, len(places)) for name in names])
-    if len(places) < FEWEST:
+    if len(places) < FEWEST or min((growth <= 0).mean(), (growth >= 0).mean()) < SEEN:
         return None
 
     spread = float(growth.std())
