@@ -6,6 +6,7 @@ broke, and the same command resumes where it stopped.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from argparse import Namespace
@@ -22,6 +23,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = Namespace()
     # First of all: the notice that a machine is taken away may come while libraries are loading.
     heed_sigterm()
+    # It says on some CPUs, when PEFT loads it, that a kernel for four bits is missing; nothing here needs that one.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         options = parse(sys.argv[1:] if arguments is None else arguments)
         return int(options.function(options))
