@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from rdpo.config.section import MEMORY, PLACEMENT, UNSAID, Concurrency, Layout, Section
+from rdpo.config.section import MEMORY, PLACEMENT, UNSAID, Address, Concurrency, Layout, Section
 
 
 class Lora(Section):
@@ -183,6 +183,10 @@ class Training(Loss):
     """Pairs in one optimizer step, over all workers."""
     tokens_per_batch: Annotated[int, MEMORY] = Field(default=4096, ge=16)
     """Token budget of one forward on one worker, padding included; a pair is never split."""
+    row_weights: Annotated[Address | None, UNSAID] = None
+    """What the loss of each row is multiplied with: a file of JSON lines, `{"prompt_id": "…", "weight": 1.0}` for every
+    row that is trained on. A step's loss is still divided by the number of its rows. Training then leaves the loss of
+    each row, without its weight, in `training/row_losses.jsonl`. By default all rows count alike."""
     learning_rate: float = Field(default=5e-6, gt=0)
     """Peak learning rate of AdamW; LoRA wants about 10 times that of full fine-tuning."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"

@@ -27,6 +27,7 @@ ADDRESSES = {
     "tokenizer": ("student", "revision"),
     "content": ("source",),
     "turns": ("task",),
+    "row_weights_content": ("row_weights",),
     COMPUTED: ("dtype",),
 }
 """Settings that say by content what others in the same table say by name."""

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from rdpo.errors import InputError
 from rdpo.execution.stage import Reads, Stage
-from rdpo.records import HELDOUT, ID_COLUMN
+from rdpo.records import HELDOUT, ID_COLUMN, digest
 from rdpo.stages.settings import student_settings
 
 if TYPE_CHECKING:
@@ -27,11 +27,19 @@ READ = (
 
 
 def settings(job: Job) -> Settings:
-    """Settings of the training stage."""
+    """Settings of the training stage, with the weights of the rows where it has some.
+
+    Raises:
+        InputError: these cannot be read.
+    """
+    from rdpo.training.row_weights import read_weights
+
     found = job.training.model_dump(exclude={"extrapolation"})
     if job.training.select == "best":
         # Only what is a checkpoint can be the best one.
         found["select_among_every"] = job.training.checkpoint_every
+    if job.training.row_weights:
+        found["row_weights_content"] = digest(sorted(read_weights(job.training.row_weights).items()))
     return {**found, "student": student_settings(job), "seed": job.seed}
 
 
@@ -48,7 +56,7 @@ def train_policy(run: Run, folder: StageFolder, meter: Meter) -> Summary:
     from rdpo.training.schedule import total_steps
     from rdpo.training.trainer import train
 
-    job, data = run.job, PairTable.load(run.dir)
+    job, data = run.job, PairTable.weighted(run.dir, run.job)
     if job.training.max_steps == 0:
         folder.write_bytes(METRICS, b"")
         return {"steps": 0, "pairs": 0}

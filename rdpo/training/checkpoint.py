@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
@@ -44,8 +44,10 @@ T = TypeVar("T")
 EXPORT = "policy"
 MERGED = "merged"
 HELDOUT_MARGINS = "heldout.jsonl"
+ROW_LOSSES = "row_losses.jsonl"
+"""Of a job with weights of rows: the loss of each row under the weights that leave training."""
 
-BESIDE = (EXPORT, HELDOUT_MARGINS)
+BESIDE = (EXPORT, HELDOUT_MARGINS, ROW_LOSSES)
 """What a checkpoint holds beside the state that training goes on from."""
 PROBE_CHUNK = 64
 SAME = 1e-3
@@ -61,14 +63,14 @@ class Saved:
 
 
 def save_checkpoint(
-    engine: Backend, history: list[StepMetrics], leaving: str | None = None, last: bool = False
+    engine: Backend, history: list[StepMetrics], leaving: Mapping[str, str] | None = None, last: bool = False
 ) -> None:
     """Report a checkpoint of all workers; all but the last one are stored while training runs.
 
     Args:
         engine: the trainer's.
         history: the metrics of every step so far; part of the checkpoint, so that none is missing after a restart.
-        leaving: these may be the weights that leave training: they are added, with these lines on the held-out pairs.
+        leaving: these may be the weights that leave training: they are added, with these texts by their files' names.
         last: nothing comes after it, so it is stored at once.
     """
     # One is on its way at most: a store slower than training must not fill this machine's disk.
@@ -88,12 +90,13 @@ def save_checkpoint(
         raise
 
 
-def _write(directory: Path, engine: Backend, history: list[StepMetrics], leaving: str | None) -> None:
+def _write(directory: Path, engine: Backend, history: list[StepMetrics], leaving: Mapping[str, str] | None) -> None:
     engine.save(directory, {"history": history})
     if leaving is not None:
         export_policy(engine, directory / EXPORT)
         if dist.get_rank() == 0:
-            (directory / HELDOUT_MARGINS).write_text(leaving, encoding="utf-8")
+            for name, text in leaving.items():
+                (directory / name).write_text(text, encoding="utf-8")
     write_checksums(directory)
 
 

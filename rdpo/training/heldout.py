@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,12 @@ class HeldoutPairs:
 
     def lines(self) -> str:
         """The margins as JSON lines, a pair in each."""
-        return "".join(json.dumps(row) + "\n" for row in self.margins)
+        return json_lines(self.margins)
+
+
+def json_lines(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Rows as JSON lines."""
+    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def best_step(history: list[StepMetrics]) -> int:

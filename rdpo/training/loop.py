@@ -3,14 +3,15 @@
 In: the rows of the reference stage. All workers hold the same plan (see `rdpo.modeling.packing`), so
 they make equally many forwards. The loss of a step is the mean over all its pairs, whatever the
 number of workers and micro-batches: each micro-batch is scaled by workers / pairs of the step, and
-the engine averages over the workers. What the loop needs of an engine is `rdpo.training.backend.Backend`.
+the engine averages over the workers. Rows may have weights (`rdpo.training.row_weights`). What the
+loop needs of an engine is `rdpo.training.backend.Backend`.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -33,6 +34,7 @@ from rdpo.training.gaps import GapScale
 from rdpo.training.group_losses import GROUP_LOSSES, GroupLogps, Ranks, group_loss, order_kept
 from rdpo.training.losses import PairLogps, implicit_rewards, policy_weight, preference_loss, reward_terms
 from rdpo.training.metrics import OF_GROUPS, OF_WEIGHTS, MetricSums, PairOutcome
+from rdpo.training.row_weights import SETTING, WEIGHT, RowWeights, read_weights
 from rdpo.training.schedule import learning_rate
 
 COLUMNS = [
@@ -80,6 +82,33 @@ class PairTable:
         others = [tuple(map(len, answers or ())) for answers in ids]
         sizes = zip(*lengths, others, strict=True)
         return cls(table, [PairSize(prompt, chosen, rejected, more) for prompt, chosen, rejected, more in sizes])
+
+    @classmethod
+    def weighted(cls, run_dir: str, job: Job) -> PairTable:
+        """The pairs that a job trains on, with the weights that it gives them, if it does.
+
+        Raises:
+            InputError: there is none, or a pair has no weight.
+        """
+        data, source = cls.load(run_dir), job.training.row_weights
+        return data.with_weights(read_weights(source)) if source else data
+
+    def with_weights(self, weights: RowWeights) -> PairTable:
+        """The same pairs, each with a weight; other ids among the weights are of no account.
+
+        Raises:
+            InputError: a pair has none.
+        """
+        ids: list[str] = self.table[ID_COLUMN].to_pylist()
+        if missing := next((name for name in ids if name not in weights), None):
+            raise InputError(f"{SETTING}: no weight for the row {missing}; each row that is trained on needs one")
+        column = pa.array([weights[name] for name in ids], pa.float64())
+        return PairTable(self.table.append_column(WEIGHT, column), self.sizes)
+
+    def without_weights(self) -> PairTable:
+        """The same pairs, all of which count alike."""
+        columns = [name for name in self.table.column_names if name != WEIGHT]
+        return PairTable(self.table.select(columns), self.sizes)
 
     @property
     def has_groups(self) -> bool:
@@ -209,24 +238,33 @@ class Trainer:
 
         `margin` is beta * Delta, the difference of the implicit rewards.
         """
+        found = self._evaluated(heldout, lambda outcome: outcome.chosen_rewards - outcome.rejected_rewards)
+        return [{ID_COLUMN: name, "margin": margin} for name, margin in found]
+
+    def row_losses(self) -> list[Row]:
+        """The `loss` of each pair that is trained on under the present weights, on every worker; no weight is in it."""
+        found = self._evaluated(self.data.without_weights(), lambda outcome: outcome.loss)
+        return [{ID_COLUMN: name, "loss": loss} for name, loss in found]
+
+    def _evaluated(self, data: PairTable, pick: Callable[[PairOutcome], Tensor]) -> list[tuple[str, float]]:
+        """What `pick` takes of each pair's outcome, by its id, without dropout; the same on every worker."""
         packed = self.policy.packed
         found: list[tuple[str, float]] = []
-        everything = list(range(len(heldout)))
-        plan = plan_step(everything, heldout.sizes, self.workers, self.job.training.tokens_per_batch, packed)
+        everything = list(range(len(data)))
+        plan = plan_step(everything, data.sizes, self.workers, self.job.training.tokens_per_batch, packed)
 
         self.engine.set_training(False)
         with torch.no_grad():
             for micro in plan[self.rank]:
                 # Idle ones too: under ZeRO-3 a worker that leaves out a forward leaves the others waiting for ever.
-                outcome = self.outcome(micro, heldout)
+                outcome = self.outcome(micro, data)
                 if not micro.idle:
-                    rewards = (outcome.chosen_rewards - outcome.rejected_rewards).tolist()
-                    found.extend(zip(heldout.rows(micro.pairs)[ID_COLUMN], rewards, strict=True))
+                    found.extend(zip(data.rows(micro.pairs)[ID_COLUMN], pick(outcome).tolist(), strict=True))
         self.engine.set_training(True)
 
         shares: list[list[tuple[str, float]]] = [[] for _ in range(self.workers)]
         torch.distributed.all_gather_object(shares, found)
-        return [{ID_COLUMN: name, "margin": margin} for name, margin in chain.from_iterable(shares)]
+        return list(chain.from_iterable(shares))
 
     def _skip(self, loss: float, pairs: list[int]) -> None:
         self.skipped += 1
@@ -269,9 +307,10 @@ class Trainer:
         logps = PairLogps(chosen, rejected, *references, *lengths, weight=weight)
         reward = reward_terms(self.scale(chosen.new_tensor(rows["reward_gap"])), training)
         group = self._group(forward, batch.lengths, rows, others) if self.grouped else None
+        loss = preference_loss(logps, reward, training) if group is None else group_loss(group, training)
 
         return PairOutcome(
-            loss=preference_loss(logps, reward, training) if group is None else group_loss(group, training),
+            loss=loss * loss.new_tensor(rows[WEIGHT]) if WEIGHT in rows else loss,
             sft_loss=logps.nll,
             chosen_rewards=implicit_rewards(chosen, logps.reference_chosen, training.beta),
             rejected_rewards=implicit_rewards(rejected, logps.reference_rejected, training.beta),

@@ -19,10 +19,10 @@ from rdpo.cluster.hardware import allocator_environment, worker_cores
 from rdpo.cluster.pools import share_of
 from rdpo.config import Job
 from rdpo.files.stage_folder import METRICS, StageFolder
-from rdpo.files.stores import arrow_file_system
+from rdpo.files.stores import absolute, arrow_file_system
 from rdpo.modeling.weights import named_anywhere
 from rdpo.records import ID_COLUMN
-from rdpo.training.checkpoint import EXPORT, HELDOUT_MARGINS
+from rdpo.training.checkpoint import EXPORT, HELDOUT_MARGINS, ROW_LOSSES
 from rdpo.training.fetching import parts_of
 from rdpo.training.heldout import LOSS
 from rdpo.training.loop import NonFiniteStep
@@ -117,9 +117,11 @@ def train(
         raise RuntimeError("training ended without a checkpoint")
 
     leaving = _leaving(result, job)
-    with parts_of(leaving.filesystem, leaving.path, (EXPORT, HELDOUT_MARGINS)) as directory:
+    measured = [HELDOUT_MARGINS, *([ROW_LOSSES] if job.training.row_weights else [])]
+    with parts_of(leaving.filesystem, leaving.path, (EXPORT, *measured)) as directory:
         folder.put(directory / EXPORT, EXPORT)
-        folder.write_bytes(HELDOUT_MARGINS, (directory / HELDOUT_MARGINS).read_bytes())
+        for name in measured:
+            folder.write_bytes(name, (directory / name).read_bytes())
     return history.write()
 
 
@@ -136,6 +138,11 @@ def heldout_margins(folder: StageFolder) -> dict[str, float]:
     return {row[ID_COLUMN]: row["margin"] for row in folder.read_lines(HELDOUT_MARGINS)}
 
 
+def row_losses(folder: StageFolder) -> dict[str, float]:
+    """The losses of the rows by id, as a training with weights of rows left them."""
+    return {row[ID_COLUMN]: row["loss"] for row in folder.read_lines(ROW_LOSSES)}
+
+
 def _torch_trainer(job: Job, run_dir: str, folder: StageFolder, sink: ActorHandle) -> TorchTrainer:
     training = job.training
 
@@ -144,7 +151,9 @@ def _torch_trainer(job: Job, run_dir: str, folder: StageFolder, sink: ActorHandl
     if job.student.adapter:
         named["adapter"] = named_anywhere(job.student.adapter)
     student = job.student.model_copy(update=named)
-    job = job.model_copy(update={"student": student})
+    if training.row_weights:
+        training = training.model_copy(update={"row_weights": absolute(training.row_weights)})
+    job = job.model_copy(update={"student": student, "training": training})
 
     cores = worker_cores(training) if len(ray.nodes()) == 1 else training.cpus_per_worker or 1
     resources: dict[str, float] = {"CPU": cores, **(share_of(job.cluster.placement.trainer) or {})}

@@ -14,8 +14,14 @@ from ray.train.torch import get_device
 from rdpo.config import Job
 from rdpo.tracking.trace import join, span
 from rdpo.training.backend import backend_of
-from rdpo.training.checkpoint import last_checkpoint, restore_checkpoint, save_checkpoint
-from rdpo.training.heldout import HeldoutPairs, best_step
+from rdpo.training.checkpoint import (
+    HELDOUT_MARGINS,
+    ROW_LOSSES,
+    last_checkpoint,
+    restore_checkpoint,
+    save_checkpoint,
+)
+from rdpo.training.heldout import HeldoutPairs, best_step, json_lines
 from rdpo.training.loop import NonFiniteStep, PairTable, Trainer, step_pairs
 from rdpo.training.metrics import StepMetrics
 from rdpo.training.schedule import total_steps
@@ -37,7 +43,7 @@ def train_worker(config: dict[str, Any]) -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
     with span("pairs are read"):
-        data, backend = PairTable.load(config["run_dir"]), backend_of(job)
+        data, backend = PairTable.weighted(config["run_dir"], job), backend_of(job)
     with last_checkpoint(backend) as saved:
         with span("engine is built"):
             trainer = Trainer(job, data, get_device(), saved is not None and saved.converted, backend)
@@ -92,7 +98,15 @@ def _save(trainer: Trainer, history: list[StepMetrics], heldout: HeldoutPairs, e
     by_likelihood = trainer.job.training.select == "best" and heldout.pairs
     leaves = best_step(history) == len(history) if by_likelihood else ended
     with span("checkpoint"):
-        save_checkpoint(trainer.engine, history, heldout.lines() if leaves else None, last)
+        save_checkpoint(trainer.engine, history, _measured(trainer, heldout) if leaves else None, last)
+
+
+def _measured(trainer: Trainer, heldout: HeldoutPairs) -> dict[str, str]:
+    """What is known of the present weights beside themselves, as texts by the names of their files."""
+    files = {HELDOUT_MARGINS: heldout.lines()}
+    if trainer.job.training.row_weights:
+        files[ROW_LOSSES] = json_lines(trainer.row_losses())
+    return files
 
 
 def _notice(trainer: Trainer, sink: ActorHandle, step: int) -> bool:

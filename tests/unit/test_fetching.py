@@ -173,7 +173,7 @@ def test_a_checkpoint_that_is_converted_is_not_kept_beside_what_it_becomes(tmp_p
 
 def test_of_a_checkpoint_in_a_store_only_what_leaves_is_fetched(tmp_path):
     source, store = write_checkpoint(tmp_path, 4), new_store()
-    with parts_of(store.arrow, str(source), BESIDE) as folder:
+    with parts_of(store.arrow, str(source), (checkpoint.EXPORT, checkpoint.HELDOUT_MARGINS)) as folder:
         found = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     assert found == {name: (source / name).read_bytes() for name in ("policy/model.safetensors", "heldout.jsonl")}
     assert sum(store.read.values()) == EXPORTED + 10
