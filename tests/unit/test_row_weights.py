@@ -70,6 +70,18 @@ def test_the_losses_of_rows_are_those_without_weights(tiny_model, tmp_path):
     assert [row["loss"] for row in trainer.row_losses()] != list(losses.values())
 
 
+@pytest.mark.usefixtures("process_group", "one_thread")
+@pytest.mark.parametrize("offset_coef", [0.0, 0.7])
+def test_the_losses_of_groups_of_two_are_those_of_pairs_to_the_last_bit(tiny_model, tmp_path, offset_coef):
+    one, two = (
+        plain(tiny_model, tmp_path, weighted(2.0, 1.0, 1.0, 0.5), loss=loss, offset_coef=offset_coef)
+        for loss in ("dpo", "plackett_luce")
+    )
+    (history, _), (expected, _) = trained(one), trained(two)
+    assert history == expected
+    assert one.row_losses() == two.row_losses()
+
+
 def test_every_row_needs_a_weight():
     with pytest.raises(InputError, match="no weight for the row p3"):
         pairs().with_weights({"p0": 1.0, "p1": 1.0, "p2": 1.0, "another": 1.0})
