@@ -14,8 +14,9 @@ from rdpo.cluster.connection import ray_stopped_after
 from rdpo.config import Job, job_of, read_tables, to_table, with_changes
 from rdpo.errors import InputError, did_you_mean, input_error_within
 from rdpo.execution.pipeline import locked, run_stages
-from rdpo.execution.reader import RunReader, round_dir
+from rdpo.execution.reader import RunReader, round_dir, type_dir
 from rdpo.execution.run import Run
+from rdpo.experiments.annotators import run_annotators
 from rdpo.experiments.rounds import run_rounds
 from rdpo.files.folder import Folder
 from rdpo.files.manifest import Manifest
@@ -118,7 +119,7 @@ def execute(
     only: str | None = None,
     trace: bool = False,
 ) -> None:
-    """Bring a run up to date: all its rounds or stages, those up to `until`, or `only` one.
+    """Bring a run up to date: all its rounds, types or stages, those up to `until`, or `only` one.
 
     `console_class` says how a person, or a program that reads its output, hears of it. `trace`: a Chrome trace of where
     the time goes is left with the run's logs.
@@ -133,6 +134,9 @@ def execute(
     ):
         if job.rounds.count > 1:
             run_rounds(job, absolute(run_dir), console, check)
+            return
+        if job.fits_types and not (only or until):
+            run_annotators(job, absolute(run_dir), console, check)
             return
         run = Run(job, absolute(run_dir), console, prepare, on_stage=ReportSoFar(), stages=stages, check=check)
         # Stages before `only` are not looked at: what is there is taken as it is.
@@ -182,6 +186,13 @@ class RunView(RunReader):
     def rounds(self) -> list[RunView]:
         """The rounds of a job that has several, each a run of its own."""
         folders = (round_dir(self.dir, number) for number in range(1, self.job.rounds.count + 1))
+        return [RunView(folder) for folder in folders if Folder(folder).files()]
+
+    @property
+    def types(self) -> list[RunView]:
+        """The runs of the types of annotators of a job that fits some, with a model each."""
+        count = self.job.annotators.types if self.job.fits_types and self.job.annotators else 0
+        folders = (type_dir(self.dir, number) for number in range(1, count + 1))
         return [RunView(folder) for folder in folders if Folder(folder).files()]
 
     @property

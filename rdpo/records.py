@@ -13,7 +13,7 @@ import hashlib
 import json
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -202,6 +202,14 @@ def extra_of(row: Row) -> dict[str, Any]:
     """The source's other columns, kept as JSON text so that any source fits one schema."""
     extra: dict[str, Any] = json.loads(row.get("extra") or "{}")
     return extra
+
+
+def annotator_of(extra: Mapping[str, Any], column: str) -> str:
+    """Whose preference a row is, by the source's other columns; empty where nobody is named."""
+    value = extra.get(column)
+    # A number that is none stands for what is missing in some files.
+    named = isinstance(value, str | int | float) and not isinstance(value, bool) and value == value
+    return str(value).strip() if named else ""
 
 
 def table_of(rows: list[Row]) -> pa.Table:

@@ -94,6 +94,8 @@ def _dry_run(job: Job, run_dir: str) -> int:
         job, run_dir = job_of_round(job, 1, [job.student.model]), round_dir(run_dir, 1)
     for name, state in planned(job, run_dir, stages_of(job)).items():
         print(f"# {name:<12}{state}")
+    if job.fits_types and job.annotators:
+        print(f"# then {job.annotators.work}")
     return 0
 
 
@@ -103,7 +105,7 @@ def stage(options: argparse.Namespace) -> int:
     from rdpo.execution.reader import job_of_run
 
     job = job_of_run(options.run_dir)
-    _check_one_round(job, options.run_dir)
+    _check_one_run(job, options.run_dir, options.stage)
     execute(job, options.run_dir, only=options.stage)
     return 0
 
@@ -116,7 +118,7 @@ def prove(options: argparse.Namespace) -> int:
     from rdpo.execution.reader import RunReader
 
     run = RunReader(options.run_dir)
-    _check_one_round(run.job, options.run_dir)
+    _check_one_run(run.job, options.run_dir)
     job = run.job
     if options.kinds or not job.suites:
         suites = [Suite(kind=kind) for kind in dict.fromkeys(options.kinds or SUITE_KINDS)]
@@ -126,9 +128,14 @@ def prove(options: argparse.Namespace) -> int:
     return 0
 
 
-def _check_one_round(job: Job, run_dir: str) -> None:
+def _check_one_run(job: Job, run_dir: str, stage: str | None = None) -> None:
+    """Whether a directory holds a single run, or a job's several runs have this stage in common."""
+    from rdpo.stages.table import names_of
+
     if job.rounds.count > 1:
         raise InputError(f"{run_dir}: holds several rounds; name one of them, as in {run_dir}/rounds/1")
+    if job.fits_types and stage not in names_of(job):
+        raise InputError(f"{run_dir}: holds several types of annotators; name one of them, as in {run_dir}/types/1")
 
 
 def submit(options: argparse.Namespace) -> int:
@@ -182,7 +189,7 @@ def report(options: argparse.Namespace) -> int:
     from rdpo.execution.reader import job_of_run
     from rdpo.report.report import write_report
 
-    _check_one_round(job_of_run(options.run_dir), options.run_dir)
+    _check_one_run(job_of_run(options.run_dir), options.run_dir)
     print(write_report(options.run_dir))
     return 0
 
@@ -271,7 +278,7 @@ def diff(options: argparse.Namespace) -> int:
     from rdpo.inspection.diff import diff_runs
 
     for run_dir in options.run_dirs:
-        _check_one_round(job_of_run(run_dir), run_dir)
+        _check_one_run(job_of_run(run_dir), run_dir)
     for line in diff_runs(tuple(options.run_dirs)):
         print(visible(line))
     return 0

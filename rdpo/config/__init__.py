@@ -4,6 +4,7 @@ The sections are named after the stages. Unknown keys are refused, and relations
 before any model is loaded.
 """
 
+from rdpo.config.annotators import Annotators
 from rdpo.config.evaluation import Evaluation, Publish, Retention, Rounds
 from rdpo.config.files import (
     check_kind,

@@ -7,12 +7,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
+from rdpo.config.annotators import Annotators, check_annotators
 from rdpo.config.evaluation import Evaluation, Publish, Retention, Rounds
 from rdpo.config.models import Student
 from rdpo.config.pairs import Pairs, Reference, Replay
 from rdpo.config.prompts import Prompts, Synthesis
 from rdpo.config.rewards import Calibration, Reward, TargetReward
-from rdpo.config.section import Address, Section, largest
+from rdpo.config.section import UNSAID, Address, Section, largest
 from rdpo.config.selection import Selection
 from rdpo.config.suites import Suite
 from rdpo.config.tracking import Tracking
@@ -84,6 +85,7 @@ class Job(Section):
     calibration: Calibration = Calibration()
     pairs: Pairs = Pairs()
     replay: Replay | None = None
+    annotators: Annotated[Annotators | None, UNSAID] = None
     reference: Reference = Reference()
     training: Training = Training()
     retention: Retention | None = None
@@ -108,6 +110,11 @@ class Job(Section):
     def trains_adapter(self) -> bool:
         """Whether an adapter is trained, a new one or the student's, and not all weights."""
         return self.training.lora is not None or self.student.continues
+
+    @property
+    def fits_types(self) -> bool:
+        """Whether this is the job of a whole mixture of annotators' types, and not of one policy with given weights."""
+        return self.annotators is not None and self.training.row_weights is None
 
     @property
     def trusted_code(self) -> list[str]:
@@ -152,6 +159,11 @@ class Job(Section):
             raise ValueError(
                 f"rounds: watch = {self.rounds.watch!r} is no reward{meant}; there are {', '.join(names)}, optimised"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_annotators(self) -> Job:
+        check_annotators(self)
         return self
 
     @model_validator(mode="after")

@@ -9,7 +9,7 @@ from rdpo.execution.lock import LOCK, Say
 from rdpo.execution.reader import JOB_FILE, MARKER, RUN_FORMAT, check_format
 from rdpo.files.folder import IN_PROGRESS, MANIFEST, TEMPORARY, Folder
 
-OWN = {MARKER, JOB_FILE, "logs", "report.html", "rounds"}
+OWN = {MARKER, JOB_FILE, "logs", "report.html", "rounds", "steps", "types"}
 """What rdpo writes into a run directory beside the folders of stages."""
 
 

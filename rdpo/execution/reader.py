@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 JOB_FILE = "config.toml"
 MARKER = "rdpo.json"
+STEPS = "steps"
+"""Where the steps lie by which types of annotators are told apart."""
 RUN_FORMAT = 1
 """Of a run directory: what this version writes, and the newest that it reads."""
 
@@ -126,6 +128,30 @@ def check_format(folder: Folder) -> None:
             f"{folder.path}: written by rdpo {marker.get('rdpo')} in format {written}, and this version reads up to "
             f"{RUN_FORMAT}; install that version or a newer one"
         )
+
+
+def inner_runs(job: Job) -> list[str]:
+    """Where, below its directory, the runs of a job lie that has several, in their order: its rounds, or its types.
+
+    Some of them may not be there yet. A job that is a single run has none.
+    """
+    if job.rounds.count > 1:
+        return [round_dir("", number) for number in range(1, job.rounds.count + 1)]
+    if not (job.fits_types and job.annotators):
+        return []
+    types = range(1, job.annotators.types + 1)
+    steps = [step_dir("", step, number) for step in range(1, job.annotators.steps + 1) for number in types]
+    return [step_dir("", 0, 1), *steps, *(type_dir("", number) for number in types)]
+
+
+def step_dir(run_dir: str, step: int, number: int) -> str:
+    """Run directory in which one step trains the policy of one type; of step 0 the one policy for all annotators."""
+    return os.path.join(run_dir, STEPS, f"{step}-{number}")
+
+
+def type_dir(run_dir: str, number: int) -> str:
+    """Run directory of the policy of one type of annotators, evaluated and published."""
+    return os.path.join(run_dir, "types", str(number))
 
 
 def round_dir(run_dir: str, number: int) -> str:

@@ -59,6 +59,8 @@ def load_comparison(path: str | Path, part: Part | None = None) -> tuple[Compari
             job = job_of({**variant.of(table, comparison), **own}, f"{path}: arm {variant}")
             if job.rounds.count > 1:
                 raise InputError(f"{path}: arm {variant}: several rounds are run by `rdpo run`, not compared")
+            if job.fits_types:
+                raise InputError(f"{path}: arm {variant}: types of annotators are run by `rdpo run`, not compared")
             if job.prompts.made and job.prompts.made.seed is None and len(comparison.seeds) > 1:
                 raise InputError(
                     f"{path}: arm {variant}: every seed would make prompts of its own, so that the seeds could not be "

@@ -67,7 +67,8 @@ def row_weights(responsibilities: Floats, owners: Integers) -> Floats:
     """
     weights: Floats = responsibilities[owners]
     means = weights.mean(0)
-    return np.divide(weights, means, out=np.zeros_like(weights), where=means > 0)
+    normalised: Floats = np.divide(weights, means, out=np.zeros_like(weights), where=means > 0)
+    return normalised
 
 
 def doubt(responsibilities: Floats) -> float:

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from rdpo.errors import InputError
 from rdpo.execution.lock import holder
-from rdpo.execution.reader import JOB_FILE, RunReader, job_of_run, round_dir
+from rdpo.execution.reader import JOB_FILE, RunReader, inner_runs, job_of_run
 from rdpo.execution.stage import Stage
 from rdpo.execution.streaming import steps_kept
 from rdpo.files.folder import IN_PROGRESS, Folder
@@ -64,14 +64,15 @@ class RunStatus:
 
 
 def statuses(run_dir: str) -> Iterator[RunStatus]:
-    """The state of a run, or of each of its rounds so far.
+    """The state of a run, or of each of its rounds so far; of one with types of annotators, of all its runs so far.
 
     Raises:
         InputError: there is no run in this directory.
     """
-    count = job_of_run(run_dir).rounds.count
-    folders = [run_dir] if count == 1 else [round_dir(run_dir, number) for number in range(1, count + 1)]
-    for folder in folders:
+    job = job_of_run(run_dir)
+    folders = [f"{run_dir}/{name}" for name in inner_runs(job)]
+    # What the types have in common lies in the directory itself.
+    for folder in [run_dir, *folders] if job.fits_types or not folders else folders:
         if Folder(folder).exists(JOB_FILE):
             yield status_of(RunReader(folder))
 

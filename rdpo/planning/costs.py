@@ -206,10 +206,13 @@ def stage_costs(job: Job, prompts: int, rates: Rates, prices: Mapping[str, Price
 def _rows(job: Job, stage: str, prompts: int, rates: Rates) -> float:
     if stage == "made" and job.prompts.made:
         return job.prompts.made.count
+    types = job.annotators if job.fits_types else None
     rows = prompts * rates.rows_per_prompt.get(stage, 1.0)
     if stage == "training":
-        return trained_rows(rows, job.training)
-    return min(rows, job.evaluation.limit or rows) if stage == "evaluation" else rows
+        return trained_rows(rows, job.training) * (types.trainings if types else 1)
+    if stage == "evaluation":
+        return min(rows, job.evaluation.limit or rows) * (types.types if types else 1)
+    return rows
 
 
 def reserved_dollars(job: Job, hours: float, prices: Mapping[str, Price]) -> dict[str, float]:
@@ -255,3 +258,5 @@ def _assumed(job: Job, prompts: int, rates: Rates, priced: bool) -> Iterator[str
         yield "  nodes are paid for in their stages' hours, reserved ones in all; the head is not counted"
     if job.rounds.count > 1:
         yield f"  one round of {job.rounds.count}"
+    if job.fits_types and job.annotators:
+        yield f"  {job.annotators.work}"

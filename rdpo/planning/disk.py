@@ -93,6 +93,11 @@ def disk(job: Job, rehearsal: Rehearsal, gpus: bool) -> Iterator[str]:
     yield from aligned(cells, right=[1])
     if job.rounds.count > 1:
         yield f"in one round of {job.rounds.count}"
+    if job.fits_types and job.annotators:
+        yield (
+            f"of one policy: {job.annotators.trainings} trainings at most keep their checkpoints and weights, and "
+            f"{job.annotators.types} policies are whole and published"
+        )
 
 
 def _cells(title: str, parts: dict[str, int]) -> list[list[str]]:

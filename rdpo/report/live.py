@@ -16,7 +16,7 @@ from markupsafe import Markup
 
 from rdpo.errors import InputError
 from rdpo.execution.lock import holder
-from rdpo.execution.reader import JOB_FILE, RunReader, job_of_run, round_dir
+from rdpo.execution.reader import JOB_FILE, RunReader, inner_runs, job_of_run
 from rdpo.files.folder import TEMPORARY, Folder, Stamp
 from rdpo.inspection.status import RunStatus, StageStatus, facts, status_of
 from rdpo.records import digest
@@ -209,7 +209,7 @@ def _moment() -> int:
 
 
 def members(run_dir: str) -> list[str]:
-    """Paths, below a directory, of the rounds or arms in it so far; none where it holds a single run.
+    """Paths, below a directory, of the rounds, types or arms in it so far; none where it holds a single run.
 
     Raises:
         InputError: there is nothing of the kind here.
@@ -218,11 +218,7 @@ def members(run_dir: str) -> list[str]:
     if not folder.exists(JOB_FILE) and folder.exists(ARMS):
         arms = [f"{ARMS}/{name}" for name in Folder(f"{run_dir}/{ARMS}").entries()]
         return [arm for arm in arms if folder.exists(f"{arm}/{JOB_FILE}")]
-    rounds = range(1, job_of_run(run_dir).rounds.count + 1)
-    if len(rounds) == 1:
-        return []
-    found = [round_dir("", number) for number in rounds]
-    return [name for name in found if folder.exists(f"{name}/{JOB_FILE}")]
+    return [name for name in inner_runs(job_of_run(run_dir)) if folder.exists(f"{name}/{JOB_FILE}")]
 
 
 def view_of(run_dir: str) -> View:
@@ -232,7 +228,7 @@ def view_of(run_dir: str) -> View:
         InputError: it holds neither a run nor a comparison.
     """
     several = not Folder(run_dir).exists(JOB_FILE) and Folder(run_dir).exists(ARMS)
-    return LiveRuns(run_dir) if several or job_of_run(run_dir).rounds.count > 1 else LiveRun(run_dir)
+    return LiveRuns(run_dir) if several or inner_runs(job_of_run(run_dir)) else LiveRun(run_dir)
 
 
 def one_run(run_dir: str) -> LiveRun:

@@ -50,6 +50,8 @@ STAGES = (
     suites.STAGE,
     model.STAGE,
 )
+SHARED_BY_TYPES = STAGES[: STAGES.index(reference.STAGE) + 1]
+"""Those that the types of annotators have in common."""
 NAMES = tuple(stage.name for stage in STAGES)
 COMMANDS = {stage.command: stage.name for stage in STAGES if stage.command}
 """What is typed to bring one stage of a run up to date."""
@@ -58,8 +60,11 @@ WITHOUT_ROWS = tuple(stage.name for stage in STAGES if stage.id_column is None)
 
 
 def stages_of(job: Job) -> tuple[Stage, ...]:
-    """The stages of a job, in order: all but those that it leaves out, also among the inputs of others."""
-    wanted = [stage for stage in STAGES if stage.wanted(job)]
+    """The stages of a job, in order: all but those that it leaves out, also among the inputs of others.
+
+    Where types of annotators are fitted, each type's policy has its further stages in a run of its own.
+    """
+    wanted = [stage for stage in (SHARED_BY_TYPES if job.fits_types else STAGES) if stage.wanted(job)]
     names = {stage.name for stage in wanted}
 
     stages = []

@@ -42,6 +42,7 @@ from rdpo.records import (
     split_name,
     unit_draw,
 )
+from rdpo.synthesis.annotated import named_by
 from rdpo.synthesis.columns import Needed, Reading
 from rdpo.synthesis.conversation import Unusable, derive_pair, derive_prompt
 from rdpo.synthesis.formats import Raw
@@ -160,6 +161,9 @@ def _parsed(row: Row, raw: dict[str, object], job: Job) -> Row:
             messages, reason = _wrapped(messages, templates, others)
 
     name = pair_id(messages, answers) if job.synthesis.task is None else prompt_id(messages)
+    if job.annotators:
+        name, unusable = named_by(job.annotators, name, others, split)
+        reason = reason or unusable
     row = {**row, "extra": _as_json(others), "split": split, "prompt": messages, ID_COLUMN: name}
     return drop(row, reason) if reason else row
 
@@ -259,12 +263,13 @@ def _measure(row: Row, job: Job) -> Row:
 def distinguishing(job: Job) -> tuple[str, ...]:
     """Columns of the source in which rows of one question differ and are rows of their own.
 
-    These are both answers of ready pairs, and what the templates put around the prompt.
+    These are both answers of ready pairs, what the templates put around the prompt, and whose preference it is.
     """
     given = (*SIDES, *(f"{side}{WHOLE}" for side in SIDES)) if job.synthesis.task is None else ()
     templates = [one for part in job.prompts.each() for one in (*part.templates, *part.heldout_templates)]
     used = {name for template in templates for name in check_template(template, "prompts.templates")}
-    return tuple(sorted({*given, *used} - {"prompt", BARE}))
+    whose = {job.annotators.column} if job.annotators else set()
+    return tuple(sorted({*given, *used, *whose} - {"prompt", BARE}))
 
 
 def drop_duplicates(folder: StageFolder, beside: Sequence[str] = ()) -> None:

@@ -29,7 +29,7 @@ def test_pairs_of_one_row_each_by_hand():
 
 
 def test_groups_of_three_by_hand():
-    """Rewards 2, 1, 0 under one type and 0, 1, 2 under the other, best first: e^2/(e^2+e+1) e/(e+1), and its opposite."""
+    """Rewards 2, 1, 0 under one type and 0, 1, 2 under the other: e^2/(e^2+e+1) e/(e+1), and its opposite."""
     e = math.e
     one = e**2 / (e**2 + e + 1) * e / (e + 1)
     other = 1 / (1 + e + e**2) * e / (e + e**2)
