@@ -40,6 +40,8 @@ without a value, and an alias are refused.
 `rdpo run JOB.toml --dry-run` prints a job with all its defaults.
 """
 OPTIONAL = " Without this table there is no such stage."
+NO_STAGES = {"annotators"}
+"""Optional tables that say how often stages are made, and are none themselves."""
 SHARED = "Tables in several places"
 WORDS = {
     str: ("text", "texts"),
@@ -81,7 +83,8 @@ def _section(path: str, owner: type[Section], shared: Shared, depth: int = 2) ->
     # A table of tables: the user names them.
     table = f"[[{path}]]" if kind is list else f"[{path}.NAME]" if kind is dict else f"[{path}]"
     yield f"{'#' * depth} {table}\n"
-    yield f"{_one_line(model.__doc__)}{OPTIONAL if owner is Job and field.default is None else ''}\n"
+    optional = owner is Job and field.default is None and path not in NO_STAGES
+    yield f"{_one_line(model.__doc__)}{OPTIONAL if optional else ''}\n"
     yield from _table(model.model_fields, shared)
     if issubclass(model, Loss):
         yield from _losses()
