@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rdpo.config import Annotators, Job
 from rdpo.errors import InputError
@@ -281,7 +282,7 @@ def _doubts(fitted: Fitted) -> Iterator[str]:
         yield ONE_ROW
 
 
-def _result(fitted: Fitted, number: int, run: Run) -> Iterator[str]:
+def _result(fitted: Fitted, number: int, run: RunReader) -> Iterator[str]:
     """What came of a type, in lines of text."""
     eta = shares(fitted.responsibilities)[number - 1]
     likeliest = fitted.responsibilities.argmax(1) == number - 1
@@ -292,7 +293,7 @@ def _result(fitted: Fitted, number: int, run: Run) -> Iterator[str]:
     yield f"{'':<12}model {run.folder('model').address()}"
 
 
-def _own_prompts(fitted: Fitted, likeliest: np.ndarray, run: Run) -> str:
+def _own_prompts(fitted: Fitted, likeliest: NDArray[np.bool_], run: RunReader) -> str:
     """What a type's policy gained on the held-out prompts of its annotators; empty where there are none.
 
     Prompts of annotators of another taste say nothing of it.
@@ -306,7 +307,8 @@ def _own_prompts(fitted: Fitted, likeliest: np.ndarray, run: Run) -> str:
     rows: list[Row] = evaluated.table().sort_by(ID_COLUMN).to_pylist()
     rows = [row for row in rows if known.get(row[ID_COLUMN]) in own]
     if not rows:
-        return "no held-out prompt is of its annotators"
+        return "held-out prompts of its annotators: none"
     gains = np.array([row["trained_score"] - row["start_score"] for row in rows])
     gain: Estimate = mean_interval(gains, groups_of(rows))
-    return f"on {len(rows)} held-out prompts of its annotators the reward moved by {with_interval(gain, '+.3f')}"
+    moved = with_interval(gain, "+.3f")
+    return f"held-out prompts of its annotators: {len(rows)}, on which the reward moved by {moved}"

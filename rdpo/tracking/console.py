@@ -226,7 +226,7 @@ class QuietConsole(Console):
 class JsonConsole(QuietConsole):
     """Writes for machines, one JSON object on a line: `event`, `time` (UTC) and the event's facts.
 
-    The events are `stage_begin`, `stage_end`, `round_begin`, `round_end`, `warning` and, last, `result`.
+    The events are `stage_begin`, `stage_end`, `round_begin`, `round_end`, `em_step`, `warning` and, last, `result`.
     """
 
     def warn(self, text: str) -> None:

@@ -4,12 +4,15 @@ import io
 
 import numpy as np
 import pytest
+from ray.train import TrainingFailedError
 
 from rdpo.config import Job
 from rdpo.experiments.annotators import fit_types
+from rdpo.files.stage_folder import StageFolder
 from rdpo.tracking.console import Console
 from tests.support.jobs import valid_job, write_job, write_jsonl
 from tests.support.letters import letters
+from tests.support.training import deadly_sink
 
 # Five to seven trainings each.
 pytestmark = [pytest.mark.ray, pytest.mark.long, pytest.mark.timeout(1800)]
@@ -59,6 +62,52 @@ def with_samples(table, place, count):
 def fitted(table, run_dir):
     said = io.StringIO()
     return fit_types(Job.model_validate(table), str(run_dir), Console(said)), said.getvalue()
+
+
+@pytest.fixture(scope="module")
+def quick(table, place):
+    """The job with two steps of three optimizer steps on few rows, a checkpoint after each, and no failures allowed."""
+    small = with_samples(table, place, 3)
+    small["synthesis"] = {**small["synthesis"], "limit": 24}
+    small["annotators"] = {"types": 2, "steps": 2, "tolerance": 0.0}
+    small["training"] = {**small["training"], "epochs": 1, "batch_size": 8, "checkpoint_every": 1, "max_failures": 0}
+    return small
+
+
+class EndsAfterAStep(Console):
+    """Interrupts the driver once the first E step is done."""
+
+    def tell(self, event, **facts):
+        super().tell(event, **facts)
+        if event == "em_step":
+            raise KeyboardInterrupt
+
+
+def written(run_dir):
+    """What both steps wrote down."""
+    return [(run_dir / "steps" / f"{step}.json").read_bytes() for step in (1, 2)]
+
+
+def test_ended_between_and_within_steps_it_goes_on_to_the_same_responsibilities(quick, place):
+    undisturbed, _ = fitted(quick, place / "undisturbed")
+    job, broken = Job.model_validate(quick), place / "broken"
+
+    with pytest.raises(KeyboardInterrupt):
+        fit_types(job, str(broken), EndsAfterAStep(io.StringIO()))
+    made = {name: StageFolder(str(broken / "steps" / name), "training").manifest() for name in ("0-1", "1-1", "1-2")}
+    assert all(made.values()) and not (broken / "steps" / "2-1").exists()
+
+    with deadly_sink(2), pytest.raises(TrainingFailedError):
+        fitted(quick, broken)
+    within = StageFolder(str(broken / "steps" / "2-1"), "training")
+    assert within.manifest() is None and within.exists("checkpoints")
+
+    resumed, said = fitted(quick, broken)
+    assert np.array_equal(resumed.responsibilities, undisturbed.responsibilities)
+    assert written(broken) == written(place / "undisturbed")
+    for name, manifest in made.items():
+        assert StageFolder(str(broken / "steps" / name), "training").manifest().created == manifest.created
+    assert said.count("training    up to date") == 3
 
 
 def agreement(found):

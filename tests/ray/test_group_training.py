@@ -8,11 +8,13 @@ import torch
 from ray.train import TrainingFailedError
 from safetensors.torch import load_file
 
+from rdpo.files.folder import Folder
 from rdpo.training.checkpoint import finish_policy
-from rdpo.training.trainer import heldout_margins
+from rdpo.training.row_weights import write_weights
+from rdpo.training.trainer import heldout_margins, row_losses
 from tests.support.jobs import valid_job
 from tests.support.reference_stage import losses, pair, referenced
-from tests.support.training import die_at, train, train_alone
+from tests.support.training import die_at, train, train_alone, trainer_alone
 
 pytestmark = pytest.mark.ray
 
@@ -61,6 +63,20 @@ def test_two_workers_train_groups_as_one_does(run_dir, table, undisturbed):
     for name in ("groups/accuracies", "groups/tau", "grad_norm"):
         assert [step[name] for step in two] == pytest.approx([step[name] for step in one], rel=2e-2, abs=2e-2), name
     assert heldout_margins(folder) == pytest.approx(margins, abs=2e-2)
+
+
+@pytest.mark.usefixtures("process_group")
+def test_two_workers_train_weighted_groups_as_one_does_and_leave_the_loss_of_each(run_dir, table, place):
+    weights = {f"p{index:02d}": index / 5 for index in range(GROUPS)}
+    settings = {"row_weights": write_weights(Folder(str(place)), "weights.jsonl", weights)}
+    trainer, one = trainer_alone(run_dir, table, **settings, zero_stage=1, tokens_per_batch=160)
+    two, folder = train(run_dir, table, "weighted", **settings, zero_stage=3, num_workers=2)
+    assert losses(two) == pytest.approx(losses(one), abs=1e-3)
+
+    left = row_losses(folder)
+    assert len(left) == 12
+    expected = {row["prompt_id"]: row["loss"] for row in trainer.row_losses()}
+    assert left == pytest.approx(expected, abs=2e-2)
 
 
 def test_groups_that_were_interrupted_go_on_to_the_same_losses(run_dir, table, undisturbed):

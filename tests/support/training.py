@@ -1,5 +1,7 @@
 """Training on a reference stage that is made: through Ray Train, alone in this process, and ended in the middle."""
 
+from contextlib import contextmanager
+
 import torch
 
 from rdpo.config import Job
@@ -22,18 +24,33 @@ def train(run_dir, table, name, on_step=lambda metrics: None, **training):
 
 
 def train_alone(run_dir, table, **training):
-    """Metrics of all steps of one worker in this process, without Ray."""
-    from rdpo.training.loop import PairTable, Trainer, step_pairs
+    """Metrics of all steps of one worker in this process, without Ray, and the margins of held-out pairs."""
+    from rdpo.training.loop import PairTable
 
-    job, data = job_of(table, **training), PairTable.load(run_dir)
-    trainer, steps = Trainer(job, data, torch.device("cpu")), list(step_pairs(len(data), job))
-    history = [trainer.step(index, len(steps), pairs) for index, pairs in enumerate(steps)]
+    trainer, history = trainer_alone(run_dir, table, **training)
     margins = trainer.margins(PairTable.load(run_dir, heldout=True))
     return history, {margin["prompt_id"]: margin["margin"] for margin in margins}
 
 
+def trainer_alone(run_dir, table, **training):
+    """A worker in this process that has taken all steps, and their metrics."""
+    from rdpo.training.loop import PairTable, Trainer, step_pairs
+
+    job = job_of(table, **training)
+    data = PairTable.weighted(run_dir, job)
+    trainer, steps = Trainer(job, data, torch.device("cpu")), list(step_pairs(len(data), job))
+    return trainer, [trainer.step(index, len(steps), pairs) for index, pairs in enumerate(steps)]
+
+
 def die_at(run_dir, table, name, step, **training):
     """Train with a sink that fails when it hears of a step, and no failures allowed."""
+    with deadly_sink(step):
+        train(run_dir, table, name, **training, max_failures=0)
+
+
+@contextmanager
+def deadly_sink(step):
+    """Every training's sink fails when it hears of a step, as long as the context lasts."""
     from rdpo.training import trainer
 
     class Deadly(trainer.MetricsSink):
@@ -44,7 +61,7 @@ def die_at(run_dir, table, name, step, **training):
 
     original, trainer.MetricsSink = trainer.MetricsSink, Deadly
     try:
-        train(run_dir, table, name, **training, max_failures=0)
+        yield
     finally:
         trainer.MetricsSink = original
 

@@ -1,6 +1,7 @@
 """Annotators: what a job of them may ask for, whose a row is, and what is seen of such a run."""
 
 import io
+import json
 
 import numpy as np
 import pyarrow as pa
@@ -9,8 +10,8 @@ import pytest
 from rdpo.cli import main
 from rdpo.config import Job
 from rdpo.errors import InputError
-from rdpo.execution.reader import inner_runs
-from rdpo.experiments.annotators import AnnotatedRows, Fitted, _check_rows, _doubts, annotators_of
+from rdpo.execution.reader import inner_runs, job_of_run
+from rdpo.experiments.annotators import AnnotatedRows, Fitted, _check_rows, _doubts, annotators_of, run_annotators
 from rdpo.files.stage_folder import StageFolder
 from rdpo.inspection.status import statuses
 from rdpo.planning.costs import Rates, stage_costs
@@ -20,7 +21,9 @@ from rdpo.stages.table import names_of
 from rdpo.synthesis.annotated import NO_ANNOTATOR
 from rdpo.synthesis.prompts import distinguishing, prompt_row
 from rdpo.tracking.console import Console
+from rdpo.training.row_weights import read_weights
 from tests.support.jobs import write_job
+from tests.support.made_up import commit
 
 
 @pytest.fixture
@@ -232,3 +235,93 @@ def test_types_are_not_compared(ready, tmp_path):
     (tmp_path / "compare.toml").write_text(tomli_w.dumps(table))
     with pytest.raises(InputError, match="arm a: types of annotators"):
         load_comparison(tmp_path / "compare.toml")
+
+
+WHO = {"r0": "kim", "r1": "lou", "r2": "kim", "r3": "max"}
+"""Rows that are trained on, and whose they are."""
+OF_TYPE = {"kim": 0, "lou": 1, "max": 0}
+
+
+def reference_row(name):
+    ids = {"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3]}
+    logps = {"reference_chosen_logps": -1.0, "reference_rejected_logps": -1.0}
+    return {"prompt_id": name, **ids, **logps, "reward_gap": 0.0, "heldout": False}
+
+
+def losses_of(run_dir):
+    """As if each type's policy knew its annotators: 0.1 on their rows and 3 on others; one policy for all: 1."""
+    step, number = run_dir.rsplit("/", 1)[1].split("-")
+    own = {name: 0.1 if OF_TYPE[who] == int(number) - 1 else 3.0 for name, who in WHO.items()}
+    return dict.fromkeys(WHO, 1.0) if step == "0" else own
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """The directories of runs that were brought up to date, whose stages are given and not made."""
+    directories = []
+
+    def make(run, stages):
+        directories.append(run.dir)
+        if "/steps/" in run.dir:
+            lines = ({"prompt_id": name, "loss": loss} for name, loss in losses_of(run.dir).items())
+            text = "".join(json.dumps(line) + "\n" for line in lines)
+            run.folder("training").write_bytes("row_losses.jsonl", text.encode())
+            return
+        prompts = [{"prompt_id": name, "extra": json.dumps({"who": who})} for name, who in WHO.items()]
+        prompts += [{"prompt_id": f"h{who}", "extra": json.dumps({"who": who})} for who in OF_TYPE]
+        commit(run.dir, "prompts", prompts)
+        if "/types/" not in run.dir:
+            commit(run.dir, "reference", [reference_row(name) for name in WHO])
+            return
+        gains = {"kim": 2.0, "lou": -1.0, "max": 1.0}
+        rows = [{"prompt_id": f"h{who}", "start_score": 0.5, "trained_score": 0.5 + gains[who]} for who in OF_TYPE]
+        commit(run.dir, "evaluation", rows)
+
+    monkeypatch.setattr("rdpo.experiments.annotators.run_stages", make)
+    monkeypatch.setattr("rdpo.report.report.write_report", lambda run_dir: f"{run_dir}/report.html")
+    monkeypatch.setattr("rdpo.report.report.headline", lambda run_dir: [f"win rate of {run_dir[-1]}"])
+    return directories
+
+
+def test_steps_end_where_nobody_moves_and_each_type_is_published_and_told_of(ready, tmp_path, made):
+    """Losses are given, not trained: what is tested is which runs are made, of which weights, and what is said."""
+    ready["rewards"] = [{"kind": "function", "name": "length", "function": "tests.rewards:length"}]
+    run_dir, said = tmp_path / "run", io.StringIO()
+    run_annotators(Job.model_validate(ready), str(run_dir), Console(said))
+    names = [directory.removeprefix(f"{run_dir}/") for directory in made[1:]]
+    assert made[0] == str(run_dir)
+    # From the second step on the responsibilities no longer move.
+    assert names[:5] == ["steps/0-1", "steps/1-1", "steps/1-2", "steps/2-1", "steps/2-2"]
+    assert names[-2:] == ["types/1", "types/2"]
+    last = max(int(name.split("/")[1].split("-")[0]) for name in names if name.startswith("steps"))
+    assert last < 5 and not (run_dir / "steps" / f"{last + 1}.json").exists()
+
+    found = json.loads((run_dir / "steps" / f"{last}.json").read_text())
+    assert found["annotators"] == ["kim", "lou", "max"]
+    likeliest = [max((0, 1), key=row.__getitem__) for row in found["responsibilities"]]
+    assert likeliest == [0, 1, 0] and found["moved"] <= 0.01
+    assert found["log_likelihood_of_one_policy"] == -4.0
+    # Two rows of kim: eta exp(-0.2) against the other type's exp(-6).
+    eta = found["shares_in_training"]
+    one, other = eta[0] * np.exp(-0.2), eta[1] * np.exp(-6.0)
+    assert found["responsibilities"][0][0] == pytest.approx(one / (one + other), rel=1e-12)
+
+    weights = read_weights(str(run_dir / "steps" / f"{last}-2.jsonl"))
+    assert weights["r0"] == weights["r2"] < weights["r1"]
+    assert sum(weights.values()) == pytest.approx(4.0)
+
+    text = said.getvalue()
+    assert "4 rows of 3 annotators, 2 types" in text and "win rate of 1" in text
+    assert "the likeliest type of 2 of 3 annotators" in text
+    assert "held-out prompts of its annotators: 2, on which the reward moved by +1.500" in text
+    assert "held-out prompts of its annotators: 1, on which the reward moved by -1.000" in text
+
+
+def test_the_jobs_of_types_differ_in_their_weights_alone(ready, tmp_path, made):
+    run_annotators(Job.model_validate(ready), str(tmp_path / "run"), Console(io.StringIO()))
+    of_type = job_of_run(str(tmp_path / "run" / "types" / "2"))
+    assert of_type.name == "tiny-type-2"
+    assert of_type.training.row_weights.startswith(str(tmp_path / "run" / "steps"))
+    plain = of_type.training.model_copy(update={"row_weights": None})
+    assert plain == Job.model_validate(ready).training
+    assert not of_type.fits_types
