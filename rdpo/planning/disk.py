@@ -48,11 +48,14 @@ def run_dir_parts(job: Job, rehearsal: Rehearsal) -> dict[str, int]:
 
     adapter = job.trains_adapter and (job.student.adapter is None or job.student.continues)
     published = (merged if job.publish.merge or not adapter else 0) + (left if adapter else 0)
+    # Each step keeps its trainings for the types of annotators, and the last one's policies are published.
+    types = job.annotators if job.fits_types else None
+    trainings, models = (types.trainings, types.types) if types else (1, 1)
     return {
-        f"checkpoints, {kept} of {one / GIB:,.2f}": kept * one,
-        "weights that leave training": (candidates + 1 + bool(training.extrapolation)) * left,
-        "policy, whole": merged,
-        "published model": published,
+        f"checkpoints, {trainings * kept} of {one / GIB:,.2f}": trainings * kept * one,
+        "weights that leave training": trainings * (candidates + 1 + bool(training.extrapolation)) * left,
+        "policy, whole": models * merged,
+        "published model": models * published,
     }
 
 
@@ -94,10 +97,7 @@ def disk(job: Job, rehearsal: Rehearsal, gpus: bool) -> Iterator[str]:
     if job.rounds.count > 1:
         yield f"in one round of {job.rounds.count}"
     if job.fits_types and job.annotators:
-        yield (
-            f"of one policy: {job.annotators.trainings} trainings at most keep their checkpoints and weights, and "
-            f"{job.annotators.types} policies are whole and published"
-        )
+        yield job.annotators.work
 
 
 def _cells(title: str, parts: dict[str, int]) -> list[list[str]]:

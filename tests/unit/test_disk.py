@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rdpo.config import Job
+from rdpo.config import Annotators, Job
 from rdpo.modeling.flops import Arithmetic
 from rdpo.planning.disk import checkpoint_bytes, disk, node_parts, nodes_of, run_dir_parts
 from rdpo.planning.memory import Rehearsal
@@ -71,6 +71,15 @@ def test_the_run_directory_holds_the_kept_checkpoints_and_the_one_that_is_writte
     left = "weights that leave training"
     assert run_dir_parts(last, whole)[left] == 2 * 2 * BILLION
     assert run_dir_parts(best, whole)[left] == 5 * 2 * BILLION
+
+
+def test_every_training_of_types_of_annotators_is_counted_and_a_model_for_each(job_of):
+    whole, job = rehearsal(BILLION, BILLION), job_of(zero_stage=3, loss="plackett_luce")
+    settings = {"annotators": Annotators(types=2, steps=5)}
+    of_types = job.model_copy(update=settings)
+    one, all_of_them = (list(run_dir_parts(case, whole).values()) for case in (job, of_types))
+    assert [several / single for several, single in zip(all_of_them, one, strict=True)] == [11, 11, 2, 2]
+    assert "11 trainings at most" in list(disk(of_types, whole, gpus=False))[-1]
 
 
 def test_a_node_holds_its_share_of_a_checkpoint_or_all_of_it_three_times_to_convert_it(job_of):
