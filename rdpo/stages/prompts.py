@@ -38,7 +38,8 @@ def settings(job: Job) -> Settings:
         "given": job.synthesis.task is None and GIVEN,
         **({"reasoned": True} if job.synthesis.reasoning != "off" else {}),
         **({"train_on": job.reference.train_on} if job.reference.train_on != "last" else {}),
-        **({"annotators": job.annotators.column} if job.annotators else {}),
+        # Only rows that are trained on need an annotator.
+        **({"annotators": [job.annotators.column, job.synthesis.split]} if job.annotators else {}),
         **tokenizer_settings(job),
         # Splits and templates are drawn alike for every seed of a job.
         "seed": SEED,

@@ -162,7 +162,7 @@ def _parsed(row: Row, raw: dict[str, object], job: Job) -> Row:
 
     name = pair_id(messages, answers) if job.synthesis.task is None else prompt_id(messages)
     if job.annotators:
-        name, unusable = named_by(job.annotators, name, others, split)
+        name, unusable = named_by(job.annotators, name, others, needed=split == job.synthesis.split)
         reason = reason or unusable
     row = {**row, "extra": _as_json(others), "split": split, "prompt": messages, ID_COLUMN: name}
     return drop(row, reason) if reason else row

@@ -111,14 +111,15 @@ def test_two_annotators_of_one_pair_are_two_rows(ready):
 def test_a_row_that_names_nobody_is_dropped_with_the_reason_unless_it_is_held_out(ready, who):
     job = Job.model_validate(ready)
     assert prompt_row("a", 1, raw(who), job)["dropped"] == NO_ANNOTATOR
-    assert not prompt_row("a", 1, raw(who, split="test"), job).get("dropped")
+    for split in ("test", "another"):
+        assert not prompt_row("a", 1, raw(who, split=split), job).get("dropped")
 
 
 def test_rows_of_jobs_without_annotators_keep_their_ids_and_keys(ready):
     plain = Job.model_validate({name: table for name, table in ready.items() if name != "annotators"})
     assert prompt_row("a", 1, raw("kim"), plain)["prompt_id"] == prompt_row("a", 1, raw("lou"), plain)["prompt_id"]
     assert "annotators" not in prompts.settings(plain) and "annotators" not in plain.model_dump()
-    assert prompts.settings(Job.model_validate(ready))["annotators"] == "who"
+    assert prompts.settings(Job.model_validate(ready))["annotators"] == ["who", "train"]
 
 
 def test_the_stages_that_types_share_end_with_the_reference(ready):
