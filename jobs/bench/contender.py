@@ -69,6 +69,7 @@ def job_of(options: argparse.Namespace) -> Job:
         "zero_stage": options.zero_stage,
         "gradient_checkpointing": options.gradient_checkpointing,
         "gpus_per_worker": int(GPU),
+        "compile_layers": options.compile,
         **({"lora": {"rank": options.lora}} if options.lora else {}),
     }
     return Job.model_validate(
@@ -110,15 +111,13 @@ def reference_rows(job: Job, path: str, limit: int) -> PairTable:
     return PairTable.of(Reference(job)(pa.Table.from_pylist(rows)))
 
 
-def run_rdpo(job: Job, data: PairTable, batches: list[list[int]], compiled: bool, profile: str | None) -> Steps:
+def run_rdpo(job: Job, data: PairTable, batches: list[list[int]], profile: str | None) -> Steps:
     """The steps by rdpo; then, into the file `profile`, the kernels of one more."""
     for name, value in ALONE.items():
         os.environ.setdefault(name, value)
     torch.distributed.init_process_group("nccl" if GPU else "gloo")
     trainer = Trainer(job, data, DEVICE)
     policy, budget = trainer.policy, job.training.tokens_per_batch
-    if compiled:
-        compile_pieces(policy)
     steps, seconds = [], []
     for index, batch in enumerate(batches):
         began = time.perf_counter()
@@ -136,15 +135,6 @@ def run_rdpo(job: Job, data: PairTable, batches: list[list[int]], compiled: bool
         packed=policy.packed,
         positions=sum(batch_tokens([data.sizes[pair] for pair in micro.pairs], policy.packed) for micro in forwards),
     )
-
-
-def compile_pieces(policy: Policy) -> None:
-    """Compile what stands around the attention of every decoder layer: its norms and its MLP."""
-    layers = [module for module in policy.modules() if type(module) in policy.layer_types()]
-    for layer in layers:
-        for name, piece in layer.named_children():
-            if name != "self_attn":
-                piece.compile(dynamic=True)
 
 
 def write_profile(path: str, step: Callable[[], object]) -> None:
@@ -251,7 +241,7 @@ def options_from(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--layout", default="auto")
     parser.add_argument("--zero-stage", type=int, default=0)
     parser.add_argument("--gradient-checkpointing", action="store_true")
-    parser.add_argument("--compile", action="store_true", help="rdpo's norms and MLPs by torch.compile")
+    parser.add_argument("--compile", action="store_true", help="rdpo's training.compile_layers")
     parser.add_argument("--profile", help="file for the kernels of one more step of rdpo")
     return parser.parse_args(arguments)
 
@@ -276,7 +266,7 @@ def main() -> None:
             f"{options.pairs}: {len(data)} pairs fit into --max-length {options.max_length}, too few for the steps"
         )
     if options.trainer == "rdpo":
-        steps = run_rdpo(job, data, batches, options.compile, options.profile)
+        steps = run_rdpo(job, data, batches, options.profile)
     else:
         steps = run_trl(job, data, batches, options.micro)
     print(json.dumps({"trainer": options.trainer, **figures(data, batches, steps)}))

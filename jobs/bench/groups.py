@@ -89,7 +89,7 @@ def one(trainer: str, answers: int, options: argparse.Namespace, further: list[s
     size = options.groups
     if trainer == "rdpo":
         batches = [list(range(start, start + size)) for start in range(0, len(whole), size)]
-        steps = contender.run_rdpo(job, whole, batches, settings.compile, None)
+        steps = contender.run_rdpo(job, whole, batches, None)
     else:
         rows = pa.Table.from_pylist(list(as_pairs(referred.to_pylist()))).select(COLUMNS)
         batches = [list(range(start, start + pairs)) for start in range(0, len(rows), pairs)]

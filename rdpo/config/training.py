@@ -201,6 +201,9 @@ class Training(Loss):
     """Train adapters (a `[training.lora]` table) instead of all weights."""
     gradient_checkpointing: Annotated[bool, MEMORY] = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    compile_layers: Annotated[bool, MEMORY, UNSAID] = False
+    """Let torch compile the decoder layers around their attention, for long trainings: the first step takes a minute or
+    more longer. Not with `zero_stage` 3, which gathers weights within layers."""
     zero_stage: Literal[0, 1, 2, 3] = 3
     """DeepSpeed ZeRO stage, what is partitioned over the workers: 1 the optimizer state, 2 the gradients too, 3 the
     weights too. 0 is for float32; in bfloat16 it means 1."""
@@ -237,3 +240,12 @@ class Training(Loss):
     layout: Annotated[Layout, MEMORY] = "auto"
     """`packed`: one row without padding, each prompt once for both its answers; `padded`: a row for each
     sequence; `auto`: packed where the architecture can."""
+
+    @model_validator(mode="after")
+    def _check_compiled(self) -> Training:
+        if self.compile_layers and self.zero_stage == 3:
+            raise ValueError(
+                "compile_layers: with zero_stage 3 the weights of a layer are gathered within it, where nothing can be "
+                "compiled across; set zero_stage to 2 or lower, or remove compile_layers"
+            )
+        return self

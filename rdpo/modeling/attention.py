@@ -1,6 +1,6 @@
 """Attention over packed rows: each answer sees its prompt and itself, as if it stood alone behind it.
 
-Registered with transformers under `NAME`; the model hands `spans` (see `rdpo.modeling.layout`) through
+Registered with transformers under `NAME`; the model hands the row (see `rdpo.modeling.layout.PackedRow`) through
 to it. Three ways compute the same:
 
 - On GPUs in half precision, FlashAttention over sequences of unequal length: each answer's queries against the keys of
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from rdpo.modeling.layout import Span
+from rdpo.modeling.layout import PackedRow, Span
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -59,28 +59,28 @@ def packed_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    spans: Sequence[Span] = (),
+    row: PackedRow | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attention (1, T, heads, head size) of a packed row; query (1, heads, T, head size).
 
     Raises:
-        NotPackable: the model did not hand the spans through, or wants dropout, which is not made here.
+        NotPackable: the model did not hand the row through, or wants dropout, which is not made here.
     """
-    if not spans:
-        raise NotPackable(f"{type(module).__name__}: no spans; set training.layout = 'padded'")
+    if row is None:
+        raise NotPackable(f"{type(module).__name__}: no packed row; set training.layout = 'padded'")
     if dropout:
         raise NotPackable(f"{type(module).__name__}: dropout of attention; set training.layout = 'padded'")
+    spans = row.spans
     if not query.is_cuda:
         output = attend_by_span(query, key, value, spans, scaling=scaling, window=sliding_window, softcap=softcap)
         return output, None
 
     if _flash_takes(query, softcap):
-        placed = _placed(tuple(spans), query.device)
+        placed = _placed(spans, query.device)
         return flash_by_sequence(query, key, value, placed, scaling=scaling, window=sliding_window), None
 
-    placed_spans = tuple(spans)
-    output = flex_by_block(query, key, value, placed_spans, scaling=scaling, window=sliding_window, softcap=softcap)
+    output = flex_by_block(query, key, value, spans, scaling=scaling, window=sliding_window, softcap=softcap)
     return output.transpose(1, 2).contiguous(), None
 
 
@@ -391,4 +391,5 @@ def register() -> None:
     """Make the attention known to transformers."""
     from transformers import AttentionInterface
 
-    AttentionInterface.register(NAME, packed_attention)
+    # What is compiled around it stops here: of each row's own spans there would be too many variants.
+    AttentionInterface.register(NAME, torch.compiler.disable(packed_attention))

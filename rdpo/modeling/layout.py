@@ -39,6 +39,16 @@ class Span:
         return list(accumulate(self.answers[:-1], initial=self.start + self.prompt))
 
 
+@dataclass(frozen=True, eq=False)
+class PackedRow:
+    """What stands where in a packed row, as it goes through a model to its attention.
+
+    An object, since torch.compile looks into tuples, and would compile a layer anew for each number of spans.
+    """
+
+    spans: tuple[Span, ...]
+
+
 @dataclass(frozen=True)
 class Batch:
     """S sequences as one forward reads them.

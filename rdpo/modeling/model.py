@@ -16,7 +16,7 @@ from rdpo.config import Layout, Lora, TokenWeights
 from rdpo.errors import InputError
 from rdpo.modeling import attention
 from rdpo.modeling.adapters import with_adapter
-from rdpo.modeling.layout import Batch, Tokens, packed_batch, padded_batch
+from rdpo.modeling.layout import Batch, PackedRow, Tokens, packed_batch, padded_batch
 from rdpo.modeling.loading import check_loaded
 from rdpo.modeling.logits import logit_transform
 from rdpo.modeling.logprobs import CompletionHead, sum_by_sequence
@@ -114,6 +114,16 @@ class Policy(nn.Module):
         names = set(self.causal._no_split_modules or ())
         return list({type(module) for module in self.modules() if type(module).__name__ in names})
 
+    def compile_layers(self, backend: str = "inductor") -> None:
+        """Let torch compile the decoder layers at their first forward, for all lengths at once; packed attention stays.
+
+        `backend` is the compiler's, by its name in torch.
+        """
+        types = tuple(self.layer_types())
+        for module in self.modules():
+            if isinstance(module, types):
+                module.compile(dynamic=True, backend=backend)
+
     def batch(
         self, prompts: Sequence[Tokens], *answers: Sequence[Tokens], others: Sequence[Sequence[Tokens]] = ()
     ) -> Batch:
@@ -153,7 +163,7 @@ class Policy(nn.Module):
     def hidden_states(self, batch: Batch) -> Tensor:
         """Last hidden states (rows, T, H) of a batch's tokens."""
         if batch.spans:
-            layout: dict[str, Any] = {"position_ids": batch.position_ids, "spans": batch.spans}
+            layout: dict[str, Any] = {"position_ids": batch.position_ids, "row": PackedRow(batch.spans)}
         else:
             layout = {"attention_mask": batch.attention_mask}
         # Not of the whole model, whose head would make the logits of every position.

@@ -23,7 +23,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from rdpo.config import Job, smallest
 from rdpo.modeling.attention import flash_by_sequence, sequences
 from rdpo.modeling.flops import Arithmetic
-from rdpo.modeling.layout import Span
+from rdpo.modeling.layout import PackedRow
 from rdpo.modeling.model import Policy, as_policy
 from rdpo.modeling.packing import PairSize, batch_tokens, epoch_steps, plan_step
 from rdpo.modeling.student import forward_settings, student_dtype, tuning_of
@@ -133,7 +133,7 @@ def _footprint(
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
-    spans: Sequence[Span] = (),
+    row: PackedRow,
     **_: object,
 ) -> tuple[Tensor, None]:
     """Packed attention on a GPU, without its arithmetic; as transformers calls it."""
@@ -142,7 +142,7 @@ def _footprint(
         output: Tensor = _FlashFootprint.apply(queries, keys, values)  # type: ignore[no-untyped-call]
         return output
 
-    placed = sequences(spans, query.device)
+    placed = sequences(row.spans, query.device)
     return flash_by_sequence(query, key, value, placed, scaling=None, window=None, kernel=kernel), None
 
 

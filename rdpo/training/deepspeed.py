@@ -60,6 +60,8 @@ class DeepSpeedBackend:
             policy = student_forward(job, to_train=True)
 
         policy.train()
+        if job.training.compile_layers:
+            policy.compile_layers()
         if partitioned:
             gather_by_layer(policy, config)
         trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rdpo.cluster.hardware import shared_memory
 from rdpo.modeling import attention
-from rdpo.modeling.layout import Span
+from rdpo.modeling.layout import PackedRow, Span
 from rdpo.modeling.probe import MACHINE, NOISES, in_short, plain_attention, probe_texts, short_windows, windows_of
 from rdpo.modeling.reading import read_packed, read_padded
 
@@ -126,7 +126,7 @@ def open_packed(model: PreTrainedModel, most: int) -> PackedReader | None:
 def read_row(model: PreTrainedModel, row: Row) -> Tensor:
     """Outputs (N, outputs) in fp32 of the conversations of a row, in order; the model reads packed rows."""
     base = getattr(model, model.base_model_prefix)
-    layout: dict[str, Any] = {"position_ids": row.position_ids, "spans": row.spans}
+    layout: dict[str, Any] = {"position_ids": row.position_ids, "row": PackedRow(row.spans)}
     hidden = base(input_ids=row.input_ids, use_cache=False, **layout).last_hidden_state
     outputs: Tensor = model.score(hidden[0, row.heads]).float()
     return outputs
