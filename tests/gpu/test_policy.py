@@ -62,3 +62,24 @@ def test_adapters_have_the_models_precision_and_train(tokenizer):
     assert {weight.dtype for weight in adapters} == {torch.bfloat16}
     policy(policy.batch(*batches()).to("cuda")).sum().backward()
     assert sum(weight.grad.abs().sum() > 0 for weight in adapters) >= len(adapters) // 2
+
+
+def test_compiled_layers_are_as_near_to_float32_as_others_and_compiled_once(tokenizer):
+    """Values by batches of several lengths, among them those that were not there when it was compiled."""
+    from torch._dynamo.utils import counters
+
+    exact = [log_probs(model_of(tokenizer), torch.float32, "cpu", "padded", batches(seed)) for seed in range(3)]
+    errors = {}
+    for compiled in (False, True):
+        policy = as_policy(model_of(tokenizer).to(torch.bfloat16), ForwardSettings("bfloat16", 256, "packed")).to(
+            "cuda"
+        )
+        if compiled:
+            counters.clear()
+            policy.compile_layers()
+        found = [policy(policy.batch(*batches(seed)).to("cuda")) for seed in range(3)]
+        sum(logps.sum() for logps in found).backward()
+        off = [(logps.detach().cpu() - expected).abs().mean() for logps, expected in zip(found, exact, strict=True)]
+        errors[compiled] = max(off)
+    assert errors[True] < max(2 * errors[False], 0.1)
+    assert 0 < counters["stats"]["unique_graphs"] <= 6
