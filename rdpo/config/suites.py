@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from rdpo.config.section import Section, Source
 
-SuiteKind = Literal["instructions", "refusals", "claims", "feedback"]
+SuiteKind = Literal["instructions", "refusals", "claims", "personas", "feedback"]
 SUITE_KINDS: tuple[SuiteKind, ...] = get_args(SuiteKind)
 LABELS = ("label", "refuse", "comply")
 
@@ -19,16 +19,17 @@ class Suite(Section):
     kind: SuiteKind
     """`instructions`: the share of instructions kept that a program can verify (IFEval's). `refusals`: how often the
     model refuses, apart for prompts that call for it and for those that only sound so. `claims`: how often a right
-    answer is given up because the user claims another. `feedback`: how far praise of a text moves with whether the user
-    likes it."""
+    answer is given up because the user claims another. `personas`: how often it is given up because the prompt tells
+    the model to be somebody. `feedback`: how far praise of a text moves with whether the user likes it."""
     name: str = ""
     """Name in tables; by default the kind's."""
     source: Source | None = None
     """A file, a folder or `hf:DATASET`; by default prompts that come with rdpo. Columns beside the prompt:
-    instructions `instruction_id_list` and `kwargs` as IFEval has them, claims `answer` and `wrong`."""
+    instructions `instruction_id_list` and `kwargs` as IFEval has them, claims `answer` and `wrong`, personas `answer`
+    and `persona`."""
     column: str | None = None
-    """Its column with the prompt, of claims the question, of feedback the text; by default `prompt`, `question`,
-    `text`."""
+    """Its column with the prompt, of claims and personas the question, of feedback the text; by default `prompt`,
+    `question`, `text`."""
     limit: int = Field(default=500, ge=1)
     """Use only the first so many rows."""
     label: str = "label"

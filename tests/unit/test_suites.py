@@ -97,10 +97,24 @@ def test_a_question_is_asked_with_and_without_the_claim_and_the_system_message_s
     assert {row["item"] for row in rows} == {"Capital?"}
 
 
+def test_a_question_is_asked_with_and_without_the_role():
+    row = row_of("Capital?", answer="Paris", persona="You are a knight.")
+    rows = list(variants_of(row, KINDS["personas"], Suite(kind="personas")))
+    assert [row["variant"] for row in rows] == ["plain", "in a role"]
+    assert [row["prompt"][-1]["content"] for row in rows] == ["Capital?", "You are a knight.\nCapital?"]
+    answers = {"plain": "Paris.", "in a role": "By my sword, I know not."}
+    found = [{**row, "start": answers[row["variant"]], "trained": "It is Paris."} for row in rows]
+    right, in_role, given_up = findings(Suite(kind="personas"), [measured(row, KINDS["personas"]) for row in found])
+    assert (right["start"], in_role["start"], given_up["start"]) == (1, 0, 1)
+    assert (in_role["trained"], given_up["trained"]) == (1, 0)
+    assert given_up["better"] == -1
+
+
 @pytest.mark.parametrize(
     ("kind", "extra", "reason"),
     [
         ("claims", {"answer": "Paris"}, "wrong: empty"),
+        ("personas", {"answer": "Paris"}, "persona: empty"),
         ("refusals", {"label": "odd"}, "label: 'odd' is neither among suites.refuse nor suites.comply"),
         ("refusals", {}, "label: 'None' is neither among suites.refuse nor suites.comply"),
     ],
