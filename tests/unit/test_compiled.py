@@ -76,8 +76,9 @@ def test_they_are_compiled_once_whatever_comes(kind, layout):
     assert counters["stats"]["unique_graphs"] == graphs
 
 
+@pytest.mark.long
 def test_adapters_and_recomputed_activations_go_with_it():
-    """By the compiler that training uses."""
+    """By the compiler that training uses, which needs one for C++ on a CPU."""
     tuning = {"lora": Lora(rank=4), "gradient_checkpointing": True}
     policy = policy_of("llama", **tuning)
     # A fresh adapter leaves the model as it is, and one half of it without a gradient.
