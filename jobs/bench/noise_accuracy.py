@@ -42,6 +42,10 @@ from rdpo.training.loop import PairTable, Trainer, step_pairs
 KEPT = "noise_accuracy.jsonl"
 PARTS = 2
 """Cases at the same time, each on one core."""
+CASES = 6
+"""That a process does: DeepSpeed keeps something of every engine, a third of a GiB."""
+MORE = 3
+"""The exit code of a process that has left cases to the next one."""
 BASELINE = "dpo"
 WITH_REWARD: dict[str, dict[str, Any]] = {
     "offset": {"reward_as": "offset"},
@@ -148,20 +152,21 @@ def trained(base: Job, run_dir: str, case: Case, steps: int) -> dict[str, float]
     return {row["prompt_id"]: row["margin"] for row in trainer.margins(PairTable.load(run_dir, heldout=True))}
 
 
-def work(given: argparse.Namespace, number: int) -> None:
-    """One part of the cases, in this process; each is written down when it is done."""
+def work(given: argparse.Namespace, number: int) -> int:
+    """Some of one part's cases, in this process; each is written down when it is done. The exit code."""
     torch.set_num_threads(1)
     for name, value in {**ALONE, "MASTER_PORT": str(PORT + number)}.items():
         os.environ.setdefault(name, value)
     torch.distributed.init_process_group("gloo")
     base, known = job_of_run(given.run_dir), done(given.run_dir)
     wanted = tuning_cases(given.strengths) if given.tune else cases(given, chosen_strengths(given))
-    for place, case in enumerate(wanted):
-        if place % PARTS == number and (case, given.steps) not in known:
-            margins = trained(base, given.run_dir, case, given.steps)
-            with (Path(given.run_dir) / KEPT).open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"case": asdict(case), "steps": given.steps, "margins": margins}) + "\n")
-            print(case, flush=True)
+    left = [case for place, case in enumerate(wanted) if place % PARTS == number and (case, given.steps) not in known]
+    for case in left[:CASES]:
+        margins = trained(base, given.run_dir, case, given.steps)
+        with (Path(given.run_dir) / KEPT).open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"case": asdict(case), "steps": given.steps, "margins": margins}) + "\n")
+        print(case, flush=True)
+    return MORE if len(left) > CASES else 0
 
 
 def done(run_dir: str) -> dict[tuple[Case, int], dict[str, float]]:
@@ -264,9 +269,12 @@ def picture(found: dict[tuple[float, float | None], list[HeldoutResult]], file: 
 def in_parts(*arguments: str) -> None:
     """Do the cases in processes of this program."""
     command = [sys.executable, __file__, *sys.argv[1:], *arguments, "--part"]
-    parts = [subprocess.Popen([*command, str(number)]) for number in range(PARTS)]
-    if any([part.wait() for part in parts]):
-        sys.exit("a part has failed")
+    codes = {MORE}
+    while MORE in codes:
+        parts = [subprocess.Popen([*command, str(number)]) for number in range(PARTS)]
+        codes = {part.wait() for part in parts}
+        if codes - {0, MORE}:
+            sys.exit("a part has failed")
 
 
 def main() -> None:
@@ -283,8 +291,7 @@ def main() -> None:
     parser.add_argument("--tune", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.part is not None:
-        work(given, given.part)
-        return
+        sys.exit(work(given, given.part))
 
     in_parts("--tune")
     in_parts()
