@@ -1,5 +1,5 @@
 """Lets `python -m rdpo` do what the `rdpo` command does."""
 
-from rdpo.cli import main
+from rdpo.cli import script
 
-raise SystemExit(main())
+raise SystemExit(script())

@@ -6,16 +6,40 @@ broke, and the same command resumes where it stopped.
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import sys
 from argparse import Namespace
+from functools import partial
 
 from rdpo.cli.failure import how_to_resume, report_failure
 from rdpo.cli.parser import parse
 from rdpo.cluster.interruption import heed_sigterm
 from rdpo.errors import InputError
 from rdpo.records import visible
+
+
+def script() -> int:
+    """What the `rdpo` command runs: `main`, and an end that native libraries cannot spoil; the exit code.
+
+    Threads of Arrow that a read has left sometimes abort the process while the interpreter takes itself down, and a
+    command that has done all its work ends with code 134 (apache/arrow issues 34314 and 39862).
+    """
+    codes: list[int] = []
+    # What is registered first comes last, behind Ray's own end for one.
+    atexit.register(partial(_end, codes))
+    codes.append(main())
+    return codes[0]
+
+
+def _end(codes: list[int]) -> None:
+    """End this process here, if `main` has said with which code."""
+    if codes:
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(codes[0])
 
 
 def main(arguments: list[str] | None = None) -> int:
