@@ -230,6 +230,8 @@ def _suggestion(field: str) -> str:
 
 def _meant(problem: ErrorDetails) -> str:
     """What was meant by a word that is none of those a field takes."""
+    if problem["loc"][-1] == "loss" and str(problem.get("input")).lower() == "rdpo":
+        return '; refined DPO is loss = "dpo" with training.offset_coef, and a reward'
     context = problem.get("ctx", {})
     known = QUOTED.findall(str(context.get("expected") or context.get("expected_tags") or ""))
     return did_you_mean(str(context.get("tag") or problem.get("input")), known)

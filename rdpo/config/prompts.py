@@ -67,7 +67,8 @@ class Prompts(Section):
     limit: int | None = Field(default=None, ge=1)
     """Use only the first so many rows of the source; by default all."""
     heldout_fraction: float = Field(default=0.1, gt=0, lt=1)
-    """Share of prompts held out for evaluation, where the source has no `split` column."""
+    """Share of prompts held out for evaluation, where the source has no `split` column. Each is drawn by its own words,
+    so that it stays where it is when others come: of a few dozen it may be some more or fewer."""
     near_duplicates: Literal["count", "drop"] = "count"
     """Training prompts that nearly repeat a held-out one are counted, or dropped (`drop`). Two prompts are
     near-duplicates if they share at least 80% of their five-character sequences (Jaccard similarity; case and white

@@ -12,6 +12,7 @@ from rdpo.stages.table import STAGES
 LOGPS_FALL = 10.0
 LENGTH_GROWS = 1.5
 FEW_PROMPTS = 20
+FEW_STEPS = 5
 STOPS_FALL = 0.1
 GAP_FOLLOWS_LENGTH = 0.5
 
@@ -50,6 +51,10 @@ def _of_pairs(summary: Summary, pairs: PairColumns | None) -> Iterator[str]:
 def _of_training(summary: Summary) -> Iterator[str]:
     if not summary.get("steps"):
         return
+    if summary["steps"] < FEW_STEPS:
+        more = "lower training.batch_size, or raise training.epochs or training.learning_rate"
+        yield f"Optimizer steps of training: {summary['steps']}, which moves little; {more}."
+        return
     first, last = summary["first"], summary["last"]
     if last["logps/chosen"] < first["logps/chosen"] - LOGPS_FALL:
         yield "The log-probs of the chosen answers fell in training; an SFT term (training.sft_coef) holds them."
@@ -62,7 +67,8 @@ def _of_evaluation(summary: Summary) -> Iterator[str]:
         return
     if summary["prompts"] < FEW_PROMPTS:
         more = "hold out more by prompts.heldout_fraction, or raise evaluation.limit"
-        yield f"Only {summary['prompts']} held-out prompts were compared, so the win rate says little; {more}."
+        yield f"Only {summary['prompts']} held-out prompts were compared, so what they show is little; {more}."
+        return
 
     length, stops = _means(summary["length"]), _means(summary["stop_rate"])
     if length["trained"] > LENGTH_GROWS * length["start"]:

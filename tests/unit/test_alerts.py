@@ -41,8 +41,14 @@ def test_a_gap_that_follows_length_is_an_alert():
 
 def test_falling_log_probs_are_an_alert():
     steps = [{"logps/chosen": value, "rewards/accuracies": 1.0} for value in (-30.0, -41.0)]
-    (alert,) = alerts_of(training={"steps": 2, "first": steps[0], "last": steps[1]})
+    (alert,) = alerts_of(training={"steps": 20, "first": steps[0], "last": steps[1]})
     assert "sft_coef" in alert
+
+
+def test_of_a_few_steps_that_is_what_is_said():
+    step = {"logps/chosen": -30.0, "rewards/accuracies": 0.0}
+    (alert,) = alerts_of(training={"steps": 2, "first": step, "last": step})
+    assert alert.startswith("Optimizer steps of training: 2, which moves little; lower training.batch_size")
 
 
 def test_a_stage_made_from_what_is_no_longer_there_is_an_alert():

@@ -56,6 +56,11 @@ def test_unknown_key_is_refused_with_a_suggestion(tmp_path, job_table):
     assert "job.toml" in message
 
 
+def test_who_asks_for_the_loss_rdpo_is_told_what_it_is_here(tmp_path, job_table):
+    job_table["training"]["loss"] = "rdpo"
+    assert 'refined DPO is loss = "dpo" with training.offset_coef' in explained(tmp_path, job_table)
+
+
 def test_wrong_type_names_field_and_value(tmp_path, job_table):
     job_table["training"]["epochs"] = "many"
     message = explained(tmp_path, job_table)

@@ -12,6 +12,7 @@ import pytest
 
 from rdpo.cli import main
 from rdpo.config import LOSS_OPTIONS, Job, Loss, load_job
+from rdpo.config.comparison import Comparison
 from rdpo.config.manual import manual
 from rdpo.preference.rewards.function import load_function
 from rdpo.synthesis.instructions import check_fields, load_task
@@ -48,6 +49,12 @@ def test_the_jobs_in_the_guide_are_whole():
     blocks = re.findall(r"```toml\n(.*?)```", "".join(GUIDE), re.DOTALL)
     names = [Job.model_validate(tomllib.loads(block)).name for block in blocks]
     assert names == ["mine", "large", "hosted", "from-sft", "preferences", "mixed", "safe", "self"]
+
+
+def test_the_comparison_that_is_shown_is_one():
+    page = (ROOT / "docs" / "compare.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```\n(name = .*?)```", page, re.DOTALL)
+    assert list(Comparison.model_validate(tomllib.loads(block)).arms) == ["dpo", "rdpo"]
 
 
 def test_every_job_is_in_the_table_of_jobs():
