@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers.utils import logging
 
 from rdpo.files.stage_folder import StageFolder
 from rdpo.modeling.weights import local_model
@@ -111,6 +112,8 @@ def main() -> None:
     """Fit on four fifths of the questions, report on the rest, save."""
     if sys.argv[1] == "--export":
         return export(sys.argv[2], Path(sys.argv[3]))
+    # It reports the head, which is new, as one that is missing.
+    logging.set_verbosity_error()
     random.seed(0)
     torch.manual_seed(0)
     source = Path(sys.argv[2]) if len(sys.argv) > 2 else PAIRS

@@ -46,7 +46,10 @@ def load_task(source: str) -> Task:
         content = tables_of(path.read_text(encoding="utf-8"), path.name)
     except FileNotFoundError:
         names = ", ".join(sorted(one.name.removesuffix(".toml") for one in SHIPPED.iterdir()))
-        raise InputError(f"synthesis.task: {source}: no such file; the tasks that come with rdpo are {names}") from None
+        looked = f"looked in {Path.cwd()}"
+        raise InputError(
+            f"synthesis.task: {source}: no such file ({looked}); the tasks that come with rdpo are {names}"
+        ) from None
     except (OSError, ValueError) as error:
         raise InputError(f"synthesis.task: {source}: {error}") from None
     check_kind(content, "task", f"synthesis.task: {source}")

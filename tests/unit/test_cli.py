@@ -173,7 +173,7 @@ def test_a_job_in_place_of_a_task(capsys, tmp_path, job_table):
     [
         ("rewards.0.function=tests.rewards.length", "did you mean `tests.rewards:length`"),
         ("rewards.0.function=tests.rewards:lengths", "did you mean `length`"),
-        ("synthesis.task=rolplay", "no such file; the tasks that come with rdpo are .*roleplay"),
+        ("synthesis.task=rolplay", "no such file \\(looked in .*\\); the tasks that come with rdpo are .*roleplay"),
         ("pairs.chosen=revised", "revised"),
         ("synthesis.task=task.toml", r"turns\.0\.usr: unknown key \(did you mean `user`\?\)"),
     ],
