@@ -19,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from rdpo.evaluation import length_controlled as at_equal_length
 from rdpo.evaluation.intervals import Estimate, with_interval
+from rdpo.evaluation.length_controlled import length_controlled
 from rdpo.tracking.tables import aligned
 
 JUDGE = "weighted_alpaca_eval_gpt4_turbo"
@@ -57,10 +57,7 @@ def measured(name: str, rows: list[dict[str, object]], published: float) -> Mode
     growth = np.array([float(len(str(row["output_2"])) - len(str(row["output_1"]))) for row in rows])
     share = min(float((growth <= 0).mean()), float((growth >= 0).mean()))
 
-    ours = at_equal_length.length_controlled(won, growth)
-    rule, at_equal_length.SEEN = at_equal_length.SEEN, 0.0
-    beyond = at_equal_length.length_controlled(won, growth)
-    at_equal_length.SEEN = rule
+    ours, beyond = length_controlled(won, growth), length_controlled(won, growth, seen=0.0)
     assert beyond is not None
     percent = ours and Estimate(100 * ours.mean, 100 * ours.low, 100 * ours.high)
     return Model(name, share, 100 * float(won.mean()), percent, 100 * beyond.mean, published)

@@ -35,20 +35,23 @@ SEEN = 0.2
 """The least share of answers that are as long or longer, and of those that are as long or shorter."""
 
 
-def length_controlled(won: Values, growth: Values, groups: Sequence[Hashable] | None = None) -> Estimate | None:
+def length_controlled(
+    won: Values, growth: Values, groups: Sequence[Hashable] | None = None, seen: float = SEEN
+) -> Estimate | None:
     """The win rate at equal length, with its 95% interval over prompts.
 
-    None of fewer than eight prompts, and where fewer than a fifth of the answers are on one side of equal length.
+    None of fewer than eight prompts, and where nearly all answers are on one side of equal length.
 
     Args:
         won: 1 for a win of the trained model, half for a tie (n,).
         growth: by how much its answer is longer, in tokens (n,).
         groups: the prompt of each row; by default every row has its own.
+        seen: the least share of answers on either side.
     """
     names = list(groups) if groups is not None else list(range(len(won)))
     places: dict[Hashable, int] = {}
     of_row = np.array([places.setdefault(name, len(places)) for name in names])
-    if len(places) < FEWEST or min((growth <= 0).mean(), (growth >= 0).mean()) < SEEN:
+    if len(places) < FEWEST or min((growth <= 0).mean(), (growth >= 0).mean()) < seen:
         return None
 
     spread = float(growth.std())

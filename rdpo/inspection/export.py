@@ -176,13 +176,13 @@ def _write(tables: Iterator[pa.Table], path: Path) -> int:
 
 def _write_lines(tables: Iterator[pa.Table], path: Path) -> int:
     """Write tables as JSON lines in the form that data sets with tools have, unless they hold no row; how many rows."""
-    lines = [json.dumps(_with_calls(row), ensure_ascii=False) for table in tables for row in table.to_pylist()]
+    lines = [json.dumps(with_calls(row), ensure_ascii=False) for table in tables for row in table.to_pylist()]
     if lines:
         path.write_text("\n".join([*lines, ""]), encoding="utf-8")
     return len(lines)
 
 
-def _with_calls(row: Row) -> Row:
+def with_calls(row: Row) -> Row:
     """A pair with the calls of its messages as tables, and the tools in a column of their own."""
     sides = {name: template_form(row[name]) for name in ("prompt", *SIDES)}
     return {**row, **sides, **({TOOLS: tools} if (tools := tools_of(row["prompt"])) else {})}

@@ -22,7 +22,8 @@ from rdpo.evaluation.publish import rendered_card
 from rdpo.execution.reader import RunReader
 from rdpo.files.folder import Folder
 from rdpo.files.stores import open_file
-from rdpo.records import ID_COLUMN, SIDES, Row, digest, text_of
+from rdpo.inspection.export import REASONING_KEY, with_calls
+from rdpo.records import ID_COLUMN, SIDES, Messages, Row, digest, text_of
 
 ASKED = "Which answer is better?"
 QUESTION, FIRST, SECOND, EQUAL = "better", "first", "second", "equal"
@@ -186,16 +187,24 @@ def _majority(votes: Counter[str], where: Mapping[str, str]) -> tuple[str | None
 def _ordered(pair: Row, chosen: str, votes: Counter[str], where: Mapping[str, str]) -> Row:
     """A row of the data set, whose chosen answer is that side of the pair."""
     rejected = SIDES[chosen == SIDES[0]]
+    answers = {side: _thought(pair, side) for side in SIDES}
     count = {side: votes[place] for place, side in where.items()}
-    return {
+    row = {
         "prompt": pair["prompt"],
-        "chosen": pair[chosen],
-        "rejected": pair[rejected],
+        "chosen": answers[chosen],
+        "rejected": answers[rejected],
         "score_chosen": pair[f"score_{chosen}"],
         "score_rejected": pair[f"score_{rejected}"],
         "votes_for": count[chosen],
         "votes_against": count[rejected],
     }
+    return with_calls(row)
+
+
+def _thought(pair: Row, side: str) -> Messages:
+    """The messages of an answer, with the reasoning before it where there is some."""
+    thought = pair.get(f"{side}_reasoning")
+    return [{**pair[side][0], REASONING_KEY: thought}] if thought else pair[side]
 
 
 def _write(path: Path, content: Row | Sequence[Row]) -> None:

@@ -52,13 +52,12 @@ def _of_training(summary: Summary) -> Iterator[str]:
     if not summary.get("steps"):
         return
     if summary["steps"] < FEW_STEPS:
-        more = "lower training.batch_size, or raise training.epochs or training.learning_rate"
-        yield f"Optimizer steps of training: {summary['steps']}, which moves little; {more}."
-        return
+        more = "where little has moved, lower training.batch_size, or raise training.epochs or training.learning_rate"
+        yield f"Optimizer steps of training: {summary['steps']}, which are few; {more}."
     first, last = summary["first"], summary["last"]
     if last["logps/chosen"] < first["logps/chosen"] - LOGPS_FALL:
         yield "The log-probs of the chosen answers fell in training; an SFT term (training.sft_coef) holds them."
-    if last["rewards/accuracies"] < 0.5:
+    if last["rewards/accuracies"] < 0.5 and summary["steps"] >= FEW_STEPS:
         yield "At the end of training the policy still prefers the rejected side of most pairs."
 
 
@@ -68,12 +67,11 @@ def _of_evaluation(summary: Summary) -> Iterator[str]:
     if summary["prompts"] < FEW_PROMPTS:
         more = "hold out more by prompts.heldout_fraction, or raise evaluation.limit"
         yield f"Only {summary['prompts']} held-out prompts were compared, so what they show is little; {more}."
-        return
 
     length, stops = _means(summary["length"]), _means(summary["stop_rate"])
     if length["trained"] > LENGTH_GROWS * length["start"]:
         yield "Answers grew by more than half; compare rewards at equal length before believing the win rate."
-    if stops["trained"] < stops["start"] - STOPS_FALL:
+    if stops["trained"] < stops["start"] - STOPS_FALL and summary["prompts"] >= FEW_PROMPTS:
         yield "The trained model stops by itself less often than the start model."
 
     rose = [reward["reward"] for reward in summary["rewards"] if reward["weight"] and reward["difference"]["low"] > 0]

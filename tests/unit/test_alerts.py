@@ -48,7 +48,20 @@ def test_falling_log_probs_are_an_alert():
 def test_of_a_few_steps_that_is_what_is_said():
     step = {"logps/chosen": -30.0, "rewards/accuracies": 0.0}
     (alert,) = alerts_of(training={"steps": 2, "first": step, "last": step})
-    assert alert.startswith("Optimizer steps of training: 2, which moves little; lower training.batch_size")
+    assert alert.startswith("Optimizer steps of training: 2, which are few; where little has moved, lower")
+
+
+def test_a_few_steps_that_tear_the_model_are_still_said_to():
+    steps = [{"logps/chosen": value, "rewards/accuracies": 1.0} for value in (-30.0, -90.0)]
+    few, fall = alerts_of(training={"steps": 2, "first": steps[0], "last": steps[1]})
+    assert "which are few" in few
+    assert "sft_coef" in fall
+
+
+def test_a_reward_that_falls_is_said_of_a_few_prompts_too():
+    few, gamed = alerts_of(evaluation={**evaluated(optimised=1.0, other=-1.0), "prompts": 4})
+    assert few.startswith("Only 4")
+    assert "not optimised, fell" in gamed
 
 
 def test_a_stage_made_from_what_is_no_longer_there_is_an_alert():

@@ -1,15 +1,16 @@
 """Pairs that people judge: what they see, and what becomes of their answers."""
 
 import json
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
 
 from rdpo.cli import main
 from rdpo.errors import InputError
-from rdpo.inspection.review import places, read_review, write_pairs, write_review
+from rdpo.inspection.review import _ordered, places, read_review, write_pairs, write_review
 from rdpo.synthesis.conversation import derive_pair
-from tests.support.made_up import HOSTILE, made_up_run
+from tests.support.made_up import HOSTILE, made_up_run, pair
 
 
 @pytest.fixture
@@ -76,8 +77,8 @@ def test_answers_become_pairs_in_the_order_of_the_majority(run_dir, answered, tm
 
     write_pairs(found, str(tmp_path / "pairs.jsonl"))
     rows = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text(encoding="utf-8").splitlines()]
-    pair = derive_pair(rows[1], "prompt")
-    assert pair.answers["rejected"].startswith("Plain answer")
+    turned = derive_pair(rows[1], "prompt")
+    assert turned.answers["rejected"].startswith("Plain answer")
 
 
 @pytest.mark.parametrize(
@@ -127,3 +128,10 @@ def test_argilla_reads_what_is_written(run_dir, tmp_path, monkeypatch):
 class _AnyApi:
     def __getattr__(self, name):
         return None
+
+
+def test_reasoning_stays_with_its_answer():
+    row = pair(3) | {"chosen_reasoning": "Plainly.", "rejected_reasoning": ""}
+    found = _ordered(row, "rejected", Counter({"first": 1}), places(row["prompt_id"]))
+    assert found["rejected"] == [{"role": "assistant", "content": "Plain answer 3.", "reasoning_content": "Plainly."}]
+    assert found["chosen"] == row["rejected"]
