@@ -70,6 +70,8 @@ def job_of(options: argparse.Namespace) -> Job:
         "gradient_checkpointing": options.gradient_checkpointing,
         "gpus_per_worker": int(GPU),
         "compile_layers": options.compile,
+        "mlp_tile": options.mlp_tile,
+        "offload_activations": options.offload_activations,
         **({"lora": {"rank": options.lora}} if options.lora else {}),
     }
     return Job.model_validate(
@@ -242,6 +244,8 @@ def options_from(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--zero-stage", type=int, default=0)
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--compile", action="store_true", help="rdpo's training.compile_layers")
+    parser.add_argument("--mlp-tile", type=int, help="rdpo's training.mlp_tile")
+    parser.add_argument("--offload-activations", action="store_true", help="rdpo's training.offload_activations")
     parser.add_argument("--profile", help="file for the kernels of one more step of rdpo")
     return parser.parse_args(arguments)
 

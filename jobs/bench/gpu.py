@@ -34,6 +34,7 @@ CASES = {
     "1b full, 16k": Case("1b", 16_384, 64),
     "8b LoRA, 8k": Case("8b", 8192, 32, ("--lora", "16")),
     "8b LoRA, 8k, checkpointing": Case("8b", 8192, 32, ("--lora", "16", "--gradient-checkpointing")),
+    "8b LoRA, 64k, checkpointing": Case("8b", 65_536, 64, ("--lora", "16", "--gradient-checkpointing")),
     "8b LoRA, 16k": Case("8b", 16_384, 32, ("--lora", "16", "--gradient-checkpointing")),
 }
 MAX_LENGTH = 1024

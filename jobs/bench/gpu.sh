@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What rdpo does on one GPU, each step within its own time: logs, tables and a summary in $OUT (runs/gpu by default).
 #
-#     bash jobs/bench/gpu.sh [STEP…]      # env checks attention train1b train8b synthesis by default; compile8b, long1b on request
+#     bash jobs/bench/gpu.sh [STEP…]      # env checks attention train1b train8b synthesis by default; compile8b, rows8b, head, long1b on request
 #
 # `checks` are the tests marked `gpu`, a process for each file, and a whole run, all side by side; the rest is measured,
 # one after the other. Needs rdpo and TRL installed. PAIRS is a file of pairs to train on, PYTHON the interpreter.
@@ -83,6 +83,14 @@ for name in "$@"; do
     long1b) train long1b 150 "1b full, 16k" --workload long ;;
     train8b) train train8b 200 "8b LoRA, 8k" --workload real --profile "$logs/profile8b.txt" ;;
     compile8b) train compile8b 120 "8b LoRA, 8k" --workload real --trainer rdpo --compile --profile "$logs/profile8b_compiled.txt" ;;
+    rows8b) # how much of a card long rows take: as they are, and with tiles and inputs of layers on the CPU
+        train rows8b 150 "8b LoRA, 64k, checkpointing" --workload real --trainer rdpo
+        train rows8b_tiled 150 "8b LoRA, 64k, checkpointing" --workload real --trainer rdpo --mlp-tile 4096 --offload-activations
+        ;;
+    head)
+        step head 90 "$python" jobs/bench/head.py --device cuda --dtype bfloat16 --tokens 8192 --hidden 4096 --vocabulary 128256
+        cat "$logs/head.log" >>"$out/summary.txt"
+        ;;
     synthesis)
         speak synthesis1024 2048 --in-flight 1024 --batch-rows 64
         speak synthesis_default 2048 --default-engine

@@ -202,8 +202,14 @@ class Training(Loss):
     gradient_checkpointing: Annotated[bool, MEMORY] = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     compile_layers: Annotated[bool, MEMORY, UNSAID] = False
-    """Let torch compile the decoder layers around their attention, for long trainings: the first step takes a minute or
-    more longer. Not with `zero_stage` 3, which gathers weights within layers."""
+    """Let torch compile the decoder layers around their attention, and what is done to logits, for long trainings: the
+    first step takes a minute or more longer. Not with `zero_stage` 3, which gathers weights within layers."""
+    mlp_tile: Annotated[int | None, MEMORY, UNSAID] = Field(default=None, ge=1)
+    """For rows longer than a card holds: tokens that a layer's MLP reads at a time. Its inner states are then made
+    again in the backward pass (tiled MLP, arXiv 2506.13996). Not with `compile_layers`."""
+    offload_activations: Annotated[bool, MEMORY, UNSAID] = False
+    """What GPU training keeps of the layers under `gradient_checkpointing`, the input of each, lies in CPU memory until
+    the backward pass (arXiv 2506.13996)."""
     zero_stage: Literal[0, 1, 2, 3] = 3
     """DeepSpeed ZeRO stage, what is partitioned over the workers: 1 the optimizer state, 2 the gradients too, 3 the
     weights too. 0 is for float32; in bfloat16 it means 1."""
@@ -240,6 +246,20 @@ class Training(Loss):
     layout: Annotated[Layout, MEMORY] = "auto"
     """`packed`: one row without padding, each prompt once for both its answers; `padded`: a row for each
     sequence; `auto`: packed where the architecture can."""
+
+    @model_validator(mode="after")
+    def _check_long_rows(self) -> Training:
+        if self.compile_layers and self.mlp_tile:
+            raise ValueError(
+                "mlp_tile: compile_layers compiles a layer once for rows of all lengths, which have other numbers of "
+                "tiles; remove one of the two"
+            )
+        if self.offload_activations and not self.gradient_checkpointing:
+            raise ValueError(
+                "offload_activations: without gradient_checkpointing far more is kept than a CPU can take in time; set "
+                "gradient_checkpointing = true too"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_compiled(self) -> Training:

@@ -12,12 +12,13 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING
 
+from rdpo.errors import InputError
 from rdpo.modeling.loading import SPECIAL_ID, architecture_outline
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-    from rdpo.modeling.model import ForwardSettings
+    from rdpo.modeling.model import ForwardSettings, Policy
     from rdpo.modeling.probe import ReadAs
 
 WIDTHS = {
@@ -43,18 +44,24 @@ VOCABULARY = 512
 LARGEST = 10_000_000
 """Parameters."""
 SEED = 0
+TILE, EXACT = 5, 1e-4
+"""Tokens of a tile, which texts are longer than; nats by which log-probs may differ between tiles and none."""
 
 
-def check_miniature(where: str, config: PretrainedConfig, settings: ForwardSettings) -> ReadAs | None:
+def check_miniature(
+    where: str, config: PretrainedConfig, settings: ForwardSettings, tiled: bool = False
+) -> ReadAs | None:
     """Try the architecture of a configuration on a small random model; None if it cannot be built small.
 
     Args:
         where: what a message begins with.
         config: the student's.
         settings: how it is read; its precision is not: this is in fp32.
+        tiled: its MLPs are to read rows in tiles.
 
     Raises:
-        InputError: no layout gives the log-probs of the model's own logits, or not the one that is asked for.
+        InputError: no layout gives the log-probs of the model's own logits, or not the one that is asked for, or tiles
+            change them.
     """
     import torch
 
@@ -72,7 +79,26 @@ def check_miniature(where: str, config: PretrainedConfig, settings: ForwardSetti
     except Exception:
         return None
 
-    return settle_layout(as_policy(model, settings).eval(), f"{where} (tried on a small random model)", settings.layout)
+    tried = f"{where} (tried on a small random model)"
+    policy = as_policy(model, settings).eval()
+    found = settle_layout(policy, tried, settings.layout)
+    if tiled:
+        _check_tiles(policy, tried)
+    return found
+
+
+def _check_tiles(policy: Policy, where: str) -> None:
+    """Raise if the log-probs are others once MLPs read a few tokens at a time; from then on they do."""
+    from rdpo.modeling.probe import policy_logps, probe_texts
+    from rdpo.modeling.tiling import SETTING, tile_mlps
+
+    texts = probe_texts(policy.causal)
+    whole = policy_logps(policy, texts)
+    tile_mlps(policy.layers(), TILE)
+    difference = float((policy_logps(policy, texts) - whole).abs().max())
+    # Not `>`: a difference that is not a number is refused too.
+    if not difference <= EXACT:
+        raise InputError(f"{SETTING}: {where}: tiles change the log-probs by {difference:.2g} nats; remove it")
 
 
 def _miniature(where: str, config: PretrainedConfig, trust_remote_code: bool) -> PreTrainedModel | None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -22,6 +22,7 @@ from rdpo.modeling.logits import logit_transform
 from rdpo.modeling.logprobs import CompletionHead, sum_by_sequence
 from rdpo.modeling.reading import read_packed, read_padded
 from rdpo.modeling.start_adapter import put_on
+from rdpo.modeling.tiling import tile_mlps
 from rdpo.modeling.token_weights import pair_weights
 from rdpo.records import SIDES
 
@@ -57,6 +58,8 @@ class Tuning:
     dropout: float = 0.0
     """On the input of that adapter."""
     gradient_checkpointing: bool = False
+    mlp_tile: int | None = None
+    """Tokens that an MLP reads at a time, see `rdpo.modeling.tiling`."""
     seed: int = 0
     """Of the adapter's first weights."""
 
@@ -67,10 +70,12 @@ class Policy(nn.Module):
     `packed` says in which layout it reads: every prompt once, without padding, or padded rows. `weights`: what the
     tokens of pairs weigh, once the model has been compared with its own logits. `measures_likeness`: a forward gives
     beside log-probs how like the policy's own answers each answer is (WPO, see `rdpo.training.losses.policy_weight`).
+    `stash`: the context in which the layers run, where what they keep for the backward pass may be put elsewhere.
     """
 
     weights: TokenWeights | None = None
     measures_likeness = False
+    stash: Callable[[], AbstractContextManager[object]] = nullcontext
 
     def __init__(self, model: PreTrainedModel | PeftModel, chunk: int, packed: bool):
         super().__init__()
@@ -109,20 +114,24 @@ class Policy(nn.Module):
         else:
             read_padded(self.causal, self.padded_attention)
 
+    def layers(self) -> list[nn.Module]:
+        """The decoder layers."""
+        types = tuple(self.layer_types())
+        return [module for module in self.modules() if isinstance(module, types)]
+
     def layer_types(self) -> list[type]:
         """Classes of the architecture's decoder layers."""
         names = set(self.causal._no_split_modules or ())
         return list({type(module) for module in self.modules() if type(module).__name__ in names})
 
     def compile_layers(self, backend: str = "inductor") -> None:
-        """Let torch compile the decoder layers at their first forward, for all lengths at once; packed attention stays.
+        """Let torch compile decoder layers and head at their first forward, for all lengths at once.
 
-        `backend` is the compiler's, by its name in torch.
+        Packed attention stays as it is. `backend` is the compiler's, by its name in torch.
         """
-        types = tuple(self.layer_types())
-        for module in self.modules():
-            if isinstance(module, types):
-                module.compile(dynamic=True, backend=backend)
+        self.head.compile_chunks(backend)
+        for layer in self.layers():
+            layer.compile(dynamic=True, backend=backend)
 
     def batch(
         self, prompts: Sequence[Tokens], *answers: Sequence[Tokens], others: Sequence[Sequence[Tokens]] = ()
@@ -167,7 +176,9 @@ class Policy(nn.Module):
         else:
             layout = {"attention_mask": batch.attention_mask}
         # Not of the whole model, whose head would make the logits of every position.
-        hidden: Tensor = self.causal.base_model(input_ids=batch.input_ids, use_cache=False, **layout).last_hidden_state
+        with self.stash():
+            output = self.causal.base_model(input_ids=batch.input_ids, use_cache=False, **layout)
+        hidden: Tensor = output.last_hidden_state
         return hidden
 
     @contextmanager
@@ -212,7 +223,10 @@ def as_policy(model: PreTrainedModel, settings: ForwardSettings, tuning: Tuning 
         adapted = put_on(model, tuning.adapter, tuning.dropout)
     elif tuning.lora:
         adapted = with_adapter(model, tuning.lora, tuning.seed)
-    return Policy(adapted, settings.chunk, packed)
+    policy = Policy(adapted, settings.chunk, packed)
+    if tuning.mlp_tile:
+        tile_mlps(policy.layers(), tuning.mlp_tile)
+    return policy
 
 
 def _four_bits(dtype: str) -> Any:

@@ -137,7 +137,8 @@ def check_architecture(job: Job) -> ReadAs | None:
     """
     from rdpo.modeling.miniature import check_miniature
 
-    return check_miniature(f"student.model {job.student.model}", ModelRef.student(job).config(), forward_settings(job))
+    where, config = f"student.model {job.student.model}", ModelRef.student(job).config()
+    return check_miniature(where, config, forward_settings(job), tiled=job.training.mlp_tile is not None)
 
 
 def is_quantised(model: ModelRef) -> bool:
@@ -237,8 +238,9 @@ def tuning_of(job: Job) -> Tuning:
     """What makes the student ready to be trained."""
     from rdpo.modeling.model import Tuning
 
-    lora = job.training.lora
+    training = job.training
+    tuning = Tuning(gradient_checkpointing=training.gradient_checkpointing, mlp_tile=training.mlp_tile, seed=job.seed)
     if adapter := _continued(job):
         # Not the dropout that the adapter was trained with before: that belongs to a training, not to an adapter.
-        return Tuning(None, adapter, lora.dropout if lora else 0.0, job.training.gradient_checkpointing, job.seed)
-    return Tuning(lora, gradient_checkpointing=job.training.gradient_checkpointing, seed=job.seed)
+        return replace(tuning, adapter=adapter, dropout=training.lora.dropout if training.lora else 0.0)
+    return replace(tuning, lora=training.lora)

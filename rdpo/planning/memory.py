@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any
@@ -48,7 +49,8 @@ CPU_SLACK = 0.6
 class Rehearsal:
     """What a model needs, whatever the number of workers: weights in all and trained, bytes of one micro-batch.
 
-    `layer` is how many trained weights its largest decoder layer has.
+    `layer` is how many trained weights its largest decoder layer has, `stashed` the bytes of one micro-batch that lie
+    in CPU memory between forward and backward.
     """
 
     weights: int
@@ -57,6 +59,7 @@ class Rehearsal:
     activations: int
     arithmetic: Arithmetic
     packed: bool
+    stashed: int = 0
 
 
 def typical_size(job: Job) -> PairSize:
@@ -92,6 +95,9 @@ def rehearse(job: Job, sizes: Sequence[PairSize] = ()) -> Rehearsal:
     if job.training.gpus_per_worker and policy.packed:
         AttentionInterface.register(FOOTPRINT, _footprint)
         model.set_attn_implementation(FOOTPRINT)
+    stash = _Stash()
+    if job.training.offload_activations and job.training.gpus_per_worker:
+        policy.stash = stash.hooks
 
     # A fake tensor has a shape and a device, but no memory: what is counted below would not fit here.
     with FakeTensorMode():
@@ -106,6 +112,7 @@ def rehearse(job: Job, sizes: Sequence[PairSize] = ()) -> Rehearsal:
         activations=peak,
         arithmetic=Arithmetic.of(policy),
         packed=policy.packed,
+        stashed=stash.size,
     )
 
 
@@ -144,6 +151,24 @@ def _footprint(
 
     placed = sequences(row.spans, query.device)
     return flash_by_sequence(query, key, value, placed, scaling=None, window=None, kernel=kernel), None
+
+
+class _Stash:
+    """In place of CPU memory beside a GPU: of tensors that are put there only the sizes are kept."""
+
+    size = 0
+
+    def hooks(self) -> AbstractContextManager[object]:
+        """The context in which what is kept for the backward pass is put there."""
+        return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
+
+    def _pack(self, tensor: Tensor) -> tuple[torch.Size, torch.dtype]:
+        self.size += tensor.numel() * tensor.dtype.itemsize
+        return tensor.shape, tensor.dtype
+
+    def _unpack(self, packed: tuple[torch.Size, torch.dtype]) -> Tensor:
+        shape, dtype = packed
+        return torch.empty(shape, dtype=dtype, device="cpu")
 
 
 def _pretend_on_cpu(policy: Policy) -> None:
@@ -242,7 +267,8 @@ def worker_memory(job: Job, rehearsal: Rehearsal) -> dict[str, int]:
 
 def offloaded_memory(job: Job, rehearsal: Rehearsal) -> dict[str, int]:
     """Bytes by part that one of the job's training workers holds in CPU memory in place of its GPU's."""
-    return backend_of(job).offloaded_parts(job, _weights(job, rehearsal))
+    parts = backend_of(job).offloaded_parts(job, _weights(job, rehearsal))
+    return {**parts, "activations": rehearsal.stashed} if rehearsal.stashed else parts
 
 
 def _weights(job: Job, rehearsal: Rehearsal) -> Weights:

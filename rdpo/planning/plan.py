@@ -116,7 +116,8 @@ def _memory(parts: dict[str, int], limit: float | None) -> Iterator[str]:
     if limit and total > limit:
         yield (
             "does not fit: more workers share weights and optimizer under ZeRO-3; training.lora needs hardly any "
-            "optimizer; gradient_checkpointing and a smaller tokens_per_batch need less for activations"
+            "optimizer; gradient_checkpointing and a smaller tokens_per_batch need less for activations, and for rows "
+            "that are long by themselves mlp_tile and offload_activations"
         )
 
 
@@ -124,7 +125,7 @@ def _offloaded(job: Job, parts: dict[str, int]) -> str:
     each, workers = sum(parts.values()), min(smallest(job.training.num_workers), PER_NODE)
     named = ", ".join(f"{name} {amount / GIB:,.1f}" for name, amount in parts.items())
     return (
-        f"CPU memory under offload = {job.training.offload}: {each / GIB:,.1f} GiB for each worker ({named}), "
+        f"CPU memory for what is offloaded: {each / GIB:,.1f} GiB for each worker ({named}), "
         f"{workers * each / GIB:,.0f} for {workers} on a node"
     )
 

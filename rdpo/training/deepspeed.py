@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,6 +63,8 @@ class DeepSpeedBackend:
         policy.train()
         if job.training.compile_layers:
             policy.compile_layers()
+        if job.training.offload_activations and job.training.gpus_per_worker:
+            policy.stash = partial(torch.autograd.graph.save_on_cpu, pin_memory=True)
         if partitioned:
             gather_by_layer(policy, config)
         trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]

@@ -79,6 +79,51 @@ def test_frozen_head_gives_a_gradient_to_its_input_alone():
     assert output.weight.grad is None
 
 
+@pytest.mark.parametrize("squares", [False, True])
+@pytest.mark.parametrize(("scale", "softcap", "bias"), [(1.0, None, False), (0.5, None, True), (2.0, 1.5, True)])
+def test_a_frozen_head_gives_the_gradient_of_a_trained_one(scale, softcap, bias, squares):
+    torch.manual_seed(0)
+    hidden, output = torch.randn(11, 8, requires_grad=True), torch.nn.Linear(8, 29, bias=bias)
+    labels, weights = torch.randint(29, (11,)), torch.randn(11)
+
+    found = []
+    for frozen in (False, True):
+        output.requires_grad_(not frozen)
+        logps = CompletionHead(output, 4, scale, softcap)(hidden, labels, squares)
+        logps, *log_squares = logps if squares else (logps,)
+        found.append([logps, *log_squares, *torch.autograd.grad((logps * weights).sum(), [hidden])])
+    trained, frozen = found
+    assert torch.equal(trained[0], frozen[0])
+    for one, other in zip(trained, frozen, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-6)
+
+
+def test_a_frozen_head_is_multiplied_with_twice_and_a_trained_one_four_times():
+    """Forward, and by the states; where it is trained, forward once more, and by the weights."""
+    counts = []
+    for trained in (False, True):
+        hidden, output = torch.randn(12, 8, requires_grad=True), torch.nn.Linear(8, 29, bias=False)
+        output.requires_grad_(trained)
+        with Operations() as made:
+            CompletionHead(output, 12)(hidden, torch.zeros(12, dtype=torch.long)).sum().backward()
+        counts.append(sum(name.startswith(("aten.mm", "aten.addmm")) for name in made.names))
+    assert counts == [2, 4]
+
+
+def test_a_frozen_head_keeps_as_much_as_its_hidden_states():
+    hidden, output = torch.randn(64, 4, requires_grad=True), torch.nn.Linear(4, 4000, bias=False).requires_grad_(False)
+    largest, kept = LargestTensor(), []
+
+    def noted(tensor):
+        kept.append(tensor.numel())
+        return tensor
+
+    with largest, torch.autograd.graph.saved_tensors_hooks(noted, lambda tensor: tensor):
+        CompletionHead(output, 8)(hidden, torch.zeros(64, dtype=torch.long)).sum().backward()
+    assert largest.elements <= 8 * 4000
+    assert sum(kept) == hidden.numel()
+
+
 def test_bf16_is_summed_in_fp32():
     torch.manual_seed(0)
     hidden, output = torch.randn(64, 32).bfloat16(), torch.nn.Linear(32, 5000, bias=False).bfloat16()
