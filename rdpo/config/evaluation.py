@@ -49,7 +49,8 @@ class Retention(Section):
 
 
 class Rounds(Section):
-    """The whole run several times, each time from the model that the last one made (`rdpo run` does it)."""
+    """The whole run several times, each time from the model that the last one made. In a comparison (`rdpo compare`)
+    every round is made, whatever it gains, and each is held against the baseline after as many rounds."""
 
     count: int = Field(default=1, ge=1)
     """How many rounds at most."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from rdpo.execution.pipeline import locked, run_stages
 from rdpo.execution.reader import RunReader
 from rdpo.execution.run import Run
 from rdpo.execution.stage import Stage
+from rdpo.experiments.measured import Measured, added_up, comparable, from_the_first, rivals_of, runs_of
 from rdpo.files.folder import Folder
 from rdpo.files.manifest import Manifest
 from rdpo.files.stores import absolute
@@ -57,8 +58,11 @@ def load_comparison(path: str | Path, part: Part | None = None) -> tuple[Compari
         for seed in comparison.seeds:
             own = {"seed": seed, "name": run_name(str(variant), seed)}
             job = job_of({**variant.of(table, comparison), **own}, f"{path}: arm {variant}")
-            if job.rounds.count > 1:
-                raise InputError(f"{path}: arm {variant}: several rounds are run by `rdpo run`, not compared")
+            if job.rounds.count > 1 and comparison.until != "evaluation":
+                raise InputError(
+                    f"{path}: arm {variant}: each of several rounds has pairs of its own, so that arms are compared by "
+                    'their answers; set until = "evaluation"'
+                )
             if job.fits_types:
                 raise InputError(f"{path}: arm {variant}: types of annotators are run by `rdpo run`, not compared")
             if job.prompts.made and job.prompts.made.seed is None and len(comparison.seeds) > 1:
@@ -122,12 +126,25 @@ def run_arms(
         InputError: a seed is none of the comparison's.
     """
     check_seeds(comparison, seeds)
-    folders = {run: absolute(arm_dir(run_dir, *run)) for run in jobs}
+    runs = runs_in(jobs, run_dir)
+    for one in runs:
+        if seeds is None or one.seed in seeds:
+            console.say(f"\n{one.label}, seed {one.seed}")
+            with _driven(one, jobs[one.arm, one.seed], runs, console) as run:
+                run_stages(run, stages_of_round(one, comparison.until))
+
+
+def runs_in(jobs: Jobs, run_dir: str) -> list[Measured]:
+    """The runs of all arms and seeds, in the order in which they are made, in the comparison's directory."""
+    made = []
     for (arm, seed), job in jobs.items():
-        if seeds is None or seed in seeds:
-            console.say(f"\n{arm}, seed {seed}")
-            with _driven(job, folders[arm, seed], folders.values(), console) as run:
-                run_stages(run, list(stages_until(job, comparison.until)))
+        made += runs_of(arm, seed, job, absolute(arm_dir(run_dir, arm, seed)))
+    return made
+
+
+def stages_of_round(run: Measured, until: str) -> list[Stage]:
+    """The stages of a run: all of them where another round goes on from its model."""
+    return list(stages_of(run.job) if run.number < run.rounds else stages_until(run.job, until))
 
 
 def check_seeds(comparison: Comparison, seeds: Collection[int] | None) -> None:
@@ -141,11 +158,18 @@ def check_seeds(comparison: Comparison, seeds: Collection[int] | None) -> None:
 
 
 @contextmanager
-def _driven(job: Job, folder: str, folders: Collection[str], console: Console) -> Iterator[Run]:
-    """One run of the comparison, held by this driver; what the other runs in `folders` have made it may take over."""
-    siblings = tuple(other for other in folders if other != folder)
-    with locked(job, folder, say=console.say) as check:
-        yield Run(job, folder, console, prepare, siblings, check=check)
+def _driven(run: Measured, job: Job, runs: Collection[Measured], console: Console) -> Iterator[Run]:
+    """One run of the comparison, held by this driver; what the others have made it may take over.
+
+    `job` is the arm's, of which the run may be a round.
+    """
+    siblings = tuple(other.folder for other in runs if other.folder != run.folder)
+    with ExitStack() as holding:
+        if run.rounds > 1:
+            # The arm's directory is that of a run with rounds, as `rdpo run` makes it.
+            holding.enter_context(locked(job, os.path.dirname(os.path.dirname(run.folder)), say=console.say))
+        check = holding.enter_context(locked(run.job, run.folder, say=console.say))
+        yield Run(run.job, run.folder, console, prepare, siblings, check=check)
 
 
 def check_heldout(
@@ -160,14 +184,15 @@ def check_heldout(
         return
 
     found: dict[tuple[str, int], set[str]] = {}
-    folders = {run: absolute(arm_dir(run_dir, *run)) for run in jobs}
-    for run, job in jobs.items():
-        if seeds is not None and run[1] not in seeds:
+    runs = runs_in(jobs, run_dir)
+    for one in runs:
+        # Later rounds have the prompts of the first.
+        if one.number > 1 or (seeds is not None and one.seed not in seeds):
             continue
-        console.say(f"\nprompts of {run[0]}, seed {run[1]}")
-        with _driven(job, folders[run], folders.values(), console) as one:
-            run_stages(one, list(stages_until(job, "prompts")))
-            found[run] = set(heldout_prompts(one).ids().to_pylist())
+        console.say(f"\nprompts of {one.arm}, seed {one.seed}")
+        with _driven(one, jobs[one.arm, one.seed], runs, console) as run:
+            run_stages(run, list(stages_until(one.job, "prompts")))
+            found[one.arm, one.seed] = set(heldout_prompts(run).ids().to_pylist())
     # Only prompts have been made so far, in minutes; the arms may take days.
     _check_same(found)
 
@@ -195,20 +220,24 @@ def compare_arms(comparison: Comparison, jobs: Jobs, run_dir: str, console: Cons
     check_heldout(comparison, jobs, run_dir, console)
     run_arms(comparison, jobs, run_dir, console)
 
-    runs = {run: RunReader(arm_dir(run_dir, *run), job) for run, job in jobs.items()}
-    made = {run: _finished(reader, comparison.until) for run, reader in runs.items()}
-    evaluated = {run: _rows(runs[run], "evaluation") for run in runs if "evaluation" in made[run]}
-    weights = {arm: _weights(job) for (arm, _), job in jobs.items()}
-    found = arms.arm_results(evaluated, weights, comparison.rivals) if evaluated else []
+    runs = runs_in(jobs, run_dir)
+    rivals = rivals_of(comparison, runs)
+    readers = {run: RunReader(run.folder, run.job) for run in runs}
+    made = {run: _finished(reader, comparison.until) for run, reader in readers.items()}
+    answered = {run: _rows(readers[run], "evaluation") for run in runs if "evaluation" in made[run]}
+    evaluated = dict(from_the_first(answered))
+    found = arms.arm_results(evaluated, comparable(runs), rivals) if evaluated else []
 
-    # An arm that trains nothing measures no margins.
-    left = {run: heldout_margins(runs[run].folder("training")) for run in runs if "training" in made[run]}
-    margins = {run: of_run for run, of_run in left.items() if of_run}
-    prompts = _prompts_of_pairs(runs[next(iter(margins))]) if margins else {}
-    selected = {arm for (arm, _), job in jobs.items() if job.training.select == "best"}
-    measured = heldout.heldout_results(margins, comparison.rivals, prompts, selected)
+    # An arm that trains nothing measures no margins; the rounds of one measure those of other pairs.
+    alone = [run for run in runs if "training" in made[run] and run.rounds == 1]
+    left = {run: heldout_margins(readers[run].folder("training")) for run in alone}
+    margins = {(run.label, run.seed): of_run for run, of_run in left.items() if of_run}
+    prompts = _prompts_of_pairs(readers[next(run for run in alone if left[run])]) if margins else {}
+    selected = {run.label for run in runs if run.job.training.select == "best"}
+    measured = heldout.heldout_results(margins, rivals, prompts, selected)
 
-    lost = {run: _rows(runs[run], "retention") for run in runs if "retention" in made[run]}
+    texts = {run: _rows(readers[run], "retention") for run in runs if "retention" in made[run]}
+    lost = dict(added_up(texts))
     lines = arms.coverage("prompts", {run: _ids(rows) for run, rows in evaluated.items()})
     lines += arms.coverage("pairs", {run: list(of_run) for run, of_run in margins.items()})
     lines += arms.table(found, comparison.baseline) + heldout.table(measured, comparison.baseline)
@@ -227,10 +256,6 @@ def compare_arms(comparison: Comparison, jobs: Jobs, run_dir: str, console: Cons
 def _rows(run: RunReader, stage: str) -> list[Row]:
     rows: list[Row] = run.folder(stage).table().to_pylist()
     return rows
-
-
-def _weights(job: Job) -> dict[str, float]:
-    return {reward.name: reward.weight for reward in job.rewards}
 
 
 def _finished(run: RunReader, until: str) -> dict[str, Manifest]:

@@ -55,4 +55,7 @@ def _chart(estimates: Mapping[str, Estimate], comparison: Comparison, label: str
     for variant in comparison.variants:
         if variant.value is not None and str(variant) in estimates:
             lines.setdefault(variant.arm, {})[variant.value] = estimates[str(variant)]
+    if not lines:
+        # Rounds of arms: what varies is one thing among two.
+        return charts.interval_rows(estimates, label)
     return charts.interval_lines(lines, comparison.vary.key, label)

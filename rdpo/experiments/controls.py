@@ -13,6 +13,7 @@ from rdpo.config.comparison import Comparison
 from rdpo.evaluation.intervals import with_interval
 from rdpo.experiments.arms import ArmResult
 from rdpo.experiments.heldout import HeldoutResult
+from rdpo.experiments.measured import arm_of
 
 
 def control_lines(
@@ -32,7 +33,7 @@ def control_lines(
 
 def _by_answers(controls: set[str], results: Sequence[ArmResult], comparison: Comparison) -> Iterator[str]:
     for result in results:
-        if result.arm in controls and result.wins_baseline.low > 0.5:
+        if arm_of(result.arm) in controls and result.wins_baseline.low > 0.5:
             rate = with_interval(result.wins_baseline, ".2f")
             yield f"the control {result.arm} beats {comparison.baseline} by {result.reward}: win rate {rate}"
 

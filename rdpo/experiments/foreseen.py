@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from rdpo.config.comparison import Comparison
 from rdpo.execution.pipeline import planned
-from rdpo.experiments.comparison import Jobs, arm_dir, check_seeds, stages_until
+from rdpo.experiments.comparison import Jobs, check_seeds, runs_in, stages_of_round
 from rdpo.records import digest
 from rdpo.stages.checks import check_named
 
@@ -48,12 +48,17 @@ def foreseen(comparison: Comparison, jobs: Jobs, run_dir: str, seeds: Collection
     check_seeds(comparison, seeds)
     owners: dict[str, str] = {}
     found = []
-    for (arm, seed), job in jobs.items():
+    for run in runs_in(jobs, run_dir):
+        job, wanted = run.job, seeds is None or run.seed in seeds
+        stages = stages_of_round(run, comparison.until)
+        if not run.start_is_there:
+            # Nothing is known of what begins with a model that is not there.
+            found += [Foreseen(run.label, run.seed, [stage.name for stage in stages], [], {})] if wanted else []
+            continue
+
         check_named(job)
-        wanted = seeds is None or seed in seeds
-        stages = list(stages_until(job, comparison.until))
-        states = planned(job, arm_dir(run_dir, arm, seed), stages)
-        line = Foreseen(arm, seed, [], [], {})
+        states = planned(job, run.folder, stages)
+        line = Foreseen(run.label, run.seed, [], [], {})
         names: dict[str, str] = {}
         for stage in stages:
             inputs = {name: names.get(name) for name in stage.inputs}
@@ -66,7 +71,7 @@ def foreseen(comparison: Comparison, jobs: Jobs, run_dir: str, seeds: Collection
                 line.made.append(stage.name)
             # What a seed that is not wanted has not made yet, nobody can take of it.
             if wanted or states[stage.name] == UP_TO_DATE:
-                owners.setdefault(name, f"{arm}, seed {seed}")
+                owners.setdefault(name, f"{run.label}, seed {run.seed}")
         if wanted:
             found.append(line)
     return found

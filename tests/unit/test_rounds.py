@@ -5,7 +5,6 @@ import io
 import pytest
 
 from rdpo.config import Job
-from rdpo.errors import InputError
 from rdpo.experiments.rounds import job_of_round, run_rounds
 from rdpo.files.manifest import Manifest
 from rdpo.files.stage_folder import StageFolder
@@ -140,18 +139,6 @@ def test_rounds_end_where_the_watched_reward_no_longer_rises(job_table, tmp_path
     run_rounds(job, str(tmp_path / "run"), Console(said))
     assert "no round raised the watched reward" in said.getvalue()
     assert not (tmp_path / "run" / "model").exists()
-
-
-def test_rounds_are_not_compared(job_table, tmp_path):
-    import tomli_w
-
-    from rdpo.experiments.comparison import load_comparison
-
-    (tmp_path / "base.toml").write_text(tomli_w.dumps(job_table | {"rounds": {"count": 2}}))
-    table = {"name": "two", "job": "base.toml", "baseline": "a", "arms": {"a": {}}}
-    (tmp_path / "compare.toml").write_text(tomli_w.dumps(table))
-    with pytest.raises(InputError, match="arm a: several rounds"):
-        load_comparison(tmp_path / "compare.toml")
 
 
 def test_a_dry_run_tells_what_round_one_would_do(job_table, tmp_path, capsys):
