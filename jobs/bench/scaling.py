@@ -18,14 +18,19 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 
 from jobs.bench.dataplane import FIRST, STUDENT, Echo, write_prompts
 from rdpo.config import Job
 from rdpo.tracking.console import Console, Listener
+
+if TYPE_CHECKING:
+    from rdpo.synthesis.teacher import Speaker
 
 TURNS, TURN_S, AT_ONCE = 3, 0.5, 16
 NODE_ROWS_PER_S = AT_ONCE / (TURNS * TURN_S)
@@ -94,7 +99,8 @@ def stages(job):
     from rdpo.synthesis.teacher import Teacher, speaker_pool
 
     def speak(rows, run):
-        arguments = {"job": run.job, "speaker_class": Slow, "crash_counts": open_crash_counts()}
+        speaker: Callable[[Job], Speaker] = Slow
+        arguments = {"job": run.job, "speaker_class": speaker, "crash_counts": open_crash_counts()}
         return speaker_pool(run.job).map(rows, Teacher, **arguments)
 
     named = {stage.name: stage for stage in stages_of(job)}

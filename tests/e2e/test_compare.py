@@ -55,3 +55,43 @@ def test_arms_share_what_they_have_in_common(wordy_models, tmp_path):
 
 def manifest_key(run_dir, stage):
     return json.loads((run_dir / stage / "manifest.json").read_text())["key"]
+
+
+def test_rounds_are_made_and_measured_from_the_first_start(wordy_models, tmp_path):
+    """Two arms that differ in what they are trained on; the samples of their first round are the same."""
+    job = valid_job(wordy_models[0], tmp_path)
+    job["synthesis"]["task"] = "best_of"
+    job["pairs"] = {"chosen": "best", "rejected": "worst"}
+    job["training"] |= {"max_steps": 1, "lora": {"rank": 4}, "reward_as": "none"}
+    job["retention"] = {"source": job["prompts"]["source"], "limit": 4, "answer": "prompt"}
+    job["rounds"] = {"count": 2}
+    write_job(tmp_path / "base.toml", job)
+    arms = {"dpo": {}, "turned": {"pairs": {"chosen": "worst", "rejected": "best"}}}
+    comparison = {"name": "two", "job": "base.toml", "baseline": "dpo", "arms": arms}
+    (tmp_path / "compare.toml").write_text(tomli_w.dumps(comparison))
+    command = [sys.executable, "-m", "rdpo", "compare", str(tmp_path / "compare.toml")]
+    command += ["--run-dir", str(tmp_path / "run")]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "synthesis   as in 1" in ended.stdout
+
+    rounds = {arm: [tmp_path / "run" / "arms" / f"{arm}-0" / "rounds" / number for number in "12"] for arm in arms}
+    assert manifest_key(rounds["dpo"][0], "synthesis") == manifest_key(rounds["turned"][0], "synthesis")
+    settings = json.loads((rounds["dpo"][1] / "reference" / "manifest.json").read_text())["settings"]
+    assert settings["student"]["model"] == str(rounds["dpo"][0] / "model")
+
+    lines = list(csv.DictReader((tmp_path / "run" / "comparison.csv").open()))
+    assert [line["arm"] for line in lines] == [f"{arm}, round {number}" for arm in arms for number in (1, 2)]
+    # Both rounds are measured from the start of the first.
+    assert len({line["start_mean"] for line in lines}) == 1
+    assert [line["kl"] != "nan" for line in lines] == [True, False, True, False]
+
+    status = subprocess.run(
+        [sys.executable, "-m", "rdpo", "status", str(rounds["dpo"][0].parents[1])],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert status.returncode == 0, status.stderr
+    again = subprocess.run([*command, "--dry-run"], cwd=ROOT, capture_output=True, text=True)
+    assert again.stdout.strip().endswith("4 runs; nothing is to be made")

@@ -5,6 +5,8 @@ import asyncio
 import pyarrow as pa
 import pytest
 
+from jobs.bench.dataplane import Echo
+from jobs.bench.scaling import Slow
 from rdpo.config import Job
 from rdpo.errors import InputError
 from rdpo.synthesis.engine import EngineError, Generation
@@ -70,6 +72,21 @@ def speak(job_table, tmp_path):
 
     spoken.speaker = teacher.speaker
     return spoken
+
+
+@pytest.mark.parametrize("speaker", [Echo, Slow])
+def test_the_speakers_of_benchmarks_carry_a_row_to_its_end(speaker, job_table):
+    """Nothing else notices in time: they run in tests and benchmarks that take long."""
+    job_table["synthesis"]["task"] = "roleplay"
+    teacher = Teacher(Job.model_validate(job_table), speaker, NoCrashCounts)
+    row = {"prompt_id": "a", "prompt": [{"role": "user", "content": "why?"}], "extra": "{}", "prompt_length": 1}
+
+    async def blocks():
+        return [block async for block in teacher(pa.Table.from_pylist([row]))]
+
+    (done,) = asyncio.run(blocks())[0].to_pylist()
+    assert done["dropped"] is None
+    assert done["revision"]
 
 
 def test_a_turn_is_sampled_several_times_and_goes_on_from_one_of_them(speak):
