@@ -169,7 +169,7 @@ def _driven(run: Measured, job: Job, runs: Collection[Measured], console: Consol
             # The arm's directory is that of a run with rounds, as `rdpo run` makes it.
             holding.enter_context(locked(job, os.path.dirname(os.path.dirname(run.folder)), say=console.say))
         check = holding.enter_context(locked(run.job, run.folder, say=console.say))
-        yield Run(run.job, run.folder, console, prepare, siblings, check=check)
+        yield Run(run.job, run.folder, console, prepare, siblings, stages=stages_of(run.job), check=check)
 
 
 def check_heldout(

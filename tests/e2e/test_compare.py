@@ -11,7 +11,7 @@ import pytest
 import tomli_w
 
 from rdpo.files.stage_folder import StageFolder
-from tests.support.jobs import valid_job, write_job
+from tests.support.jobs import valid_job, write_job, write_jsonl
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.long]
 
@@ -63,7 +63,8 @@ def test_rounds_are_made_and_measured_from_the_first_start(wordy_models, tmp_pat
     job["synthesis"]["task"] = "best_of"
     job["pairs"] = {"chosen": "best", "rejected": "worst"}
     job["training"] |= {"max_steps": 1, "lora": {"rank": 4}, "reward_as": "none"}
-    job["retention"] = {"source": job["prompts"]["source"], "limit": 4, "answer": "prompt"}
+    write_jsonl(tmp_path / "texts.jsonl", [{"prompt": f"other {n}", "answer": "a plain answer"} for n in range(4)])
+    job["retention"] = {"source": str(tmp_path / "texts.jsonl"), "answer": "answer"}
     job["rounds"] = {"count": 2}
     write_job(tmp_path / "base.toml", job)
     arms = {"dpo": {}, "turned": {"pairs": {"chosen": "worst", "rejected": "best"}}}
