@@ -69,8 +69,17 @@ class Pairs(Section):
     flip: float = Field(default=0.0, ge=0, le=1)
     """Share of the pairs whose sides change places, scores and all: noise in the teacher's direction, to see what a
     method makes of it. Which answers are cut off or too short is looked at before, `min_gap` after."""
+    random_sides: Annotated[bool, UNSAID] = False
+    """Draw the sides of all pairs that are left, behind `min_gap` and the like, at random by the seed: a control, which
+    has the same pairs and no preference."""
     drop_truncated: Literal["never", "chosen", "any"] = "never"
     """Drop pairs whose chosen answer (or either) was cut off at the token limit."""
+
+    @model_validator(mode="after")
+    def _check_random(self) -> Pairs:
+        if self.random_sides and self.flip:
+            raise ValueError("random_sides leaves nothing that flip could turn round; remove one of the two")
+        return self
 
     @model_validator(mode="after")
     def _check_gaps(self) -> Pairs:

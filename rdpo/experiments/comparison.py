@@ -63,6 +63,8 @@ def load_comparison(path: str | Path, part: Part | None = None) -> tuple[Compari
                     f"{path}: arm {variant}: each of several rounds has pairs of its own, so that arms are compared by "
                     'their answers; set until = "evaluation"'
                 )
+            if variant.arm in comparison.controls:
+                _check_control(job, f"{path}: arm {variant}")
             if job.fits_types:
                 raise InputError(f"{path}: arm {variant}: types of annotators are run by `rdpo run`, not compared")
             if job.prompts.made and job.prompts.made.seed is None and len(comparison.seeds) > 1:
@@ -76,6 +78,17 @@ def load_comparison(path: str | Path, part: Part | None = None) -> tuple[Compari
     if comparison.until == "evaluation":
         _check_rewards(jobs, str(path))
     return comparison, jobs
+
+
+def _check_control(job: Job, where: str) -> None:
+    """Whether sides that are drawn stay so; a filter by scores leaves out the pairs that were turned round."""
+    pairs = job.pairs
+    bounds = {"min_gap": pairs.min_gap, "max_gap": pairs.max_gap, "min_score": pairs.min_score}
+    if pairs.flip and (found := [name for name, bound in bounds.items() if bound is not None]):
+        raise InputError(
+            f"{where}: pairs.flip turns pairs round before pairs.{found[0]} looks at them, which then leaves them out, "
+            "so that the control would train on right pairs; set pairs.random_sides = true instead"
+        )
 
 
 def run_name(arm: str, seed: int) -> str:

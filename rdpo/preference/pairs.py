@@ -159,7 +159,10 @@ def _pair(row: Row, job: Job, task: Task | None, length_coef: float, drawn_by: s
     if needs_scores(job) and not _has_scores(pair):
         pair = drop(pair, UNSCORED)
     # What is noise in the direction must not decide which answers are good enough.
-    return wide_enough(exchanged(pair) if flipped else pair, settings)
+    pair = wide_enough(exchanged(pair) if flipped else pair, settings)
+    # Behind every filter: one that goes by scores would leave the pairs that were not turned round.
+    turned = settings.random_sides and not heldout and unit_draw(job.seed, row[ID_COLUMN], "side") < 0.5
+    return exchanged(pair) if turned and not pair["dropped"] else pair
 
 
 def needs_scores(job: Job) -> bool:

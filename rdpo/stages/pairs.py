@@ -29,7 +29,8 @@ def settings(job: Job) -> Settings:
     asked = question_settings(job, job.pairs.condition)
     reasoned = {"reasoned": True} if job.synthesis.trains_on_reasoning else {}
     own = {**asked, **reasoned, **unscored_settings(job)}
-    return {**job.pairs.model_dump(), **own, "seed": job.seed if job.pairs.flip else None}
+    drawn = bool(job.pairs.flip) or job.pairs.random_sides
+    return {**job.pairs.model_dump(), **own, "seed": job.seed if drawn else None}
 
 
 def unscored_settings(job: Job) -> Settings:

@@ -101,6 +101,10 @@ def test_merging_leaves_the_base_as_it_is():
             {"arms": {**ARMS, "other": {"rewards": [{**LENGTH, "name": "size"}]}}},
             "the same reward 'length'.*weight = 0",
         ),
+        (
+            {"controls": ["rdpo"], "arms": {"dpo": {}, "rdpo": {"pairs": {"flip": 0.5, "min_gap": 0.0}}}},
+            r"arm rdpo: pairs\.flip turns pairs round before pairs\.min_gap looks .* set pairs\.random_sides = true",
+        ),
         ({"vary": {"key": "rewards.1.weight", "values": [0, 1]}}, "the list has entries 0 to 0"),
         ({"vary": {"key": "pairs.flop", "values": [0, 1]}}, "arm dpo@0: 1 problem.*\n.*flop: unknown key"),
     ],

@@ -2,6 +2,7 @@
 
 import pyarrow as pa
 import pytest
+from pydantic import ValidationError
 
 from rdpo.config import Job, Pairs
 from rdpo.config.task import Turn
@@ -150,6 +151,33 @@ def test_the_same_pairs_are_left_however_many_are_flipped(job_table):
     assert flipped["p0"] == exchanged(straight["p0"])
     assert flipped["p0"]["chosen_from"] == "response"
     assert not left(1.0, min_gap=0.0)
+
+
+def test_random_sides_are_those_of_the_same_pairs(job_table):
+    """A filter by scores has looked at them before; otherwise the right ones would be left."""
+    prompts = [[{"role": "user", "content": f"question {index}"}] for index in range(400)]
+    rows = [{**scored(), "prompt_id": f"p{index}", "prompt": prompt} for index, prompt in enumerate(prompts)]
+    for row in rows[::4]:
+        row["revision_score"] = row["response_score"]
+
+    def left(seed=0, **more):
+        job = job_with({**job_table, "seed": seed}, min_gap=0.5, heldout_fraction=0.25, **more)
+        pairs = pairs_table(table_of(rows), job).to_pylist()
+        return {pair["prompt_id"]: pair for pair in pairs if not pair["dropped"]}
+
+    straight, drawn, other = left(), left(random_sides=True), left(seed=1, random_sides=True)
+    assert list(straight) == list(drawn) == list(other)
+    turned = [name for name in straight if drawn[name] != straight[name]]
+    assert all(drawn[name] == exchanged(straight[name]) for name in turned)
+    trained = [name for name, pair in straight.items() if not pair["heldout"]]
+    assert set(turned) < set(trained)
+    assert 0.4 < len(turned) / len(trained) < 0.6
+    assert turned != [name for name in straight if other[name] != straight[name]]
+
+
+def test_random_sides_and_flips_are_refused_together(job_table):
+    with pytest.raises(ValidationError, match="random_sides leaves nothing that flip could turn round"):
+        job_with(job_table, random_sides=True, flip=0.1)
 
 
 def test_held_out_pairs_are_never_flipped_and_the_same_for_every_seed(job_table):
