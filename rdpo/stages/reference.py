@@ -50,7 +50,8 @@ def _drawn_pairs(run: RunReader) -> Source:
         if last is not None and parts:
             parts[0] = parts[0].map_batches(until, fn_kwargs={"last": last, "seed": seed}, batch_format="pyarrow")
         parts += [ready.rows()] if ready.count else []
-        return parts[0].union(*parts[1:])
+        # Ray's union is of two and more: with a share of 0 or 1, or where nothing ready is left, there is one.
+        return parts[0].union(*parts[1:]) if parts[1:] else parts[0]
 
     def ids() -> pa.ChunkedArray:
         import pyarrow as pa
