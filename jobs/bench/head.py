@@ -129,11 +129,13 @@ def main():
         weight = torch.nn.Parameter(weight, requires_grad=trained)
         inputs = (hidden, weight, torch.randint(options.vocabulary, (options.tokens,), device=options.device))
         expected = once(plain, *inputs)
-        base = seconds(plain, *inputs)
+        base = None
         for name, way in ways(options.device).items():
             logps, gradient = once(way, *inputs)
             off = (logps - expected[0]).abs().max(), (gradient - expected[1]).abs().max() / expected[1].abs().max()
             taken, held = seconds(way, *inputs), gibibytes(way, *inputs)
+            # `plain` is the first.
+            base = base or taken
             print(
                 f"{'trained' if trained else 'frozen':<8} {name:<9} {taken:8.4f} {taken / base:9.2f} {held:6.3f} "
                 f"{off[0]:8.1e} {off[1]:8.1e}",

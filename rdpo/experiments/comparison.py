@@ -21,7 +21,7 @@ from rdpo.execution.pipeline import locked, run_stages
 from rdpo.execution.reader import RunReader
 from rdpo.execution.run import Run
 from rdpo.execution.stage import Stage
-from rdpo.experiments.measured import Measured, added_up, comparable, from_the_first, rivals_of, runs_of
+from rdpo.experiments.measured import Measured, added_up, comparable, from_the_first, left_out, rivals_of, runs_of
 from rdpo.files.folder import Folder
 from rdpo.files.manifest import Manifest
 from rdpo.files.stores import absolute
@@ -180,7 +180,7 @@ def _driven(run: Measured, job: Job, runs: Collection[Measured], console: Consol
     with ExitStack() as holding:
         if run.rounds > 1:
             # The arm's directory is that of a run with rounds, as `rdpo run` makes it.
-            holding.enter_context(locked(job, os.path.dirname(os.path.dirname(run.folder)), say=console.say))
+            holding.enter_context(locked(job, run.home, say=console.say))
         check = holding.enter_context(locked(run.job, run.folder, say=console.say))
         yield Run(run.job, run.folder, console, prepare, siblings, stages=stages_of(run.job), check=check)
 
@@ -253,6 +253,7 @@ def compare_arms(comparison: Comparison, jobs: Jobs, run_dir: str, console: Cons
     lost = dict(added_up(texts))
     lines = arms.coverage("prompts", {run: _ids(rows) for run, rows in evaluated.items()})
     lines += arms.coverage("pairs", {run: list(of_run) for run, of_run in margins.items()})
+    lines += left_out(runs)
     lines += arms.table(found, comparison.baseline) + heldout.table(measured, comparison.baseline)
     lines += retention.table(lost)
     controls = list(control_lines(comparison, found, measured))

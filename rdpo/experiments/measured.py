@@ -20,7 +20,7 @@ ROUND = ", round "
 class Measured:
     """One run of a comparison: round `number`, from 1, of `rounds`.
 
-    `job` and `folder` are those of the round; `label` is what tables call it.
+    `job` is that of the round, `home` the directory of the arm and seed.
     """
 
     arm: str
@@ -28,20 +28,22 @@ class Measured:
     number: int
     rounds: int
     job: Job = field(compare=False)
-    folder: str
+    home: str
+
+    @property
+    def folder(self) -> str:
+        """Its run directory."""
+        return self.home if self.rounds == 1 else round_dir(self.home, self.number)
 
     @property
     def label(self) -> str:
-        """The arm's name, and the round where there are several."""
+        """What tables call it: the arm's name, and the round where there are several."""
         return self.arm if self.rounds == 1 else f"{self.arm}{ROUND}{self.number}"
 
     @property
     def start_is_there(self) -> bool:
         """Whether the model that this round begins with has been made."""
-        if self.number == 1:
-            return True
-        before = os.path.join(os.path.dirname(self.folder), str(self.number - 1))
-        return StageFolder(before, MODEL).manifest() is not None
+        return self.number == 1 or StageFolder(round_dir(self.home, self.number - 1), MODEL).manifest() is not None
 
 
 def arm_of(label: str) -> str:
@@ -49,18 +51,15 @@ def arm_of(label: str) -> str:
     return label.partition(ROUND)[0]
 
 
-def runs_of(arm: str, seed: int, job: Job, folder: str) -> list[Measured]:
-    """The runs of one arm and seed, in order. `folder`: where they are, or begin."""
+def runs_of(arm: str, seed: int, job: Job, home: str) -> list[Measured]:
+    """The runs of one arm and seed in their directory, in order."""
     count = job.rounds.count
     if count == 1:
-        return [Measured(arm, seed, 1, 1, job, folder)]
+        return [Measured(arm, seed, 1, 1, job, home)]
 
-    folders = [round_dir(folder, number) for number in range(1, count + 1)]
-    starts = [job.student.model, *(os.path.join(one, MODEL) for one in folders[:-1])]
-    return [
-        Measured(arm, seed, number, count, job_of_round(job, number, starts), one)
-        for number, one in enumerate(folders, 1)
-    ]
+    numbers = range(1, count + 1)
+    starts = [job.student.model, *(os.path.join(round_dir(home, number), MODEL) for number in numbers[:-1])]
+    return [Measured(arm, seed, number, count, job_of_round(job, number, starts), home) for number in numbers]
 
 
 def rivals_of(comparison: Comparison, runs: Iterable[Measured]) -> dict[str, str]:
@@ -80,12 +79,28 @@ def comparable(runs: Collection[Measured]) -> dict[str, dict[str, float]]:
 
     An implicit reward that goes along with the rounds is measured against another model in each.
     """
-    moving = any(run.rounds > 1 and run.job.rounds.reward_reference == "previous" for run in runs)
-    kept = {}
+    moving = _moving(runs)
+    return {
+        run.label: {reward.name: reward.weight for reward in run.job.rewards if reward.name not in moving}
+        for run in runs
+    }
+
+
+def left_out(runs: Collection[Measured]) -> list[str]:
+    """What is measured in rounds and stands in no table, as lines of text."""
+    lines = [f"{name} is another reward in each round, and is not compared" for name in _moving(runs)]
+    if any(run.rounds > 1 and run.job.pairs.heldout_fraction for run in runs):
+        lines.append("held-out pairs are others in each round, and are not compared")
+    return ["", *lines] if lines else []
+
+
+def _moving(runs: Collection[Measured]) -> list[str]:
+    """Names of the rewards that go along with the rounds of an arm."""
+    names: dict[str, None] = {}
     for run in runs:
-        rewards = [one for one in run.job.rewards if not (moving and one.kind == "implicit")]
-        kept[run.label] = {reward.name: reward.weight for reward in rewards}
-    return kept
+        if run.rounds > 1 and run.job.rounds.reward_reference == "previous":
+            names |= dict.fromkeys(reward.name for reward in run.job.rewards if reward.kind == "implicit")
+    return list(names)
 
 
 def from_the_first(rows: Mapping[Measured, list[Row]]) -> Iterator[tuple[tuple[str, int], list[Row]]]:

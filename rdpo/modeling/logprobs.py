@@ -130,7 +130,7 @@ def _change(
     normaliser: Tensor,
     gradient: Tensor,
 ) -> Tensor:
-    """d(sum of gradient * log-probs) / d(hidden @ weight.T + bias) of a chunk, whose logits are made again."""
+    """The gradient of a chunk's product, see `_product_gradient`; its logits are made again."""
     logits = _logits(states, weight, bias, scale, softcap)
     return _product_gradient(logits, labels, normaliser, gradient, scale, softcap).to(states.dtype)
 
@@ -138,7 +138,7 @@ def _change(
 def _product_gradient(
     logits: Tensor, labels: Tensor, normaliser: Tensor, gradient: Tensor, scale: float, softcap: float | None
 ) -> Tensor:
-    """The same of logits that are there, in their own memory."""
+    """d(sum of gradient * log-probs) / d(hidden @ weight.T + bias), in the memory of the logits."""
     # d cap * tanh(x / cap) / dx = 1 - tanh(x / cap)^2; before the logits' memory is used for the gradient.
     slope = scale * (1 - (logits / softcap).square()) if softcap else scale
     change = logits.sub_(normaliser[:, None]).exp_().mul_(-gradient[:, None])

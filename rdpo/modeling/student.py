@@ -133,12 +133,20 @@ def check_architecture(job: Job) -> ReadAs | None:
     Returns how that model is read; None if none could be built.
 
     Raises:
-        InputError: its log-probs would not be those of its own logits, or not in the layout that the job asks for.
+        InputError: its log-probs would not be those of its own logits, or not in the layout or the tiles that the job
+            asks for.
     """
     from rdpo.modeling.miniature import check_miniature
 
     where, config = f"student.model {job.student.model}", ModelRef.student(job).config()
-    return check_miniature(where, config, forward_settings(job), tiled=job.training.mlp_tile is not None)
+    tiled = job.training.mlp_tile is not None
+    found = check_miniature(where, config, forward_settings(job), tiled)
+    if tiled and found is None:
+        raise InputError(
+            f"training.mlp_tile: {where}: whether tiles leave the log-probs as they are cannot be tried, since no "
+            "small model of its architecture could be built; remove it"
+        )
+    return found
 
 
 def is_quantised(model: ModelRef) -> bool:

@@ -13,7 +13,7 @@ from rdpo.experiments.arms import arm_results
 from rdpo.experiments.comparison import load_comparison, run_arms, runs_in
 from rdpo.experiments.controls import control_lines
 from rdpo.experiments.foreseen import foreseen
-from rdpo.experiments.measured import added_up, comparable, from_the_first, rivals_of
+from rdpo.experiments.measured import added_up, comparable, from_the_first, left_out, rivals_of
 from rdpo.tracking.console import Console
 
 ARMS = {"dpo": {"rounds": {"count": 2}}, "dice": {"rounds": {"count": 3}}, "once": {}}
@@ -121,7 +121,10 @@ def test_an_implicit_reward_that_goes_along_with_the_rounds_is_not_compared(writ
     plain = {"kind": "function", "name": "plain", "function": "tests.rewards:length", "weight": 0}
     for follows, kept in (("previous", {"plain": 0}), ("fixed", {"own": 1, "plain": 0})):
         arms = {"dpo": {"rounds": {"count": 2, "reward_reference": follows}}}
-        _, jobs = write(arms=arms, all={"rewards": [own, plain]})
+        _, jobs = write(arms=arms, all={"rewards": [own, plain], "pairs": {"heldout_fraction": 0.1}})
+        said = left_out(runs_in(jobs, "run"))
+        assert ("own is another reward in each round, and is not compared" in said) == (follows == "previous")
+        assert said[-1] == "held-out pairs are others in each round, and are not compared"
         assert set(map(tuple, (of.items() for of in comparable(runs_in(jobs, "run")).values()))) == {
             tuple(kept.items())
         }

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from rdpo.modeling.logprobs import CompletionHead
+from tests.support.tensors import LargestTensor
 
 
 def full(hidden, output, labels, scale, softcap):
@@ -154,15 +155,3 @@ class Operations(torch.utils._python_dispatch.TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         self.names.append(str(function))
         return function(*args, **(kwargs or {}))
-
-
-class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
-    """Notes the most elements of any tensor that an operation returns."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor):
-            self.elements = max(self.elements, result.numel())
-        return result

@@ -12,10 +12,12 @@ from rdpo.config import Job, Lora
 from rdpo.errors import InputError
 from rdpo.modeling.miniature import check_miniature
 from rdpo.modeling.model import ForwardSettings, Tuning, as_policy
+from rdpo.modeling.student import check_architecture
 from rdpo.modeling.tiling import tile_mlps
 from rdpo.planning.memory import offloaded_memory, rehearse
 from rdpo.planning.plan import plan
 from tests.support.jobs import valid_job
+from tests.support.tensors import LargestTensor
 
 SHAPES = {
     "vocab_size": 96,
@@ -95,22 +97,10 @@ def test_no_wide_state_of_a_whole_row_is_ever_held():
     policy = policy_of("llama", mlp_tile=8)
     batch = batch_for(policy)
     wide = batch.input_ids.numel() * SHAPES["intermediate_size"]
-    largest = Largest()
+    largest = LargestTensor()
     with largest:
         policy(batch).sum().backward()
     assert largest.elements <= max(weight.numel() for weight in policy.parameters()) < wide / 3
-
-
-class Largest(torch.utils._python_dispatch.TorchDispatchMode):
-    """Notes the most elements of any tensor that an operation makes."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor):
-            self.elements = max(self.elements, result.numel())
-        return result
 
 
 def test_what_layers_keep_can_lie_elsewhere():
@@ -175,6 +165,15 @@ def test_what_cannot_be_read_in_tiles_is_refused():
     tile_mlps([layer], 2)
     with pytest.raises(InputError, match=r"reads more than hidden states; remove it"):
         layer.mlp(torch.ones(1, 4, 2), torch.ones(1, 4, 2))
+
+
+def test_tiles_that_cannot_be_tried_are_refused(tiny_model, tmp_path, monkeypatch):
+    table = valid_job(tiny_model, tmp_path)
+    monkeypatch.setattr("rdpo.modeling.miniature._miniature", lambda *_: None)
+    assert check_architecture(Job.model_validate(table)) is None
+    table["training"]["mlp_tile"] = 64
+    with pytest.raises(InputError, match=r"training\.mlp_tile: student\.model .* cannot be tried, since no small"):
+        check_architecture(Job.model_validate(table))
 
 
 def test_an_mlp_that_looks_at_neighbours_is_found_before_work(monkeypatch):
